@@ -1,0 +1,28 @@
+# demo, test and lab make their own environment in .venv; the README has the plain commands behind each.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)
+
+.PHONY: install demo test lab docs
+
+$(VENV)/.installed: settings.ini setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: $(VENV)/.installed
+
+demo: install
+	$(BIN)/python tools/demo.py
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test    # two notebooks run side by side: one thread each
+	$(BIN)/pytest tests
+
+lab: install
+	$(BIN)/pip install --constraint constraints.txt --editable '.[dev,itk]'
+	$(BIN)/jupyter lab --notebook-dir nbs
+
+docs: install
+	$(BIN)/python tools/make_readme.py

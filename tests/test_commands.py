@@ -1,0 +1,147 @@
+"The commands as a user runs them: in processes of their own."
+import csv, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SAMPLES = ROOT/"data_samples"
+QUICK = "--epochs 10 --width 4 --levels 3 --patch_size 24 32 32 --batch_size 2".split()
+
+def command(module, *words, **kw):
+    return subprocess.run([sys.executable, "-m", f"egcnn_nb.{module}", *map(str, words)], capture_output=True, text=True, timeout=600, **kw)
+
+def predict(*words):
+    code = "import sys; from egcnn_nb.inference import main; sys.exit(main())"
+    return subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=600)
+
+def totals(run): return [float(r["total"]) for r in csv.DictReader(open(run/"metrics.csv"))]
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "A small run on the CT phantoms, 20 steps in one process"
+    out = tmp_path_factory.mktemp("runs")/"one"
+    done = command("train", SAMPLES/"kits2019", "--out", out, *QUICK)
+    assert done.returncode == 0, done.stderr
+    return out
+
+def test_two_processes_give_the_losses_of_one(run, tmp_path):
+    words = ["--standalone", "--nproc_per_node=2", "-m", "egcnn_nb.train", str(SAMPLES/"kits2019"), "--out", str(tmp_path/"two"), *QUICK]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words], capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert len(totals(run)) == 10                                   # 10 epochs of 2 steps
+    np.testing.assert_allclose(totals(tmp_path/"two"), totals(run), rtol=1e-4)
+
+def test_equal_runs_give_equal_files_whatever_the_workers(run, tmp_path):
+    done = command("train", SAMPLES/"kits2019", "--out", tmp_path/"again", *QUICK, "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path/"again/metrics.csv").read_bytes() == (run/"metrics.csv").read_bytes()
+
+def interrupted(out, sig):
+    "Start the small run and send `sig` once two epochs are in its log"
+    process = subprocess.Popen([sys.executable, "-m", "egcnn_nb.train", str(SAMPLES/"kits2019"), "--out", str(out), *QUICK], stderr=subprocess.PIPE, text=True)
+    deadline = time.time()+300
+    while not ((out/"log.txt").exists() and (out/"log.txt").read_text().count("epoch ") >= 2):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(.02)
+    process.send_signal(sig)
+    return process.wait(60)
+
+@pytest.mark.parametrize("sig, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_run_that_was_stopped_goes_on_exactly(run, tmp_path, sig, code):
+    assert interrupted(tmp_path/"run", sig) == code
+    assert 2 <= len(totals(tmp_path/"run")) < 10
+    done = command("train", SAMPLES/"kits2019", "--out", tmp_path/"run", *QUICK, "--resume")
+    assert done.returncode == 0, done.stderr
+    for name in ("metrics.csv", "model.safetensors"): assert (tmp_path/"run"/name).read_bytes() == (run/name).read_bytes()
+
+def test_prediction_keeps_grid_and_values(run, tmp_path):
+    case = SAMPLES/"kits2019/case_00003"
+    done = predict(run, case, case/"imaging.nii.gz", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    source = nib.load(case/"imaging.nii.gz")
+    for name in ("case_00003", "imaging"):
+        image = nib.load(tmp_path/f"{name}.nii.gz")
+        assert image.shape == source.shape and np.array_equal(image.affine, source.affine)
+        assert set(np.unique(np.asarray(image.dataobj))) <= {0, 1, 2}
+    assert predict(run, case, "--out", tmp_path).returncode == 2    # never overwritten
+
+# --- bad input: one line, exit code 2, nothing written
+
+def kits(tmp, change=None):
+    "A copy of the CT phantoms, the first case changed"
+    shutil.copytree(SAMPLES/"kits2019", tmp/"data")
+    if change: change(tmp/"data/case_00000")
+    return tmp/"data"
+
+def save(path, array, affine): nib.save(nib.Nifti1Image(array, affine), path)
+def edit(name, f):
+    def change(folder):
+        image = nib.load(folder/name); save(folder/name, *f(np.asarray(image.dataobj).copy(), image.affine))
+    return change
+def poke(value):
+    def f(a, m): a = a.astype(np.float32); a[3, 3, 3] = value; return a, m
+    return f
+
+BAD_CASES = {
+    "image missing": (lambda d: (d/"imaging.nii.gz").unlink(), "no file for the channel ct"),
+    "other shape": (edit("segmentation.nii.gz", lambda a, m: (a[:-1], m)), "found shape (27, 72, 80), expected (28, 72, 80)"),
+    "other affine": (edit("segmentation.nii.gz", lambda a, m: (a, m @ np.diag([1, 1, 2, 1]))), "found an affine that differs"),
+    "strange label": (edit("segmentation.nii.gz", lambda a, m: (np.where(a == 2, 9, a).astype(np.uint8), m)), "found the labels [9]"),
+    "NaN": (edit("imaging.nii.gz", poke(np.nan)), "1 voxels that are NaN or infinite"),
+    "infinite": (edit("imaging.nii.gz", poke(np.inf)), "1 voxels that are NaN or infinite"),
+    "empty file": (lambda d: (d/"imaging.nii.gz").write_bytes(b""), "found an empty file"),
+    "truncated": (lambda d: (d/"imaging.nii.gz").write_bytes((d/"imaging.nii.gz").read_bytes()[:9000]), "cannot be read"),
+    "4D": (edit("imaging.nii.gz", lambda a, m: (np.stack([a, a], -1), m)), "found shape (28, 72, 80, 2)"),
+}
+
+def refused(done, text, out):
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.strip().splitlines()[-1].split("\r")[-1]
+    assert text in line and "expected" in line, line
+    assert "Traceback" not in done.stderr and not out.exists()
+
+@pytest.mark.parametrize("name", BAD_CASES)
+def test_a_bad_case_is_refused(name, tmp_path):
+    change, text = BAD_CASES[name]
+    refused(command("train", kits(tmp_path, change), "--out", tmp_path/"run", *QUICK), text, tmp_path/"run")
+
+def test_a_missing_modality_is_refused(tmp_path):
+    shutil.copytree(SAMPLES/"brats2019/LGG", tmp_path/"data/LGG")
+    (tmp_path/"data/LGG/BraTS19_PHANTOM_006_1/BraTS19_PHANTOM_006_1_t2.nii.gz").unlink()
+    refused(command("train", tmp_path/"data", "--out", tmp_path/"run", *QUICK), "no file for the channel t2 of BraTS19_PHANTOM_006_1", tmp_path/"run")
+
+def test_bad_folders_and_splits_are_refused(tmp_path):
+    out = tmp_path/"run"
+    refused(command("train", tmp_path/"none", "--out", out), "no such folder", out)
+    (tmp_path/"other").mkdir(); refused(command("train", tmp_path/"other", "--out", out), "no known layout", out)
+    refused(command("train", SAMPLES, "--out", out), "kits2019", out)
+    refused(command("train", SAMPLES/"kits2019", "--out", out, "--validation", 5), "so that some train", out)
+    refused(command("train", SAMPLES/"kits2019", "--out", out, "--exclude", tmp_path/"no.txt"), "no such file", out)
+
+def test_bad_runs_are_refused(run, tmp_path):
+    before = (run/"metrics.csv").read_bytes()
+    done = command("train", SAMPLES/"kits2019", "--out", run, *QUICK)
+    assert done.returncode == 2 and "a folder that exists" in done.stderr
+    done = command("train", SAMPLES/"kits2019", "--out", run, *QUICK, "--backbone", "vnet", "--resume")
+    assert done.returncode == 2 and "found backbone segnet, expected backbone vnet" in done.stderr
+    assert (run/"metrics.csv").read_bytes() == before
+    refused(command("train", SAMPLES/"kits2019", "--out", tmp_path/"x", "--resume"), "no checkpoint.pt", tmp_path/"x")
+    refused(predict(tmp_path, SAMPLES/"kits2019", "--out", tmp_path/"x"), "no config.json", tmp_path/"x")
+
+def test_an_unknown_option_is_refused(tmp_path):
+    done = command("train", SAMPLES/"kits2019", "--out", tmp_path/"run", "--colour", "red")
+    assert done.returncode == 2 and "unrecognized arguments: --colour red" in done.stderr and not (tmp_path/"run").exists()
+
+def test_a_patch_larger_than_the_volume_pads_and_says_so(tmp_path):
+    words = ["--epochs", 1, "--width", 4, "--levels", 2, "--patch_size", 96, 64, 64]
+    done = command("train", SAMPLES/"kits2019", "--out", tmp_path/"run", *words)
+    assert done.returncode == 0, done.stderr
+    assert "patch (96, 64, 64) is larger than 4 of 4 training volumes: their borders are repeated" in (tmp_path/"run/log.txt").read_text()
+
+def test_the_demo_runs_to_its_picture(tmp_path):
+    done = subprocess.run([sys.executable, ROOT/"tools/demo.py", "--epochs", "1", "--out", tmp_path/"demo"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "bare   EG-CNN" in done.stdout and (tmp_path/"demo/demo.png").stat().st_size > 20_000

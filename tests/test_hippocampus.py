@@ -1,0 +1,18 @@
+"Real MRI, where it is at hand: EGCNN_HIPPOCAMPUS names the folder of the Decathlon's Task04_Hippocampus."
+import os
+from pathlib import Path
+
+import pytest
+
+from egcnn_nb.datasets import find_dataset, load_case
+
+FOLDER = os.environ.get("EGCNN_HIPPOCAMPUS")
+pytestmark = pytest.mark.skipif(not FOLDER or not Path(FOLDER).is_dir(), reason="set EGCNN_HIPPOCAMPUS to the folder of Task04_Hippocampus")
+
+def test_the_decathlon_layout_reads_real_cases():
+    dataset = find_dataset(FOLDER)
+    assert list(dataset.task.labels) == [0, 1, 2]
+    for case in dataset.cases[:5]:
+        loaded = load_case(case, dataset.task, need_label=True)
+        assert abs(loaded.x.mean()) < 1e-3 and abs(loaded.x.std() - 1) < 1e-2
+        assert set(loaded.labels.unique().tolist()) == {0, 1, 2}

@@ -1,0 +1,55 @@
+"A notebook imports lower floors only; every export comes with its notebook."
+import ast, json, re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+def floors():
+    "module -> number of the notebook that exports it"
+    found = {}
+    for nb in (ROOT/"nbs").glob("[0-9]*.ipynb"):
+        source = "".join("".join(c["source"]) for c in json.loads(nb.read_text())["cells"])
+        found[re.search(r"#\| default_exp (\w+)", source)[1]] = int(nb.name[:2])
+    return found
+
+def imported(tree):
+    "Names of the package's modules that a syntax tree imports"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 1: yield node.module
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("egcnn_nb."): yield node.module.split(".")[1]
+
+def too_high(floor, source, floors):
+    "Modules imported from the same floor or above"
+    return [m for m in imported(ast.parse(source)) if floors.get(m, -1) >= floor]
+
+def test_modules_import_lower_floors_only():
+    known = floors()
+    assert len(known) >= 13
+    for module, floor in known.items():
+        assert too_high(floor, (ROOT/f"egcnn_nb/{module}.py").read_text(), known) == [], module
+
+def test_a_higher_import_is_seen():
+    assert too_high(3, "from .losses import EGLoss", {"losses": 5, "core": 0}) == ["losses"]
+    assert too_high(3, "from egcnn_nb.core import expect", {"losses": 5, "core": 0}) == []
+
+def test_notebooks_import_lower_floors_only():
+    known = floors()
+    for nb in (ROOT/"nbs").glob("[0-9]*.ipynb"):
+        for cell in json.loads(nb.read_text())["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] != "code" or source.startswith("%"): continue
+            assert too_high(int(nb.name[:2]), source, known) == [], (nb.name, source)
+
+def test_the_library_needs_no_nbdev():
+    for module in (ROOT/"egcnn_nb").glob("*.py"):
+        names = [a.name for n in ast.walk(ast.parse(module.read_text())) if isinstance(n, ast.Import) for a in n.names]
+        names += [n.module or "" for n in ast.walk(ast.parse(module.read_text())) if isinstance(n, ast.ImportFrom)]
+        assert not [n for n in names if n.split(".")[0] in ("nbdev", "fastcore", "execnb")], module.name
+
+def test_notebooks_are_committed_with_outputs_and_without_state():
+    for nb in (ROOT/"nbs").glob("[0-9]*.ipynb"):
+        content = json.loads(nb.read_text())
+        assert "widgets" not in content["metadata"], nb.name
+        assert any(c.get("outputs") for c in content["cells"]), nb.name
+        assert nb.stat().st_size < 500*1024, nb.name
+        assert not [o for c in content["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"], nb.name

@@ -1,0 +1,34 @@
+"""Run notebooks and keep their outputs, so that they read without a kernel.
+
+    python tools/run_notebooks.py [nbs/05_losses.ipynb ...]        # default: every notebook in nbs/
+
+Each notebook is run from top to bottom in a fresh kernel. Views of widgets are dropped where the same output has a picture
+(a saved view needs its kernel; a picture does not), and no widget state is saved."""
+import asyncio, sys, time, warnings
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbdev.clean import nbdev_clean
+
+VIEW = "application/vnd.jupyter.widget-view+json"
+
+def strip_views(nb):
+    "Leave the static picture of an interactive view, and nothing that needs a kernel; progress bars go"
+    nb.metadata.pop("widgets", None)
+    for cell in nb.cells:
+        if "outputs" in cell: cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and not (VIEW in o.get("data", {}) and "image/png" not in o["data"])]
+        for out in cell.get("outputs", []): out.get("data", {}).pop(VIEW, None)
+
+def run(path):
+    nb = nbformat.read(path, as_version=4)
+    start = time.time()
+    NotebookClient(nb, timeout=900, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": str(path.parent)}}).execute()
+    strip_views(nb)
+    nbformat.write(nb, path)
+    nbdev_clean(str(path))
+    print(f"{path.name}: {time.time()-start:.0f} s, {path.stat().st_size//1024} KiB", flush=True)
+
+if __name__ == "__main__":
+    paths = [Path(p).resolve() for p in sys.argv[1:]] or sorted((Path(__file__).parents[1]/"nbs").resolve().glob("*.ipynb"))
+    for path in paths: run(path)
