@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['BRATS_REGIONS', 'KITS_REGIONS', 'BRATS', 'KITS', 'InputError', 'expect', 'exit_on_error', 'one_hot', 'region_masks',
-           'regions_to_labels', 'Task', 'to_target', 'to_labels', 'keyed_generator', 'seed_everything']
+           'regions_to_labels', 'Task', 'probabilities', 'to_target', 'to_labels', 'keyed_generator', 'seed_everything',
+           'write_whole']
 
-# %% ../nbs/00_core.ipynb #4e0fe9a8
-import random, sys
+# %% ../nbs/00_core.ipynb #b54b45e6
+import os, random, sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -96,6 +98,14 @@ class Task:
         "Names of what has an edge: the regions, or the labels without background"
         return tuple(self.regions) if self.activation == "sigmoid" else tuple(self.labels.values())[1:]
 
+# %% ../nbs/00_core.ipynb #3599554d
+def probabilities(
+    logits:Tensor, # scores (B,K,D,H,W)
+    activation:str, # "softmax": the channels exclude each other; "sigmoid": each for itself
+)->Tensor: # probabilities in [0,1], same shape
+    "Probabilities from logits, by the activation of the task (section 3.1)"
+    return logits.softmax(1) if activation == "softmax" else logits.sigmoid()
+
 # %% ../nbs/00_core.ipynb #3127b4c2
 def to_target(
     labels:Tensor, # whole numbers (B,D,H,W)
@@ -130,3 +140,18 @@ def seed_everything(
 )->None:
     "Seed Python, NumPy and torch, for what is drawn without a key, such as initial weights"
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
+
+# %% ../nbs/00_core.ipynb #b87490e6
+def write_whole(
+    path, # file; its folder exists
+    write, # function that is given the temporary path, which ends like `path`
+)->Path: # the file
+    "Let `write` fill a temporary file, flush it, and rename it to `path` (our choice)"
+    path = Path(path)
+    part = path.with_name(f".part-{path.name}")
+    try:
+        write(part)
+        with open(part, "rb+") as f: os.fsync(f.fileno())
+        os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
+    return path

@@ -119,7 +119,7 @@ def resample_labels(
     masks = resize(torch.stack([labels == v for v in values])[None].float(), size)
     return values.long()[masks[0].argmax(0)]
 
-# %% ../nbs/09_datasets.ipynb #79ef531f
+# %% ../nbs/09_datasets.ipynb #6ab3532e
 @dataclass
 class Loaded:
     "A case in memory, ready for the network"
@@ -128,8 +128,9 @@ class Loaded:
     labels:Tensor # uint8 (D,H,W) at 1 mm, or None
     grid:Volume # the image's own grid, for the way back
     truth:np.ndarray # labels on the own grid, or None
+    spots:Tensor=None # flat indices of the foreground voxels of `labels`, where patches are centred
 
-# %% ../nbs/09_datasets.ipynb #4b1a1433
+# %% ../nbs/09_datasets.ipynb #f66e3ea7
 def _same_grid(volume, first):
     "Raise `InputError` unless both volumes lie on one grid"
     expect(volume.array.shape == first.array.shape, volume.path, f"shape {volume.array.shape}", f"{first.array.shape} as {first.path.name}", "export both from one series")
@@ -144,11 +145,12 @@ def load_case(
     "Read, check, normalise and resample one case; raises `InputError` that names the file"
     for channel, path in zip(task.channels, case.images):
         expect(path.is_file(), path, f"no file for the channel {channel} of {case.name}", f"all of {list(task.channels)}", "complete or remove the case")
+    expect(case.label is not None or not need_label, case.name, "no label map", "one to train or score with", "leave the case out")
     images = [read_volume(p) for p in case.images]
     for image in images[1:]: _same_grid(image, images[0])
     first, truth = images[0], None
-    if case.label is not None or need_label:
-        label = read_labels(case.label or case.images[0].parent/"(no label map)")
+    if case.label is not None:
+        label = read_labels(case.label)
         _same_grid(label, first)
         odd = sorted(set(np.unique(label.array).tolist()) - set(task.labels))
         expect(not odd, label.path, f"the labels {odd}", f"only {list(task.labels)} of {task.name}", "remap the labels")
@@ -156,7 +158,8 @@ def load_case(
     size = iso_size(first.array.shape, first.spacing)
     x = resize(torch.from_numpy(np.stack([normalize(i.array, task.normalize) for i in images]))[None], size)[0]
     labels = None if truth is None else resample_labels(torch.from_numpy(truth), size).to(torch.uint8)
-    return Loaded(case.name, x, labels, Volume(first.array[:0], first.affine, first.header, first.path), truth)
+    spots = None if truth is None else labels.flatten().nonzero()[:, 0].to(torch.int32)
+    return Loaded(case.name, x, labels, Volume(first.array[:0], first.affine, first.header, first.path), truth, spots)
 
 # %% ../nbs/09_datasets.ipynb #35193131
 def split_cases(
@@ -172,27 +175,29 @@ def split_cases(
     pick = lambda idx: [cases[i] for i in sorted(idx)]
     return pick(order[n:]), pick(order[:n])
 
-# %% ../nbs/09_datasets.ipynb #5426c69c
+# %% ../nbs/09_datasets.ipynb #0dd8c375
 def cut_patch(
     x:Tensor, # (C,D,H,W)
     labels:Tensor, # (D,H,W)
     patch_size, # voxels along D, H, W
     generator:torch.Generator, # source of randomness
     foreground:float=0.5, # share of patches centred on a foreground voxel
+    spots:Tensor=None, # flat indices of the foreground voxels; None: looked up, which reads the whole volume
 )->tuple: # x (C,*patch_size), labels (*patch_size)
     "A random patch; where it is larger than the volume, the border is repeated (our choice)"
-    size, both = torch.tensor(labels.shape), torch.cat([x, labels[None].to(x.dtype)])
-    centre = torch.stack([torch.randint(int(n), (), generator=generator) for n in size])
-    spots = labels.nonzero()
+    size = labels.shape
+    centre = [int(torch.randint(n, (), generator=generator)) for n in size]
+    if spots is None: spots = labels.flatten().nonzero()[:, 0]
     if torch.rand((), generator=generator) < foreground and len(spots):
-        centre = spots[torch.randint(len(spots), (), generator=generator)]
-    room = (size - torch.tensor(patch_size)).clamp_min(0)
-    start = torch.minimum((centre - torch.tensor(patch_size)//2).clamp_min(0), room)
-    both = both[(slice(None), *[slice(int(a), int(a)+p) for a, p in zip(start, patch_size)])]
-    missing = [p-n for p, n in zip(patch_size, both.shape[1:])]
+        centre = np.unravel_index(int(spots[torch.randint(len(spots), (), generator=generator)]), size)
+    start = [min(max(c - p//2, 0), max(n-p, 0)) for c, p, n in zip(centre, patch_size, size)]
+    where = (..., *[slice(a, a+p) for a, p in zip(start, patch_size)])
+    missing = [max(p-n, 0) for p, n in zip(patch_size, size)]
     pads = [v for m in reversed(missing) for v in (m//2, m-m//2)]
-    if any(pads): both = F.pad(both[None], pads, mode="replicate")[0]
-    return both[:-1], both[-1].round().to(labels.dtype)
+    x, labels = x[where], labels[where]
+    if not any(pads): return x, labels
+    repeat = lambda t: F.pad(t[None], pads, mode="replicate")[0]
+    return repeat(x), repeat(labels[None].float())[0].to(labels.dtype)
 
 # %% ../nbs/09_datasets.ipynb #84d5cbe5
 def augment(
@@ -206,7 +211,7 @@ def augment(
     x = torch.where(x != 0, x*(0.9+0.2*scale) + 0.2*shift-0.1, 0)
     return x.flip([a+1 for a in axes]), labels.flip(axes)
 
-# %% ../nbs/09_datasets.ipynb #3cf10443
+# %% ../nbs/09_datasets.ipynb #47c5d4ab
 class Patches(torch.utils.data.Dataset):
     "Augmented training patches of cases that are in memory, addressed by (epoch, sample, case)"
     def __init__(self,
@@ -224,7 +229,7 @@ class Patches(torch.utils.data.Dataset):
     )->tuple: # x (C,D,H,W), labels int64 (D,H,W), number of the sample
         epoch, sample, index = key
         g, case = keyed_generator(self.seed, 1, epoch, sample), self.cases[index]
-        x, labels = cut_patch(case.x, case.labels, self.patch_size, g)
+        x, labels = cut_patch(case.x, case.labels, self.patch_size, g, spots=case.spots)
         if self.augmented: x, labels = augment(x, labels, g)
         return x, labels.long(), sample
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['predict', 'load_run', 'predict_case', 'find_inputs', 'main', 'predict_all']
 
-# %% ../nbs/11_inference.ipynb #31cb5efe
+# %% ../nbs/11_inference.ipynb #53c61760
 import argparse, json
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import Task, exit_on_error, expect, to_labels
+from .core import Task, exit_on_error, expect, probabilities, to_labels
 from .volumes import write_volume
 from .egcnn import EGCNN, resize
 from .datasets import Case, find_dataset, iso_size, load_case
 from .training import Settings, infer, make_model
 
-# %% ../nbs/11_inference.ipynb #540d2a00
+# %% ../nbs/11_inference.ipynb #8e03e1f2
 def predict(
     model:nn.Module, # EGCNN, or a bare network
     volume, # (C,D,H,W), array or tensor, normalised intensities
@@ -37,9 +37,8 @@ def predict(
     size = tuple(x.shape[1:])
     inner = iso_size(size, spacing) if spacing is not None else size
     logits = infer(model, resize(x[None], inner)[0], patch_size or (128,)*3, precision)
-    softmax = (activation or getattr(model, "activation", "softmax")) == "softmax"
-    prob = logits.softmax(0) if softmax else logits.sigmoid()
-    return resize(prob[None], size)[0].cpu()
+    prob = probabilities(logits[None], activation or getattr(model, "activation", "softmax"))
+    return resize(prob, size)[0].cpu()
 
 # %% ../nbs/11_inference.ipynb #84a41281
 def load_run(
@@ -56,7 +55,7 @@ def load_run(
     model.load_state_dict(load_file(run/"model.safetensors"))
     return model.eval(), settings, task
 
-# %% ../nbs/11_inference.ipynb #de95b0c5
+# %% ../nbs/11_inference.ipynb #13303c64
 def predict_case(
     model:nn.Module, # of `load_run`
     settings:Settings, # of `load_run`
@@ -66,9 +65,8 @@ def predict_case(
     "Label map of a case on its own grid, computed as in training"
     loaded = load_case(case, task)
     shape = tuple(int(n) for n in loaded.grid.header["dim"][1:4])
-    prob = infer(model, loaded.x, settings.patch_size, settings.precision)
-    prob = prob.softmax(0) if task.activation == "softmax" else prob.sigmoid()
-    labels = to_labels(resize(prob[None], shape), task)[0].cpu().numpy()
+    prob = probabilities(infer(model, loaded.x, settings.patch_size, settings.precision)[None], task.activation)
+    labels = to_labels(resize(prob, shape), task)[0].cpu().numpy()
     return labels.astype(np.uint8 if labels.max(initial=0) < 256 else np.int16), loaded
 
 # %% ../nbs/11_inference.ipynb #ca66daac

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['dice_loss', 'balanced_bce', 'edge_loss', 'gumbel_noise', 'gumbel_softmax_probs', 'consistency_loss', 'EGLoss']
 
-# %% ../nbs/05_losses.ipynb #6def2962
+# %% ../nbs/05_losses.ipynb #1e04c8be
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import expect, keyed_generator
+from .core import expect, keyed_generator, probabilities
 from .sobel import edge_target, flat_face, sobel_magnitude
 
 # %% ../nbs/05_losses.ipynb #20da0fad
@@ -116,7 +116,7 @@ def consistency_loss(
     axes = _space(prob)
     return ((difference*edge).sum(axes)/edge.sum(axes).clamp_min(1)).mean()
 
-# %% ../nbs/05_losses.ipynb #f43faf39
+# %% ../nbs/05_losses.ipynb #11651481
 class EGLoss(nn.Module):
     "Semantic, edge and consistency loss, each by name, and their total (eq. 3)"
     def __init__(self,
@@ -174,9 +174,9 @@ class EGLoss(nn.Module):
         main_logits:Tensor=None, # main stream's own output (B,K,D,H,W)
         keys=None, # names of the noise, one tuple per case
     )->dict: # name -> scalar: total, semantic, edge_dice, edge_bce, consistency
-        squash = (lambda z: _float(z).softmax(1)) if self.activation == "softmax" else (lambda z: _float(z).sigmoid())
+        prob = lambda z: self.foreground(probabilities(_float(z), self.activation))
         outputs, masks = self.supervised(logits, main_logits), self.foreground(target)
-        terms = {"semantic": sum(dice_loss(self.foreground(squash(z)), masks, **self.dice) for z in outputs)/len(outputs)}
+        terms = {"semantic": sum(dice_loss(prob(z), masks, **self.dice) for z in outputs)/len(outputs)}
         terms["edge_dice"] = terms["edge_bce"] = terms["consistency"] = terms["semantic"].new_zeros(())
         if edge_logits is not None:
             edges = edge_target(masks, **self.edge)

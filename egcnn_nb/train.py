@@ -57,7 +57,7 @@ def settings_from(
     return Settings(**{**values, "edge": args.edge == "on", "augment": args.augment == "on",
                        "patch_size": tuple(args.patch_size) if args.patch_size else None})
 
-# %% ../nbs/13_multi_gpu.ipynb #c8f34f24
+# %% ../nbs/13_multi_gpu.ipynb #ce46486d
 def run(
     args:argparse.Namespace, # of `arguments`
 )->None:
@@ -66,7 +66,9 @@ def run(
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda": torch.cuda.set_device(device)
     if many: dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try: fit(settings_from(args), args.resume, device)
+    try:
+        fit(settings_from(args), args.resume, device)
+        if many: dist.barrier()
     finally:
         if many: dist.destroy_process_group()
 

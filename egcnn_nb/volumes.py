@@ -6,8 +6,8 @@
 __all__ = ['Volume', 'read_volume', 'read_labels', 'write_volume', 'smooth_noise', 'distance_from', 'brain_labels',
            'brain_images', 'abdomen', 'write_brain', 'write_abdomen', 'write_data_samples']
 
-# %% ../nbs/01_volumes.ipynb #20ef9f94
-import os, zlib
+# %% ../nbs/01_volumes.ipynb #79ba687b
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from .core import InputError, expect
+from .core import InputError, expect, write_whole
 
 # %% ../nbs/01_volumes.ipynb #cb0f2675
 @dataclass
@@ -65,7 +65,7 @@ def read_labels(
     expect(not odd, path, f"label values such as {odd}", "whole numbers", "resample labels with nearest neighbour")
     return replace(volume, array=whole.astype(np.int16))
 
-# %% ../nbs/01_volumes.ipynb #541c85e0
+# %% ../nbs/01_volumes.ipynb #03be9c6c
 def write_volume(
     path, # file to write, .nii or .nii.gz
     array:np.ndarray, # (D,H,W), saved in its own dtype
@@ -78,10 +78,7 @@ def write_volume(
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(array, like.affine, like.header)
     image.set_data_dtype(array.dtype); image.header.set_slope_inter(1, 0)
-    part = path.with_name(f".part-{os.getpid()}-{path.name}")
-    try: nib.save(image, part); os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
-    return path
+    return write_whole(path, lambda part: nib.save(image, part))
 
 # %% ../nbs/01_volumes.ipynb #960b5bb8
 def smooth_noise(
