@@ -490,7 +490,7 @@ def surface_picture(
     if values is not None: paint = plt.get_cmap(cmap)(np.take_along_axis(np.asarray(values), np.expand_dims(first, axis), axis).squeeze(axis).T[::-1])[..., :3]
     return (np.where(np.isnan(depth)[..., None], 1, (light if values is None else .35+.65*light)[..., None]*paint)*255).astype(np.uint8)
 
-# %% ../nbs/02_viewers.ipynb #e903c9af
+# %% ../nbs/02_viewers.ipynb #d8ba683b
 def _nifti(array, mm):
     "NIfTI file in memory, which is how the browser's viewer receives a volume"
     kind = np.uint8 if array.dtype.kind in "iu" and array.min() >= 0 and array.max() < 256 else np.float32
@@ -522,7 +522,7 @@ class Explorer3d(Explorer):
         self._due = False
         if self.draw is None: return
         for name, n in self.layers.items(): self.viewer.volumes[n].opacity = self.values[name]
-        self.viewer.set_clip_plane(self.values["clip"] if self.values["clip"] < .5 else 2., self.values["turn"], 0.)
+        self.viewer.set_clip_plane(.5-self.values["clip"] if self.values["clip"] else 2., self.values["turn"], 0.)
 
     def close(self)->None:
         "Leave nothing behind: no observer, no widget, no volume"
@@ -540,7 +540,7 @@ def itk_missing()->str: # what is missing, or ""
     except OSError: return f"itkwidgets loads its viewer from {ITK_HOST}, which cannot be reached"
     return ""
 
-# %% ../nbs/02_viewers.ipynb #ec66e7b8
+# %% ../nbs/02_viewers.ipynb #2ed865ef
 def view3d(
     volume, # (D,H,W): array, tensor, Volume, nibabel image or path
     label=None, # whole numbers (D,H,W), any of these kinds
@@ -574,11 +574,11 @@ def _niivue(s, title, height):
     low, high = np.percentile(_sample(s.volume[0]), (2, 99))
     layers = [{"data": _nifti(s.volume[0], s.mm), "name": "volume.nii.gz", "colormap": "gray", "cal_min": float(low), "cal_max": float(max(high, low+1e-6))}]
     layers += [{"data": _nifti(a if n == "label" else (a > 0).astype(np.uint8), s.mm), "name": f"{n}.nii.gz", "opacity": .7} for n, a in s.overlays.items()]
-    viewer.load_volumes(layers)
+    viewer.set_clip_plane_color((1, 1, 1, 0)); viewer.load_volumes(layers)
     tables = {"label": {v: _colour(v) for v in s.names}, "edge": {1: COLOURS["edge"]}}
     for volume, name in zip(viewer.volumes[1:], s.overlays): volume.set_colormap_label(_lut(tables[name]))
     controls = {"volume": _slider("volume", .6, 0., 1., .05), **{n: _slider(n, .7, 0., 1., .05) for n in s.overlays},
-                "clip": _slider("clip plane", .5, -.5, .5, .02), "turn": _slider("its angle", 270, 0, 360, 5)}
+                "clip": _slider("cut away", 0., 0., 1., .05), "turn": _slider("its angle", 270, 0, 360, 5)}
     legend = {n: _colour(v) for v, n in s.names.items()} | ({"edge": COLOURS["edge"]} if "edge" in s.overlays else {})
     return Explorer3d(lambda **_: _still3d(s, title, legend), controls, viewer, {n: i for i, n in enumerate(["volume", *s.overlays])},
                       alt=title, title=title, rows=[["volume", *s.overlays], ["clip", "turn"]])
