@@ -179,10 +179,11 @@ class Explorer(widgets.VBox):
         data = {**data, "image/png": base64.b64encode(to_png(self.static())).decode(), "text/plain": self.alt or "an interactive view"}
         return (data, *rest) if rest else data
 
-# %% ../nbs/02_viewers.ipynb #59d29b5f
+# %% ../nbs/02_viewers.ipynb #ec2f877c
 def explore(
     draw, # function of keyword arguments -> matplotlib figure or uint8 RGB array
     alt:str="", # text for those who cannot see the picture
+    tell=None, # function of the same arguments -> HTML text below the picture, such as a number
     **controls, # argument=(low, high[, step]), list of choices, or bool; start values are draw's defaults
 )->Explorer:
     "Sliders around a drawing function (our choice: one base for every interactive view)"
@@ -192,7 +193,7 @@ def explore(
         if name in starts: c.value = starts[name]
         c.description, c.style.description_width = name.replace("_", " "), "9em"
         if hasattr(c, "continuous_update"): c.layout.width = "32em"
-    return Explorer(draw, made, alt)
+    return Explorer(draw, made, alt, tell=tell)
 
 # %% ../nbs/02_viewers.ipynb #59528c62
 def _cut(a, axis, index, size=None):
