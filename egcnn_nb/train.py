@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['LAUNCH', 'arguments', 'settings_from', 'run', 'main']
 
-# %% ../nbs/13_multi_gpu.ipynb #6547e88a
-import argparse, os, sys
+# %% ../nbs/13_multi_gpu.ipynb #fc6e9ef1
+import argparse, ast, os, sys
 
 import torch
 import torch.distributed as dist
 
-from .core import exit_on_error
+from .core import exit_on_error, expect
 from .training import Settings, fit
 
-# %% ../nbs/13_multi_gpu.ipynb #3bde6478
+# %% ../nbs/13_multi_gpu.ipynb #e35286b2
 LAUNCH = """one process, GPU if there is one:
     egcnn_train DATA --out RUN
 one machine with eight GPUs (or CPU processes):
@@ -46,15 +46,26 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--validation", type=float, default=Settings.validation, help="share of the cases for validation, or their number")
     p.add_argument("--exclude", metavar="FILE", help="names of cases to leave out, one a line")
     p.add_argument("--augment", choices=["on", "off"], default="on", help="flips and intensity changes")
+    p.add_argument("--reading", metavar="NAME=VALUE", action="append", default=[], help="a reading of the paper: an argument of EGCNN or EGLoss, such as attention_relu=False; again for more")
     p.add_argument("--resume", action="store_true", help="go on with the run in RUN")
     return p
+
+def _readings(words):
+    "NAME=VALUE words as a dict; a value that is no Python literal is a string"
+    out = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        expect(equals and name, "--reading", repr(word), "NAME=VALUE")
+        try: out[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError): out[name] = value
+    return out
 
 def settings_from(
     args:argparse.Namespace, # of `arguments`
 )->Settings:
     "Settings of a run from its flags"
-    values = {k: v for k, v in vars(args).items() if k != "resume"}
-    return Settings(**{**values, "edge": args.edge == "on", "augment": args.augment == "on",
+    values = {k: v for k, v in vars(args).items() if k not in ("resume", "reading")}
+    return Settings(**{**values, "readings": _readings(args.reading) or None, "edge": args.edge == "on", "augment": args.augment == "on",
                        "patch_size": tuple(args.patch_size) if args.patch_size else None})
 
 # %% ../nbs/13_multi_gpu.ipynb #ce46486d
