@@ -4,25 +4,31 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'poly_lr', 'Settings', 'reading_for', 'make_model', 'autocast', 'infer', 'validate', 'write_csv',
-           'plot_curves', 'train_epoch', 'prepare', 'describe', 'fit']
+           'draw_curves', 'plot_curves', 'train_epoch', 'prepare', 'describe', 'fit', 'snapshot', 'draw_snapshot',
+           'Dashboard']
 
 # %% ../nbs/10_training.ipynb #c48f93c6
-import csv, inspect, json, time
+import csv, inspect, json, threading, time
 from importlib.metadata import version
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from ipywidgets import Button, FloatSlider, HBox
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import Task, expect, probabilities, seed_everything, to_labels, to_target, write_whole
+from .core import InputError, Task, expect, probabilities, seed_everything, to_labels, to_target, write_whole
+from .viewers import COLOURS, Explorer
 from .losses import EGLoss
 from .backbones import make_backbone
-from .egcnn import EGCNN
+from .egcnn import EGCNN, resize
 from .metrics import score_case
 from .datasets import EpochBatches, Patches, find_dataset, load_case, split_cases
 
@@ -102,17 +108,18 @@ def infer(
     patch_size, # voxels along D, H, W of a window
     precision:str="fp32", # "fp32", "bf16" or "fp16"
     overlap:float=0.25, # of neighbouring windows
-)->Tensor: # float32 logits (K,D,H,W), on the device of the model
-    "Logits of a whole volume, at once or by a sliding window (our choice: MONAI's, Gaussian weights)"
+    answer=None, # function of (model, window (1,C,...)) -> maps (1,M,...); None: the logits
+)->Tensor: # float32 maps (M,D,H,W), by default logits (K,D,H,W), on the device of the model
+    "What a network says of a whole volume, at once or by a sliding window (our choice: MONAI's, Gaussian weights)"
     device, training = next(model.parameters()).device, model.training
-    def logits(window):
-        with autocast(precision, device): out = model(window)
+    def maps(window):
+        with autocast(precision, device): out = answer(model, window) if answer else model(window)
         return (out[0] if isinstance(out, tuple) else out).float()
     model.eval(); x = x[None].to(device)
     try:
-        if all(n <= 1.25*p for n, p in zip(x.shape[2:], patch_size)): return logits(x)[0]
+        if all(n <= 1.25*p for n, p in zip(x.shape[2:], patch_size)): return maps(x)[0]
         from monai.inferers import sliding_window_inference
-        return sliding_window_inference(x, tuple(patch_size), 2, logits, overlap, mode="gaussian", padding_mode="replicate")[0]
+        return sliding_window_inference(x, tuple(patch_size), 2, maps, overlap, mode="gaussian", padding_mode="replicate")[0]
     finally: model.train(training)
 
 # %% ../nbs/10_training.ipynb #02572031
@@ -150,22 +157,28 @@ def write_csv(
     if rows: write_whole(path, write)
 
 # %% ../nbs/10_training.ipynb #84b4c0ed
+TERMS = ("total", "semantic", "edge_dice", "edge_bce", "consistency")
+
+def draw_curves(
+    losses, # matplotlib axes for the loss terms
+    scores, # matplotlib axes for Dice
+    rows:list, # of metrics.csv
+)->None:
+    "Loss terms and validation Dice against the epoch"
+    epochs = [r["epoch"]+1 for r in rows]
+    for ax, title, names in ((losses, "training loss", TERMS), (scores, "validation Dice", [k for k in rows[0] if k.startswith("dice_")])):
+        for n in names: ax.plot(epochs, [float(r[n]) for r in rows], ".-", ms=3, label=n.removeprefix("dice_") if ax is scores else n.replace("_", " "), lw=2 if n in ("total", "dice_mean") else 1)
+        ax.set(title=title, xlabel="epoch"); ax.legend(frameon=False, fontsize=8); ax.grid(alpha=.3); ax.xaxis.get_major_locator().set_params(integer=True)
+    scores.set_ylim(0, 1)
+
 def plot_curves(
     path, # .png file
     rows:list, # of metrics.csv
 )->None:
-    "Loss terms and validation Dice against the epoch"
+    "The curves of a run as a picture"
     if not rows: return
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(9, 3), layout="constrained"); a, b = fig.subplots(1, 2)
-    epochs = [r["epoch"] for r in rows]
-    for ax, names in ((a, [k for k in rows[0] if k in TERMS]), (b, [k for k in rows[0] if k.startswith("dice_")])):
-        for n in names: ax.plot(epochs, [float(r[n]) for r in rows], label=n, lw=2 if n in ("total", "dice_mean") else 1)
-        ax.set_xlabel("epoch"); ax.legend(frameon=False, fontsize=8); ax.grid(alpha=.3)
-    a.set_title("training loss"); b.set_title("validation Dice"); b.set_ylim(0, 1)
+    fig = Figure(figsize=(9, 3), layout="constrained"); draw_curves(*fig.subplots(1, 2), rows)
     write_whole(path, lambda p: fig.savefig(p, format="png", dpi=100))
-
-TERMS = ("total", "semantic", "edge_dice", "edge_bce", "consistency")
 
 # %% ../nbs/10_training.ipynb #050e57da
 def train_epoch(
@@ -243,11 +256,11 @@ def _checkpoint(out, config):
     expect(not differ, out, ", ".join(f"{k} {a}" for k, (a, _) in differ.items()), ", ".join(f"{k} {b}" for k, (_, b) in differ.items()), "resume with the run's own settings")
     return torch.load(out/"checkpoint.pt", map_location="cpu", weights_only=True)
 
-def _begin(settings, resume, rank):
+def _begin(settings, resume, rank, quiet):
     "Check and load everything, then make the run folder, or read the checkpoint of the one that is resumed"
     out = Path(settings.out)
     expect(rank > 0 or resume or not out.exists(), out, "a folder that exists", "a new run folder", "choose another --out, or --resume")
-    task, train, val, notes = prepare(settings, rank > 0)
+    task, train, val, notes = prepare(settings, quiet or rank > 0)
     config = describe(settings, task, train, val)
     state = _checkpoint(out, config) if resume else None
     if rank == 0 and not resume: out.mkdir(parents=True); write_whole(out/"config.json", lambda p: p.write_text(json.dumps(config, indent=1)))
@@ -255,9 +268,9 @@ def _begin(settings, resume, rank):
 
 # %% ../nbs/10_training.ipynb #c5f3a6e0
 def _logger(out, bar):
-    "A function that writes a line to log.txt and beside the progress bar"
+    "A function that writes a line to log.txt and beside the progress bar, where there is one"
     def log(text):
-        bar.write(text)
+        if not bar.disable: bar.write(text)
         with open(out/"log.txt", "a") as f: f.write(text+"\n")
     return log
 
@@ -272,13 +285,14 @@ def fit(
     resume:bool=False, # go on with the run in settings.out
     device:torch.device=torch.device("cpu"), # where it runs
     on_step=None, # called after each step with its loss terms; may raise KeyboardInterrupt to stop the run
-    on_epoch=None, # called after each epoch with its row of metrics.csv and the network
+    on_epoch=None, # called after each epoch with its row of metrics.csv, the network and the validation cases
+    quiet:bool=False, # no progress bar, messages to log.txt alone
 )->list: # rows of metrics.csv
     "Train, validate and save, in this process or as one of several; raises `InputError` before anything is written"
     (rank, world), out = _world(), Path(settings.out)
     expect(settings.precision != "fp16" or device.type == "cuda", "precision", "fp16 on a CPU", "fp32 or bf16")
     reading_for(EGLoss, settings)                                               # a wrong name is told before anything is read
-    task, train, val, notes, state = _begin(settings, resume, rank)
+    task, train, val, notes, state = _begin(settings, resume, rank, quiet)
     model, loss = make_model(settings, task).to(device), EGLoss(task.activation, **reading_for(EGLoss, settings))
     parts = {"model": model, "optimizer": torch.optim.Adam(model.parameters(), settings.lr), "scaler": torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")}
     rows, best = (state["rows"], state["best"]) if state else ([], -1.)
@@ -287,7 +301,7 @@ def fit(
     loader = torch.utils.data.DataLoader(Patches(train, settings.patch_size, settings.seed, settings.augment), batch_sampler=batches,
                                          num_workers=settings.workers, persistent_workers=settings.workers > 0)
     network = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    bar = tqdm(total=settings.epochs*len(loader), initial=len(rows)*len(loader), desc="training", disable=rank > 0)
+    bar = tqdm(total=settings.epochs*len(loader), initial=len(rows)*len(loader), desc="training", disable=quiet or rank > 0)
     log = _logger(out, bar) if rank == 0 else lambda text: None
     for note in notes + ([f"resumed after epoch {len(rows)}"] if state else []): log(note)
     if rank == 0 and not state: _save(out, parts, rows, best)
@@ -303,7 +317,125 @@ def fit(
             best = max(best, dice["mean"])
             if rank == 0: _save(out, parts, rows, best)
             log(f"epoch {epoch+1}/{settings.epochs} loss {terms['total']:.4f} dice {dice['mean']:.4f} best {best:.4f} {time.time()-start:.1f} s")
-            if on_epoch: on_epoch(rows[-1], model)
+            if on_epoch: on_epoch(rows[-1], model, val)
     except KeyboardInterrupt: log(f"stopped by Ctrl-C; {len(rows)} finished epochs are safe in {out}, go on with --resume"); raise
     finally: bar.close(); rank or plot_curves(out/"curves.png", rows)
     return rows
+
+# %% ../nbs/10_training.ipynb #5fc7c44a
+def snapshot(
+    model:nn.Module, # EGCNN or a bare network
+    case, # Loaded, with labels
+    task:Task, # of the dataset
+    settings:Settings, # of the run
+)->dict: # name -> array (D,H,W): "image", "truth", "prediction", and with an edge stream "edge", "attention"
+    "What the network says now about one patch, around the middle of the foreground"
+    spots = case.labels.nonzero().float()
+    middle = spots.median(0).values if len(spots) else torch.tensor(case.labels.shape)/2
+    where = [slice(s := max(0, min(int(c)-p//2, n-p)), s+p) for c, p, n in zip(middle, settings.patch_size, case.labels.shape)]
+    x, training = case.x[(slice(None), *where)][None].to(next(model.parameters()).device), model.training
+    with torch.no_grad(), autocast(settings.precision, x.device): out = model.eval()(x, return_attention=True) if settings.edge else (model.eval()(x),)
+    model.train(training); logits = out[0]
+    shown = {"image": x[0, -1], "truth": case.labels[tuple(where)], "prediction": to_labels(probabilities(logits.float(), task.activation), task)[0]}
+    if settings.edge: shown |= {"edge": out[1][0].float().sigmoid().amax(0), "attention": resize(out[2][-1].float(), x.shape[2:])[0].mean(0)}
+    return {name: np.asarray(t.cpu()) for name, t in shown.items()}
+
+# %% ../nbs/10_training.ipynb #a183ff0f
+def draw_snapshot(
+    axes, # matplotlib axes, one for each of image, prediction, edge, attention
+    shown:dict, # of `snapshot`
+    at:float, # slice along k, 0 to 1
+)->None:
+    "One slice of a snapshot; the outline of the truth in green"
+    k = round(at*(shown["image"].shape[-1]-1)); cut = {n: a[..., k].T for n, a in shown.items()}
+    values = [v for v in np.unique(shown["truth"]) if v]
+    axes[0].imshow(cut["image"], cmap="gray", origin="lower")
+    axes[1].imshow(cut["image"], cmap="gray", origin="lower")
+    for v in values: axes[1].imshow(np.ma.masked_not_equal(cut["prediction"], v), cmap=ListedColormap([COLOURS.get(int(v), COLOURS["prediction"])]), alpha=.6, origin="lower")
+    for ax, name, cmap in zip(axes[2:], ("edge", "attention"), ("inferno", "magma")):
+        if name in cut: ax.imshow(cut[name], cmap=cmap, vmin=0, vmax=1, origin="lower")
+    for ax, name in zip(axes, ("image, truth", "prediction", "predicted edge", "attention α, 0 to 1")):
+        ax.set_title(name, fontsize=9); ax.axis("off")
+        if (cut["truth"] > 0).any(): ax.contour(cut["truth"] > 0, [.5], colors=COLOURS["truth"], linewidths=1)
+
+# %% ../nbs/10_training.ipynb #a3e9191a
+class Dashboard(Explorer):
+    "A run in a thread of its own: curves, one slice after each epoch, and buttons that hold, stop and take it up again"
+    def __init__(self,
+        settings:Settings, # of the run
+        resume:bool=False, # begin with a run that is already in settings.out
+    ):
+        self.settings, self.resume, self.rows, self.shown, self.message, self.thread = settings, resume, [], None, "press start", None
+        self.steps, self.epochs, self.busy, self.told, self.paused, self.stopped = 0, 0, 0., 0., threading.Event(), threading.Event()
+        self.buttons = {n: Button(description=n, tooltip=t) for n, t in (("start", "begin, or go on"), ("pause", "hold between two steps"), ("stop", "end after the last finished epoch"))}
+        at = FloatSlider(.5, min=0, max=1, step=.02, description="slice")
+        super().__init__(self.picture, {"at": at}, "loss terms, Dice and learning rate of a run, and a slice with prediction, edge and attention", tell=self.status)
+        for name, button in self.buttons.items(): button.on_click(lambda _, act=getattr(self, name): act())
+        self.children = [HBox(list(self.buttons.values())), *self.children]
+
+    def picture(self, at):
+        "Curves above, the slice below"
+        fig = Figure(figsize=(11, 5.6), layout="constrained"); axes = fig.subplots(2, 4)
+        for ax in axes.flat: ax.axis("off")
+        if not self.rows: axes[0, 0].text(0, .5, "curves appear after the first epoch"); return fig
+        for ax in axes[0, :3]: ax.axis("on")
+        draw_curves(axes[0, 0], axes[0, 1], self.rows)
+        axes[0, 2].plot([r["epoch"]+1 for r in self.rows], [r["lr"] for r in self.rows], ".-", color=COLOURS["edge"]); axes[0, 2].set(title="learning rate", xlabel="epoch"); axes[0, 2].grid(alpha=.3)
+        draw_snapshot(axes[1], self.shown, at); return fig
+
+    def status(self, at):
+        "The line below: state, epoch, step, time left"
+        done = f"epoch {len(self.rows)} of {self.settings.epochs} done, step {self.steps}"
+        left = f", about {(self.settings.epochs-len(self.rows))*self.busy/self.epochs:.0f} s left" if self.epochs else ""
+        return f"<b>{self.message}</b> &middot; {done}{left}"
+
+    def start(self)->None:
+        "Begin, go on after a pause, or take up a stopped run again"
+        self.paused.clear(); self.stopped.clear()
+        if self.thread is None or not self.thread.is_alive(): self.thread = threading.Thread(target=self._train, daemon=True); self.thread.start()
+
+    def pause(self)->None:
+        "Hold the run between two steps"
+        self.paused.set()
+
+    def stop(self)->None:
+        "End the run; its finished epochs are safe"
+        self.stopped.set()
+
+    def wait(self)->"Dashboard":
+        "Until the run has ended"
+        if self.thread: self.thread.join()
+        return self
+
+    def close(self)->None:
+        "Stop the run, and leave no widget behind"
+        self.stop(); super().close()
+
+    def _train(self):
+        self.message, self.mark = "reading cases", time.time()
+        try:
+            self.task = find_dataset(self.settings.data).task
+            fit(self.settings, self.resume, on_step=self._step, on_epoch=self._epoch, quiet=True)
+            self.message = "finished"
+        except KeyboardInterrupt: self.message = f"stopped; {len(self.rows)} finished epochs are safe in {self.settings.out}, start goes on from there"
+        except InputError as e: self.message = str(e)
+        self.redraw()
+
+    def _step(self, terms):
+        self.resume, self.steps = True, self.steps+1                # the run folder exists now
+        self.busy += time.time()-self.mark
+        self.message = f"training, loss {terms['total']:.3f}"
+        if time.time()-self.told > .2: self._say()
+        if self.paused.is_set(): self.message = "paused"; self._say()
+        while self.paused.is_set() and not self.stopped.is_set(): time.sleep(.02)
+        if self.stopped.is_set(): raise KeyboardInterrupt
+        self.mark = time.time()
+
+    def _say(self):
+        self.told = time.time()
+        if self.tell: self.readout.value = self.tell(**self.values)
+
+    def _epoch(self, row, model, val):
+        with open(Path(self.settings.out)/"metrics.csv", newline="") as f: self.rows = [{k: float(v) for k, v in r.items()} for r in csv.DictReader(f)]
+        self.epochs += 1
+        self.shown = snapshot(model, val[0], self.task, self.settings); self.redraw()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Volume', 'read_array', 'read_volume', 'read_labels', 'write_volume', 'smooth_noise', 'distance_from', 'brain_labels',
-           'brain_images', 'abdomen', 'write_brain', 'write_abdomen', 'write_data_samples']
+           'brain_images', 'abdomen', 'brain', 'write_brain', 'write_abdomen', 'write_data_samples']
 
 # %% ../nbs/01_volumes.ipynb #79ba687b
 import zlib
@@ -137,16 +137,17 @@ def brain_images(
     rng:np.random.Generator, # source of randomness
     head:np.ndarray, # (D,H,W) bool
     labels:np.ndarray, # (D,H,W) with the values 0 1 2 4
+    swap:float=0., # share of their textures that tumor and tissue exchange; the mean of each stays
 )->dict: # modality -> int16 (D,H,W), 0 outside the head
     "The four modalities of a brain phantom: blurred tissue, texture, a false friend, a bias field, noise"
     shape = head.shape
-    tissue = np.where(labels == 0, smooth_noise(rng, shape, 3) > 0, 0).astype(int)
-    tissue[labels > 0] = np.array([0, 2, 3, 3, 4])[labels[labels > 0]]
+    blobs, part = smooth_noise(rng, shape, 3) > 0, np.array([0, 2, 3, 3, 4])[labels]
     friend = np.exp(-3*distance_from(rng.uniform(.3, .7, 3)*shape, shape, [.4*min(shape)]*3)**2)*(labels == 0)
     grain, bias = smooth_noise(rng, shape, 1.2), 1 + .1*smooth_noise(rng, shape, 12)
     images = {}
     for name, mean in _CONTRAST.items():
-        x = gaussian_filter(np.take(mean, tissue).astype(float), .7)
+        base, spots = np.where(part == 0, sum(mean[:2])/2, np.take(mean, part)), (mean[1]-mean[0])*(blobs-.5)      # grey and white in blobs
+        x = gaussian_filter(base + spots*np.where(part == 0, 1-swap, swap), .7)
         x += friend*(mean[3]-mean[0])*1.3 + 28*grain + 30*rng.standard_normal(shape)
         images[name] = np.rint(np.where(head, (x*bias).clip(1), 0)/8).astype(np.int16)*8
     return images
@@ -175,18 +176,25 @@ def abdomen(
     return (np.rint(hu/4)*4).clip(-1024, 2000).astype(np.int16), labels
 
 # %% ../nbs/01_volumes.ipynb #94e3e3b9
+def brain(
+    number:int, # seed of the phantom; every third has a low grade
+    swap:float=0., # see `brain_images`
+    shape:tuple=(48, 56, 44), # (D,H,W)
+)->tuple: # images (modality -> int16 (D,H,W)), labels int16 (D,H,W)
+    "A brain phantom in memory: a number always gives the same tumor in the same head"
+    rng = np.random.default_rng(number)
+    head, labels = brain_labels(rng, shape, number % 3 != 0)
+    return brain_images(rng, head, labels, swap), labels
+
 def write_brain(
     root:Path, # dataset folder
     number:int, # seed and name of the case
-    shape:tuple=(48, 56, 44), # (D,H,W)
 )->Path: # folder of the case
-    "Write one brain phantom in the layout of BraTS 2019; every third has a low grade"
-    high, rng = number % 3 != 0, np.random.default_rng(number)
-    head, labels = brain_labels(rng, shape, high)
+    "Write one brain phantom in the layout of BraTS 2019: high grades in HGG/, low ones in LGG/"
+    images, labels = brain(number)
     name = f"BraTS19_PHANTOM_{number:03d}_1"
-    folder, grid = Path(root)/("HGG" if high else "LGG")/name, Volume(labels, np.diag([-1., -1, 1, 1]))
-    for kind, array in {**brain_images(rng, head, labels), "seg": labels.astype(np.uint8)}.items():
-        write_volume(folder/f"{name}_{kind}.nii.gz", array, grid)
+    folder, grid = Path(root)/("HGG" if number % 3 else "LGG")/name, Volume(labels, np.diag([-1., -1, 1, 1]))
+    for kind, array in {**images, "seg": labels.astype(np.uint8)}.items(): write_volume(folder/f"{name}_{kind}.nii.gz", array, grid)
     return folder
 
 # %% ../nbs/01_volumes.ipynb #c93c7ade
