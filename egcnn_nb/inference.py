@@ -190,15 +190,13 @@ class ScanExplorer(Explorer):
         self.children = [*self.paths.values(), HBox(list(self.buttons.values())), *self.children]
 
     def picture(self, plane, at):
-        "Four maps of one slice"
-        fig = Figure(figsize=(11, 3.2), layout="constrained")
-        if self.seen is None: fig.text(.02, .5, "press predict"); return fig
+        "Five maps of one slice"
+        fig = Figure(figsize=(12, 3 if self.seen else .5), layout="constrained")
+        if self.seen is None: fig.text(.01, .4, "press predict"); return fig
         turned = {n: np.moveaxis(self.seen[n], plane, -1) for n in ("image", "labels", "edge", "attention", "uncertainty") if n in self.seen}
-        axes, k = fig.subplots(1, 4), round(at*(turned["image"].shape[-1]-1))
-        draw_snapshot(axes, {**turned, "truth": turned["labels"], "prediction": turned["labels"]}, at)
-        axes[0].set_title("scan, predicted outline", fontsize=9)
-        if "edge" not in turned: [ax.clear() or ax.axis("off") for ax in axes[1:3]]
-        axes[3].clear(); axes[3].imshow(turned["uncertainty"][..., k].T, cmap="viridis", vmin=0, vmax=1, origin="lower"); axes[3].set_title("uncertainty, 0 to 1", fontsize=9); axes[3].axis("off")
+        axes, k = fig.subplots(1, 5), round(at*(turned["image"].shape[-1]-1))
+        draw_snapshot(axes[:4], {**turned, "truth": turned["labels"], "prediction": turned["labels"]}, at, "predicted outline")
+        axes[4].imshow(turned["uncertainty"][..., k].T, cmap="viridis", vmin=0, vmax=1, origin="lower"); axes[4].set_title("uncertainty, 0 to 1", fontsize=9); axes[4].axis("off")
         return fig
 
     def tried(self, act)->None:

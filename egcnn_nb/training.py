@@ -345,18 +345,19 @@ def draw_snapshot(
     axes, # matplotlib axes, one for each of image, prediction, edge, attention
     shown:dict, # of `snapshot`
     at:float, # slice along k, 0 to 1
+    outline:str="truth", # what the green outline is
 )->None:
-    "One slice of a snapshot; the outline of the truth in green"
+    "One slice of a snapshot, an outline over it; without an edge stream two axes stay empty"
     k = round(at*(shown["image"].shape[-1]-1)); cut = {n: a[..., k].T for n, a in shown.items()}
-    values = [v for v in np.unique(shown["truth"]) if v]
-    axes[0].imshow(cut["image"], cmap="gray", origin="lower")
-    axes[1].imshow(cut["image"], cmap="gray", origin="lower")
-    for v in values: axes[1].imshow(np.ma.masked_not_equal(cut["prediction"], v), cmap=ListedColormap([COLOURS.get(int(v), COLOURS["prediction"])]), alpha=.6, origin="lower")
-    for ax, name, cmap in zip(axes[2:], ("edge", "attention"), ("inferno", "magma")):
-        if name in cut: ax.imshow(cut[name], cmap=cmap, vmin=0, vmax=1, origin="lower")
-    for ax, name in zip(axes, ("image, truth", "prediction", "predicted edge", "attention α, 0 to 1")):
-        ax.set_title(name, fontsize=9); ax.axis("off")
+    for ax, name, title in zip(axes, ("image", "prediction", "edge", "attention"), (f"image, {outline}", "prediction", "predicted edge", "attention α, 0 to 1")):
+        ax.axis("off")
+        if name not in cut: continue
+        if name in ("image", "prediction"): ax.imshow(cut["image"], cmap="gray", origin="lower")
+        else: ax.imshow(cut[name], cmap="inferno" if name == "edge" else "magma", vmin=0, vmax=1, origin="lower")
+        if name == "prediction":
+            for v in filter(None, np.unique(shown[name])): ax.imshow(np.ma.masked_not_equal(cut[name], v), cmap=ListedColormap([COLOURS.get(int(v), COLOURS["prediction"])]), alpha=.6, origin="lower")
         if (cut["truth"] > 0).any(): ax.contour(cut["truth"] > 0, [.5], colors=COLOURS["truth"], linewidths=1)
+        ax.set_title(title, fontsize=9)
 
 # %% ../nbs/10_training.ipynb #a3e9191a
 class Dashboard(Explorer):
@@ -375,9 +376,10 @@ class Dashboard(Explorer):
 
     def picture(self, at):
         "Curves above, the slice below"
-        fig = Figure(figsize=(11, 5.6), layout="constrained"); axes = fig.subplots(2, 4)
+        fig = Figure(figsize=(11, 5.6 if self.rows else .5), layout="constrained")
+        if not self.rows: fig.text(.01, .4, "curves and pictures appear after the first epoch"); return fig
+        axes = fig.subplots(2, 4)
         for ax in axes.flat: ax.axis("off")
-        if not self.rows: axes[0, 0].text(0, .5, "curves appear after the first epoch"); return fig
         for ax in axes[0, :3]: ax.axis("on")
         draw_curves(axes[0, 0], axes[0, 1], self.rows)
         axes[0, 2].plot([r["epoch"]+1 for r in self.rows], [r["lr"] for r in self.rows], ".-", color=COLOURS["edge"]); axes[0, 2].set(title="learning rate", xlabel="epoch"); axes[0, 2].grid(alpha=.3)
