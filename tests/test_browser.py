@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist",
          "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
-VIEWS = {"02_viewers": 4, "03_sobel": 4, "04_gate": 1, "05_losses": 4, "06_backbones": 1, "07_egcnn": 3, "10_training": 1, "11_inference": 5}   # notebook -> views in it
+VIEWS = {"02_viewers": 4, "03_sobel": 3, "04_gate": 1, "05_losses": 4, "06_backbones": 1, "07_egcnn": 3, "10_training": 1, "11_inference": 5}   # notebook -> views in it
 HERE = re.compile(r"(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|data:|blob:|about:")
 CURRENT = "window.jupyterapp.shell.currentWidget"
 
@@ -27,7 +27,8 @@ def shots(tmp_path_factory):
 def work(tmp_path_factory):
     "A copy of the notebooks and their data, since the front end saves into it"
     folder = tmp_path_factory.mktemp("work")
-    for name in ("nbs", "data_samples"): shutil.copytree(ROOT/name, folder/name)
+    for name in ("nbs", "data_samples", "egcnn_nb"): shutil.copytree(ROOT/name, folder/name)
+    shutil.copy(ROOT/"settings.ini", folder)                                # the last cell of each notebook exports
     return folder
 
 def serve(app, folder, log):
