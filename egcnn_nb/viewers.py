@@ -9,6 +9,7 @@ __all__ = ['COLOURS', 'PLANES', 'ITK_HOST', 'HEAT', 'Picture', 'Keys', 'to_png',
 # %% ../nbs/02_viewers.ipynb #7d2062be
 import asyncio, base64, gzip, hashlib, importlib.util, io, socket, threading
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import anywidget
@@ -58,6 +59,11 @@ class Keys(anywidget.AnyWidget):
     export default { render({ el }) { el.style.display = "none"; } };
     """
 
+@cache
+def _keys():
+    "One for all views, and never closed"
+    return Keys()
+
 # %% ../nbs/02_viewers.ipynb #f9479063
 def to_png(
     picture, # matplotlib figure, or uint8 RGB array (H,W,3)
@@ -104,6 +110,7 @@ def _close_earlier(view):
 
 def _close_widget(widget):
     "Close a widget with its children, its layout and its style"
+    if isinstance(widget, Keys): return
     for child in getattr(widget, "children", ()): _close_widget(child)
     for part in (getattr(widget, "layout", None), getattr(widget, "style", None)):
         if isinstance(part, widgets.Widget): part.close()
@@ -126,7 +133,7 @@ class Explorer(widgets.VBox):
         self._due, self._lock = False, threading.Lock()
         for c in controls.values(): c.observe(self.update, "value")
         lines = [widgets.HBox([controls[n] for n in row], layout={"flex_flow": "row wrap"}) for row in rows or [[n] for n in controls]]
-        super().__init__([*lines, self.stage(), *([self.readout] if tell else []), Keys()])
+        super().__init__([*lines, self.stage(), *([self.readout] if tell else []), _keys()])
         _close_earlier(self); self.redraw()
 
     def stage(self):

@@ -76,6 +76,7 @@ def run_all(page, url):
     page.goto(url, timeout=90_000)
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
     page.wait_for_function(f"() => window.jupyterapp && {CURRENT}?.sessionContext?.session?.kernel?.status == 'idle'", timeout=120_000)
+    page.errors.clear()                                               # what the front end says of itself while it starts
     page.evaluate("() => { window.ran = 0; window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => window.ran = 1) }")
     page.wait_for_function("() => window.ran == 1", timeout=400_000)
     page.wait_for_timeout(2500)
