@@ -24,7 +24,7 @@ from .volumes import read_volume, write_volume
 from .viewers import COLOURS, Explorer
 from .egcnn import PRETRAINED, resize
 from .datasets import Case, find_dataset, iso_size, load_case
-from .training import Settings, draw_snapshot, infer, make_model
+from .training import Settings, draw_snapshot, infer, label_legend, make_model
 
 # %% ../nbs/11_inference.ipynb #8e03e1f2
 def predict(
@@ -191,13 +191,13 @@ class ScanExplorer(Explorer):
 
     def picture(self, plane, at):
         "Five maps of one slice"
-        fig = Figure(figsize=(12, 3 if self.seen else .5), layout="constrained")
+        fig = Figure(figsize=(12, 3.2 if self.seen else .5), layout="constrained")
         if self.seen is None: fig.text(.01, .4, "press predict"); return fig
         turned = {n: np.moveaxis(self.seen[n], plane, -1) for n in ("image", "labels", "edge", "attention", "uncertainty") if n in self.seen}
         axes, k = fig.subplots(1, 5), round(at*(turned["image"].shape[-1]-1))
         draw_snapshot(axes[:4], {**turned, "truth": turned["labels"], "prediction": turned["labels"]}, at, "predicted outline")
         axes[4].imshow(turned["uncertainty"][..., k].T, cmap="viridis", vmin=0, vmax=1, origin="lower"); axes[4].set_title("uncertainty, 0 to 1", fontsize=9); axes[4].axis("off")
-        return fig
+        label_legend(fig, self.task, "predicted outline"); return fig
 
     def tried(self, act)->None:
         "Do it; what is wrong with the input is told below the picture"
@@ -210,7 +210,7 @@ class ScanExplorer(Explorer):
         model, settings, task = load_run(self.paths["run"].value.strip())
         found = find_inputs([self.paths["scan"].value.strip()], task)
         expect(len(found) == 1, self.paths["scan"].value, f"{len(found)} cases", "one scan", "name the folder of one case")
-        self.case, self.seen = found[0], look_inside(model, settings, task, found[0])
+        self.case, self.task, self.seen = found[0], task, look_inside(model, settings, task, found[0])
         self.message = " &middot; ".join(f"{r} <b>{ml:.2f} ml</b> ({low:.2f} to {high:.2f})" for r, (ml, low, high) in self.seen["ml"].items())
         self.controls["at"].value = float((self.seen["labels"] > 0).sum((0, 1)).argmax()/max(self.seen["labels"].shape[2]-1, 1)); self.redraw()
 

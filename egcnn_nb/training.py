@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TERMS', 'poly_lr', 'Settings', 'reading_for', 'make_model', 'autocast', 'infer', 'validate', 'write_csv',
            'draw_curves', 'plot_curves', 'train_epoch', 'prepare', 'describe', 'fit', 'snapshot', 'draw_snapshot',
-           'Dashboard']
+           'label_legend', 'Dashboard']
 
 # %% ../nbs/10_training.ipynb #c48f93c6
 import csv, inspect, json, threading, time
@@ -20,6 +20,8 @@ import torch.distributed as dist
 from ipywidgets import Button, FloatSlider, HBox
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -359,6 +361,15 @@ def draw_snapshot(
         if (cut["truth"] > 0).any(): ax.contour(cut["truth"] > 0, [.5], colors=COLOURS["truth"], linewidths=1)
         ax.set_title(title, fontsize=9)
 
+def label_legend(
+    fig:Figure, # to which it is added, below
+    task:Task, # whose labels are shown
+    outline:str="outline of the truth", # what the green line is
+)->None:
+    "The colours of the labels by name"
+    shown = [Patch(color=COLOURS.get(v, COLOURS["prediction"]), label=n) for v, n in task.labels.items() if v]
+    fig.legend(handles=[*shown, Line2D([], [], color=COLOURS["truth"], label=outline)], loc="outside lower center", ncols=len(shown)+1, frameon=False, fontsize=9)
+
 # %% ../nbs/10_training.ipynb #a3e9191a
 class Dashboard(Explorer):
     "A run in a thread of its own: curves, one slice after each epoch, and buttons that hold, stop and take it up again"
@@ -382,8 +393,8 @@ class Dashboard(Explorer):
         for ax in axes.flat: ax.axis("off")
         for ax in axes[0, :3]: ax.axis("on")
         draw_curves(axes[0, 0], axes[0, 1], self.rows)
-        axes[0, 2].plot([r["epoch"]+1 for r in self.rows], [r["lr"] for r in self.rows], ".-", color=COLOURS["edge"]); axes[0, 2].set(title="learning rate", xlabel="epoch"); axes[0, 2].grid(alpha=.3)
-        draw_snapshot(axes[1], self.shown, at); return fig
+        axes[0, 2].plot([r["epoch"]+1 for r in self.rows], [r["lr"] for r in self.rows], ".-", color=COLOURS["edge"]); axes[0, 2].set(title="learning rate", xlabel="epoch"); axes[0, 2].grid(alpha=.3); axes[0, 2].ticklabel_format(axis="y", style="sci", scilimits=(0, 0)); axes[0, 2].xaxis.get_major_locator().set_params(integer=True)
+        draw_snapshot(axes[1], self.shown, at); label_legend(fig, self.task); return fig
 
     def status(self, at):
         "The line below: state, epoch, step, time left"
