@@ -561,8 +561,8 @@ ITK_HOSTS = ("cdn.jsdelivr.net", "dweb.link")       # where itkwidgets 1.0 has i
 
 def itk_missing()->str: # what is missing, or ""
     "Why the backend itk cannot draw here: not installed, or a server of its viewer cannot be reached"
-    for name in ("itkwidgets", "imjoy_jupyterlab_extension"):
-        if not importlib.util.find_spec(name): return f"{name} is not installed (pip install 'egcnn_nb[itk]')"
+    for name, source in (("itkwidgets", "'egcnn_nb[itk]'"), ("imjoy_jupyterlab_extension", "imjoy-jupyterlab-extension")):
+        if not importlib.util.find_spec(name): return f"{name} is not installed (pip install {source})"
     for host in ITK_HOSTS:
         try: socket.create_connection((host, 443), 2).close()
         except OSError: return f"itkwidgets loads its viewer from {host}, which cannot be reached"

@@ -53,3 +53,11 @@ def test_notebooks_are_committed_with_outputs_and_without_state():
         assert any(c.get("outputs") for c in content["cells"]), nb.name
         assert nb.stat().st_size < 500*1024, nb.name
         assert not [o for c in content["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"], nb.name
+
+def test_every_picture_has_a_text_for_those_who_cannot_see_it():
+    for nb in (ROOT/"nbs").glob("[0-9]*.ipynb"):
+        for cell in json.loads(nb.read_text())["cells"]:
+            for out in cell.get("outputs", []):
+                if "image/png" not in out.get("data", {}): continue
+                alt = out["metadata"].get("image/png", {}).get("alt", "")
+                assert len(alt) > 20 and not alt.startswith("<"), (nb.name, cell["id"], alt)
