@@ -40,7 +40,7 @@ def serve(app, folder, log):
     words = ["--no-browser", "--allow-root", f"--port={port}", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}",
              f"--{'LabApp' if app == 'lab' else 'JupyterNotebookApp'}.expose_app_in_browser=True"]
     process = subprocess.Popen([sys.executable, "-m", "jupyter", app, *words], stdout=open(log, "w"), stderr=subprocess.STDOUT,
-                               env={**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(settings.parent)})
+                               env={**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(settings.parent), "OMP_NUM_THREADS": "1"})
     deadline = time.time()+60
     while True:
         try: socket.create_connection(("127.0.0.1", port), 1).close(); break
