@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import InputError, Task, exit_on_error, expect, probabilities, region_masks, to_labels
-from .volumes import read_volume, write_volume
+from .volumes import read_array, read_volume, write_volume
 from .viewers import COLOURS, Explorer
 from .egcnn import PRETRAINED, resize
 from .datasets import Case, find_dataset, iso_size, load_case
@@ -84,7 +84,8 @@ def find_inputs(
     for path in map(Path, paths):
         expect(path.exists(), path, "no such file or folder", "a NIfTI file, a case folder or a dataset folder")
         if path.is_file():
-            expect(len(task.channels) == 1, path, "one file", f"a case folder with the channels {list(task.channels)}", f"{task.name} has several channels")
+            channels = (*read_array(path)[0].shape, 1)[3] if len(task.channels) > 1 else 1
+            expect(len(task.channels) == channels, path, f"one file of {channels} channel{'s'*(channels > 1)}", f"a case folder, or one 4D file, with the channels {list(task.channels)}", f"{task.name} has several channels")
             cases.append(Case(path.name.removesuffix(".gz").removesuffix(".nii"), (path,)))
             continue
         found = find_dataset(path)
