@@ -28,7 +28,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 def arguments()->argparse.ArgumentParser:
     "The flags of `egcnn_train`, with the defaults of `Settings`"
-    p = argparse.ArgumentParser("egcnn_train", description="Train EG-CNN, or a bare backbone, on BraTS 2019, KiTS 2019 or a Decathlon task.",
+    p = argparse.ArgumentParser("egcnn_train", description="Train EG-CNN, or a bare backbone, on BraTS, KiTS, a Decathlon task, an nnU-Net folder or a table of cases.",
                                 formatter_class=_Help, epilog=LAUNCH, allow_abbrev=False)
     p.add_argument("data", metavar="DATA", help="dataset folder")
     p.add_argument("--out", required=True, metavar="RUN", help="run folder to write")
