@@ -83,7 +83,7 @@ def run_all(page, url):
     page.wait_for_timeout(2500)
     return page.evaluate(f"() => [...{CURRENT}.content.model.cells].flatMap(c => c.outputs ? [...Array(c.outputs.length).keys()].map(i => c.outputs.get(i).toJSON()) : [])")
 
-def pixels(element): return np.asarray(Image.open(io.BytesIO(element.screenshot())).convert("RGB"), np.int16)
+def pixels(element, **kw): return np.asarray(Image.open(io.BytesIO(element.screenshot(**kw))).convert("RGB"), np.int16)
 
 def picture_of(view):
     "The element of a view in which something is drawn"

@@ -41,7 +41,8 @@ def test_equal_runs_give_equal_files_whatever_the_workers(run, tmp_path):
 
 def interrupted(out, sig):
     "Start the small run and send `sig` once two epochs are in its log"
-    process = subprocess.Popen([sys.executable, "-m", "egcnn_nb.train", str(SAMPLES/"kits2019"), "--out", str(out), *QUICK], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "egcnn_nb.train", str(SAMPLES/"kits2019"), "--out", str(out), *QUICK], stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))                # a shell's background job ignores Ctrl-C, and so do its children
     deadline = time.time()+300
     while not ((out/"log.txt").exists() and (out/"log.txt").read_text().count("epoch ") >= 2):
         assert process.poll() is None and time.time() < deadline
