@@ -561,7 +561,7 @@ ITK_HOSTS = ("cdn.jsdelivr.net", "dweb.link")       # where itkwidgets 1.0 has i
 
 def itk_missing()->str: # what is missing, or ""
     "Why the backend itk cannot draw here: not installed, or a server of its viewer cannot be reached"
-    for name, source in (("itkwidgets", "'egcnn_nb[itk]'"), ("imjoy_jupyterlab_extension", "imjoy-jupyterlab-extension")):
+    for name, source in (("itkwidgets", "'egcnn_nb[itk]'"), ("imjoy_jupyterlab_extension", "imjoy-jupyterlab-extension"), ("imjoy_elfinder", "imjoy-elfinder")):
         if not importlib.util.find_spec(name): return f"{name} is not installed (pip install {source})"
     for host in ITK_HOSTS:
         try: socket.create_connection((host, 443), 2).close()

@@ -31,7 +31,7 @@ def work(tmp_path_factory):
     shutil.copy(ROOT/"settings.ini", folder)                                # the last cell of each notebook exports
     return folder
 
-def serve(app, folder, log):
+def serve(app, folder, log, python=sys.executable, extra=()):
     "Start a Jupyter front end on a free port: process and address"
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     settings = folder.parent/"settings/@jupyterlab"
@@ -39,7 +39,7 @@ def serve(app, folder, log):
         file = settings/f"{name}.jupyterlab-settings"; file.parent.mkdir(parents=True, exist_ok=True); file.write_text(value)   # every cell is in the page; no question over it
     words = ["--no-browser", "--allow-root", f"--port={port}", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}",
              f"--{'LabApp' if app == 'lab' else 'JupyterNotebookApp'}.expose_app_in_browser=True"]
-    process = subprocess.Popen([sys.executable, "-m", "jupyter", app, *words], stdout=open(log, "w"), stderr=subprocess.STDOUT,
+    process = subprocess.Popen([python, "-m", "jupyterlab" if app == "lab" else app, *words, *extra], stdout=open(log, "w"), stderr=subprocess.STDOUT,
                                env={**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(settings.parent), "OMP_NUM_THREADS": "1"})
     deadline = time.time()+60
     while True:
