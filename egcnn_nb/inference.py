@@ -213,7 +213,8 @@ class ScanExplorer(Explorer):
         expect(len(found) == 1, self.paths["scan"].value, f"{len(found)} cases", "one scan", "name the folder of one case")
         self.case, self.task, self.seen = found[0], task, look_inside(model, settings, task, found[0])
         self.message = " &middot; ".join(f"{r} <b>{ml:.2f} ml</b> ({low:.2f} to {high:.2f})" for r, (ml, low, high) in self.seen["ml"].items())
-        self.controls["at"].value = float((self.seen["labels"] > 0).sum((0, 1)).argmax()/max(self.seen["labels"].shape[2]-1, 1)); self.redraw()
+        voxels = (np.moveaxis(self.seen["labels"], self.values["plane"], -1) > 0).sum((0, 1))
+        self.controls["at"].value = float(voxels.argmax()/max(len(voxels)-1, 1)); self.redraw()
 
     def save(self)->list: # the files
         "Write labels, edge, attention and uncertainty beside the scan; raises `InputError` if one is there already"

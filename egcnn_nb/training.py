@@ -30,7 +30,7 @@ from .core import InputError, Task, expect, probabilities, seed_everything, to_l
 from .viewers import COLOURS, Explorer
 from .losses import EGLoss
 from .backbones import make_backbone
-from .egcnn import EGCNN, resize
+from .egcnn import EGCNN, evaluating, logits_of, resize
 from .metrics import score_case
 from .datasets import EpochBatches, Patches, find_dataset, load_case, split_cases
 
@@ -113,16 +113,15 @@ def infer(
     answer=None, # function of (model, window (1,C,...)) -> maps (1,M,...); None: the logits
 )->Tensor: # float32 maps (M,D,H,W), by default logits (K,D,H,W), on the device of the model
     "What a network says of a whole volume, at once or by a sliding window (our choice: MONAI's, Gaussian weights)"
-    device, training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     def maps(window):
         with autocast(precision, device): out = answer(model, window) if answer else model(window)
-        return (out[0] if isinstance(out, tuple) else out).float()
-    model.eval(); x = x[None].to(device)
-    try:
+        return logits_of(out, window.dim()-2).float()
+    x = x[None].to(device)
+    with evaluating(model):
         if all(n <= 1.25*p for n, p in zip(x.shape[2:], patch_size)): return maps(x)[0]
         from monai.inferers import sliding_window_inference
         return sliding_window_inference(x, tuple(patch_size), 2, maps, overlap, mode="gaussian", padding_mode="replicate")[0]
-    finally: model.train(training)
 
 # %% ../nbs/10_training.ipynb #02572031
 def _world():
@@ -335,9 +334,9 @@ def snapshot(
     spots = case.labels.nonzero().float()
     middle = spots.median(0).values if len(spots) else torch.tensor(case.labels.shape)/2
     where = [slice(s := max(0, min(int(c)-p//2, n-p)), s+p) for c, p, n in zip(middle, settings.patch_size, case.labels.shape)]
-    x, training = case.x[(slice(None), *where)][None].to(next(model.parameters()).device), model.training
-    with torch.no_grad(), autocast(settings.precision, x.device): out = model.eval()(x, return_attention=True) if settings.edge else (model.eval()(x),)
-    model.train(training); logits = out[0]
+    x = case.x[(slice(None), *where)][None].to(next(model.parameters()).device)
+    with torch.no_grad(), evaluating(model), autocast(settings.precision, x.device): out = model(x, return_attention=True) if settings.edge else (model(x),)
+    logits = out[0]
     shown = {"image": x[0, -1], "truth": case.labels[tuple(where)], "prediction": to_labels(probabilities(logits.float(), task.activation), task)[0]}
     if settings.edge: shown |= {"edge": out[1][0].float().sigmoid().amax(0), "attention": resize(out[2][-1].float(), x.shape[2:])[0].mean(0)}
     return {name: np.asarray(t.cpu()) for name, t in shown.items()}
@@ -432,7 +431,8 @@ class Dashboard(Explorer):
             self.message = "finished"
         except KeyboardInterrupt: self.message = f"stopped; {len(self.rows)} finished epochs are safe in {self.settings.out}, start goes on from there"
         except InputError as e: self.message = str(e)
-        self.redraw()
+        except Exception as e: self.message = f"{type(e).__name__}: {e}"; raise                # the rest of the story goes to the log of the kernel
+        finally: self.redraw()
 
     def _step(self, terms):
         self.resume, self.steps = True, self.steps+1                # the run folder exists now

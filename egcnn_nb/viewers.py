@@ -547,7 +547,7 @@ class Explorer3d(Explorer):
         self._due = False
         if self.draw is None: return
         for name, n in self.layers.items(): self.viewer.volumes[n].opacity = self.values[name]
-        self.readout.value = self.tell(**self.values)
+        if self.tell: self.readout.value = self.tell(**self.values)
         self.viewer.set_clip_plane(.5-self.values["clip"] if self.values["clip"] else 2., self.values["turn"], 0.)
 
     def close(self)->None:
