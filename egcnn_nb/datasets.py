@@ -269,7 +269,7 @@ def check_dataset(
     rows = thread_map(lambda c: check_case(c, data.task), data.cases, max_workers=os.cpu_count(), desc="checking cases", leave=False)
     problems, first = [p for r in rows for p in r["problems"]], {}
     for r in rows:
-        if "digest" not in r: continue
+        if not r.get("ranges"): continue                                             # no image could be read
         twin = first.setdefault(r["digest"], r["case"])
         if twin != r["case"]: problems.append(f"{r['case']}: found the very voxels of {twin}, expected another scan; remove one of both")
     return {"dataset": data.task.name, "root": str(root), "labels": data.task.labels, "cases": rows, "problems": problems}
