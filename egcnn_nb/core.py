@@ -11,6 +11,7 @@ __all__ = ['BRATS_REGIONS', 'KITS_REGIONS', 'BRATS', 'KITS', 'InputError', 'expe
 import os, random, sys
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -148,7 +149,7 @@ def write_whole(
 )->Path: # the file
     "Let `write` fill a temporary file, flush it, and rename it to `path` (our choice)"
     path = Path(path)
-    part = path.with_name(f".part-{path.name}")
+    part = path.with_name(f".part-{uuid4().hex[:8]}-{path.name}")             # two writers of one file do not meet
     try:
         write(part)
         with open(part, "rb+") as f: os.fsync(f.fileno())

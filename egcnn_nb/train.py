@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from .core import exit_on_error, expect
+from .datasets import AUGMENTATIONS, CACHE
 from .training import Settings, fit
 
 # %% ../nbs/13_multi_gpu.ipynb #e35286b2
@@ -45,7 +46,9 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the network; losses are always fp32")
     p.add_argument("--validation", type=float, default=Settings.validation, help="share of the cases for validation, or their number")
     p.add_argument("--exclude", metavar="FILE", help="names of cases to leave out, one a line")
-    p.add_argument("--augment", choices=["on", "off"], default="on", help="flips and intensity changes")
+    p.add_argument("--augment", nargs="*", choices=AUGMENTATIONS, default=Settings.augment, metavar="NAME", help=f"random changes of a patch, out of {' '.join(AUGMENTATIONS)}; none: --augment alone")
+    p.add_argument("--cache", metavar="DIR", help=f"folder of prepared cases, or off; default {CACHE}")
+    p.add_argument("--cache_gb", type=float, default=Settings.cache_gb, help="size that this folder may reach")
     p.add_argument("--reading", metavar="NAME=VALUE", action="append", default=[], help="a reading of the paper: an argument of EGCNN or EGLoss, such as attention_relu=False; again for more")
     p.add_argument("--resume", action="store_true", help="go on with the run in RUN")
     return p
@@ -65,7 +68,7 @@ def settings_from(
 )->Settings:
     "Settings of a run from its flags"
     values = {k: v for k, v in vars(args).items() if k not in ("resume", "reading")}
-    return Settings(**{**values, "readings": _readings(args.reading) or None, "edge": args.edge == "on", "augment": args.augment == "on",
+    return Settings(**{**values, "readings": _readings(args.reading) or None, "edge": args.edge == "on", "augment": tuple(args.augment),
                        "patch_size": tuple(args.patch_size) if args.patch_size else None})
 
 # %% ../nbs/13_multi_gpu.ipynb #ce46486d

@@ -32,7 +32,8 @@ from .losses import EGLoss
 from .backbones import make_backbone
 from .egcnn import EGCNN, evaluating, logits_of, resize
 from .metrics import score_case
-from .datasets import EpochBatches, Patches, find_dataset, load_case, split_cases
+from .layouts import find_dataset
+from .datasets import CACHE, EpochBatches, Patches, prepared_cases, split_cases
 
 # %% ../nbs/10_training.ipynb #22657917
 def poly_lr(
@@ -63,7 +64,9 @@ class Settings:
     precision:str="fp32" # "fp32", "bf16" or "fp16" (GPU)
     validation:float=0.2 # share of cases, or their number
     exclude:str=None # file with names of cases to leave out
-    augment:bool=True # flips and intensities
+    augment:tuple=("flip", "intensity") # names of augmentations (`09_datasets`)
+    cache:str=None # folder of prepared cases, "off" for memory alone; None: egcnn_nb in the user's cache folder
+    cache_gb:float=50. # size that this folder may reach
     readings:dict=None # readings of the paper other than the defaults: argument of EGCNN or EGLoss -> value
 
 # %% ../nbs/10_training.ipynb #25b8e61c
@@ -192,10 +195,12 @@ def train_epoch(
     epoch:int, # counter
     settings:Settings, # of the run
     tick=lambda terms: None, # called after each step with its terms
-)->dict: # term -> mean over the epoch
+)->tuple: # term -> mean over the epoch, share of the time spent waiting for data
     "One pass over the training batches; raises `InputError` when the loss is no longer a number"
-    device, sums = next(model.parameters()).device, torch.zeros(len(TERMS), dtype=torch.float64)
+    device, sums, waited, mark = next(model.parameters()).device, torch.zeros(len(TERMS), dtype=torch.float64), 0., time.perf_counter()
+    begun = mark
     for step, (x, labels, sample) in enumerate(loader):
+        waited += time.perf_counter()-mark
         keys = [(settings.seed, 3, epoch*len(loader)+step, int(s)) for s in sample]
         with autocast(settings.precision, device):
             out = model(x.to(device), return_main=True) if settings.edge else (model(x.to(device)), None, None)
@@ -204,9 +209,9 @@ def train_epoch(
         scaler.scale(terms["total"]).backward(); scaler.step(optimizer); scaler.update()
         values = torch.stack([terms[t].detach() for t in TERMS]).double().cpu()
         expect(bool(values.isfinite().all()), f"loss in epoch {epoch}, step {step}", values.tolist(), "finite numbers", "lower --lr or use --precision fp32")
-        sums += values; tick(dict(zip(TERMS, values.tolist())))
+        sums += values; tick(dict(zip(TERMS, values.tolist()))); mark = time.perf_counter()
     if _world()[1] > 1: sums = sums.to(device); dist.all_reduce(sums); sums = sums.cpu()/_world()[1]
-    return dict(zip(TERMS, (sums/len(loader)).tolist()))
+    return dict(zip(TERMS, (sums/len(loader)).tolist())), waited/(mark-begun)
 
 # %% ../nbs/10_training.ipynb #fed63b7f
 def _excluded(path):
@@ -214,6 +219,12 @@ def _excluded(path):
     if path is None: return set()
     expect(Path(path).is_file(), path, "no such file", "a text file with a case name a line")
     return {line.strip() for line in Path(path).read_text().splitlines() if line.strip()}
+
+def _load(cases, task, settings, quiet):
+    "Prepared cases; of several processes each prepares its share, then all map the same files"
+    cache, (rank, world) = None if settings.cache == "off" else Path(settings.cache or CACHE), _world()
+    if world > 1 and cache: prepared_cases(cases[rank::world], task, cache, settings.cache_gb, quiet); dist.barrier()
+    return prepared_cases(cases, task, cache, settings.cache_gb, quiet)
 
 def prepare(
     settings:Settings, # of the run; its patch size is filled in where it is None
@@ -228,8 +239,7 @@ def prepare(
     notes = [f"{dataset.task.name}: {len(splits[0])} cases for training, {len(splits[1])} for validation"]
     if len(known) < len(dataset.cases): notes.append(f"{len(dataset.cases)-len(known)} cases left out by {settings.exclude}")
     if len(labelled) < len(known): notes.append(f"{len(known)-len(labelled)} cases without label map left out")
-    bar = tqdm([c for s in splits for c in s], desc="reading and checking cases", disable=quiet, leave=False)
-    loaded = [load_case(c, dataset.task, need_label=True) for c in bar]
+    loaded = _load(splits[0]+splits[1], dataset.task, settings, quiet)
     train, val = loaded[:len(splits[0])], loaded[len(splits[0]):]
     shapes = torch.tensor([c.labels.shape for c in train])
     if settings.patch_size is None: settings.patch_size = tuple(min(128, -(-int(n)//8)*8) for n in shapes.median(0).values)
@@ -253,7 +263,7 @@ def _checkpoint(out, config):
     expect((out/"checkpoint.pt").is_file(), out, "no checkpoint.pt", "the folder of an earlier run", "leave out --resume")
     old = json.loads((out/"config.json").read_text())["settings"]
     new = json.loads(json.dumps(config["settings"]))
-    differ = {k: (old.get(k), new[k]) for k in new if k not in ("out", "data", "workers") and old.get(k) != new[k]}
+    differ = {k: (old.get(k), new[k]) for k in new if k not in ("out", "data", "workers", "cache", "cache_gb") and old.get(k) != new[k]}
     expect(not differ, out, ", ".join(f"{k} {a}" for k, (a, _) in differ.items()), ", ".join(f"{k} {b}" for k, (_, b) in differ.items()), "resume with the run's own settings")
     return torch.load(out/"checkpoint.pt", map_location="cpu", weights_only=True)
 
@@ -311,13 +321,13 @@ def fit(
         for epoch in range(len(rows), settings.epochs):
             start, batches.epoch, lr = time.time(), epoch, poly_lr(settings.lr, epoch, settings.epochs)
             for group in parts["optimizer"].param_groups: group["lr"] = lr
-            terms = train_epoch(network, loss, parts["optimizer"], parts["scaler"], loader, task, epoch, settings, tick)
+            terms, waited = train_epoch(network, loss, parts["optimizer"], parts["scaler"], loader, task, epoch, settings, tick)
             dice = validate(model, val, task, settings.patch_size, settings.precision)
             rows.append({"epoch": epoch, "lr": lr, **terms, **{f"dice_{k}": v for k, v in dice.items()}})
             if rank == 0 and dice["mean"] > best: write_whole(out/"model.safetensors", lambda p: save_file(model.state_dict(), p))
             best = max(best, dice["mean"])
             if rank == 0: _save(out, parts, rows, best)
-            log(f"epoch {epoch+1}/{settings.epochs} loss {terms['total']:.4f} dice {dice['mean']:.4f} best {best:.4f} {time.time()-start:.1f} s")
+            log(f"epoch {epoch+1}/{settings.epochs} loss {terms['total']:.4f} dice {dice['mean']:.4f} best {best:.4f} {time.time()-start:.1f} s, {waited:.1%} of the steps' time waiting for data")
             if on_epoch: on_epoch(rows[-1], model, val)
     except KeyboardInterrupt: log(f"stopped by Ctrl-C; {len(rows)} finished epochs are safe in {out}, go on with --resume"); raise
     finally: bar.close(); rank or plot_curves(out/"curves.png", rows)
