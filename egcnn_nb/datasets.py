@@ -9,7 +9,7 @@ __all__ = ['RAS', 'CACHE', 'AUGMENTATIONS', 'normalize', 'iso_size', 'resample_l
 
 # %% ../nbs/09_datasets.ipynb #ad0ba8cb
 import hashlib, json, os, time, warnings, zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 

@@ -9,13 +9,15 @@ from pathlib import Path
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 from egcnn_nb.core import exit_on_error, expect
-from egcnn_nb.datasets import find_dataset, load_case
-from egcnn_nb.inference import load_run, predict_case
+from egcnn_nb.layouts import find_dataset
+from egcnn_nb.inference import load_run, look_inside, predict_case
 from egcnn_nb.metrics import score_case
 from egcnn_nb.viewers import COLOURS
+from egcnn_nb.volumes import read_labels, read_volume
 
 DATA = Path(__file__).parents[1]/"data_samples/brats2019"
 
@@ -27,19 +29,19 @@ def train(out, edge, epochs):
     subprocess.run([sys.executable, "-m", "egcnn_nb.train", str(DATA), "--out", str(out), "--edge", edge, "--epochs", str(epochs), *flags.split()], check=True)
 
 def results(out):
-    "Predictions of both runs on the cases that neither trained on: name -> scores, and the first of them in full"
+    "Predictions of both runs on the cases that neither trained on: name -> scores, and all that can be shown of one of them"
     held_out = json.loads((out/"eg/config.json").read_text())["split"]["validation"]
     cases = [c for c in find_dataset(DATA).cases if c.name in held_out]
-    scores, shown = {}, {}
+    truth = {c.name: read_labels(c.label).array.astype(int) for c in cases}
+    first = max(cases, key=lambda c: len(np.unique(truth[c.name])))     # the one with most to see
+    scores, shown = {}, {"truth": truth[first.name], "image": read_volume(first.images[1]).array}
     for name in ("bare", "eg"):
-        model, settings, task = load_run(out/name)
+        run = load_run(out/name)
         for case in cases:
-            labels, loaded = predict_case(model, settings, task, case)
-            scores[name, case.name] = score_case(labels.astype(int), loaded.truth.astype(int), task, loaded.grid.spacing)
-            shown[name, case.name] = labels
-    first = max((load_case(c, task) for c in cases), key=lambda c: len(c.labels.unique()))     # the one with most to see
-    with torch.no_grad(): edge = model(first.x[None])[1][0].sigmoid()
-    return scores, {n: shown[n, first.name] for n in ("bare", "eg")}, first, edge, model.attention(first.x[None])
+            labels, loaded = predict_case(*run, case)
+            scores[name, case.name] = score_case(labels.astype(int), truth[case.name], run[2], loaded.grid.spacing)
+            if case is first: shown[name] = labels
+    return scores, {**shown, **{n: m for n, m in look_inside(*run, first).items() if n in ("edge", "attention")}}
 
 def table(scores):
     "Dice per region, bare against EG-CNN, averaged over the held-out cases"
@@ -50,24 +52,23 @@ def table(scores):
             bare, eg = [sum(scores[n, c][region][metric] for c in cases)/len(cases) for n in ("bare", "eg")]
             print(f"{region+' '+(metric if metric != 'dice' else ''):22} {bare:8.3f} {eg:8.3f}")
 
-def picture(path, shown, first, edge, alphas):
+def picture(path, shown):
     "Image, truth, bare, EG-CNN, edges, attention: one axial slice"
-    k = int((first.truth > 0).sum((0, 1)).argmax())
+    k = int((shown["truth"] > 0).sum((0, 1)).argmax())
+    cut = {n: a[:, ::-1, k].T for n, a in shown.items()}                       # the phantoms' second axis runs to the back: the front comes up
     fig, axes = plt.subplots(2, 3, figsize=(10.5, 8), layout="constrained")
     for ax in axes.flat: ax.axis("off")
     def anatomy(ax, title, labels=None):
-        image = first.x[1, ..., k]
-        ax.imshow(torch.where(image != 0, image, image.min()).T, cmap="gray", origin="lower", interpolation="bilinear"); ax.set_title(title)
-        for value, name in ((2, "edema"), (4, "enhancing"), (1, "necrosis")):
-            if labels is not None and (labels[..., k] == value).any():
-                ax.contourf((labels[..., k] == value).T, [.5, 1.5], colors=[COLOURS[value]], alpha=.45)
-    anatomy(axes[0, 0], "image (t1ce)"); anatomy(axes[0, 1], "truth", first.truth)
-    anatomy(axes[0, 2], "bare Seg-Net", shown["bare"]); anatomy(axes[1, 0], "Seg-Net + EG-CNN", shown["eg"])
-    for ax in (axes[0, 2], axes[1, 0]): ax.contour((first.truth[..., k] > 0).T, [.5], colors="white", linewidths=1)
-    axes[1, 1].imshow(edge[0, ..., k].T, cmap="inferno", vmin=0, vmax=1, origin="lower"); axes[1, 1].set_title("predicted edge of the whole tumor")
-    alpha = max(alphas, key=lambda a: a.std())[0, 0].float()                   # the gate that says most; others may stay at one half
-    im = axes[1, 2].imshow(alpha[..., k*alpha.shape[-1]//first.x.shape[-1]].T, cmap="magma", origin="lower")
-    axes[1, 2].set_title(f"attention α at {tuple(alpha.shape)}"); fig.colorbar(im, ax=axes[1, 2], shrink=.7)
+        ax.imshow(cut["image"], cmap="gray", origin="lower", interpolation="bilinear"); ax.set_title(title)
+        for value in (2, 4, 1):
+            if labels is not None and (cut[labels] == value).any():
+                ax.contourf(cut[labels] == value, [.5, 1.5], colors=[COLOURS[value]], alpha=.45)
+    anatomy(axes[0, 0], "image (t1ce)"); anatomy(axes[0, 1], "truth", "truth")
+    anatomy(axes[0, 2], "bare Seg-Net", "bare"); anatomy(axes[1, 0], "Seg-Net + EG-CNN", "eg")
+    for ax in (axes[0, 2], axes[1, 0]): ax.contour(cut["truth"] > 0, [.5], colors="white", linewidths=1)
+    axes[1, 1].imshow(cut["edge"], cmap="inferno", vmin=0, vmax=1, origin="lower"); axes[1, 1].set_title("predicted edges")
+    im = axes[1, 2].imshow(cut["attention"], cmap="magma", vmin=.5, vmax=1, origin="lower")
+    axes[1, 2].set_title("attention α of the finest gate"); fig.colorbar(im, ax=axes[1, 2], shrink=.7)
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[v], alpha=.6) for v in (2, 4, 1)] + [plt.Line2D([], [], color="grey")]
     fig.legend(handles, ["edema", "enhancing", "necrosis", "outline of the truth (white)"], loc="outside lower center", ncols=4, frameon=False)
     fig.savefig(path, dpi=110)
@@ -78,8 +79,8 @@ def main():
     args = p.parse_args()
     expect(not args.out.exists(), args.out, "a folder that exists", "a new folder", "remove it or choose another --out")
     for name, edge in (("bare", "off"), ("eg", "on")): train(args.out/name, edge, args.epochs)
-    scores, *rest = results(args.out)
-    table(scores); picture(args.out/"demo.png", *rest)
+    scores, shown = results(args.out)
+    table(scores); picture(args.out/"demo.png", shown)
     print(f"\nThe picture: {args.out/'demo.png'}")
 
 if __name__ == "__main__": sys.exit(exit_on_error(main))
