@@ -168,7 +168,7 @@ def make_room(
     "Throw away the entries that were not used for longest, and what killed processes left behind"
     for part in cache.glob(".part-*"):
         if time.time()-part.stat().st_mtime > 86400: part.unlink(missing_ok=True)
-    oldest = sorted(cache.glob("*.safetensors"), key=lambda e: e.stat().st_mtime)
+    oldest = sorted(cache.glob("[!.]*.safetensors"), key=lambda e: e.stat().st_mtime)
     used = sum(e.stat().st_size for e in oldest)
     for entry in oldest:
         if used+need <= limit: break

@@ -1,7 +1,7 @@
 """EG-CNN around networks of other people, unmodified: each trains for twenty steps, and keeps its own weights and output.
 
     python tests/test_networks.py          # the table: found features, parameters added, loss before and after"""
-import copy, gc, pickle, warnings
+import copy, gc, pickle, shutil, warnings
 
 import pytest
 import torch
@@ -148,9 +148,10 @@ def test_autocast_and_channels_last():
     for a, b, c in zip(plain, half, last): assert (a-b.float()).abs().max() < .1*a.abs().max() and torch.allclose(a, c, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16): assert train(model.train(), x, y, 3)[1] == []
 
-def test_compile_gives_the_same():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="inductor compiles with g++"))])
+def test_compile_gives_the_same(backend):
     _, model, x, _ = wrapped("functional U-Net")
-    with torch.no_grad(): plain = model.eval()(x); fast = torch.compile(model, backend="aot_eager")(x)
+    with torch.no_grad(): plain = model.eval()(x); fast = torch.compile(model, backend=backend)(x)
     for a, b in zip(plain, fast): assert torch.allclose(a, b, atol=1e-5)
 
 def test_ddp(tmp_path):
