@@ -265,8 +265,10 @@ def _monai(name):
 
 def _by_monai(name, x, labels, generator):
     "One of MONAI's transforms, its draws taken from `generator`"
-    floor = x.amin((1, 2, 3), keepdim=True) if name == "bias" else 0
+    floor, threads = x.amin((1, 2, 3), keepdim=True) if name == "bias" else 0, torch.get_num_threads()
+    torch.set_num_threads(1)                                       # as in a loader's worker: the last bits depend on the number of threads
     out = _monai(name).set_random_state(int(torch.randint(2**31, (), generator=generator)))({"x": x-floor, "labels": labels[None]})
+    torch.set_num_threads(threads)
     return torch.as_tensor(out["x"]).as_subclass(Tensor).float()+floor, torch.as_tensor(out["labels"])[0].as_subclass(Tensor).to(labels.dtype)
 
 def augment(
