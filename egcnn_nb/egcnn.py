@@ -62,12 +62,38 @@ class EdgeStream(nn.Module):
         entry:Tensor, # feature it begins with (B,C,d,h,w)
         features, # main features, deep to fine, each (B,C,d,h,w)
     )->tuple: # edge logits (B,E,D,H,W), edge feature (B,C,D,H,W), list of alpha deep to fine
-        e, alphas = entry, []
-        for block, half, gate, m in zip(self.blocks, self.halves, self.gates, features):
-            e, alpha = gate(resize(half(block(e)), m.shape[2:]), m, return_attention=True)
-            alphas.append(alpha)
+        e, alphas = self.climb(entry, features)
         e = self.last(e)
         return self.head(e), e, alphas
+
+    def rise(self, e, i):
+        "Residual block before gate `i`, and half the channels"
+        return self.halves[i](self.blocks[i](e))
+
+    def climb(self, e, features):
+        "Through the gates of `features`: edge feature and list of alpha"
+        alphas = []
+        for i, m in enumerate(features):
+            e, alpha = self.gates[i](resize(self.rise(e, i), m.shape[2:]), m, return_attention=True)
+            alphas.append(alpha)
+        return e, alphas
+
+    def project(self,
+        entry:Tensor, # feature it begins with (B,C,d,h,w)
+        features, # main features, deep to fine, each (B,C,d,h,w)
+        weight:Tensor, # kernel (N,C,1,1,1) of a 1×1×1 convolution of the edge feature
+    )->tuple: # edge logits (B,E,D,H,W), convolved edge feature (B,N,D,H,W), list of alpha deep to fine
+        "As `forward`, with the edge feature convolved by `weight`, but without making that feature"
+        linear, gate, edges = {4: F.conv2d, 5: F.conv3d}[entry.dim()], self.gates[-1], self.head.out_channels
+        if gate.conv_e.out_channels > 1 or not isinstance(self.last, nn.Identity):              # these readings need it
+            edge, e, alphas = self(entry, features)
+            return edge, linear(e, weight), alphas
+        e, alphas = self.climb(entry, features[:-1])
+        maps = linear(self.rise(e, len(alphas)), torch.cat([gate.conv_e.weight, self.head.weight, weight]))
+        maps = resize(maps, features[-1].shape[2:])
+        alpha = gate.alpha(maps[:, :1] + gate.conv_e.bias.view(-1, *[1]*(maps.dim()-2)), features[-1])
+        maps = maps[:, 1:]*(1+alpha)
+        return maps[:, :edges] + self.head.bias.view(-1, *[1]*(maps.dim()-2)), maps[:, edges:], [*alphas, alpha]
 
 # %% ../nbs/07_egcnn.ipynb #bdee77a2
 @contextmanager
@@ -224,10 +250,19 @@ class EGCNN(nn.Module):
         if verbose and example_input is not None: print(self.summary())
 
     def streams(self, x):
-        "One pass through both: the main stream's output, edge logits, edge feature, alphas, main feature"
+        "One pass through both: what the wrapped network returns, its logits, the fused logits, edge logits, alphas"
         with listen(self.main, {*self.gated, self.entry}, [self.head] if self.fuse == "features" else []) as seen: output = self.main(x)
-        edge, e, alphas = self.edge(seen[self.entry], [seen[n] for n in self.gated])
-        return output, edge, e, alphas, seen.get(f"{self.head}:input")
+        main, gated = logits_of(output, x.dim()-2), [seen[n] for n in self.gated]
+        fit = lambda t: crop(t, main.shape[2:]) if all(a >= b and a < 2*b for a, b in zip(t.shape[2:], main.shape[2:])) else resize(t, main.shape[2:])
+        if self.fuse == "probabilities":
+            edge, _, alphas = self.edge(seen[self.entry], gated); edge = fit(edge)
+            change = self.fusion(torch.cat([probabilities(main, self.activation), edge.sigmoid()], 1))
+        else:
+            other = main if self.fuse == "logits" else fit(seen[f"{self.head}:input"])
+            w, linear = self.fusion.weight, {4: F.conv2d, 5: F.conv3d}[x.dim()]                     # the fusion, its two inputs apart
+            edge, share, alphas = self.edge.project(seen[self.entry], gated, w[:, other.shape[1]:])
+            edge, change = fit(edge), linear(other, w[:, :other.shape[1]], self.fusion.bias) + fit(share)
+        return output, main, main + change, edge, alphas
 
     def forward(self,
         x:Tensor, # image (B,C,D,H,W)
@@ -235,13 +270,7 @@ class EGCNN(nn.Module):
         return_attention:bool=False, # also return the attention maps
         return_output:bool=False, # also return what the wrapped network itself returns, such as the outputs of deep supervision
     )->tuple: # logits (B,K,D,H,W), edge_logits (B,E,D,H,W)[, main_logits (B,K,D,H,W)][, list of alpha, deep to fine][, output]
-        output, edge, e, alphas, feature = self.streams(x)
-        main = logits_of(output, x.dim()-2); size = main.shape[2:]
-        fit = lambda t: crop(t, size) if all(a >= b and a < 2*b for a, b in zip(t.shape[2:], size)) else resize(t, size)
-        edge = fit(edge)
-        parts = {"logits": lambda: [main, fit(e)], "features": lambda: [fit(feature), fit(e)],
-                 "probabilities": lambda: [probabilities(main, self.activation), edge.sigmoid()]}[self.fuse]()
-        logits = main + self.fusion(torch.cat(parts, 1))
+        output, main, logits, edge, alphas = self.streams(x)
         return (logits, edge, *([main] if return_main else []), *([alphas] if return_attention else []), *([output] if return_output else []))
 
     @torch.no_grad()
@@ -249,7 +278,7 @@ class EGCNN(nn.Module):
         x:Tensor, # image (B,C,D,H,W)
     )->list: # alpha of each gate, deep to fine, each (B,1,d,h,w)
         "The attention maps of eq. 1"
-        return self.streams(x)[3]
+        return self.streams(x)[4]
 
     def summary(self)->str:
         "A table of what feeds what, and of the parameters added"
@@ -275,7 +304,9 @@ def parts(
     cost = lambda names: {"parameters": sum(p.numel() for n in names for p in model.get_submodule(n).parameters()), "multiply_adds": sum(map(adds, names))}
     groups = {n: [f"main.{n}"] for n, _ in model.main.named_children()}
     groups |= {f"gate {i}": [f"edge.{kind}.{i}" for kind in ("blocks", "halves", "gates")] for i in range(len(model.edge.gates))}
-    return {part: cost(names) for part, names in {**groups, "edge head": ["edge.last", "edge.head"], "fusion": ["fusion"]}.items()}
+    found = {part: cost(names) for part, names in {**groups, "edge head, fusion": ["edge.last", "edge.head", "fusion"]}.items()}
+    found["edge head, fusion"]["multiply_adds"] += flops[type(model).__name__] - sum(c["multiply_adds"] for c in found.values())       # done in one, see `EdgeStream.project`
+    return found
 
 # %% ../nbs/07_egcnn.ipynb #f77fb8ca
 def _shapes(model, x):

@@ -65,7 +65,11 @@ class EdgeGate(nn.Module):
         return_attention:bool=False, # also return alpha
     ): # e_out (B,C_e,D,H,W), or (e_out, alpha) with alpha (B,1,D,H,W)
         expect(e.shape[2:] == m.shape[2:], "e and m", f"{tuple(e.shape)} and {tuple(m.shape)}", "the same spatial shape", "resize the edge feature first")
-        a = self.conv_e(e) + self.conv_m(m)
-        alpha = torch.sigmoid(torch.relu(a) if self.attention_relu else a)
+        alpha = self.alpha(self.conv_e(e), m)
         e_out = e*alpha + e
         return (e_out, alpha) if return_attention else e_out
+
+    def alpha(self, of_e, m):
+        "Attention from the convolved edge feature and the main feature (eq. 1)"
+        a = of_e + self.conv_m(m)
+        return torch.sigmoid(torch.relu(a) if self.attention_relu else a)
