@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BRATS_REGIONS', 'KITS_REGIONS', 'BRATS', 'KITS', 'InputError', 'expect', 'exit_on_error', 'one_hot', 'region_masks',
            'regions_to_labels', 'Task', 'probabilities', 'to_target', 'to_labels', 'keyed_generator', 'seed_everything',
-           'write_whole']
+           'write_whole', 'keep_memory']
 
 # %% ../nbs/00_core.ipynb #b54b45e6
-import os, random, sys
+import ctypes, os, random, sys
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -156,3 +156,11 @@ def write_whole(
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
     return path
+
+# %% ../nbs/00_core.ipynb #c51ce283
+def keep_memory()->bool: # whether the allocator could be told
+    "Let freed memory stay with this process for the next array (our choice)"
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError): return False                # not glibc
+    no_map, no_trim = mallopt(-4, 0), mallopt(-1, -1)                        # M_MMAP_MAX, M_TRIM_THRESHOLD
+    return bool(no_map and no_trim)

@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import InputError, Task, exit_on_error, expect, probabilities, region_masks, to_labels, write_whole
+from .core import InputError, Task, exit_on_error, expect, keep_memory, probabilities, region_masks, to_labels, write_whole
 from .volumes import read_shape, write_volume
 from .viewers import COLOURS, Explorer
 from .egcnn import PRETRAINED, resize
 from .layouts import Case, find_dataset
 from .datasets import Loaded, iso_size, load_case, place
-from .training import Settings, draw_snapshot, infer, label_legend, make_model, windows
+from .training import Settings, best_precision, draw_snapshot, infer, label_legend, make_model, windows
 
 # %% ../nbs/11_inference.ipynb #866dd037
 def _everything(model, window):
@@ -105,7 +105,8 @@ def case_maps(
 )->tuple: # float32 maps (M,d,h,w) of the case's box at the scan's own voxel size, and the case (Loaded)
     "Probabilities of a case, with `inside` also edges and attention, prepared as in training and resampled back (section 3.2)"
     loaded, task = load_case(case, runs[0][2]), runs[0][2]
-    maps = averaged([(m, s.patch_size, s.precision) for m, s, _ in runs], loaded.x, task.activation, flips, inside, bar)
+    fast = best_precision(next(runs[0][0].parameters()).device)                       # a run in bf16 may meet a processor without it
+    maps = averaged([(m, s.patch_size, "fp32" if s.precision == "fp32" else fast) for m, s, _ in runs], loaded.x, task.activation, flips, inside, bar)
     return resize(maps[None], loaded.box_size)[0], loaded
 
 def label_map(
@@ -178,6 +179,7 @@ def predict_all(
     resume:bool=False, # leave out what is there
 )->None:
     "Predict every input and save it on its own grid; raises `InputError`, at the end for an input that cannot be used"
+    keep_memory()
     record = {"weights": [hashlib.sha256(f.read_bytes()).hexdigest() if (f := Path(r)/"model.safetensors").is_file() else None for r in runs], "flips": flips, "save": sorted(save)}
     runs = _same_task(runs, [load_run(r) for r in runs], save)
     cases = find_inputs(inputs, runs[0][2])

@@ -43,7 +43,7 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--lr", type=float, default=Settings.lr, help="initial learning rate")
     p.add_argument("--seed", type=int, default=Settings.seed, help="of split, weights, order, patches and noise")
     p.add_argument("--workers", type=int, default=Settings.workers, help="loader processes; they change no result")
-    p.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the network; losses are always fp32")
+    p.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default=Settings.precision, help="of the network, losses are always fp32; auto: bf16 where the processor has it")
     p.add_argument("--validation", type=float, default=Settings.validation, help="share of the cases for validation, or their number")
     p.add_argument("--exclude", metavar="FILE", help="names of cases to leave out, one a line")
     p.add_argument("--augment", nargs="*", choices=AUGMENTATIONS, default=Settings.augment, metavar="NAME", help=f"random changes of a patch, out of {' '.join(AUGMENTATIONS)}; none: --augment alone")

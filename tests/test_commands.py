@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT/"data_samples"
-QUICK = "--epochs 10 --width 4 --levels 3 --patch_size 24 32 32 --batch_size 2".split()
+QUICK = "--epochs 10 --width 4 --levels 3 --patch_size 24 32 32 --batch_size 2 --precision fp32".split()
 
 def command(module, *words, **kw):
     return subprocess.run([sys.executable, "-m", f"egcnn_nb.{module}", *map(str, words)], capture_output=True, text=True, timeout=600, **kw)

@@ -10,7 +10,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 
 from egcnn_nb.core import exit_on_error, expect
 from egcnn_nb.layouts import find_dataset
@@ -23,8 +22,7 @@ DATA = Path(__file__).parents[1]/"data_samples/brats2019"
 
 def train(out, edge, epochs):
     "One run of the command egcnn_train, its progress bar in this terminal"
-    fast = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() or torch.cuda.is_available()
-    flags = f"--levels 3 --width 8 --lr 3e-3 --batch_size 2 --patch_size 40 48 40 --precision {'bf16' if fast else 'fp32'}"
+    flags = "--levels 3 --width 8 --lr 3e-3 --batch_size 2 --patch_size 40 48 40"
     print(f"\n{'EG-CNN' if edge == 'on' else 'bare Seg-Net'}: egcnn_train {DATA} --out {out} --edge {edge} --epochs {epochs} {flags}", flush=True)
     subprocess.run([sys.executable, "-m", "egcnn_nb.train", str(DATA), "--out", str(out), "--edge", edge, "--epochs", str(epochs), *flags.split()], check=True)
 
