@@ -8,12 +8,7 @@ __all__ = ['LAUNCH', 'arguments', 'settings_from', 'run', 'main']
 # %% ../nbs/13_multi_gpu.ipynb #fc6e9ef1
 import argparse, ast, os, sys
 
-import torch
-import torch.distributed as dist
-
-from .core import exit_on_error, expect
-from .datasets import AUGMENTATIONS, CACHE
-from .training import Settings, fit
+from .settings import AUGMENTATIONS, CACHE, Settings
 
 # %% ../nbs/13_multi_gpu.ipynb #e35286b2
 LAUNCH = """one process, GPU if there is one:
@@ -55,6 +50,7 @@ def arguments()->argparse.ArgumentParser:
 
 def _readings(words):
     "NAME=VALUE words as a dict; a value that is no Python literal is a string"
+    from egcnn_nb.core import expect
     out = {}
     for word in words:
         name, equals, value = word.partition("=")
@@ -76,6 +72,8 @@ def run(
     args:argparse.Namespace, # of `arguments`
 )->None:
     "One process of a run: join the others if there are any, train, leave"
+    import torch, torch.distributed as dist
+    from egcnn_nb.training import fit
     local, many = int(os.environ.get("LOCAL_RANK", 0)), "RANK" in os.environ
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda": torch.cuda.set_device(device)
@@ -91,6 +89,7 @@ def main(
 )->int: # exit code
     "The command `egcnn_train`; bad input ends with one line and exit code 2"
     args = arguments().parse_args(argv)
+    from egcnn_nb.core import exit_on_error
     return exit_on_error(lambda: run(args))
 
 if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())
