@@ -79,7 +79,7 @@ class SegNet(EncoderDecoder):
 
     def merge(self, up, skip): return up + skip
     def join(self, channels): return ResidualBlock(channels, self.dims)
-    def output(self, channels, out): return nn.Sequential(norm(channels), nn.ReLU(), conv(self.dims, channels, out, 1))
+    def output(self, channels, out): return nn.Sequential(norm(channels), nn.ReLU(inplace=True), conv(self.dims, channels, out, 1))
 
 # %% ../nbs/06_backbones.ipynb #11cd2443
 def _layers(dims, before, channels, depth, activation):
@@ -87,7 +87,7 @@ def _layers(dims, before, channels, depth, activation):
     step = lambda c: [conv(dims, c, channels, 3, padding=1, bias=False), norm(channels), activation(channels)]
     return nn.Sequential(*step(before), *[m for _ in range(depth-1) for m in step(channels)])
 
-def _relu(channels): return nn.ReLU()
+def _relu(channels): return nn.ReLU(inplace=True)
 
 # %% ../nbs/06_backbones.ipynb #5b4cafc2
 class UNet3d(EncoderDecoder):

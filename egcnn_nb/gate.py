@@ -54,8 +54,8 @@ class ResidualBlock(nn.Module):
     def forward(self,
         x:Tensor, # (B,C,D,H,W)
     )->Tensor: # same shape
-        h = self.conv1(torch.relu(self.norm1(x)))
-        return x + self.conv2(torch.relu(self.norm2(h)))
+        h = self.conv1(self.norm1(x).relu_())                         # in place: nobody else reads what the norm put out
+        return x + self.conv2(self.norm2(h).relu_())
 
 # %% ../nbs/04_gate.ipynb #ae6f67cc
 class EdgeGate(nn.Module):

@@ -95,11 +95,11 @@ def gumbel_softmax_probs(
     if activation == "sigmoid":
         z = (logits if noise is None else logits + noise[0] - noise[1])/tau       # log P - log(1-P) is the logit itself
         soft = torch.sigmoid(z)
-        decided = (z > 0).to(soft.dtype)
+        if hard: decided = (z > 0).to(soft.dtype)
     else:
         logp = logits.log_softmax(1)
         soft = ((logp if noise is None else logp + noise)/tau).softmax(1)
-        decided = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1)
+        if hard: decided = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1)
     return decided + soft - soft.detach() if hard else soft
 
 # %% ../nbs/05_losses.ipynb #352c4299
@@ -131,6 +131,20 @@ def edge_box(
         hit = where.any(dim=[a for a in range(where.dim()) if a != axis]).nonzero()
         box.append(slice(max(int(hit[0])-1, 0), min(int(hit[-1])+2, n)))
     return tuple(box)
+
+class _Cut(torch.autograd.Function):
+    "One box out of each case; backwards, one array of zeros takes them all"
+    @staticmethod
+    def forward(ctx, x, boxes):
+        ctx.boxes, ctx.shape = boxes, x.shape
+        return tuple(x[b].clone() for b in boxes)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        out = grads[0].new_zeros(ctx.shape)
+        for box, grad in zip(ctx.boxes, grads): out[box] = grad
+        return out, None
 
 # %% ../nbs/05_losses.ipynb #11651481
 class EGLoss(nn.Module):
@@ -173,14 +187,14 @@ class EGLoss(nn.Module):
     def consistency(self, outputs, masks, magnitude, keys):
         "Consistency loss of the decided outputs, case by case in the box of its edges; noise in training only (eq. 7-8)"
         cases, double = [], (2,) if self.activation == "sigmoid" else ()
-        for b in range(len(masks)):
-            box = (slice(b, b+1), slice(None), *(edge_box(magnitude[b]) if self.where == "truth" else ()))
+        boxes = [(slice(b, b+1), slice(None), *(edge_box(m) if self.where == "truth" else ())) for b, m in enumerate(magnitude)]
+        for b, (box, *inside) in enumerate(zip(boxes, *(_Cut.apply(z, boxes) for z in outputs))):
             noise = None
             if self.training:
-                noise = gumbel_noise((1, *double, *outputs[0][box].shape[1:]), keys and keys[b:b+1], outputs[0].device)
+                noise = gumbel_noise((1, *double, *inside[0].shape[1:]), keys and keys[b:b+1], inside[0].device)
                 if double: noise = noise[0].unsqueeze(1)
-            for z in outputs:
-                prob = self.foreground(gumbel_softmax_probs(z[box], self.tau, self.hard, self.activation, noise))
+            for z in inside:
+                prob = self.foreground(gumbel_softmax_probs(z, self.tau, self.hard, self.activation, noise))
                 cases.append(consistency_loss(prob, masks[box], self.where, magnitude[box]))
         return torch.stack(cases).mean()
 

@@ -8,7 +8,7 @@ __all__ = ['dice_score', 'surface_distances', 'distances', 'hd95', 'surface_dice
 # %% ../nbs/08_metrics.ipynb #fffb0650
 import numpy as np
 import torch
-from scipy.ndimage import binary_erosion, find_objects
+from scipy.ndimage import binary_erosion
 from scipy.spatial import cKDTree
 from torch import Tensor
 
@@ -29,9 +29,11 @@ def dice_score(
 # %% ../nbs/08_metrics.ipynb #5ab64b16
 def _surface(mask, spacing):
     "Surface voxels of a mask (D,H,W) that is not empty, as points in mm"
-    box = find_objects(mask.astype(np.int8))[0]
-    inner = mask[box]
-    return (np.argwhere(inner & ~binary_erosion(inner)) + [s.start for s in box])*np.asarray(spacing)
+    corner = []
+    for axis in range(mask.ndim):                                     # cut to the box of the mask, axis by axis
+        hit = np.flatnonzero(mask.any(tuple(a for a in range(mask.ndim) if a != axis)))
+        corner.append(hit[0]); mask = mask[(slice(None),)*axis + (slice(hit[0], hit[-1]+1),)]
+    return (np.argwhere(mask & ~binary_erosion(mask)) + corner)*np.asarray(spacing)
 
 def surface_distances(
     pred:np.ndarray, # bool (D,H,W), not empty
@@ -56,7 +58,7 @@ def distances(
     hd, sd = torch.zeros(pred.shape[:2]), torch.ones(pred.shape[:2])
     diagonal = float(np.linalg.norm(np.array(pred.shape[2:])*np.array(spacing)))
     for at in np.ndindex(*pred.shape[:2]):
-        p, t = pred[at].cpu().numpy() > 0, truth[at].cpu().numpy() > 0
+        p, t = pred[at].bool().cpu().numpy(), truth[at].bool().cpu().numpy()
         if p.any() and t.any(): both = surface_distances(p, t, spacing); hd[at], sd[at] = float(_hd95(*both)), float(_within(*both, tolerance))
         elif p.any() or t.any(): hd[at], sd[at] = diagonal, 0.
     return hd, sd

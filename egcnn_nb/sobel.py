@@ -15,37 +15,38 @@ from torch import Tensor
 from .core import expect
 
 # %% ../nbs/03_sobel.ipynb #f99e77ef
-def _shifted(x, axis):
-    "The neighbours before and after each voxel along `axis`; borders repeat the last voxel"
-    n = x.shape[axis]
-    before = torch.cat([x.narrow(axis, 0, 1), x.narrow(axis, 0, n-1)], axis)
-    after = torch.cat([x.narrow(axis, 1, n-1), x.narrow(axis, n-1, 1)], axis)
-    return before, after
+def _views(x, axis):
+    "Each voxel's neighbour before, itself, and its neighbour after, along `axis`; one voxel less at either end"
+    n = x.shape[axis]-2
+    return [x.narrow(axis, i, n) for i in range(3)]
 
 def _difference(x, axis):
     "Kernel d = (-1, 0, 1) along `axis`"
-    before, after = _shifted(x, axis)
+    before, _, after = _views(x, axis)
     return after - before
 
 def _smooth(x, axis):
     "Kernel s = (1, 2, 1) along `axis`"
-    before, after = _shifted(x, axis)
-    return before + 2*x + after
+    before, here, after = _views(x, axis)
+    return before + 2*here + after
 
 # %% ../nbs/03_sobel.ipynb #99b1901a
+def _partial(x, spacing):
+    "The derivative along each axis"
+    axes, parts = _check(x, spacing), []
+    padded = F.pad(x, (1,)*(2*len(axes)), mode="replicate")
+    for axis in axes:
+        g = padded
+        for other in axes: g = _difference(g, other) if other == axis else _smooth(g, other)
+        parts.append(g if spacing is None else g/spacing[axis-2])
+    return parts
+
 def sobel_gradient(
     x:Tensor, # (B,C,D,H,W) or (B,C,H,W), floating point
     spacing=None, # voxel size along each spatial axis in mm; None counts in voxels, as the paper
 )->Tensor: # (B,C,3,D,H,W) or (B,C,2,H,W)
     "Sobel derivative along each spatial axis, scaled like `scipy.ndimage.sobel`, borders repeated (section 2.1)"
-    axes = _check(x, spacing)
-    parts = []
-    for axis in axes:
-        g = _difference(x, axis)
-        for other in axes:
-            if other != axis: g = _smooth(g, other)
-        parts.append(g if spacing is None else g/spacing[axis-2])
-    return torch.stack(parts, 2)
+    return torch.stack(_partial(x, spacing), 2)
 
 # %% ../nbs/03_sobel.ipynb #12f0a588
 def _check(x, spacing):
@@ -64,7 +65,7 @@ def simple_magnitude(
     eps:float=1e-8, # inside the root: keeps the derivative finite where x is flat
 )->Tensor: # same shape as x
     "Length of the Sobel gradient, differentiable everywhere (section 2.1, used by eq. 7)"
-    return (sobel_gradient(x, spacing).square().sum(2) + eps).sqrt()
+    return (sum(g.square() for g in _partial(x, spacing)) + eps).sqrt()
 
 def flat_face(
     dims:int, # number of spatial axes
