@@ -184,7 +184,7 @@ def predict_all(
     runs = _same_task(runs, [load_run(r) for r in runs], save)
     cases = find_inputs(inputs, runs[0][2])
     files = {c.name: [out/f"{c.name}{end}.nii.gz" for end in ("", *(f"_{s}" for s in save))] for c in cases}
-    _begin(out, record)
+    _begin(out, record, resume)
     done = {n for n, fs in files.items() if resume and fs[0].exists()}
     for n, fs in files.items():
         for f in fs if n not in done else (): expect(resume or not f.exists(), f, "a file that is already there", "a new name", "remove it, choose another --out, or go on with --resume")
@@ -205,14 +205,14 @@ def _same_task(folders, runs, save):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return [(m.to(device), s, t) for m, s, t in runs]
 
-def _begin(out, record):
-    "Make the folder, or see that the same weights and options began it; sweep up what a killed process left"
+def _begin(out, record, resume):
+    "Make the folder, or see that the same weights and options began it; to go on, sweep up what a killed process left"
     path = out/"egcnn_predict.json"
     try: begun = json.loads(path.read_text()) if path.exists() else record
     except ValueError: begun = None
     expect(begun == record, path, "other weights or options", "those of this command", "choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    for part in out.glob(".part-*"): part.unlink()
+    for part in out.glob(".part-*") if resume else (): part.unlink()
     write_whole(path, lambda p: p.write_text(json.dumps(record, indent=1)))
 
 def _predict_one(runs, case, files, save, flips, bar):
