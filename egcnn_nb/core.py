@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BRATS_REGIONS', 'KITS_REGIONS', 'BRATS', 'KITS', 'InputError', 'expect', 'exit_on_error', 'one_hot', 'region_masks',
            'regions_to_labels', 'Task', 'probabilities', 'to_target', 'to_labels', 'keyed_generator', 'seed_everything',
-           'write_whole', 'keep_memory']
+           'write_whole', 'bounding_box', 'keep_memory']
 
 # %% ../nbs/00_core.ipynb #b54b45e6
 import ctypes, os, random, sys
@@ -156,6 +156,18 @@ def write_whole(
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
     return path
+
+# %% ../nbs/00_core.ipynb #77f2ca4e
+def bounding_box(
+    mask:np.ndarray, # bool, any number of axes
+)->tuple: # a slice for each axis; the whole of it where the mask is empty
+    "The smallest box that holds every voxel of a mask"
+    if not mask.any(): return tuple(slice(0, n) for n in mask.shape)
+    box = []
+    for axis in range(mask.ndim):                                     # each axis is cut before the next is looked at
+        hit = np.flatnonzero(mask.any(tuple(a for a in range(mask.ndim) if a != axis)))
+        box.append(slice(int(hit[0]), int(hit[-1])+1)); mask = mask[(slice(None),)*axis + (box[-1],)]
+    return tuple(box)
 
 # %% ../nbs/00_core.ipynb #c51ce283
 def keep_memory()->bool: # whether the allocator could be told

@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from scipy.ndimage import find_objects
 from torch import Tensor
 from tqdm.contrib.concurrent import thread_map
 
-from .core import Task, expect, keyed_generator, write_whole
+from .core import Task, bounding_box, expect, keyed_generator, write_whole
 from .egcnn import resize
 from .layouts import Case, expect_files, find_dataset, read_case
 from .settings import AUGMENTATIONS, CACHE
@@ -71,7 +70,7 @@ def foreground(
     "The smallest box around what is not background: zero in MRI, below -500 HU in CT (our choice)"
     there = np.any([a > -500 if how == "hu" else a != 0 for a in arrays], 0)
     if truth is not None: there |= truth > 0
-    return find_objects(there.astype(np.int8))[0] if there.any() else tuple(slice(0, n) for n in there.shape)
+    return bounding_box(there)
 
 # %% ../nbs/09_datasets.ipynb #4377ff9f
 @dataclass
@@ -186,10 +185,8 @@ def prepared_cases(
     each = lambda f, what: thread_map(f, cases, max_workers=os.cpu_count(), desc=what, disable=quiet, leave=False)
     if cache is None: return each(lambda c: load_case(c, task), "reading cases")
     paths = dict(zip((c.name for c in cases), each(lambda c: Path(cache)/f"{cache_key(c, task)}.safetensors", "looking for changes")))
-    def one(case):
-        found = _read_entry(paths[case.name], case)
-        return found or _prepare(case, task, paths[case.name], cache_gb*1e9, set(paths.values()))
-    return each(one, "reading cases")
+    keep = set(paths.values())
+    return each(lambda c: _read_entry(paths[c.name], c) or _prepare(c, task, paths[c.name], cache_gb*1e9, keep), "reading cases")
 
 def _prepare(case, task, path, limit, keep):
     "Load a case, and write its entry if there is room"
@@ -264,8 +261,8 @@ def _by_monai(name, x, labels, generator):
     "One of MONAI's transforms, its draws taken from `generator`"
     floor, threads = x.amin((1, 2, 3), keepdim=True) if name == "bias" else 0, torch.get_num_threads()
     torch.set_num_threads(1)                                       # as in a loader's worker: the last bits depend on the number of threads
-    out = _monai(name).set_random_state(int(torch.randint(2**31, (), generator=generator)))({"x": x-floor, "labels": labels[None]})
-    torch.set_num_threads(threads)
+    try: out = _monai(name).set_random_state(int(torch.randint(2**31, (), generator=generator)))({"x": x-floor, "labels": labels[None]})
+    finally: torch.set_num_threads(threads)
     return torch.as_tensor(out["x"]).as_subclass(Tensor).float()+floor, torch.as_tensor(out["labels"])[0].as_subclass(Tensor).to(labels.dtype)
 
 def augment(

@@ -186,8 +186,7 @@ def predict_all(
     files = {c.name: [out/f"{c.name}{end}.nii.gz" for end in ("", *(f"_{s}" for s in save))] for c in cases}
     _begin(out, record, resume)
     done = {n for n, fs in files.items() if resume and fs[0].exists()}
-    for n, fs in files.items():
-        for f in fs if n not in done else (): expect(resume or not f.exists(), f, "a file that is already there", "a new name", "remove it, choose another --out, or go on with --resume")
+    for f in [f for fs in files.values() for f in fs if not resume]: expect(not f.exists(), f, "a file that is already there", "a new name", "remove it, choose another --out, or go on with --resume")
     cases, failed = [c for c in cases if c.name not in done], []
     if done: print(f"{len(done)} inputs are done already", file=sys.stderr)
     with tqdm(unit="window", leave=False) as bar:

@@ -142,7 +142,7 @@ def find_dataset(
     for layout in LAYOUTS.values():
         if (found := layout(root.resolve())): return found
     below = [str(d) for d in sorted(root.iterdir()) if d.is_dir() and any(f(d) for f in LAYOUTS.values())]
-    raise InputError(f"{root}: found no known layout, expected one of {list(LAYOUTS)}" + (f"; name one of {below}" if below else "; see the notebook 09_datasets"))
+    raise InputError(f"{root}: found no known layout, expected one of {list(LAYOUTS)}" + (f"; name one of {below}" if below else "; see the notebook 08b_layouts"))
 
 # %% ../nbs/08b_layouts.ipynb #f66e3ea7
 def expect_files(
@@ -154,6 +154,7 @@ def expect_files(
     for channel, path in zip(task.channels, case.images):
         expect(path.is_file(), path, f"no file for the channel {channel} of {case.name}", f"all of {list(task.channels)}", "complete or remove the case")
     expect(case.label is not None or not need_label, case.name, "no label map", "one to train or score with", "leave the case out")
+    expect(case.label is None or case.label.is_file(), case.label, "no such file", f"the label map of {case.name}", "complete or remove the case")
 
 def read_images(
     case:Case, # which

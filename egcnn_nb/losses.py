@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import expect, keyed_generator, probabilities
+from .core import bounding_box, expect, keyed_generator, probabilities
 from .sobel import edge_target, flat_face, sobel_magnitude
 
 # %% ../nbs/05_losses.ipynb #20da0fad
@@ -126,11 +126,7 @@ def edge_box(
     "The smallest box around every voxel with a gradient, and one layer more (our choice)"
     where = magnitude.amax(0) > 1e-3
     if magnitude.device.type != "cpu" or not bool(where.any()): return tuple(slice(0, n) for n in where.shape)
-    box = []
-    for axis, n in enumerate(where.shape):
-        hit = where.any(dim=[a for a in range(where.dim()) if a != axis]).nonzero()
-        box.append(slice(max(int(hit[0])-1, 0), min(int(hit[-1])+2, n)))
-    return tuple(box)
+    return tuple(slice(max(s.start-1, 0), min(s.stop+1, n)) for s, n in zip(bounding_box(where.numpy()), where.shape))
 
 class _Cut(torch.autograd.Function):
     "One box out of each case; backwards, one array of zeros takes them all"

@@ -12,7 +12,7 @@ from scipy.ndimage import binary_erosion
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from .core import Task, expect, region_masks
+from .core import Task, bounding_box, expect, region_masks
 
 # %% ../nbs/08_metrics.ipynb #0d3ea1fb
 def dice_score(
@@ -29,11 +29,9 @@ def dice_score(
 # %% ../nbs/08_metrics.ipynb #5ab64b16
 def _surface(mask, spacing):
     "Surface voxels of a mask (D,H,W) that is not empty, as points in mm"
-    corner = []
-    for axis in range(mask.ndim):                                     # cut to the box of the mask, axis by axis
-        hit = np.flatnonzero(mask.any(tuple(a for a in range(mask.ndim) if a != axis)))
-        corner.append(hit[0]); mask = mask[(slice(None),)*axis + (slice(hit[0], hit[-1]+1),)]
-    return (np.argwhere(mask & ~binary_erosion(mask)) + corner)*np.asarray(spacing)
+    box = bounding_box(mask)
+    mask = mask[box]
+    return (np.argwhere(mask & ~binary_erosion(mask)) + [s.start for s in box])*np.asarray(spacing)
 
 def surface_distances(
     pred:np.ndarray, # bool (D,H,W), not empty

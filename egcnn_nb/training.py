@@ -318,14 +318,14 @@ def fit(
     "Train, validate and save, in this process or as one of several; raises `InputError` before anything is written"
     (rank, world), out = _world(), Path(settings.out)
     keep_memory()
-    asked, best = settings.precision, best_precision(device)
-    if asked == "auto": settings.precision = json.loads((out/"config.json").read_text())["settings"]["precision"] if resume and (out/"config.json").is_file() else best
+    own = best_precision(device)
+    if settings.precision == "auto": settings.precision = json.loads((out/"config.json").read_text())["settings"]["precision"] if resume and (out/"config.json").is_file() else own
     expect(settings.precision != "fp16" or device.type == "cuda", "precision", "fp16 on a CPU", "fp32 or bf16")
     reading_for(EGLoss, settings)                                               # a wrong name is told before anything is read
     task, train, val, notes, state = _begin(settings, resume, rank, quiet)
     model, loss = make_model(settings, task).to(device), EGLoss(task.activation, **reading_for(EGLoss, settings))
     parts = {"model": model, "optimizer": torch.optim.Adam(model.parameters(), settings.lr), "scaler": torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")}
-    notes += [f"precision {settings.precision}"] + ["this CPU computes bfloat16 by emulation: --precision fp32 is several times faster"]*(settings.precision == "bf16" != best)
+    notes += [f"precision {settings.precision}"] + ["this CPU computes bfloat16 by emulation: --precision fp32 is several times faster"]*(settings.precision == "bf16" != own)
     rows, best = (state["rows"], state["best"]) if state else ([], -1.)
     if state: [part.load_state_dict(state[name]) for name, part in parts.items()]
     batches = EpochBatches(len(train), settings.batch_size, settings.seed, rank, world)
