@@ -45,11 +45,12 @@ def exit_on_error(
 def one_hot(
     labels:Tensor, # whole numbers (B,D,H,W) or (B,H,W)
     values, # label values in the order of the channels, e.g. (0,1,2,4)
+    check:bool=True, # look for other values, for which a GPU has to wait
 )->Tensor: # float32 {0,1} (B,K,D,H,W)
     "One binary mask per label value; raises `InputError` on a value outside `values`"
     values = torch.as_tensor(list(values), device=labels.device)
     mask = (labels.unsqueeze(1) == values.view(1, -1, *[1]*(labels.dim()-1)))
-    if not bool(mask.any(1).all()):
+    if check and not bool(mask.any(1).all()):
         odd = sorted(set(labels.unique().tolist()) - set(values.tolist()))
         raise InputError(f"labels: found the values {odd}, expected only {values.tolist()}; remap or list them")
     return mask.float()
@@ -111,9 +112,10 @@ def probabilities(
 def to_target(
     labels:Tensor, # whole numbers (B,D,H,W)
     task:Task, # what the dataset asks for
+    check:bool=True, # see `one_hot`
 )->Tensor: # float32 {0,1} (B,K,D,H,W)
     "The masks that the losses compare with: regions for sigmoid, one-hot labels for softmax (section 3.1)"
-    return region_masks(labels, task.regions) if task.activation == "sigmoid" else one_hot(labels, task.labels)
+    return region_masks(labels, task.regions) if task.activation == "sigmoid" else one_hot(labels, task.labels, check)
 
 def to_labels(
     prob:Tensor, # probabilities (B,K,D,H,W)

@@ -7,7 +7,7 @@ __all__ = ['RAS', 'normalize', 'iso_size', 'resample_labels', 'foreground', 'Loa
            'make_room', 'prepared_cases', 'split_cases', 'cut_patch', 'augment', 'Patches', 'EpochBatches']
 
 # %% ../nbs/09_datasets.ipynb #ad0ba8cb
-import hashlib, json, os, time, warnings, zlib
+import hashlib, json, os, threading, time, warnings, zlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -188,13 +188,17 @@ def prepared_cases(
     keep = set(paths.values())
     return each(lambda c: _read_entry(paths[c.name], c) or _prepare(c, task, paths[c.name], cache_gb*1e9, keep), "reading cases")
 
+_ROOM = threading.Lock()                                           # two threads that look for room at once would both find it
+
 def _prepare(case, task, path, limit, keep):
     "Load a case, and write its entry if there is room"
     loaded = load_case(case, task)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if make_room(path.parent, loaded.x.nbytes + loaded.labels.nbytes + loaded.spots.nbytes, limit, keep): _write_entry(path, loaded)
-        else: warnings.warn(f"{path.parent}: found no room for {case.name} within {limit/1e9:g} GB, expected more; it stays in memory, raise --cache_gb")
+        with _ROOM:
+            room = make_room(path.parent, loaded.x.nbytes + loaded.labels.nbytes + loaded.spots.nbytes, limit, keep)
+            if room: _write_entry(path, loaded)
+        if not room: warnings.warn(f"{path.parent}: found no room for {case.name} within {limit/1e9:g} GB, expected more; it stays in memory, raise --cache_gb")
     except OSError as e: warnings.warn(f"{path.parent}: found that {case.name} cannot be written ({e}), expected a folder with free space; it stays in memory")
     return _read_entry(path, case) or loaded
 
@@ -302,7 +306,7 @@ class Patches(torch.utils.data.Dataset):
 
 # %% ../nbs/09_datasets.ipynb #b4a7a310
 class EpochBatches:
-    "Batches of keys for `Patches`; set `epoch` before each pass"
+    "Batches of keys for `Patches`; set `epoch`, and `first` to begin within it, before each pass"
     def __init__(self,
         cases:int, # number of cases
         batch_size:int, # over all processes
@@ -310,13 +314,23 @@ class EpochBatches:
         rank:int=0, # number of this process
         world:int=1, # number of processes
     ):
-        expect(batch_size % world == 0, "batch_size", batch_size, f"a multiple of the {world} processes", "it counts over all of them")
-        self.cases, self.batch_size, self.seed, self.rank, self.world, self.epoch = cases, batch_size, seed, rank, world, 0
+        expect(batch_size >= world, "batch_size", batch_size, f"at least one case for each of the {world} processes", "it counts over all of them")
+        self.cases, self.batch_size, self.seed, self.rank, self.world, self.epoch, self.first = cases, batch_size, seed, rank, world, 0, 0
 
     def __len__(self): return -(-self.cases//self.batch_size)
 
+    def whole(self)->list: # a list of keys (epoch, number of the sample, case) per step
+        "The batches of this epoch over all processes; the last may be smaller"
+        order = torch.randperm(self.cases, generator=keyed_generator(self.seed, 2, self.epoch)).tolist()
+        keys = [(self.epoch, i, case) for i, case in enumerate(order)]
+        return [keys[s:s+self.batch_size] for s in range(0, self.cases, self.batch_size)]
+
+    def weight(self,
+        step:int, # in the epoch
+    )->float: # 1 when all processes have as many cases
+        "By how much this process's mean counts, so that the mean over processes is the mean over the cases of the batch"
+        n = min(self.batch_size, self.cases-step*self.batch_size)
+        return len(range(self.rank, n, self.world))*self.world/n
+
     def __iter__(self):
-        g, order = keyed_generator(self.seed, 2, self.epoch), []
-        while len(order) < len(self)*self.batch_size: order += torch.randperm(self.cases, generator=g).tolist()
-        for start in range(0, len(self)*self.batch_size, self.batch_size):
-            yield [(self.epoch, i, order[i]) for i in range(start+self.rank, start+self.batch_size, self.world)]
+        for batch in self.whole()[self.first:]: yield batch[self.rank::self.world] or batch[:1]

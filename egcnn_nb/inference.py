@@ -26,7 +26,8 @@ from .viewers import COLOURS, Explorer
 from .egcnn import PRETRAINED, resize
 from .layouts import Case, find_dataset
 from .datasets import Loaded, iso_size, load_case, place
-from .training import Settings, best_precision, draw_snapshot, infer, label_legend, make_model, windows
+from .training import Settings, best_precision, infer, make_model, windows
+from .dashboard import draw_snapshot, label_legend
 
 # %% ../nbs/11_inference.ipynb #866dd037
 def _everything(model, window):

@@ -6,7 +6,9 @@
 __all__ = ['LAUNCH', 'arguments', 'settings_from', 'run', 'main']
 
 # %% ../nbs/13_multi_gpu.ipynb #fc6e9ef1
-import argparse, ast, os, sys
+import argparse, ast, os, signal, sys, threading
+from datetime import timedelta
+from pathlib import Path
 
 from .settings import AUGMENTATIONS, CACHE, Settings
 
@@ -17,6 +19,8 @@ one machine with eight GPUs (or CPU processes):
     torchrun --standalone --nproc_per_node=8 -m egcnn_nb.train DATA --out RUN
 two machines, the same line on both:
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 -m egcnn_nb.train DATA --out RUN
+one or two machines, begun again by itself from the last checkpoint when a process or a machine is lost:
+    torchrun --nnodes=1:2 --nproc_per_node=8 --max-restarts=3 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 -m egcnn_nb.train DATA --out RUN
 """
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -32,20 +36,24 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--edge", choices=["on", "off"], default="on", help="EG-CNN, or the bare backbone")
     p.add_argument("--epochs", type=int, default=Settings.epochs, help="passes over the training cases")
     p.add_argument("--batch_size", type=int, default=Settings.batch_size, help="over all processes")
+    p.add_argument("--accumulate", type=int, default=Settings.accumulate, metavar="PARTS", help="parts in which each process computes its share of a batch, to save memory")
+    p.add_argument("--shard", action="store_true", help="spread weights and optimizer over the processes too (FSDP)")
     p.add_argument("--width", type=int, default=Settings.width, help="channels at the finest resolution")
     p.add_argument("--levels", type=int, default=Settings.levels, help="number of resolutions")
     p.add_argument("--patch_size", type=int, nargs=3, metavar=("D", "H", "W"), help="voxels at 1 mm; default from the cases, at most 128")
     p.add_argument("--lr", type=float, default=Settings.lr, help="initial learning rate")
     p.add_argument("--seed", type=int, default=Settings.seed, help="of split, weights, order, patches and noise")
     p.add_argument("--workers", type=int, default=Settings.workers, help="loader processes; they change no result")
-    p.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default=Settings.precision, help="of the network, losses are always fp32; auto: bf16 where the processor has it")
+    p.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16", "fp64"], default=Settings.precision, help="of the network, losses are always fp32; auto: bf16 where the processor has it")
     p.add_argument("--validation", type=float, default=Settings.validation, help="share of the cases for validation, or their number")
     p.add_argument("--exclude", metavar="FILE", help="names of cases to leave out, one a line")
     p.add_argument("--augment", nargs="*", choices=AUGMENTATIONS, default=Settings.augment, metavar="NAME", help=f"random changes of a patch, out of {' '.join(AUGMENTATIONS)}; none: --augment alone")
     p.add_argument("--cache", metavar="DIR", help=f"folder of prepared cases, or off; default {CACHE}")
     p.add_argument("--cache_gb", type=float, default=Settings.cache_gb, help="size that this folder may reach")
     p.add_argument("--reading", metavar="NAME=VALUE", action="append", default=[], help="a reading of the paper: an argument of EGCNN or EGLoss, such as attention_relu=False; again for more")
-    p.add_argument("--resume", action="store_true", help="go on with the run in RUN")
+    p.add_argument("--save_minutes", type=float, default=Settings.save_minutes, help="a checkpoint that often, besides the one after each epoch; 0: after each step")
+    p.add_argument("--timeout", type=float, default=10., metavar="MINUTES", help="how long the processes wait for each other")
+    p.add_argument("--resume", nargs="?", const="there", choices=["there", "if_there"], help="go on with the run in RUN; if_there: begin it where there is none, as schedulers need that start a job again")
     return p
 
 def _readings(words):
@@ -63,33 +71,56 @@ def settings_from(
     args:argparse.Namespace, # of `arguments`
 )->Settings:
     "Settings of a run from its flags"
-    values = {k: v for k, v in vars(args).items() if k not in ("resume", "reading")}
+    values = {k: v for k, v in vars(args).items() if k not in ("resume", "reading", "timeout")}
     return Settings(**{**values, "readings": _readings(args.reading) or None, "edge": args.edge == "on", "augment": tuple(args.augment),
                        "patch_size": tuple(args.patch_size) if args.patch_size else None})
 
 # %% ../nbs/13_multi_gpu.ipynb #ce46486d
+class _Asked:
+    "Whether a signal asked the run to stop: the first SIGTERM or Ctrl-C is noted, the second Ctrl-C ends at once"
+    def __init__(self):
+        self.signal = None
+        if threading.current_thread() is threading.main_thread():
+            for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, self.note)
+
+    def note(self, number, frame):
+        if self.signal == number == signal.SIGINT: raise KeyboardInterrupt
+        self.signal = number
+
+def _together(args, fit):
+    "`fit` with the other processes; when one of them is gone, an error of one line"
+    import torch, torch.distributed as dist
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda": torch.cuda.set_device(device)
+    if "RANK" not in os.environ: return fit(device)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=args.timeout))
+        fit(device); dist.barrier()
+    except RuntimeError as e:                                       # torch's own errors of connections are RuntimeErrors
+        if isinstance(e, dist.DistError) or "peer" in str(e).lower() or "timed out" in str(e).lower() or "timeout" in str(e).lower():
+            raise ConnectionError(f"rank {os.environ['RANK']}: found that another process of this run is gone or unreachable ({str(e).splitlines()[0][:150]}), expected {os.environ['WORLD_SIZE']} of them; the last checkpoint is safe, go on with --resume") from e
+        raise
+    finally:
+        if dist.is_initialized(): dist.destroy_process_group()
+
 def run(
     args:argparse.Namespace, # of `arguments`
-)->None:
+)->int: # exit code
     "One process of a run: join the others if there are any, train, leave"
-    import torch, torch.distributed as dist
     from egcnn_nb.training import fit
-    local, many = int(os.environ.get("LOCAL_RANK", 0)), "RANK" in os.environ
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda": torch.cuda.set_device(device)
-    if many: dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        fit(settings_from(args), args.resume, device)
-        if many: dist.barrier()
-    finally:
-        if many: dist.destroy_process_group()
+    asked = _Asked()
+    again = args.resume == "if_there" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0                  # torchrun started this process again
+    resume = args.resume == "there" or again and (Path(args.out)/"config.json").is_file()
+    _together(args, lambda device: fit(settings_from(args), resume, device, stop=lambda: asked.signal is not None))
+    return 130 if asked.signal == signal.SIGINT else 0
 
 def main(
     argv=None, # words of the command line; None: those of this process
 )->int: # exit code
-    "The command `egcnn_train`; bad input ends with one line and exit code 2"
+    "The command `egcnn_train`; bad input ends with one line and exit code 2, a lost process with 1"
     args = arguments().parse_args(argv)
     from egcnn_nb.core import exit_on_error
-    return exit_on_error(lambda: run(args))
+    try: return exit_on_error(lambda: run(args))
+    except ConnectionError as e: print(f"error: {e}", file=sys.stderr, flush=True); os._exit(1)             # no waiting for connections that are dead
 
 if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())

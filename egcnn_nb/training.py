@@ -4,37 +4,34 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'poly_lr', 'reading_for', 'make_model', 'best_precision', 'autocast', 'windows', 'slide', 'infer', 'validate',
-           'write_csv', 'draw_curves', 'plot_curves', 'train_epoch', 'prepare', 'describe', 'fit', 'snapshot',
-           'draw_snapshot', 'label_legend', 'Dashboard']
+           'write_csv', 'draw_curves', 'plot_curves', 'train_step', 'prepare', 'describe', 'Run', 'fit']
 
 # %% ../nbs/10_training.ipynb #c48f93c6
-import csv, inspect, json, threading, time
+import csv, inspect, json, time
+from collections import deque
 from importlib.metadata import version
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from ipywidgets import Button, FloatSlider, HBox
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import InputError, Task, expect, keep_memory, probabilities, seed_everything, to_labels, to_target, write_whole
-from .viewers import COLOURS, Explorer
+from .core import Task, expect, keep_memory, probabilities, seed_everything, to_labels, to_target, write_whole
 from .losses import EGLoss
 from .backbones import make_backbone
-from .egcnn import EGCNN, evaluating, logits_of, resize
+from .egcnn import EGCNN, evaluating, logits_of
 from .metrics import score_case
 from .layouts import find_dataset
 from .settings import CACHE, Settings
 from .datasets import EpochBatches, Patches, prepared_cases, split_cases
+from .checkpoints import lock_run, newest_checkpoint, random_state, save_checkpoint, set_random_state
 
 # %% ../nbs/10_training.ipynb #22657917
 def poly_lr(
@@ -83,11 +80,11 @@ def best_precision(
     return "bf16" if device.type == "cpu" and (has("_is_avx512_bf16_supported") or has("_is_amx_tile_supported")) else "fp32"
 
 def autocast(
-    precision:str, # "fp32", "bf16" or "fp16"
+    precision:str, # "fp32", "bf16", "fp16" or "fp64"
     device:torch.device, # where it runs
 ): # context
     "Mixed precision, or none"
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 # %% ../nbs/10_training.ipynb #68f26af8
@@ -112,11 +109,11 @@ def slide(
     "Average of the windows' answers, with Gaussian weights, summed in place"
     from monai.data.utils import compute_importance_map
     weight = compute_importance_map([s.stop-s.start for s in where[0]], mode="gaussian", device=x.device).clamp(min=1e-3)
-    out, total = None, x.new_zeros(x.shape[1:])
+    out, total = None, torch.zeros(x.shape[1:], device=x.device)
     for start in range(0, len(where), batch):
         part = where[start:start+batch]
         answers = maps(torch.stack([x[(slice(None), *w)] for w in part]))
-        if out is None: out = x.new_zeros(answers.shape[1], *x.shape[1:])
+        if out is None: out = answers.new_zeros(answers.shape[1], *x.shape[1:])
         for w, answer in zip(part, answers): out[(slice(None), *w)].addcmul_(answer, weight); total[w] += weight
         tick(len(part))
     return out.div_(total)
@@ -126,17 +123,17 @@ def infer(
     model:nn.Module, # EGCNN or a bare network
     x:Tensor, # one volume (C,D,H,W), normalised, 1 mm
     patch_size, # voxels along D, H, W of a window
-    precision:str="fp32", # "fp32", "bf16" or "fp16"
+    precision:str="fp32", # "fp32", "bf16", "fp16" or "fp64"
     overlap:float=0.25, # of neighbouring windows
     answer=None, # function of (model, window (1,C,...)) -> maps (1,M,...); None: the logits
     tick=lambda n: None, # called with the number of windows just done
 )->Tensor: # float32 maps (M,D,H,W), by default logits (K,D,H,W), on the device of the model
     "What a network says of a whole volume, at once or by a sliding window (our choice)"
-    device = next(model.parameters()).device
+    first = next(model.parameters()); device = first.device
     def maps(window):
         with autocast(precision, device): out = answer(model, window) if answer else model(window)
         return logits_of(out, window.dim()-2).float()
-    x, where = x.to(device), windows(x.shape[1:], patch_size, overlap)
+    x, where = x.to(first), windows(x.shape[1:], patch_size, overlap)
     with evaluating(model):
         if len(where) > 1: return slide(maps, x, where, tick)
         out = maps(x[None])[0]
@@ -153,16 +150,19 @@ def validate(
     task:Task, # of the dataset
     patch_size, # window
     precision:str="fp32", # as in training
-)->dict: # region -> mean Dice, and "mean"
+    stop=lambda: False, # asked before each case
+)->dict: # region -> mean Dice, and "mean"; None if it was stopped
     "Mean Dice per region over the validation cases, spread over the processes (section 3.3)"
     rank, world = _world()
     scores = {}
     for case in cases[rank::world]:
+        if stop(): scores = None; break
         logits = infer(model, case.x, patch_size, precision)[None]
         scores[case.name] = score_case(to_labels(probabilities(logits, task.activation), task)[0].cpu(), case.labels, task)
-    if world > 1:
-        parts = [None]*world; dist.all_gather_object(parts, scores)
-        scores = {n: s for part in parts for n, s in part.items()}
+    parts = [scores]
+    if world > 1: parts = [None]*world; dist.all_gather_object(parts, scores)
+    if None in parts: return None
+    scores = {n: s for part in parts for n, s in part.items()}
     return {r: sum(scores[n][r]["dice"] for n in sorted(scores))/len(scores) for r in [*task.regions, "mean"]}
 
 # %% ../nbs/10_training.ipynb #2e2c4ee7
@@ -201,33 +201,41 @@ def plot_curves(
     write_whole(path, lambda p: fig.savefig(p, format="png", dpi=100))
 
 # %% ../nbs/10_training.ipynb #050e57da
-def train_epoch(
+def _over_ranks(values):
+    "Mean over the processes"
+    if _world()[1] > 1: dist.all_reduce(values); values /= _world()[1]
+    return values
+
+def _is_bad(model, values):
+    "1 where a gradient or a loss is not finite, else 0, on the device"
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if hasattr(norm, "full_tensor"): norm = norm.full_tensor()                 # weights spread over the processes
+    return (~(norm.double()+values.sum()).isfinite()).double()
+
+def train_step(
     model:nn.Module, # the network, or its DistributedDataParallel
     loss:EGLoss, # of the task
-    optimizer, # torch optimizer
+    optimizer, # fused Adam
     scaler, # GradScaler; does nothing but for fp16
-    loader, # batches of (x, labels, sample)
-    task:Task, # of the dataset
-    epoch:int, # counter
+    x:Tensor, # images (B,C,D,H,W): this process's share of the batch
+    target:Tensor, # masks (B,K,D,H,W)
+    keys:list, # names of the Gumbel noise, one tuple per case
     settings:Settings, # of the run
-    tick=lambda terms: None, # called after each step with its terms
-)->tuple: # term -> mean over the epoch, share of the time spent waiting for data
-    "One pass over the training batches; raises `InputError` when the loss is no longer a number"
-    device, sums, waited, mark = next(model.parameters()).device, torch.zeros(len(TERMS), dtype=torch.float64), 0., time.perf_counter()
-    begun = mark
-    for step, (x, labels, sample) in enumerate(loader):
-        waited += time.perf_counter()-mark
-        keys = [(settings.seed, 3, epoch*len(loader)+step, int(s)) for s in sample]
-        with autocast(settings.precision, device):
-            out = model(x.to(device), return_main=True) if settings.edge else (model(x.to(device)), None, None)
-        terms = loss(out[0], out[1], to_target(labels.to(device), task), out[2], keys)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(terms["total"]).backward(); scaler.step(optimizer); scaler.update()
-        values = torch.stack([terms[t].detach() for t in TERMS]).double().cpu()
-        expect(bool(values.isfinite().all()), f"loss in epoch {epoch}, step {step}", values.tolist(), "finite numbers", "lower --lr or use --precision fp32")
-        sums += values; tick(dict(zip(TERMS, values.tolist()))); mark = time.perf_counter()
-    if _world()[1] > 1: sums = sums.to(device); dist.all_reduce(sums); sums = sums.cpu()/_world()[1]
-    return dict(zip(TERMS, (sums/len(loader)).tolist())), waited/(mark-begun)
+    weight:float=1., # of this process, see `EpochBatches.weight`
+)->Tensor: # float64: each of TERMS as a mean over the whole batch, then 1 if the step was skipped, else 0
+    "One step of the optimizer, the same however the batch is spread (eq. 3, section 3.2)"
+    values, parts = 0, list(zip(*(t.split(-(-len(x)//settings.accumulate)) for t in (x, target))))
+    optimizer.zero_grad(set_to_none=True)
+    for i, (xs, ts) in enumerate(parts):
+        with nullcontext() if i+1 == len(parts) else getattr(model, "no_sync", nullcontext)():
+            with autocast(settings.precision, x.device): out = model(xs, return_main=True) if settings.edge else (model(xs), None, None)
+            terms, part = loss(out[0], out[1], ts, out[2], keys[:len(xs)]), weight*len(xs)/len(x)
+            scaler.scale(part*terms["total"]).backward()
+        values, keys = values + part*torch.stack([terms[t].detach() for t in TERMS]).double(), keys[len(xs):]
+    values = _over_ranks(values); bad = _is_bad(model, values)
+    optimizer.found_inf = bad.float()
+    scaler.step(optimizer); scaler.update()
+    return torch.cat([values, bad[None]])
 
 # %% ../nbs/10_training.ipynb #fed63b7f
 def _excluded(path):
@@ -264,6 +272,8 @@ def prepare(
     return dataset.task, train, val, notes
 
 # %% ../nbs/10_training.ipynb #91731a85
+_FREE = {"out", "data", "workers", "cache", "cache_gb", "save_minutes", "accumulate"}                  # may change when a run is resumed
+
 def describe(
     settings:Settings, # of the run
     task:Task, # of the dataset
@@ -274,26 +284,161 @@ def describe(
     return {"settings": asdict(settings), "task": asdict(task), "split": {"train": [c.name for c in train], "validation": [c.name for c in val]},
             "versions": {name: version(name) for name in ("torch", "numpy", "monai")}}
 
-def _checkpoint(out, config):
-    "The checkpoint of a run that is resumed, once its settings are seen to be the same"
-    expect((out/"checkpoint.pt").is_file(), out, "no checkpoint.pt", "the folder of an earlier run", "leave out --resume")
-    old = json.loads((out/"config.json").read_text())["settings"]
-    new = json.loads(json.dumps(config["settings"]))
-    differ = {k: (old.get(k), new[k]) for k in new if k not in ("out", "data", "workers", "cache", "cache_gb") and old.get(k) != new[k]}
+def _read_config(out):
+    "config.json of a run that is resumed"
+    expect((out/"config.json").is_file(), out, "no config.json", "the folder of an earlier run", "leave out --resume")
+    try: config = json.loads((out/"config.json").read_text()); config["settings"]["precision"], config["split"]["train"]; return config
+    except (ValueError, KeyError, TypeError): expect(False, out/"config.json", "something else", "the settings of a run, as egcnn_train wrote them")
+
+def _same(out, config):
+    "Raise `InputError` that lists what differs from the run in `out`"
+    old, new = _read_config(out), json.loads(json.dumps(config))
+    differ = {k: (old["settings"].get(k), v) for k, v in new["settings"].items() if k not in _FREE and old["settings"].get(k, getattr(Settings, k, None)) != v}
     expect(not differ, out, ", ".join(f"{k} {a}" for k, (a, _) in differ.items()), ", ".join(f"{k} {b}" for k, (_, b) in differ.items()), "resume with the run's own settings")
-    return torch.load(out/"checkpoint.pt", map_location="cpu", weights_only=True)
+    gone, come = [sorted(set(a["split"]["train"]+a["split"]["validation"])-set(b["split"]["train"]+b["split"]["validation"])) for a, b in ((old, new), (new, old))]
+    expect(old["split"] == new["split"], out, f"another split of the cases (gone {gone[:5]}, new {come[:5]})", "the cases that the run began with", "restore them, or begin a new run")
 
-def _begin(settings, resume, rank, quiet):
-    "Check and load everything, then make the run folder, or read the checkpoint of the one that is resumed"
-    out = Path(settings.out)
+def _new_folder(out, config):
+    "Make a run folder that has its config.json from the first moment on"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".part-{uuid4().hex[:8]}-{out.name}"); part.mkdir()
+    (part/"config.json").write_text(json.dumps(config, indent=1))
+    try: part.rename(out)
+    except OSError: (part/"config.json").unlink(); part.rmdir(); expect(False, out, "a folder that exists", "a new run folder", "choose another --out, or --resume")
+
+def _begin(settings, resume, quiet):
+    "Check and load everything, then make the run folder or read the newest checkpoint, which all processes get from the first"
+    (rank, world), out = _world(), Path(settings.out)
     expect(rank > 0 or resume or not out.exists(), out, "a folder that exists", "a new run folder", "choose another --out, or --resume")
+    if resume and rank == 0: _read_config(out)
     task, train, val, notes = prepare(settings, quiet or rank > 0)
-    config = describe(settings, task, train, val)
-    state = _checkpoint(out, config) if resume else None
-    if rank == 0 and not resume: out.mkdir(parents=True); write_whole(out/"config.json", lambda p: p.write_text(json.dumps(config, indent=1)))
-    return task, train, val, notes, state
+    config, state, lock = describe(settings, task, train, val), [None], None
+    if rank == 0:
+        if resume: _same(out, config)
+        else: _new_folder(out, config)
+        lock = lock_run(out)
+        if resume: state[0], told = newest_checkpoint(out); notes += told
+    if world > 1: dist.broadcast_object_list(state)
+    return task, train, val, notes, state[0], lock
 
-# %% ../nbs/10_training.ipynb #c5f3a6e0
+# %% ../nbs/10_training.ipynb #477ad09c
+_BAD = 10                                                          # steps in a row that may be skipped
+
+def _spread(model, settings):
+    "The network as each process calls it: itself, or copies in step (DDP), or weights in pieces (FSDP)"
+    if _world()[1] == 1: return model
+    if not settings.shard: return nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.fsdp import fully_shard
+    return fully_shard(model)
+
+def _read_later(values):
+    "A function that returns a device's values once they have arrived"
+    if values.device.type != "cuda": return lambda: values.tolist()
+    host, event = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True), torch.cuda.Event()
+    event.record()
+    def read(): event.synchronize(); return host.tolist()
+    return read
+
+class Run:
+    "Network, optimizer, data and position of a training run, and how they are saved"
+    def __init__(self,
+        settings:Settings, # of the run
+        task:Task, # of the dataset
+        train, # of Loaded
+        val, # of Loaded
+        device:torch.device, # where it runs
+    ):
+        self.settings, self.task, self.train, self.val, self.device, (rank, world) = settings, task, train, val, device, _world()
+        self.model = make_model(settings, task).to(device, torch.float64 if settings.precision == "fp64" else torch.float32)
+        self.network, self.loss = _spread(self.model, settings), EGLoss(task.activation, **reading_for(EGLoss, settings))
+        self.optimizer = torch.optim.Adam(self.network.parameters(), settings.lr, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        self.batches = EpochBatches(len(train), settings.batch_size, settings.seed, rank, world)
+        self.loader = torch.utils.data.DataLoader(Patches(train, settings.patch_size, settings.seed, settings.augment), batch_sampler=self.batches,
+                                                  num_workers=settings.workers, persistent_workers=settings.workers > 0, pin_memory=device.type == "cuda")
+        self.rows, self.best, self.streak = [], -1., 0
+        self.begin_epoch()
+
+    def begin_epoch(self)->None:
+        "Position: steps taken in this epoch, sums of their terms, steps skipped"
+        self.step, self.sums, self.skipped = 0, [0.]*len(TERMS), 0
+
+    @property
+    def steps(self)->int:
+        "Steps taken in the whole run"
+        return len(self.rows)*len(self.batches)+self.step
+
+    def terms(self)->dict:
+        "Means of the loss terms over the epoch's steps that were taken"
+        return {t: s/max(self.step-self.skipped, 1) for t, s in zip(TERMS, self.sums)}
+
+    def state(self)->dict:
+        "Everything needed to go on"
+        position = {k: getattr(self, k) for k in ("rows", "best", "streak", "step", "sums", "skipped")}
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "random": random_state(), **position}
+
+    def load(self,
+        state:dict, # of `state`
+    )->None:
+        "Go on from there"
+        for name in ("model", "optimizer", "scaler"): getattr(self, name).load_state_dict(state[name])
+        for name in ("rows", "best", "streak", "step", "sums", "skipped"): setattr(self, name, state[name])
+        set_random_state(state["random"])
+
+    def save(self)->None:
+        "A checkpoint, then metrics.csv, each whole, by the first process"
+        if _world()[0] == 0: save_checkpoint(self.settings.out, self.steps, self.state()); write_csv(Path(self.settings.out)/"metrics.csv", self.rows)
+
+    def note(self,
+        values:list, # of a step: terms, skipped, someone asks to save, to stop
+    )->bool: # whether someone asks for either
+        "Add up a step; raises `InputError` after too many that are not finite"
+        *terms, bad, save, stop = values
+        self.skipped += bad > 0; self.streak = self.streak+1 if bad else 0
+        if not bad: self.sums = [s+t for s, t in zip(self.sums, terms)]
+        names = sorted({self.train[case].name for *_, case in self.batches.whole()[self.step-1]}) if self.streak == _BAD else []
+        expect(not names, f"loss in epoch {len(self.rows)}, step {self.step-1}", f"{_BAD} steps in a row that are not finite, the last of {', '.join(names)}", "finite numbers", "lower --lr or use --precision fp32")
+        return save > 0, stop > 0
+
+    def train_epoch(self,
+        due=lambda: False, # asked after each step: save?
+        stop=lambda: False, # asked after each step: save and stop?
+        tick=lambda terms: None, # called after each step with its terms
+    )->tuple: # whether the epoch was finished, share of the time spent waiting for data
+        "The rest of an epoch's steps"
+        self.batches.epoch, self.batches.first, late = len(self.rows), self.step, deque()
+        for group in self.optimizer.param_groups: group["lr"] = poly_lr(self.settings.lr, len(self.rows), self.settings.epochs)
+        waited, begun = 0., time.perf_counter(); mark = begun
+        for x, labels, sample in self.loader:
+            waited += time.perf_counter()-mark
+            values = self.one_step(x, labels, sample)
+            asked = torch.tensor([due(), stop()], dtype=torch.float64, device=self.device)
+            late.append(_read_later(torch.cat([values, _over_ranks(asked)]))); self.step += 1
+            asked = False, False
+            while len(late) > (self.device.type == "cuda" and not any(asked)):
+                values = late.popleft()(); asked = self.note(values); tick(dict(zip(TERMS, values)))
+            if any(asked): self.save()
+            if asked[1]: return False, waited/(time.perf_counter()-begun)
+            mark = time.perf_counter()
+        for read in late: self.note(read())
+        return True, waited/max(mark-begun, 1e-9)
+
+    def one_step(self, x, labels, sample):
+        "`train_step` of a batch of the loader"
+        keys = [(self.settings.seed, 3, self.steps, int(s)) for s in sample]
+        x = x.to(self.device, next(self.model.parameters()).dtype, non_blocking=True)
+        target = to_target(labels.to(self.device, non_blocking=True), self.task, check=False)          # labels were checked when they were read
+        return train_step(self.network, self.loss, self.optimizer, self.scaler, x, target, keys, self.settings, self.batches.weight(self.step))
+
+    def finish_epoch(self,
+        dice:dict, # of `validate`
+    )->None:
+        "A row of metrics.csv; weights, if they are the best so far; a checkpoint"
+        self.rows.append({"epoch": len(self.rows), "lr": self.optimizer.param_groups[0]["lr"], **self.terms(), "skipped": self.skipped, **{f"dice_{k}": v for k, v in dice.items()}})
+        if dice["mean"] > self.best and _world()[0] == 0: write_whole(Path(self.settings.out)/"model.safetensors", lambda p: save_file(self.model.state_dict(), p))
+        self.best = max(self.best, dice["mean"]); self.begin_epoch(); self.save()
+
+# %% ../nbs/10_training.ipynb #d0ec76de
 def _logger(out, bar):
     "A function that writes a line to log.txt and beside the progress bar, where there is one"
     def log(text):
@@ -301,184 +446,57 @@ def _logger(out, bar):
         with open(out/"log.txt", "a") as f: f.write(text+"\n")
     return log
 
-def _save(out, parts, rows, best):
-    "checkpoint.pt, then metrics.csv, each whole"
-    write_whole(out/"checkpoint.pt", lambda p: torch.save({**{k: v.state_dict() for k, v in parts.items()}, "rows": rows, "best": best}, p))
-    write_csv(out/"metrics.csv", rows)
+def _checked(settings, resume, device):
+    "Fill in the precision, and refuse what cannot work, before anything is read"
+    own, out, world = best_precision(device), Path(settings.out), _world()[1]
+    if settings.precision == "auto": settings.precision = _read_config(out)["settings"]["precision"] if resume else own
+    expect(settings.precision != "fp16" or device.type == "cuda", "precision", "fp16 on a CPU", "fp32 or bf16")
+    expect(settings.accumulate >= 1, "accumulate", settings.accumulate, "1 or more parts")
+    expect(not settings.shard or world > 1, "shard", "one process", "several, started by torchrun")
+    expect(not settings.shard or settings.accumulate == 1, "accumulate", f"{settings.accumulate} parts of sharded weights", "1", "use more processes")
+    over_batch = sorted(k for k, v in reading_for(EGLoss, settings).items() if v == "batch")
+    expect(not over_batch or settings.accumulate == world == 1, "readings", f"{over_batch} over the batch, which is spread over {world} processes in {settings.accumulate} parts", "one process and --accumulate 1")
+    return ["this CPU computes bfloat16 by emulation: --precision fp32 is several times faster"]*(settings.precision == "bf16" != own)
 
-# %% ../nbs/10_training.ipynb #d0ec76de
 def fit(
     settings:Settings, # of the run
     resume:bool=False, # go on with the run in settings.out
     device:torch.device=torch.device("cpu"), # where it runs
-    on_step=None, # called after each step with its loss terms; may raise KeyboardInterrupt to stop the run
+    on_step=None, # called after each step with its loss terms
     on_epoch=None, # called after each epoch with its row of metrics.csv, the network and the validation cases
     quiet:bool=False, # no progress bar, messages to log.txt alone
-)->list: # rows of metrics.csv
+    stop=lambda: False, # asked after each step and each validated case: save and stop?
+)->list: # rows of metrics.csv, fewer than epochs if it was stopped
     "Train, validate and save, in this process or as one of several; raises `InputError` before anything is written"
     (rank, world), out = _world(), Path(settings.out)
     keep_memory()
-    own = best_precision(device)
-    if settings.precision == "auto": settings.precision = json.loads((out/"config.json").read_text())["settings"]["precision"] if resume and (out/"config.json").is_file() else own
-    expect(settings.precision != "fp16" or device.type == "cuda", "precision", "fp16 on a CPU", "fp32 or bf16")
-    reading_for(EGLoss, settings)                                               # a wrong name is told before anything is read
-    task, train, val, notes, state = _begin(settings, resume, rank, quiet)
-    model, loss = make_model(settings, task).to(device), EGLoss(task.activation, **reading_for(EGLoss, settings))
-    parts = {"model": model, "optimizer": torch.optim.Adam(model.parameters(), settings.lr), "scaler": torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")}
-    notes += [f"precision {settings.precision}"] + ["this CPU computes bfloat16 by emulation: --precision fp32 is several times faster"]*(settings.precision == "bf16" != own)
-    rows, best = (state["rows"], state["best"]) if state else ([], -1.)
-    if state: [part.load_state_dict(state[name]) for name, part in parts.items()]
-    batches = EpochBatches(len(train), settings.batch_size, settings.seed, rank, world)
-    loader = torch.utils.data.DataLoader(Patches(train, settings.patch_size, settings.seed, settings.augment), batch_sampler=batches,
-                                         num_workers=settings.workers, persistent_workers=settings.workers > 0)
-    network = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    bar = tqdm(total=settings.epochs*len(loader), initial=len(rows)*len(loader), desc="training", disable=quiet or rank > 0)
+    emulated = _checked(settings, resume, device)
+    task, train, val, notes, state, lock = _begin(settings, resume, quiet)
+    run = Run(settings, task, train, val, device)
+    if state: run.load(state)
+    bar = tqdm(total=settings.epochs*len(run.batches), initial=run.steps, desc="training", disable=quiet or rank > 0)
     log = _logger(out, bar) if rank == 0 else lambda text: None
-    for note in notes + ([f"resumed after epoch {len(rows)}"] if state else []): log(note)
-    if rank == 0 and not state: _save(out, parts, rows, best)
+    for note in [*notes, f"precision {settings.precision}", *emulated, *([f"resumed after epoch {len(run.rows)}, step {run.step}"] if state else [])]: log(note)
+    run.save()
+    saved, done = time.monotonic(), True
+    def due():
+        nonlocal saved
+        if time.monotonic()-saved < 60*settings.save_minutes or rank > 0: return False
+        saved = time.monotonic(); return True
     def tick(terms): bar.update(); on_step and on_step(terms)
     try:
-        for epoch in range(len(rows), settings.epochs):
-            start, batches.epoch, lr = time.time(), epoch, poly_lr(settings.lr, epoch, settings.epochs)
-            for group in parts["optimizer"].param_groups: group["lr"] = lr
-            terms, waited = train_epoch(network, loss, parts["optimizer"], parts["scaler"], loader, task, epoch, settings, tick)
-            dice = validate(model, val, task, settings.patch_size, settings.precision)
-            rows.append({"epoch": epoch, "lr": lr, **terms, **{f"dice_{k}": v for k, v in dice.items()}})
-            if rank == 0 and dice["mean"] > best: write_whole(out/"model.safetensors", lambda p: save_file(model.state_dict(), p))
-            best = max(best, dice["mean"])
-            if rank == 0: _save(out, parts, rows, best)
-            log(f"epoch {epoch+1}/{settings.epochs} loss {terms['total']:.4f} dice {dice['mean']:.4f} best {best:.4f} {time.time()-start:.1f} s, {waited:.1%} of the steps' time waiting for data")
-            if on_epoch: on_epoch(rows[-1], model, val)
-    except KeyboardInterrupt: log(f"stopped by Ctrl-C; {len(rows)} finished epochs are safe in {out}, go on with --resume"); raise
-    finally: bar.close(); rank or plot_curves(out/"curves.png", rows)
-    return rows
-
-# %% ../nbs/10_training.ipynb #5fc7c44a
-def snapshot(
-    model:nn.Module, # EGCNN or a bare network
-    case, # Loaded, with labels
-    task:Task, # of the dataset
-    settings:Settings, # of the run
-)->dict: # name -> array (D,H,W): "image", "truth", "prediction", and with an edge stream "edge", "attention"
-    "What the network says now about one patch, around the middle of the foreground"
-    spots = case.labels.nonzero().float()
-    middle = spots.median(0).values if len(spots) else torch.tensor(case.labels.shape)/2
-    where = [slice(s := max(0, min(int(c)-p//2, n-p)), s+p) for c, p, n in zip(middle, settings.patch_size, case.labels.shape)]
-    x = case.x[(slice(None), *where)][None].to(next(model.parameters()).device)
-    with torch.no_grad(), evaluating(model), autocast(settings.precision, x.device): out = model(x, return_attention=True) if settings.edge else (model(x),)
-    logits = out[0]
-    shown = {"image": x[0, -1], "truth": case.labels[tuple(where)], "prediction": to_labels(probabilities(logits.float(), task.activation), task)[0]}
-    if settings.edge: shown |= {"edge": out[1][0].float().sigmoid().amax(0), "attention": resize(out[2][-1].float(), x.shape[2:])[0].mean(0)}
-    return {name: np.asarray(t.cpu()) for name, t in shown.items()}
-
-# %% ../nbs/10_training.ipynb #a183ff0f
-def draw_snapshot(
-    axes, # matplotlib axes, one for each of image, prediction, edge, attention
-    shown:dict, # of `snapshot`
-    at:float, # slice along k, 0 to 1
-    outline:str="truth", # what the green outline is
-)->None:
-    "One slice of a snapshot, an outline over it; without an edge stream two axes stay empty"
-    k = round(at*(shown["image"].shape[-1]-1)); cut = {n: a[..., k].T for n, a in shown.items()}
-    for ax, name, title in zip(axes, ("image", "prediction", "edge", "attention"), (f"image, {outline}", "prediction", "predicted edge", "attention α, 0 to 1")):
-        ax.axis("off")
-        if name not in cut: continue
-        if name in ("image", "prediction"): ax.imshow(cut["image"], cmap="gray", origin="lower")
-        else: ax.imshow(cut[name], cmap="inferno" if name == "edge" else "magma", vmin=0, vmax=1, origin="lower")
-        if name == "prediction":
-            for v in filter(None, np.unique(shown[name])): ax.imshow(np.ma.masked_not_equal(cut[name], v), cmap=ListedColormap([COLOURS.get(int(v), COLOURS["prediction"])]), alpha=.6, origin="lower")
-        if (cut["truth"] > 0).any(): ax.contour(cut["truth"] > 0, [.5], colors=COLOURS["truth"], linewidths=1)
-        ax.set_title(title, fontsize=9)
-
-def label_legend(
-    fig:Figure, # to which it is added, below
-    task:Task, # whose labels are shown
-    outline:str="outline of the truth", # what the green line is
-)->None:
-    "The colours of the labels by name"
-    shown = [Patch(color=COLOURS.get(v, COLOURS["prediction"]), label=n) for v, n in task.labels.items() if v]
-    fig.legend(handles=[*shown, Line2D([], [], color=COLOURS["truth"], label=outline)], loc="outside lower center", ncols=len(shown)+1, frameon=False, fontsize=9)
-
-# %% ../nbs/10_training.ipynb #a3e9191a
-class Dashboard(Explorer):
-    "A run in a thread of its own: curves, one slice after each epoch, and buttons that hold, stop and take it up again"
-    def __init__(self,
-        settings:Settings, # of the run
-        resume:bool=False, # begin with a run that is already in settings.out
-    ):
-        self.settings, self.resume, self.rows, self.shown, self.message, self.thread = settings, resume, [], None, "press start", None
-        self.steps, self.epochs, self.busy, self.told, self.paused, self.stopped = 0, 0, 0., 0., threading.Event(), threading.Event()
-        self.buttons = {n: Button(description=n, tooltip=t) for n, t in (("start", "begin, or go on"), ("pause", "hold between two steps"), ("stop", "end after the last finished epoch"))}
-        at = FloatSlider(.5, min=0, max=1, step=.02, description="slice")
-        super().__init__(self.picture, {"at": at}, "loss terms, Dice and learning rate of a run, and a slice with prediction, edge and attention", tell=self.status)
-        for name, button in self.buttons.items(): button.on_click(lambda _, act=getattr(self, name): act())
-        self.children = [HBox(list(self.buttons.values())), *self.children]
-
-    def picture(self, at):
-        "Curves above, the slice below"
-        fig = Figure(figsize=(11, 5.6 if self.rows else .5), layout="constrained")
-        if not self.rows: fig.text(.01, .4, "curves and pictures appear after the first epoch"); return fig
-        axes = fig.subplots(2, 4)
-        for ax in axes.flat: ax.axis("off")
-        for ax in axes[0, :3]: ax.axis("on")
-        draw_curves(axes[0, 0], axes[0, 1], self.rows)
-        axes[0, 2].plot([r["epoch"]+1 for r in self.rows], [r["lr"] for r in self.rows], ".-", color=COLOURS["edge"]); axes[0, 2].set(title="learning rate", xlabel="epoch"); axes[0, 2].grid(alpha=.3); axes[0, 2].ticklabel_format(axis="y", style="sci", scilimits=(0, 0)); axes[0, 2].xaxis.get_major_locator().set_params(integer=True)
-        draw_snapshot(axes[1], self.shown, at); label_legend(fig, self.task); return fig
-
-    def status(self, at):
-        "The line below: state, epoch, step, time left"
-        done = f"epoch {len(self.rows)} of {self.settings.epochs} done, step {self.steps}"
-        left = f", about {(self.settings.epochs-len(self.rows))*self.busy/self.epochs:.0f} s left" if self.epochs else ""
-        return f"<b>{self.message}</b> &middot; {done}{left}"
-
-    def start(self)->None:
-        "Begin, go on after a pause, or take up a stopped run again"
-        self.paused.clear(); self.stopped.clear()
-        if self.thread is None or not self.thread.is_alive(): self.thread = threading.Thread(target=self._train, daemon=True); self.thread.start()
-
-    def pause(self)->None:
-        "Hold the run between two steps"
-        self.paused.set()
-
-    def stop(self)->None:
-        "End the run; its finished epochs are safe"
-        self.stopped.set()
-
-    def wait(self)->"Dashboard":
-        "Until the run has ended"
-        if self.thread: self.thread.join()
-        return self
-
-    def close(self)->None:
-        "Stop the run, and leave no widget behind"
-        self.stop(); super().close()
-
-    def _train(self):
-        self.message, self.mark = "reading cases", time.time()
-        try:
-            self.task = find_dataset(self.settings.data).task
-            fit(self.settings, self.resume, on_step=self._step, on_epoch=self._epoch, quiet=True)
-            self.message = "finished"
-        except KeyboardInterrupt: self.message = f"stopped; {len(self.rows)} finished epochs are safe in {self.settings.out}, start goes on from there"
-        except InputError as e: self.message = str(e)
-        except Exception as e: self.message = f"{type(e).__name__}: {e}"; raise                # the rest of the story goes to the log of the kernel
-        finally: self.redraw()
-
-    def _step(self, terms):
-        self.resume, self.steps = True, self.steps+1                # the run folder exists now
-        self.busy += time.time()-self.mark
-        self.message = f"training, loss {terms['total']:.3f}"
-        if time.time()-self.told > .2: self._say()
-        if self.paused.is_set(): self.message = "paused"; self._say()
-        while self.paused.is_set() and not self.stopped.is_set(): time.sleep(.02)
-        if self.stopped.is_set(): raise KeyboardInterrupt
-        self.mark = time.time()
-
-    def _say(self):
-        self.told = time.time()
-        if self.tell: self.readout.value = self.tell(**self.values)
-
-    def _epoch(self, row, model, val):
-        with open(Path(self.settings.out)/"metrics.csv", newline="") as f: self.rows = [{k: float(v) for k, v in r.items()} for r in csv.DictReader(f)]
-        self.epochs += 1
-        self.shown = snapshot(model, val[0], self.task, self.settings); self.redraw()
+        while done and len(run.rows) < settings.epochs:
+            start = time.monotonic()
+            done, waited = run.train_epoch(due, stop, tick)
+            dice = validate(run.model, val, task, settings.patch_size, settings.precision, stop) if done else None
+            if done and not dice: run.save(); done = False
+            if not done: break
+            run.finish_epoch(dice); row = run.rows[-1]
+            log(f"epoch {len(run.rows)}/{settings.epochs} loss {row['total']:.4f} dice {dice['mean']:.4f} best {run.best:.4f} {time.monotonic()-start:.1f} s, {waited:.1%} of the steps' time waiting for data" + f", {row['skipped']} steps skipped"*(row["skipped"] > 0))
+            if on_epoch: on_epoch(row, run.model, val)
+        if not done: log(f"stopped in epoch {len(run.rows)+1} after step {run.step}; all of it is safe in {out}, go on with --resume")
+    except KeyboardInterrupt: log(f"stopped at once; the last checkpoint is safe in {out}, go on with --resume"); raise
+    finally:
+        bar.close(); rank or plot_curves(out/"curves.png", run.rows)
+        if lock: lock.release()
+    return run.rows

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist",
          "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
-VIEWS = {"02_viewers": 4, "03_sobel": 3, "04_gate": 1, "05_losses": 4, "06_backbones": 1, "07_egcnn": 3, "10_training": 1, "11_inference": 5}   # notebook -> views in it
+VIEWS = {"02_viewers": 4, "03_sobel": 3, "04_gate": 1, "05_losses": 4, "06_backbones": 1, "07_egcnn": 3, "10b_dashboard": 1, "11_inference": 5}   # notebook -> views in it
 HERE = re.compile(r"(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|data:|blob:|about:")
 CURRENT = "window.jupyterapp.shell.currentWidget"
 
@@ -146,7 +146,7 @@ def write_notebook(path, *cells):
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), path)
 
 def test_the_dashboard_pauses_goes_on_and_stops_while_it_trains(lab, page, work, shots):
-    write_notebook(work/"nbs/board.ipynb", "from egcnn_nb.training import Dashboard, Settings\n"
+    write_notebook(work/"nbs/board.ipynb", "from egcnn_nb.dashboard import Dashboard, Settings\n"
                    "board = Dashboard(Settings('../data_samples/kits2019', 'runs/board', epochs=400, width=4, levels=3, patch_size=(24, 32, 32)))\nboard",
                    "board.start()\nimport time; time.sleep(20)")                # the second cell keeps the kernel busy: buttons must work all the same
     page.goto(f"{lab}/lab/tree/board.ipynb?reset"); page.wait_for_function(f"() => window.jupyterapp && {CURRENT}?.sessionContext?.session?.kernel?.status == 'idle'", timeout=120_000)
@@ -163,6 +163,6 @@ def test_the_dashboard_pauses_goes_on_and_stops_while_it_trains(lab, page, work,
     page.query_selector(".jp-OutputArea-output .jupyter-widgets").screenshot(path=shots/"dashboard_paused.png")
     press("start"); until(lambda: step() > held+3)
     press("stop"); until(lambda: text().startswith("stopped")); held = step(); page.wait_for_timeout(1000); assert step() == held
-    assert (work/"nbs/runs/board/checkpoint.pt").exists()
+    assert list((work/"nbs/runs/board").glob("checkpoint-*.pt"))
     press("start"); until(lambda: step() > held+3); press("stop"); until(lambda: text().startswith("stopped"))
     assert not page.outside and not page.errors, (page.outside, page.errors)

@@ -129,7 +129,7 @@ def test_bad_runs_are_refused(run, tmp_path):
     done = command("train", SAMPLES/"kits2019", "--out", run, *QUICK, "--backbone", "vnet", "--resume")
     assert done.returncode == 2 and "found backbone segnet, expected backbone vnet" in done.stderr
     assert (run/"metrics.csv").read_bytes() == before
-    refused(command("train", SAMPLES/"kits2019", "--out", tmp_path/"x", "--resume"), "no checkpoint.pt", tmp_path/"x")
+    refused(command("train", SAMPLES/"kits2019", "--out", tmp_path/"x", "--resume"), "no config.json", tmp_path/"x")
     refused(predict(tmp_path, SAMPLES/"kits2019", "--out", tmp_path/"x"), "no config.json", tmp_path/"x")
 
 def test_an_unknown_option_is_refused(tmp_path):
