@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'random_state', 'set_random_state', 'checkpoints', 'save_checkpoint', 'read_checkpoint', 'newest_checkpoint',
-           'lock_run']
+           'save_sharded', 'lock_run']
 
 # %% ../nbs/09b_checkpoints.ipynb #844f9547
-import os, random, zipfile
+import json, os, random, shutil, zipfile, zlib
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from .core import InputError, expect, write_whole
@@ -40,7 +42,7 @@ def checkpoints(
     folder, # of a run
 )->list: # of paths, the newest first
     "The checkpoints of a run"
-    return sorted(Path(folder).glob("checkpoint-*.pt"), reverse=True)
+    return sorted(Path(folder).glob("checkpoint-*"), reverse=True)
 
 def save_checkpoint(
     folder, # of the run
@@ -49,14 +51,20 @@ def save_checkpoint(
     keep:int=2, # generations
 )->Path: # the file
     "Write a checkpoint whole, then drop the oldest"
-    path = write_whole(Path(folder)/f"checkpoint-{step:08d}.pt", lambda p: torch.save({"format": FORMAT, **state}, p))
-    for old in checkpoints(folder)[keep:]: old.unlink(missing_ok=True)
+    packed = BytesIO(); torch.save({"format": FORMAT, **state}, packed)                # torch's own writer hides why a disk refuses
+    path = write_whole(Path(folder)/f"checkpoint-{step:08d}.pt", lambda p: p.write_bytes(packed.getbuffer()))
+    _drop_old(folder, keep)
     return path
+
+def _drop_old(folder, keep):
+    "Keep so many checkpoints, files or folders"
+    for old in checkpoints(folder)[keep:]: shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
 def read_checkpoint(
     path, # of `save_checkpoint`
 )->dict: # the state
     "Verify and read a checkpoint; raises `InputError` when it is broken, or from a newer version"
+    if Path(path).is_dir(): return _read_sharded(Path(path))
     try:
         with zipfile.ZipFile(path) as f: broken = f.testzip()
         state = None if broken else torch.load(path, map_location="cpu", weights_only=True)
@@ -79,6 +87,39 @@ def newest_checkpoint(
     expect(not notes, folder, f"{len(notes)} checkpoints and none that verifies", "at least one", "begin again with another --out")
     return None, notes
 
+# %% ../nbs/09b_checkpoints.ipynb #4d35da27
+def _crcs(folder):
+    "CRC-32 of each file"
+    return {p.name: zlib.crc32(p.read_bytes()) for p in sorted(folder.iterdir()) if p.name != "crc.json"}
+
+def save_sharded(
+    folder, # of the run, seen by all processes
+    step:int, # steps taken so far, in the name of the folder
+    parts:dict, # pieces of weights and optimizer, of `torch.distributed.checkpoint.state_dict`
+    state:dict, # all the rest
+    keep:int=2, # generations
+)->None:
+    "Write a checkpoint in pieces; all processes call it"
+    import torch.distributed.checkpoint as dcp
+    first, part = dist.get_rank() == 0, Path(folder)/f".part-checkpoint-{step:08d}"
+    if first and part.exists(): shutil.rmtree(part)
+    dist.barrier(); dcp.save(parts, checkpoint_id=part)
+    if first:
+        torch.save({"format": FORMAT, **state}, part/"state.pt")
+        write_whole(part/"crc.json", lambda p: p.write_text(json.dumps(_crcs(part))))
+        for p in part.iterdir(): f = os.open(p, os.O_RDONLY); os.fsync(f); os.close(f)
+        path = part.with_name(part.name.removeprefix(".part-"))
+        if path.exists(): shutil.rmtree(path)
+        part.rename(path); _drop_old(folder, keep)
+    dist.barrier()
+
+def _read_sharded(path):
+    "The state of a checkpoint in pieces, once all of its files are verified; the pieces stay where they are"
+    try: good = json.loads((path/"crc.json").read_text()) == _crcs(path)
+    except (OSError, ValueError): good = False
+    expect(good, path, "a broken folder (checksums differ)", "a checkpoint of egcnn_train")
+    return {**read_checkpoint(path/"state.pt"), "pieces": str(path)}
+
 # %% ../nbs/09b_checkpoints.ipynb #d12402a0
 def lock_run(
     folder, # of a run
@@ -87,5 +128,5 @@ def lock_run(
     lock = FileLock(Path(folder)/"run.lock")
     try: lock.acquire(timeout=0)
     except Timeout: raise InputError(f"{folder}: found another egcnn_train that is writing there, expected a folder of one's own; wait for it, or choose another --out") from None
-    for part in Path(folder).glob(".part-*"): part.unlink(missing_ok=True)
+    for part in Path(folder).glob(".part-*"): shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
     return lock

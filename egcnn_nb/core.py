@@ -36,10 +36,13 @@ def expect(
 def exit_on_error(
     run, # function without arguments
 )->int: # exit code of the process
-    "Run `run`; an `InputError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130 (our choice)"
+    "Run `run`; an `InputError`, a disk or memory that is full becomes one line on stderr and exit code 2, Ctrl-C exit code 130 (our choice)"
     try: return run() or 0
-    except InputError as e: print("error: " + " ".join(str(e).split()), file=sys.stderr); return 2
+    except InputError as e: error = e
+    except OSError as e: error = f"{e.filename2 or e.filename or 'a file'}: found that it cannot be read or written ({e.strerror or e}), expected a place with free space and permission"
+    except MemoryError as e: error = f"memory: found too little ({e}), expected more; take a smaller patch or batch, or fewer workers"
     except KeyboardInterrupt: return 130
+    print("error: " + " ".join(str(error).split()), file=sys.stderr); return 2
 
 # %% ../nbs/00_core.ipynb #cc346342
 def one_hot(

@@ -199,7 +199,7 @@ def _prepare(case, task, path, limit, keep):
             room = make_room(path.parent, loaded.x.nbytes + loaded.labels.nbytes + loaded.spots.nbytes, limit, keep)
             if room: _write_entry(path, loaded)
         if not room: warnings.warn(f"{path.parent}: found no room for {case.name} within {limit/1e9:g} GB, expected more; it stays in memory, raise --cache_gb")
-    except OSError as e: warnings.warn(f"{path.parent}: found that {case.name} cannot be written ({e}), expected a folder with free space; it stays in memory")
+    except (OSError, SafetensorError) as e: warnings.warn(f"{path.parent}: found that {case.name} cannot be written ({e}), expected a folder with free space; it stays in memory")
     return _read_entry(path, case) or loaded
 
 # %% ../nbs/09_datasets.ipynb #35193131

@@ -16,6 +16,7 @@ import torch
 from ipywidgets import Button, Dropdown, FloatSlider, HBox, Text
 from matplotlib.figure import Figure
 from scipy.ndimage import binary_erosion, distance_transform_edt
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -85,15 +86,18 @@ def predict(
 def load_run(
     run, # folder written by egcnn_train
 )->tuple: # model in evaluation mode, settings, task
-    "The network of a run with its best weights; raises `InputError` if the folder is no run"
+    "The network of a run with its best weights; raises `InputError` if the folder is no run, or a broken one"
     run = Path(run)
     for name in ("config.json", "model.safetensors"): expect((run/name).is_file(), run, f"no {name}", "a run folder", "train with egcnn_train first")
-    config = json.loads((run/"config.json").read_text())
-    settings, t = Settings(**config["settings"]), config["task"]
-    task = Task(**{**t, "channels": tuple(t["channels"]), "labels": {int(k): v for k, v in t["labels"].items()},
-                   "regions": {k: tuple(v) for k, v in t["regions"].items()}})
-    model = make_model(settings, task)
-    model.load_state_dict(load_file(run/"model.safetensors"))
+    try:
+        config = json.loads((run/"config.json").read_text())
+        settings, t = Settings(**config["settings"]), config["task"]
+        task = Task(**{**t, "channels": tuple(t["channels"]), "labels": {int(k): v for k, v in t["labels"].items()},
+                       "regions": {k: tuple(v) for k, v in t["regions"].items()}})
+        model = make_model(settings, task)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e: raise InputError(f"{run/'config.json'}: found something else ({type(e).__name__}: {e}), expected the settings of a run, as egcnn_train wrote them") from e
+    try: model.load_state_dict(load_file(run/"model.safetensors"))
+    except (SafetensorError, RuntimeError) as e: raise InputError(f"{run/'model.safetensors'}: found weights that are broken or of another network ({str(e).splitlines()[0]}), expected those of config.json; copy them again") from e
     return model.eval(), settings, task
 
 # %% ../nbs/11_inference.ipynb #13303c64
@@ -107,7 +111,7 @@ def case_maps(
     "Probabilities of a case, with `inside` also edges and attention, prepared as in training and resampled back (section 3.2)"
     loaded, task = load_case(case, runs[0][2]), runs[0][2]
     fast = best_precision(next(runs[0][0].parameters()).device)                       # a run in bf16 may meet a processor without it
-    maps = averaged([(m, s.patch_size, "fp32" if s.precision == "fp32" else fast) for m, s, _ in runs], loaded.x, task.activation, flips, inside, bar)
+    maps = averaged([(m, s.patch_size, "fp32" if s.precision in ("fp32", "fp64") else fast) for m, s, _ in runs], loaded.x, task.activation, flips, inside, bar)
     return resize(maps[None], loaded.box_size)[0], loaded
 
 def label_map(

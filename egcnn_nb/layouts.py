@@ -133,15 +133,24 @@ def table(
 # %% ../nbs/08b_layouts.ipynb #65682a3e
 LAYOUTS = {"BraTS": brats, "KiTS": kits, "nnU-Net": nnunet, "Decathlon": decathlon, "cases.csv": table}
 
+def _recognise(root):
+    "The dataset of a folder in the first layout that fits, or None; whatever a description makes Python raise becomes an `InputError`"
+    try: return next((found for layout in LAYOUTS.values() if (found := layout(root))), None)
+    except InputError: raise
+    except (ValueError, KeyError, AttributeError, TypeError, IndexError, OverflowError, RecursionError, NotImplementedError, csv.Error) as e:
+        raise InputError(f"{root}: found a description that makes no sense ({type(e).__name__}: {e}), expected dataset.json or cases.csv as the layout has it; copy it again") from e
+
 def find_dataset(
     root, # folder
 )->Dataset:
     "Recognise the layout of a folder; raises `InputError` that names the layouts known, and datasets one level below"
     root = Path(root)
     expect(root.is_dir(), root, "no such folder", "a dataset folder")
-    for layout in LAYOUTS.values():
-        if (found := layout(root.resolve())): return found
-    below = [str(d) for d in sorted(root.iterdir()) if d.is_dir() and any(f(d) for f in LAYOUTS.values())]
+    if (found := _recognise(root.resolve())):
+        odd = sorted({c.name for c in found.cases if Path(c.name).name != c.name})[:3]
+        expect(not odd, root, f"cases called {odd}", "names without folders in them", "rename them: files are called after their case")
+        return found
+    below = [str(d) for d in sorted(root.iterdir()) if d.is_dir() and _recognise(d)]
     raise InputError(f"{root}: found no known layout, expected one of {list(LAYOUTS)}" + (f"; name one of {below}" if below else "; see the notebook 08b_layouts"))
 
 # %% ../nbs/08b_layouts.ipynb #f66e3ea7

@@ -8,6 +8,7 @@ __all__ = ['dice_loss', 'balanced_bce', 'edge_loss', 'gumbel_noise', 'gumbel_sof
 
 # %% ../nbs/05_losses.ipynb #1e04c8be
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,6 +30,19 @@ def _space(x):
     "The spatial axes of (B,C,...)"
     return tuple(range(2, x.dim()))
 
+class _SumOverRanks(torch.autograd.Function):
+    "Sum over the processes, forwards and backwards"
+    @staticmethod
+    def forward(ctx, x): x = x.clone(); dist.all_reduce(x); return x
+
+    @staticmethod
+    def backward(ctx, grad): return _SumOverRanks.forward(ctx, grad.contiguous())
+
+def _over_batch(x):
+    "Sum over the cases, those of all processes if there are several"
+    x = x.sum(0)
+    return _SumOverRanks.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+
 # %% ../nbs/05_losses.ipynb #c7254aa1
 def dice_loss(
     prob:Tensor, # probabilities (B,C,D,H,W) in [0,1]
@@ -41,9 +55,8 @@ def dice_loss(
     expect(eps_in in ("both", "denominator"), "eps_in", repr(eps_in), "'both' or 'denominator'")
     expect(reduce in ("case", "batch"), "reduce", repr(reduce), "'case' or 'batch'")
     prob, target = _pair(prob, target, "dice_loss")
-    axes = _space(prob) if reduce == "case" else (0, *_space(prob))
-    overlap = 2*(prob*target).sum(axes)
-    size = prob.square().sum(axes) + target.square().sum(axes)
+    overlap, size = 2*(prob*target).sum(_space(prob)), (prob.square()+target.square()).sum(_space(prob))
+    if reduce == "batch": overlap, size = _over_batch(overlap), _over_batch(size)
     return (1 - (overlap + eps*(eps_in == "both"))/(size + eps)).mean()
 
 # %% ../nbs/05_losses.ipynb #c5bd3d27
@@ -56,7 +69,8 @@ def balanced_bce(
     "Cross entropy in which edge and non-edge voxels weigh the same (eq. 6; mean over voxels our choice)"
     expect(beta_over in ("case", "batch"), "beta_over", repr(beta_over), "'case' or 'batch'")
     logits, target = _pair(logits, target, "balanced_bce")
-    beta = 1 - target.mean(_space(target) if beta_over == "case" else (0, *_space(target)), keepdim=True)
+    edge = target.mean(_space(target), keepdim=True)
+    beta = 1 - (edge if beta_over == "case" else _over_batch(edge)/_over_batch(torch.ones_like(edge)))
     weight = torch.where(target > 0, beta, 1-beta if weight_negatives else torch.ones_like(beta))
     return F.binary_cross_entropy_with_logits(logits, target, weight)
 

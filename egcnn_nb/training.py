@@ -7,7 +7,7 @@ __all__ = ['TERMS', 'poly_lr', 'reading_for', 'make_model', 'best_precision', 'a
            'write_csv', 'draw_curves', 'plot_curves', 'train_step', 'prepare', 'describe', 'Run', 'fit']
 
 # %% ../nbs/10_training.ipynb #c48f93c6
-import csv, inspect, json, time
+import copy, csv, inspect, json, signal, time
 from collections import deque
 from importlib.metadata import version
 from contextlib import nullcontext
@@ -18,12 +18,14 @@ from uuid import uuid4
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from matplotlib.figure import Figure
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import Task, expect, keep_memory, probabilities, seed_everything, to_labels, to_target, write_whole
+from .gate import ResidualBlock
 from .losses import EGLoss
 from .backbones import make_backbone
 from .egcnn import EGCNN, evaluating, logits_of
@@ -31,7 +33,7 @@ from .metrics import score_case
 from .layouts import find_dataset
 from .settings import CACHE, Settings
 from .datasets import EpochBatches, Patches, prepared_cases, split_cases
-from .checkpoints import lock_run, newest_checkpoint, random_state, save_checkpoint, set_random_state
+from .checkpoints import lock_run, newest_checkpoint, random_state, save_checkpoint, save_sharded, set_random_state
 
 # %% ../nbs/10_training.ipynb #22657917
 def poly_lr(
@@ -329,6 +331,7 @@ def _spread(model, settings):
     if _world()[1] == 1: return model
     if not settings.shard: return nn.parallel.DistributedDataParallel(model)
     from torch.distributed.fsdp import fully_shard
+    for block in [m for m in model.modules() if isinstance(m, ResidualBlock)]: fully_shard(block)           # its weights are together only while it computes
     return fully_shard(model)
 
 def _read_later(values):
@@ -338,6 +341,12 @@ def _read_later(values):
     event.record()
     def read(): event.synchronize(); return host.tolist()
     return read
+
+def _deaf(_):
+    "A loader's worker ignores Ctrl-C and SIGTERM, which a terminal sends to all: the run decides when it ends"
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
+
+_POSITION = ("rows", "best", "streak", "step", "sums", "skipped")
 
 class Run:
     "Network, optimizer, data and position of a training run, and how they are saved"
@@ -350,12 +359,15 @@ class Run:
     ):
         self.settings, self.task, self.train, self.val, self.device, (rank, world) = settings, task, train, val, device, _world()
         self.model = make_model(settings, task).to(device, torch.float64 if settings.precision == "fp64" else torch.float32)
+        self.whole = copy.deepcopy(self.model) if settings.shard else self.model                                # for validation, and to be saved
         self.network, self.loss = _spread(self.model, settings), EGLoss(task.activation, **reading_for(EGLoss, settings))
         self.optimizer = torch.optim.Adam(self.network.parameters(), settings.lr, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.batches = EpochBatches(len(train), settings.batch_size, settings.seed, rank, world)
         self.loader = torch.utils.data.DataLoader(Patches(train, settings.patch_size, settings.seed, settings.augment), batch_sampler=self.batches,
-                                                  num_workers=settings.workers, persistent_workers=settings.workers > 0, pin_memory=device.type == "cuda")
+                                                  num_workers=settings.workers, persistent_workers=settings.workers > 0, pin_memory=device.type == "cuda", worker_init_fn=_deaf)
+        over_batch = "batch" in reading_for(EGLoss, settings).values() and len(train) % settings.batch_size in range(1, world)
+        expect(not over_batch, "readings", f"sums over the batch, and a last batch of {len(train) % settings.batch_size} for {world} processes", "a case for each of them", "choose another --batch_size")
         self.rows, self.best, self.streak = [], -1., 0
         self.begin_epoch()
 
@@ -374,20 +386,39 @@ class Run:
 
     def state(self)->dict:
         "Everything needed to go on"
-        position = {k: getattr(self, k) for k in ("rows", "best", "streak", "step", "sums", "skipped")}
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "random": random_state(), **position}
+        position = {k: getattr(self, k) for k in _POSITION}
+        return {"random": random_state(), **position} if self.settings.shard else {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "random": random_state(), **position}
 
     def load(self,
         state:dict, # of `state`
     )->None:
         "Go on from there"
-        for name in ("model", "optimizer", "scaler"): getattr(self, name).load_state_dict(state[name])
-        for name in ("rows", "best", "streak", "step", "sums", "skipped"): setattr(self, name, state[name])
+        if self.settings.shard: self._pieces(lambda parts: dcp.load(parts, checkpoint_id=state["pieces"]), back=True)
+        else: [getattr(self, name).load_state_dict(state[name]) for name in ("model", "optimizer", "scaler")]
+        for name in _POSITION: setattr(self, name, state[name])
         set_random_state(state["random"])
 
+    def _pieces(self, do, back=False):
+        "Let `do` read or fill this process's pieces of weights and optimizer"
+        from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+        weights, moments = get_state_dict(self.network, self.optimizer)
+        do({"model": weights, "optimizer": moments})
+        if back: set_state_dict(self.network, self.optimizer, model_state_dict=weights, optim_state_dict=moments)
+
     def save(self)->None:
-        "A checkpoint, then metrics.csv, each whole, by the first process"
-        if _world()[0] == 0: save_checkpoint(self.settings.out, self.steps, self.state()); write_csv(Path(self.settings.out)/"metrics.csv", self.rows)
+        "A checkpoint, then metrics.csv, each whole; all processes call it"
+        if self.settings.shard: self._pieces(lambda parts: save_sharded(self.settings.out, self.steps, parts, self.state()))
+        elif _world()[0] == 0: save_checkpoint(self.settings.out, self.steps, self.state())
+        if _world()[0] == 0: write_csv(Path(self.settings.out)/"metrics.csv", self.rows)
+
+    def validate(self,
+        stop=lambda: False, # see `validate`
+    )->dict: # of `validate`
+        "Dice of the validation cases; sharded weights are put together first"
+        if self.settings.shard:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+            self.whole.load_state_dict(get_model_state_dict(self.network, options=StateDictOptions(full_state_dict=True)))
+        return validate(self.whole, self.val, self.task, self.settings.patch_size, self.settings.precision, stop)
 
     def note(self,
         values:list, # of a step: terms, skipped, someone asks to save, to stop
@@ -435,7 +466,7 @@ class Run:
     )->None:
         "A row of metrics.csv; weights, if they are the best so far; a checkpoint"
         self.rows.append({"epoch": len(self.rows), "lr": self.optimizer.param_groups[0]["lr"], **self.terms(), "skipped": self.skipped, **{f"dice_{k}": v for k, v in dice.items()}})
-        if dice["mean"] > self.best and _world()[0] == 0: write_whole(Path(self.settings.out)/"model.safetensors", lambda p: save_file(self.model.state_dict(), p))
+        if dice["mean"] > self.best and _world()[0] == 0: write_whole(Path(self.settings.out)/"model.safetensors", lambda p: p.write_bytes(save(self.whole.state_dict())))
         self.best = max(self.best, dice["mean"]); self.begin_epoch(); self.save()
 
 # %% ../nbs/10_training.ipynb #d0ec76de
@@ -455,7 +486,7 @@ def _checked(settings, resume, device):
     expect(not settings.shard or world > 1, "shard", "one process", "several, started by torchrun")
     expect(not settings.shard or settings.accumulate == 1, "accumulate", f"{settings.accumulate} parts of sharded weights", "1", "use more processes")
     over_batch = sorted(k for k, v in reading_for(EGLoss, settings).items() if v == "batch")
-    expect(not over_batch or settings.accumulate == world == 1, "readings", f"{over_batch} over the batch, which is spread over {world} processes in {settings.accumulate} parts", "one process and --accumulate 1")
+    expect(not over_batch or settings.accumulate == 1, "readings", f"{over_batch} over the batch, which is cut into {settings.accumulate} parts", "--accumulate 1")
     return ["this CPU computes bfloat16 by emulation: --precision fp32 is several times faster"]*(settings.precision == "bf16" != own)
 
 def fit(
@@ -477,7 +508,7 @@ def fit(
     bar = tqdm(total=settings.epochs*len(run.batches), initial=run.steps, desc="training", disable=quiet or rank > 0)
     log = _logger(out, bar) if rank == 0 else lambda text: None
     for note in [*notes, f"precision {settings.precision}", *emulated, *([f"resumed after epoch {len(run.rows)}, step {run.step}"] if state else [])]: log(note)
-    run.save()
+    if rank == 0: write_csv(out/"metrics.csv", run.rows)                          # a run may have been killed between a checkpoint and its table
     saved, done = time.monotonic(), True
     def due():
         nonlocal saved
@@ -488,12 +519,12 @@ def fit(
         while done and len(run.rows) < settings.epochs:
             start = time.monotonic()
             done, waited = run.train_epoch(due, stop, tick)
-            dice = validate(run.model, val, task, settings.patch_size, settings.precision, stop) if done else None
+            dice = run.validate(stop) if done else None
             if done and not dice: run.save(); done = False
             if not done: break
             run.finish_epoch(dice); row = run.rows[-1]
             log(f"epoch {len(run.rows)}/{settings.epochs} loss {row['total']:.4f} dice {dice['mean']:.4f} best {run.best:.4f} {time.monotonic()-start:.1f} s, {waited:.1%} of the steps' time waiting for data" + f", {row['skipped']} steps skipped"*(row["skipped"] > 0))
-            if on_epoch: on_epoch(row, run.model, val)
+            if on_epoch: on_epoch(row, run.whole, val)
         if not done: log(f"stopped in epoch {len(run.rows)+1} after step {run.step}; all of it is safe in {out}, go on with --resume")
     except KeyboardInterrupt: log(f"stopped at once; the last checkpoint is safe in {out}, go on with --resume"); raise
     finally:
