@@ -528,6 +528,6 @@ def fit(
         if not done: log(f"stopped in epoch {len(run.rows)+1} after step {run.step}; all of it is safe in {out}, go on with --resume")
     except KeyboardInterrupt: log(f"stopped at once; the last checkpoint is safe in {out}, go on with --resume"); raise
     finally:
-        bar.close(); rank or plot_curves(out/"curves.png", run.rows)
-        if lock: lock.release()
+        bar.close()
+        if lock: lock.release(); plot_curves(out/"curves.png", run.rows)
     return run.rows
