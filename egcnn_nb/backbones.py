@@ -40,7 +40,8 @@ class EncoderDecoder(nn.Module):
         dims:int=3, # 2 or 3 spatial axes
     ):
         super().__init__()
-        expect(levels >= 2, "levels", levels, "2 or more resolutions")
+        expect(2 <= levels <= 8, "levels", levels, "2 to 8 resolutions")
+        expect(1 <= width <= 1024, "width", width, "1 to 1024 channels")
         self.in_channels, self.out_channels, self.levels, self.dims = in_channels, out_channels, levels, dims
         c = self.channels = [width*2**i for i in range(levels)]
         depths = (1, 2, 2, *[4]*levels)[:levels]                            # of Myronenko's encoder

@@ -146,5 +146,6 @@ def read_array(
     path = Path(path); found = read_header(path)
     data = _contents(path, found.size)
     array = np.frombuffer(data, found.dtype, prod(found.shape), found.offset).reshape(found.shape, order="F")
-    if (found.slope, found.inter) != (1, 0): array = nib.volumeutils.apply_read_scaling(array, found.slope, found.inter).astype(np.float32)
+    if (found.slope, found.inter) != (1, 0):
+        with np.errstate(over="ignore"): array = nib.volumeutils.apply_read_scaling(array, found.slope, found.inter).astype(np.float32)
     return array.astype(array.dtype.newbyteorder("=")), found.affine, _extensions(data, found)

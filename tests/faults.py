@@ -432,11 +432,20 @@ def put(at, kind, value):
     return change
 
 BYTES = {"a_header_that_promises_70_terabytes": (put(42, "<i2", [32767]*3), "promises"), "voxels_that_begin_in_the_header": (put(108, "<f4", 0), "begin at byte 0"), "an_unknown_sform_code": (put(254, "<i2", 99), "sform_code 99"),
-         "an_affine_of_nan": (put(280, "<f4", np.nan), "the affine"), "a_slope_of_infinity": (put(112, "<f4", np.inf), "slope inf"), "a_dimension_of_zero": (put(44, "<i2", 0), "shape"), "a_gzip_of_1000_to_1": (lambda d: gzip.compress(bytes(d)+bytes(1 << 28)), "more than a MiB behind"),
+         "an_affine_of_nan": (put(280, "<f4", np.nan), "the affine"), "a_slope_of_infinity": (put(112, "<f4", np.inf), "slope inf"), "a_slope_beyond_float32": (put(112, "<f4", 3.4e38), "NaN or infinite"), "a_dimension_of_zero": (put(44, "<i2", 0), "shape"), "a_gzip_of_1000_to_1": (lambda d: gzip.compress(bytes(d)+bytes(1 << 28)), "more than a MiB behind"),
          "a_wrong_gzip_checksum": (lambda d: (lambda g: g[:-8]+bytes([g[-8] ^ 1])+g[-7:])(gzip.compress(bytes(d))), "CRC check failed"), "a_scan_without_its_end": (lambda d: gzip.compress(bytes(d))[:-200], "cannot be read"), "colours": (put(70, "<i2", 128), "type 128")}
 for _name, (_change, _text) in BYTES.items():
     def _f(tmp, change=_change, text=_text): return bad_scan(tmp, change, text)
     _f.__name__, _f.__doc__ = _name, f"{_name.replace('_', ' ')}, in one of twelve scans -> refused before anything is written, the file named"; row()(_f)
+
+@row()
+def a_network_without_bounds(tmp):
+    "config.json asks for 10^20 levels, or for 10^8 channels -> refused at once"
+    fit(tmp); path = tmp/"run/config.json"; whole = path.read_text(); told = []
+    for old, new in (('"levels": 2', '"levels": 100000000000000000000'), ('"width": 4', '"width": 100000000')):
+        path.write_text(whole.replace(old, new)); start = time.perf_counter(); code, err = said(predict_main, [tmp/"run", tmp/"data/scan00.nii.gz", "--out", tmp/"out"])
+        assert code == 2 and old.split('"')[1] in err and time.perf_counter()-start < 5, err; told.append(err.strip()[:90])
+    return told[0]
 
 @row()
 def dataset_json_garbage(tmp):

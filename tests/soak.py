@@ -1,0 +1,43 @@
+"""Train, resume and predict in one process for hours: memory and file handles must stay flat.
+
+    python tests/soak.py [--minutes 120]
+
+Each round trains two epochs on a tiny dataset (every third with a loader's process), stops one in the middle and resumes it, and predicts a case with
+all maps. Printed: what the process holds after each tenth of the time, and the slope over the second half, by least squares."""
+import argparse, os, re, shutil, tempfile, time, warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tiny import dataset
+from egcnn_nb.inference import predict_all
+from egcnn_nb.settings import Settings
+from egcnn_nb.training import fit
+
+def held():
+    "MiB in memory, open files, threads"
+    status = Path("/proc/self/status").read_text(); number = lambda name: int(re.search(rf"{name}:\s+(\d+)", status)[1])
+    return number("VmRSS")/1024, len(os.listdir("/proc/self/fd")), number("Threads")
+
+def one_round(tmp, i):
+    run, out = tmp/f"run{i}", tmp/f"out{i}"
+    s = lambda: Settings(str(tmp/"data"), str(run), cache=str(tmp/"cache"), epochs=2, width=4, levels=2, patch_size=(16, 16, 16), batch_size=4, lr=1e-3, validation=2, precision="fp32", workers=int(i % 3 == 0))
+    seen = []; fit(s(), quiet=True, stop=lambda: seen.append(1) or len(seen) > 4); fit(s(), True, quiet=True)
+    predict_all([run], [tmp/"data/scan00.nii.gz"], out, ("probabilities", "edges", "attention"))
+    shutil.rmtree(run); shutil.rmtree(out)
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--minutes", type=float, default=120); args = p.parse_args()
+    warnings.simplefilter("ignore"); torch.set_num_threads(1); rows, start, told = [], time.time(), 0
+    print("| minutes | rounds | MiB in memory | open files | threads |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as tmp:
+        tmp = Path(tmp); dataset(tmp/"data")
+        while (minutes := (time.time()-start)/60) < args.minutes:
+            one_round(tmp, len(rows)); rows.append((minutes, *held()))
+            if minutes >= told: print(f"| {minutes:.1f} | {len(rows)} | {rows[-1][1]:.0f} | {rows[-1][2]} | {rows[-1][3]} |", flush=True); told += args.minutes/10
+    late = np.array(rows[len(rows)//2:]); slope = lambda c: np.polyfit(late[:, 0]/60, late[:, c], 1)[0]
+    print(f"\n{len(rows)} rounds; slope over the second half: {slope(1):+.2f} MiB, {slope(2):+.2f} files, {slope(3):+.2f} threads an hour")
+
+if __name__ == "__main__": main()
