@@ -5,7 +5,7 @@
 Seg-Net of width 8 with 3 levels and an edge stream, 3 classes, one channel, batch 1; prediction by windows of 96^3. The exponent is the slope of log
 time (or memory) against log voxels over the three largest volumes. The roofs are measured too: a copy for Sobel (which reads and writes each voxel at
 least once), a matrix product for the network (the multiply-adds of its convolutions at that rate)."""
-import argparse, re, statistics, time
+import argparse, statistics, time
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +18,13 @@ from egcnn_nb.egcnn import EGCNN
 from egcnn_nb.losses import EGLoss
 from egcnn_nb.sobel import sobel_magnitude
 from egcnn_nb.training import infer
-from speed import cost, problem, step
-
-def status(name): return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])*1024
+from speed import cost, extra_memory, problem, step
 
 def measured(f, again):
     "Median seconds, and the most memory in bytes that a call adds"
-    f(); before = status("VmRSS"); Path("/proc/self/clear_refs").write_text("5"); f(); extra = status("VmHWM")-before
-    seconds = []
+    extra, seconds = extra_memory(f), []
     for _ in range(again): start = time.perf_counter(); f(); seconds.append(time.perf_counter()-start)
-    return statistics.median(seconds), max(extra, 4096)
+    return statistics.median(seconds), extra
 
 def sobel(n): x = torch.randn(1, 3, n, n, n); return lambda: sobel_magnitude(x)
 

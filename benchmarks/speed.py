@@ -5,8 +5,9 @@
 Rows: sobel sobel_backward losses step matched segresnet bf16 batch_1 predict distances startup.
 Seg-Net (a): width 8, 3 levels, batch 2 of 1×48×64×48; (b): width 16, 4 levels, batch 1 of 4×96³; 3 classes, readings by default.
 With --keep_memory the allocator keeps freed memory, as egcnn_train and egcnn_predict do, for both sides."""
-import argparse, json, platform, statistics, subprocess, sys, time
+import argparse, json, platform, re, statistics, subprocess, sys, time
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +29,15 @@ def medians(again=5, **what):
             start = time.perf_counter(); f()
             if i: times[name].append(1e3*(time.perf_counter()-start))
     return {n: statistics.median(t) for n, t in times.items()}
+
+def status(name):
+    "A line of /proc/self/status in bytes"
+    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])*1024
+
+def extra_memory(f):
+    "The most memory in bytes that a call adds to what is there"
+    f(); before = status("VmRSS"); Path("/proc/self/clear_refs").write_text("5"); f()
+    return max(status("VmHWM")-before, 4096)
 
 def row(what, ours, peers, must, better="times as fast"):
     "One line of the table: the best of the peers is what counts"
@@ -75,9 +85,9 @@ def problem(shape):
     labels[(slice(None), *[slice(s//3, s//2) for s in n])] = 2
     return torch.randn(shape), one_hot(labels, range(3))
 
-def step(net, x, target, precision="fp32"):
-    "A function that trains one step, as egcnn_train does"
-    loss, optimizer, eg, keys = EGLoss(), torch.optim.Adam(net.parameters(), 1e-4), isinstance(net, EGCNN), [(0, i) for i in range(len(x))]
+def step(net, x, target, precision="fp32", eg=None):
+    "A function that trains one step, as egcnn_train does; `eg`: whether the network has an edge stream, where its class does not say"
+    loss, optimizer, eg, keys = EGLoss(), torch.optim.Adam(net.parameters(), 1e-4, fused=True), isinstance(net, EGCNN) if eg is None else eg, [(0, i) for i in range(len(x))]
     def train():
         with autocast(precision, x.device): out = net(x, return_main=True) if eg else (net(x), None, None)
         value = loss(out[0], out[1], target, out[2], keys)["total"]
@@ -150,6 +160,8 @@ def predict():
         theirs = lambda v: sliding_window_inference(v[None], (96,)*3, 2, net, .25, mode="gaussian", padding_mode="replicate")[0]
         assert torch.allclose(infer(net, inside, (96,)*3), theirs(inside), atol=1e-4)
         t = medians(2, ours=lambda: infer(net, inside, (96,)*3), theirs=lambda: theirs(x), cropped=lambda: theirs(inside))
+    extra = {n: extra_memory(f)/2**20 for n, f in (("ours", lambda: infer(net, inside, (96,)*3)), ("theirs", lambda: theirs(x)), ("cropped", lambda: theirs(inside)))}
+    print("most memory that it adds, MiB: " + ", ".join(f"{n} {m:.0f}" for n, m in extra.items()))
     return [row("240×240×155×4, windows of 96³", t["ours"], {"MONAI, whole image": t["theirs"]}, "0.8", "of the peer's time"),
             row("the same, both cropped to the head", t["ours"], {"MONAI": t["cropped"]}, "1.0", "of the peer's time")]
 

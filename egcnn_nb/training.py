@@ -479,8 +479,11 @@ def _logger(out, bar):
 
 def _checked(settings, resume, device):
     "Fill in the precision, and refuse what cannot work, before anything is read"
-    own, out, world = best_precision(device), Path(settings.out), _world()[1]
-    if settings.precision == "auto": settings.precision = _read_config(out)["settings"]["precision"] if resume else own
+    own, (rank, world) = best_precision(device), _world()
+    if settings.precision == "auto":
+        chosen = [(_read_config(Path(settings.out))["settings"]["precision"] if resume else own) if rank == 0 else None]
+        if world > 1: dist.broadcast_object_list(chosen)                         # machines may differ, and only the first has the folder
+        settings.precision = chosen[0]
     expect(settings.precision != "fp16" or device.type == "cuda", "precision", "fp16 on a CPU", "fp32 or bf16")
     expect(settings.accumulate >= 1, "accumulate", settings.accumulate, "1 or more parts")
     expect(not settings.shard or world > 1, "shard", "one process", "several, started by torchrun")
