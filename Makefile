@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: install demo test lab docs
+.PHONY: install demo test lab docs soak
 
 $(VENV)/.installed: settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,3 +26,9 @@ lab: install
 
 docs: install
 	$(BIN)/python tools/make_readme.py
+
+soak: install    # hours: all faults, other broken files, fifty kills, two hours of training and predicting
+	$(BIN)/python tests/faults.py --slow
+	$(BIN)/python tests/fuzz.py --seed 1
+	$(BIN)/python tests/kills.py --kills 50
+	$(BIN)/python tests/soak.py --minutes 120

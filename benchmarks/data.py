@@ -43,10 +43,13 @@ def persistent(cases, task, patch, workers, cache):
     from monai.data import PersistentDataset
     return _monai(cases, patch, workers, lambda d, t: PersistentDataset(d, t, cache/"monai"))
 
+def _same(x): return x
+def _shift_and_scale(x): return x*(.9+.2*torch.rand(1))+.2*torch.rand(1)-.1
+
 def queue(cases, task, patch, workers, cache):
     import torchio as tio
-    change = tio.Compose([tio.ZNormalization(), tio.CropOrPad([max(n, p) for n, p in zip(np.max([np.asanyarray(_shape(c)) for c in cases], 0), patch)]) if len(cases[0].images) == 1 else tio.Lambda(lambda x: x),
-                          tio.RandomFlip((0, 1, 2)), tio.Lambda(lambda x: x*(.9+.2*torch.rand(1))+.2*torch.rand(1)-.1, types_to_apply=[tio.INTENSITY])])
+    change = tio.Compose([tio.ZNormalization(), tio.CropOrPad([int(max(n, p)) for n, p in zip(np.max([np.asanyarray(_shape(c)) for c in cases], 0), patch)]) if len(cases[0].images) == 1 else tio.Lambda(_same),
+                          tio.RandomFlip((0, 1, 2)), tio.Lambda(_shift_and_scale, types_to_apply=[tio.INTENSITY])])
     data = tio.SubjectsDataset([tio.Subject(x=tio.ScalarImage(c.images if len(c.images) > 1 else c.images[0]), y=tio.LabelMap(c.label)) for c in cases], transform=change)
     if workers == 0: [s.load() for s in data._subjects]
     patches = tio.Queue(data, max_length=len(cases), samples_per_volume=1, sampler=tio.UniformSampler(patch), num_workers=workers)

@@ -13,7 +13,6 @@ import torch
 from matplotlib.figure import Figure
 
 from egcnn_nb.backbones import SegNet
-from egcnn_nb.core import keep_memory
 from egcnn_nb.egcnn import EGCNN
 from egcnn_nb.losses import EGLoss
 from egcnn_nb.sobel import sobel_magnitude
@@ -49,7 +48,7 @@ def slope(sizes, values): return float(np.polyfit(3*np.log(sizes[-3:]), np.log(v
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--threads", type=int, default=1); p.add_argument("--again", type=int, default=3); p.add_argument("--png", default=str(Path(__file__).with_name("growth.png")))
-    args = p.parse_args(); torch.set_num_threads(args.threads); keep_memory()
+    args = p.parse_args(); torch.set_num_threads(args.threads)
     a_byte, an_add = roofs()
     per_voxel = cost(EGCNN(SegNet(1, 3, 8, 3)), torch.zeros(1, 1, 64, 64, 64))[1]/64**3
     print(f"copy {1e-9/a_byte:.1f} GB/s, matrix product {2e-9/an_add:.0f} GFLOP/s, {per_voxel:.0f} multiply-adds a voxel forward\n\n| work | volumes | exponent of time | of memory | of the roof at the largest |\n|---|---|---|---|---|")

@@ -249,7 +249,7 @@ def _flip(x, labels, generator):
 def _intensity(x, labels, generator):
     "Shift in ±0.1 and scale in 0.9 to 1.1 per channel (Myronenko 2018)"
     shift, scale = torch.rand(2, x.shape[0], 1, 1, 1, generator=generator)
-    return x*(0.9+0.2*scale) + 0.2*shift-0.1, labels
+    return (x*(0.9+0.2*scale)).add_(0.2*shift-0.1), labels
 
 @lru_cache
 def _monai(name):
@@ -278,7 +278,7 @@ def augment(
     "Random changes of a patch that keep its meaning; voxels of exactly 0, the background of MRI, stay 0 (our choice)"
     for name in names:
         new, labels = {"flip": _flip, "intensity": _intensity}.get(name, lambda *args: _by_monai(name, *args))(x, labels, generator)
-        x = new if name in ("flip", "affine", "elastic") else torch.where(x != 0, new, 0)
+        x = new if name in ("flip", "affine", "elastic") else new.mul_(x != 0)
     return x, labels
 
 # %% ../nbs/09_datasets.ipynb #47c5d4ab
@@ -297,12 +297,12 @@ class Patches(torch.utils.data.Dataset):
 
     def __getitem__(self,
         key:tuple, # (epoch, number of the sample, index of the case)
-    )->tuple: # x (C,D,H,W), labels int64 (D,H,W), number of the sample
+    )->tuple: # x (C,D,H,W), labels uint8 (D,H,W), number of the sample
         epoch, sample, index = key
         g, case = keyed_generator(self.seed, 1, epoch, sample), self.cases[index]
         x, labels = cut_patch(case.x, case.labels, self.patch_size, g, spots=case.spots)
         x, labels = augment(x, labels, g, self.names)
-        return x, labels.long(), sample
+        return x, labels, sample
 
 # %% ../nbs/09_datasets.ipynb #b4a7a310
 class EpochBatches:

@@ -421,14 +421,15 @@ class Run:
         return validate(self.whole, self.val, self.task, self.settings.patch_size, self.settings.precision, stop)
 
     def note(self,
-        values:list, # of a step: terms, skipped, someone asks to save, to stop
-    )->bool: # whether someone asks for either
+        step:int, # in the epoch, from 0
+        values:list, # terms, skipped, someone asks to save, to stop
+    )->tuple: # whether someone asks to save, to stop
         "Add up a step; raises `InputError` after too many that are not finite"
         *terms, bad, save, stop = values
         self.skipped += bad > 0; self.streak = self.streak+1 if bad else 0
         if not bad: self.sums = [s+t for s, t in zip(self.sums, terms)]
-        names = sorted({self.train[case].name for *_, case in self.batches.whole()[self.step-1]}) if self.streak == _BAD else []
-        expect(not names, f"loss in epoch {len(self.rows)}, step {self.step-1}", f"{_BAD} steps in a row that are not finite, the last of {', '.join(names)}", "finite numbers", "lower --lr or use --precision fp32")
+        names = sorted({self.train[case].name for *_, case in self.batches.whole()[step]}) if self.streak == _BAD else []
+        expect(not names, f"loss in epoch {len(self.rows)}, step {step}", f"{_BAD} steps in a row that are not finite, the last of {', '.join(names)}", "finite numbers", "lower --lr or use --precision fp32")
         return save > 0, stop > 0
 
     def train_epoch(self,
@@ -444,15 +445,21 @@ class Run:
             waited += time.perf_counter()-mark
             values = self.one_step(x, labels, sample)
             asked = torch.tensor([due(), stop()], dtype=torch.float64, device=self.device)
-            late.append(_read_later(torch.cat([values, _over_ranks(asked)]))); self.step += 1
-            asked = False, False
-            while len(late) > (self.device.type == "cuda" and not any(asked)):
-                values = late.popleft()(); asked = self.note(values); tick(dict(zip(TERMS, values)))
-            if any(asked): self.save()
-            if asked[1]: return False, waited/(time.perf_counter()-begun)
+            late.append((self.step, _read_later(torch.cat([values, _over_ranks(asked)])))); self.step += 1
+            save, end = self.catch_up(late, tick, 1 if self.device.type == "cuda" else 0)
+            if save or end: self.catch_up(late, tick); self.save()
+            if end: return False, waited/(time.perf_counter()-begun)
             mark = time.perf_counter()
-        for read in late: self.note(read())
+        self.catch_up(late, tick)
         return True, waited/max(mark-begun, 1e-9)
+
+    def catch_up(self, late, tick, keep=0):
+        "Note the steps whose values have not been read yet, but for the last `keep`"
+        save, end = False, False
+        while len(late) > keep:
+            step, read = late.popleft(); values = read(); flags = self.note(step, values); tick(dict(zip(TERMS, values)))
+            save, end = save or flags[0], end or flags[1]
+        return save, end
 
     def one_step(self, x, labels, sample):
         "`train_step` of a batch of the loader"
@@ -479,11 +486,8 @@ def _logger(out, bar):
 
 def _checked(settings, resume, device):
     "Fill in the precision, and refuse what cannot work, before anything is read"
-    own, (rank, world) = best_precision(device), _world()
-    if settings.precision == "auto":
-        chosen = [(_read_config(Path(settings.out))["settings"]["precision"] if resume else own) if rank == 0 else None]
-        if world > 1: dist.broadcast_object_list(chosen)                         # machines may differ, and only the first has the folder
-        settings.precision = chosen[0]
+    own, out, world = best_precision(device), Path(settings.out), _world()[1]
+    if settings.precision == "auto": settings.precision = _read_config(out)["settings"]["precision"] if resume else own
     expect(settings.precision != "fp16" or device.type == "cuda", "precision", "fp16 on a CPU", "fp32 or bf16")
     expect(settings.accumulate >= 1, "accumulate", settings.accumulate, "1 or more parts")
     expect(not settings.shard or world > 1, "shard", "one process", "several, started by torchrun")
