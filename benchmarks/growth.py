@@ -5,7 +5,7 @@
 Seg-Net of width 8 with 3 levels and an edge stream, 3 classes, one channel, batch 1; prediction by windows of 96^3. The exponent is the slope of log
 time (or memory) against log voxels over the three largest volumes. The roofs are measured too: a copy for Sobel (which reads and writes each voxel at
 least once), a matrix product for the network (the multiply-adds of its convolutions at that rate)."""
-import argparse, statistics, time
+import argparse, os, statistics, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +13,23 @@ import torch
 from matplotlib.figure import Figure
 
 from egcnn_nb.backbones import SegNet
+from egcnn_nb.core import keep_memory
 from egcnn_nb.egcnn import EGCNN
 from egcnn_nb.losses import EGLoss
 from egcnn_nb.sobel import sobel_magnitude
 from egcnn_nb.training import infer
 from speed import cost, extra_memory, problem, step
 
+def memory(name, n):
+    "The most memory in bytes that a call adds, in a process of its own whose allocator gives everything back at once"
+    words = [sys.executable, __file__, "--one", name, str(n)]
+    return int(subprocess.run(words, check=True, capture_output=True, text=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}).stdout)
+
 def measured(f, again):
-    "Median seconds, and the most memory in bytes that a call adds"
-    extra, seconds = extra_memory(f), []
+    "Median seconds, one call before not counted"
+    f(); seconds = []
     for _ in range(again): start = time.perf_counter(); f(); seconds.append(time.perf_counter()-start)
-    return statistics.median(seconds), extra
+    return statistics.median(seconds)
 
 def sobel(n): x = torch.randn(1, 3, n, n, n); return lambda: sobel_magnitude(x)
 
@@ -41,20 +47,22 @@ WORK = {"Sobel magnitude, 3 channels": (sobel, (32, 48, 64, 96, 128, 192, 256)),
 def roofs():
     "Seconds to copy a byte, seconds for a multiply-add of a float32 matrix product"
     x, m = torch.randn(2**25), torch.randn(2048, 2048); y = torch.empty_like(x)
-    return measured(lambda: y.copy_(x), 5)[0]/(8*x.numel()), measured(lambda: m @ m, 5)[0]/2048**3
+    return measured(lambda: y.copy_(x), 5)/(8*x.numel()), measured(lambda: m @ m, 5)/2048**3
 
 def slope(sizes, values): return float(np.polyfit(3*np.log(sizes[-3:]), np.log(values[-3:]), 1)[0])
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--threads", type=int, default=1); p.add_argument("--again", type=int, default=3); p.add_argument("--png", default=str(Path(__file__).with_name("growth.png")))
-    args = p.parse_args(); torch.set_num_threads(args.threads)
+    p.add_argument("--one", nargs=2, help=argparse.SUPPRESS); args = p.parse_args(); torch.set_num_threads(args.threads)
+    if args.one: return print(extra_memory(WORK[args.one[0]][0](int(args.one[1]))))
+    keep_memory()                                                   # as egcnn_train and egcnn_predict do
     a_byte, an_add = roofs()
     per_voxel = cost(EGCNN(SegNet(1, 3, 8, 3)), torch.zeros(1, 1, 64, 64, 64))[1]/64**3
     print(f"copy {1e-9/a_byte:.1f} GB/s, matrix product {2e-9/an_add:.0f} GFLOP/s, {per_voxel:.0f} multiply-adds a voxel forward\n\n| work | volumes | exponent of time | of memory | of the roof at the largest |\n|---|---|---|---|---|")
     fig = Figure(figsize=(11, 4.2), layout="constrained"); axes = fig.subplots(1, 2)
     for k, (name, (make, sizes)) in enumerate(WORK.items()):
-        seconds, extra = zip(*(measured(make(n), args.again if n < 192 else 1) for n in sizes))
+        seconds, extra = [measured(make(n), args.again if n < 192 else 1) for n in sizes], [memory(name, n) for n in sizes]
         axes[0].loglog([n**3 for n in sizes], seconds, "o-", ms=4, color=f"C{k}", label=name); axes[1].loglog([n**3 for n in sizes], np.array(extra)/2**20, "o-", ms=4, color=f"C{k}", label=name)
         floor = {"Sobel": 24*a_byte, "a tra": 3*per_voxel*an_add, "predi": per_voxel*an_add}.get(name[:5])
         if floor: axes[0].loglog([n**3 for n in sizes], [floor*n**3 for n in sizes], ":", lw=1.3, color=f"C{k}")

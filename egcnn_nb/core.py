@@ -159,6 +159,7 @@ def write_whole(
         write(part)
         with open(part, "rb+") as f: os.fsync(f.fileno())
         os.replace(part, path)
+        if os.name == "posix": folder = os.open(path.parent, os.O_RDONLY); os.fsync(folder); os.close(folder)                # the new name too
     finally: part.unlink(missing_ok=True)
     return path
 
