@@ -443,17 +443,17 @@ class Run:
         waited, begun = 0., time.perf_counter(); mark = begun
         for x, labels, sample in self.loader:
             waited += time.perf_counter()-mark
-            values = self.one_step(x, labels, sample)
+            values = self._one_step(x, labels, sample)
             asked = torch.tensor([due(), stop()], dtype=torch.float64, device=self.device)
             late.append((self.step, _read_later(torch.cat([values, _over_ranks(asked)])))); self.step += 1
-            save, end = self.catch_up(late, tick, 1 if self.device.type == "cuda" else 0)
-            if save or end: self.catch_up(late, tick); self.save()
+            save, end = self._catch_up(late, tick, 1 if self.device.type == "cuda" else 0)
+            if save or end: self._catch_up(late, tick); self.save()
             if end: return False, waited/(time.perf_counter()-begun)
             mark = time.perf_counter()
-        self.catch_up(late, tick)
+        self._catch_up(late, tick)
         return True, waited/max(mark-begun, 1e-9)
 
-    def catch_up(self, late, tick, keep=0):
+    def _catch_up(self, late, tick, keep=0):
         "Note the steps whose values have not been read yet, but for the last `keep`"
         save, end = False, False
         while len(late) > keep:
@@ -461,7 +461,7 @@ class Run:
             save, end = save or flags[0], end or flags[1]
         return save, end
 
-    def one_step(self, x, labels, sample):
+    def _one_step(self, x, labels, sample):
         "`train_step` of a batch of the loader"
         keys = [(self.settings.seed, 3, self.steps, int(s)) for s in sample]
         x = x.to(self.device, next(self.model.parameters()).dtype, non_blocking=True)
