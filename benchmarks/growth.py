@@ -1,6 +1,6 @@
 """How time and memory grow with the volume: Sobel, losses, a training step, prediction, from 32^3 to 256^3.
 
-    python benchmarks/growth.py [--threads 1] [--again 3] [--png benchmarks/growth.png]
+    python benchmarks/growth.py [--threads 1] [--again 3] [--largest 256] [--png benchmarks/growth.png]
 
 Seg-Net of width 8 with 3 levels and an edge stream, 3 classes, one channel, batch 1; prediction by windows of 96^3. The exponent is the slope of log
 time (or memory) against log voxels over the three largest volumes. The roofs are measured too: a copy for Sobel (which reads and writes each voxel at
@@ -26,8 +26,9 @@ def memory(name, n):
     return int(subprocess.run(words, check=True, capture_output=True, text=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}).stdout)
 
 def measured(f, again):
-    "Median seconds, one call before not counted"
-    f(); seconds = []
+    "Median seconds, one call before not counted; of a single call, its own"
+    seconds = []
+    if again > 1: f()
     for _ in range(again): start = time.perf_counter(); f(); seconds.append(time.perf_counter()-start)
     return statistics.median(seconds)
 
@@ -53,7 +54,7 @@ def slope(sizes, values): return float(np.polyfit(3*np.log(sizes[-3:]), np.log(v
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--threads", type=int, default=1); p.add_argument("--again", type=int, default=3); p.add_argument("--png", default=str(Path(__file__).with_name("growth.png")))
+    p.add_argument("--threads", type=int, default=1); p.add_argument("--again", type=int, default=3); p.add_argument("--largest", type=int, default=256, help="longest side"); p.add_argument("--png", default=str(Path(__file__).with_name("growth.png")))
     p.add_argument("--one", nargs=2, help=argparse.SUPPRESS); args = p.parse_args(); torch.set_num_threads(args.threads)
     if args.one: return print(extra_memory(WORK[args.one[0]][0](int(args.one[1]))))
     keep_memory()                                                   # as egcnn_train and egcnn_predict do
@@ -62,6 +63,7 @@ def main():
     print(f"copy {1e-9/a_byte:.1f} GB/s, matrix product {2e-9/an_add:.0f} GFLOP/s, {per_voxel:.0f} multiply-adds a voxel forward\n\n| work | volumes | exponent of time | of memory | of the roof at the largest |\n|---|---|---|---|---|")
     fig = Figure(figsize=(11, 4.2), layout="constrained"); axes = fig.subplots(1, 2)
     for k, (name, (make, sizes)) in enumerate(WORK.items()):
+        sizes = [n for n in sizes if n <= args.largest]
         seconds, extra = [measured(make(n), args.again if n < 192 else 1) for n in sizes], [memory(name, n) for n in sizes]
         axes[0].loglog([n**3 for n in sizes], seconds, "o-", ms=4, color=f"C{k}", label=name); axes[1].loglog([n**3 for n in sizes], np.array(extra)/2**20, "o-", ms=4, color=f"C{k}", label=name)
         floor = {"Sobel": 24*a_byte, "a tra": 3*per_voxel*an_add, "predi": per_voxel*an_add}.get(name[:5])
