@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import ENV, command, dataset
+from tiny import ENV, begun, children, command, dataset
 
 from egcnn_nb.checkpoints import FORMAT, checkpoints, newest_checkpoint, save_checkpoint
 from egcnn_nb.core import InputError
@@ -52,8 +52,7 @@ def words(tmp, *more): return [tmp/"data", "--out", tmp/"run", "--cache", tmp/"c
 def started(tmp, *more, epochs=400):
     "A run in a process of its own, some epochs in"
     process = subprocess.Popen(command(tmp/"data", tmp/"run", "--epochs", epochs, "--cache", tmp/"cache", *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    log, deadline = tmp/"run/log.txt", time.time()+200
-    while not (log.exists() and log.read_text().count("epoch ") >= 2): assert process.poll() is None and time.time() < deadline, process.communicate()[1][-2000:]; time.sleep(.01)
+    begun(process, tmp/"run")
     return process
 
 @contextlib.contextmanager
@@ -339,10 +338,6 @@ def the_clock_goes_backwards(tmp):
 
 # --- signals and processes
 
-def goes_on(tmp, process, epochs):
-    "Resume what was stopped; it must end as one left alone"
-    fit(tmp, resume=True, epochs=epochs); return same(tmp/"run", alone(tmp, epochs=epochs))
-
 @row()
 def sigterm(tmp):
     "SIGTERM in the middle of an epoch -> saved, exit code 0 within 10 s, a checkpoint of that very step"
@@ -375,18 +370,16 @@ sys.exit(main({[str(w) for w in words(tmp)]!r}))"""
     start = time.time(); process.send_signal(signal.SIGINT); process.communicate(timeout=20); seconds = time.time()-start
     state, notes = newest_checkpoint(tmp/"run"); assert process.returncode == 130 and seconds < 5 and len(state["rows"]) == 1 and not notes; return f"exit code 130 after {seconds:.1f} s, checkpoint of epoch 1"
 
-def worker_of(process): return [int(c) for t in Path(f"/proc/{process.pid}/task").iterdir() for c in (t/"children").read_text().split()]
-
 @row()
 def a_loader_worker_killed(tmp):
     "SIGKILL to a loader's process -> one line, exit code 1, the last checkpoint verifies"
-    process = started(tmp, "--workers", 1); os.kill(worker_of(process)[0], signal.SIGKILL); err = process.communicate(timeout=60)[1].strip().splitlines()[-1]
+    process = started(tmp, "--workers", 1); os.kill(children(process.pid)[0], signal.SIGKILL); err = process.communicate(timeout=60)[1].strip().splitlines()[-1]
     assert process.returncode == 1 and err.startswith("error: a loader's process: found that it ended") and newest_checkpoint(tmp/"run")[0]; return err[:110]
 
 @row()
 def a_loader_worker_out_of_memory(tmp):
     "a loader's process may have no more memory -> one line, exit code 1, the last checkpoint verifies"
-    process = started(tmp, "--workers", 1, "--augment", "flip", "noise"); pid = worker_of(process)[0]; resource.prlimit(pid, resource.RLIMIT_AS, (1 << 20, 1 << 20))
+    process = started(tmp, "--workers", 1, "--augment", "flip", "noise"); pid = children(process.pid)[0]; resource.prlimit(pid, resource.RLIMIT_AS, (1 << 20, 1 << 20))
     err = process.communicate(timeout=120)[1].strip().splitlines()[-1]
     assert process.returncode == 1 and err.startswith("error: a loader's process"), err; assert newest_checkpoint(tmp/"run")[0]; return err[:110]
 
@@ -394,9 +387,8 @@ def two_ranks(tmp, *more, epochs=2):
     return subprocess.Popen(command(tmp/"data", tmp/"run", "--epochs", epochs, "--cache", tmp/"cache", *more, processes=2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
 
 def ranks_of(process, tmp):
-    log, deadline = tmp/"run/log.txt", time.time()+200
-    while not (log.exists() and log.read_text().count("epoch ") >= 2): assert process.poll() is None and time.time() < deadline, process.communicate()[1][-2000:]; time.sleep(.01)
-    return worker_of(process)
+    begun(process, tmp/"run")
+    return children(process.pid)
 
 @row(slow=True)
 def one_rank_slow(tmp):

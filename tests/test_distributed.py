@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny import ENV, command, dataset
+from tiny import ENV, begun, children, command, dataset
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory): return dataset(tmp_path_factory.mktemp("tiny")/"data")
@@ -50,16 +50,7 @@ def test_readings_over_the_batch_gather_what_they_need(data, runs):
 
 # --- something is lost
 
-def begun(process, out, epochs=3):
-    "Wait until so many epochs are in the run's log"
-    deadline = time.time()+200
-    while not ((out/"log.txt").exists() and (out/"log.txt").read_text().count("epoch ") >= epochs):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(.01)
-
 def start(words, **kw): return subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**ENV, **kw.pop("env", {})}, start_new_session=True, **kw)
-
-def children(pid): return [int(c) for t in Path(f"/proc/{pid}/task").iterdir() for c in (t/"children").read_text().split()]
 
 def kill_all(process):
     "torchrun and its ranks, which live in sessions of their own"
@@ -83,7 +74,7 @@ def test_pieces_are_verified_and_go_on_with_another_number(data, one, tmp_path):
 def test_torchrun_brings_a_run_back_after_a_rank_was_killed(data, one, tmp_path):
     out = tmp_path/"run"
     launch = "--nnodes=1:2 --max-restarts=3 --rdzv_backend=c10d --rdzv_endpoint=localhost:0 --rdzv_conf=last_call_timeout=1 --monitor_interval=0.1".split()
-    process = start(command(data, out, *FIFTY, "--precision", "fp64", processes=2, launch=launch)); begun(process, out)
+    process = start(command(data, out, *FIFTY, "--precision", "fp64", processes=2, launch=launch)); begun(process, out, 3)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     error = process.communicate(timeout=300)[1]
     assert process.returncode == 0, error[-3000:]
@@ -91,7 +82,7 @@ def test_torchrun_brings_a_run_back_after_a_rank_was_killed(data, one, tmp_path)
 
 def test_sigterm_to_torchrun_saves(data, tmp_path):
     out = tmp_path/"run"
-    process = start(command(data, out, "--epochs", 400, processes=2)); begun(process, out); process.terminate()
+    process = start(command(data, out, "--epochs", 400, processes=2)); begun(process, out, 3); process.terminate()
     error = process.communicate(timeout=60)[1]
     assert "all of it is safe" in (out/"log.txt").read_text(), error[-3000:]
 
@@ -117,7 +108,7 @@ def test_two_hosts_whose_link_is_cut(data, one, tmp_path, hosts):
     words = [*FIFTY, "--precision", "fp64", "--timeout", .2]
     launch = lambda rank: f"--nnodes=2 --node_rank={rank} --master_addr=10.77.0.1 --master_port=29511".split()
     def both(*more): return [start([*prefix, *command(data, out, *words, *more, launch=launch(rank))], env=env) for rank, (prefix, env) in enumerate(sides)]
-    hosts_ = both(); begun(hosts_[0], out); cut = time.time(); assert link("down").returncode == 0
+    hosts_ = both(); begun(hosts_[0], out, 3); cut = time.time(); assert link("down").returncode == 0
     errors = [p.communicate(timeout=120)[1] for p in hosts_]
     assert time.time()-cut < 60 and all(p.returncode for p in hosts_)                  # 12 seconds are the timeout
     assert all("found that another process of this run is gone or unreachable" in e for e in errors), errors

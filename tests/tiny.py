@@ -1,5 +1,5 @@
 "A dataset so small that a step takes a hundredth of a second, and the command that trains on it."
-import csv, os, sys
+import csv, os, sys, time
 from pathlib import Path
 
 import nibabel as nib
@@ -25,3 +25,14 @@ def command(data, out, *words, processes=1, launch=()):
     script = ["-m", "egcnn_nb.train", data, "--out", out, *"--width 4 --levels 2 --patch_size 16 16 16 --batch_size 4 --lr 1e-3 --validation 2 --precision fp32".split(), *words]
     torchrun = ["-m", "torch.distributed.run", *(launch or ["--standalone"]), f"--nproc_per_node={processes}"] if processes > 1 or launch else []
     return [sys.executable, *torchrun, *map(str, script)]
+
+def begun(process, out, epochs=2):
+    "Wait until so many epochs are in the log of a run that a process trains"
+    log, deadline = Path(out)/"log.txt", time.time()+200
+    while not (log.exists() and log.read_text().count("epoch ") >= epochs):
+        assert process.poll() is None and time.time() < deadline, process.communicate()[1][-2000:]
+        time.sleep(.01)
+
+def children(pid):
+    "Processes that a process has started"
+    return [int(c) for t in Path(f"/proc/{pid}/task").iterdir() for c in (t/"children").read_text().split()]
