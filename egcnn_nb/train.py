@@ -6,9 +6,10 @@
 __all__ = ['LAUNCH', 'arguments', 'settings_from', 'Lost', 'run', 'main']
 
 # %% ../nbs/13_multi_gpu.ipynb #fc6e9ef1
-import argparse, ast, os, signal, sys, threading
+import argparse, ast, os, signal, sys, threading, time
 from datetime import timedelta
 from pathlib import Path
+from uuid import uuid4
 
 from .settings import AUGMENTATIONS, CACHE, Settings
 
@@ -75,6 +76,25 @@ def settings_from(
     return Settings(**{**values, "readings": _readings(args.reading) or None, "edge": args.edge == "on", "augment": tuple(args.augment),
                        "patch_size": tuple(args.patch_size) if args.patch_size else None})
 
+# %% ../nbs/13_multi_gpu.ipynb #7dc43906
+def _meet(store, rank, world, minutes):
+    "The store under a name that only this attempt has, the same for all its processes"
+    from torch.distributed import DistStoreError, PrefixStore
+    mine, deadline = uuid4().hex, time.monotonic()+60*minutes
+    if rank > 0:
+        store.set(f"call/{rank}", mine)
+        name = store.get(f"answer/{mine}").decode()
+        store.set(f"confirm/{name}/{rank}", "")
+        return PrefixStore(name, store)
+    missing = set(range(1, world))
+    while missing:
+        for r in list(missing):
+            if store.check([f"call/{r}"]): store.set("answer/"+store.get(f"call/{r}").decode(), mine)
+            if store.check([f"confirm/{mine}/{r}"]): missing.remove(r)
+        if time.monotonic() > deadline: raise DistStoreError(f"rank {sorted(missing)} did not come within {minutes:g} minutes")
+        time.sleep(.01)
+    return PrefixStore(mine, store)
+
 # %% ../nbs/13_multi_gpu.ipynb #ce46486d
 class Lost(RuntimeError):
     "Another process, or a loader's, is gone"
@@ -93,11 +113,14 @@ class _Asked:
 def _together(args, fit):
     "`fit` with the other processes; when one of them is gone, an error of one line"
     import torch, torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda": torch.cuda.set_device(device)
     if "RANK" not in os.environ: return fit(device)
+    wait = timedelta(minutes=args.timeout)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=args.timeout))
+        store, rank, world = next(rendezvous("env://", timeout=wait))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=_meet(store, rank, world, args.timeout), rank=rank, world_size=world, timeout=wait)
         fit(device); dist.barrier()
     except RuntimeError as e:                                       # torch's own errors of connections are RuntimeErrors
         if isinstance(e, dist.DistError) or "peer" in str(e).lower() or "timed out" in str(e).lower() or "timeout" in str(e).lower():
