@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -373,5 +373,5 @@ def pretrained(
     expect(name in ("eg", "eg_no_relu", "bare"), "name", repr(name), "'eg', 'eg_no_relu' or 'bare'")
     net = SegNet(4, 3, width=8, levels=3)
     if name != "bare": net = EGCNN(net, activation="sigmoid", attention_relu=name == "eg")
-    net.load_state_dict(load_file(PRETRAINED/name/"model.safetensors"))
+    net.load_state_dict(load((PRETRAINED/name/"model.safetensors").read_bytes()))
     return net.eval()
