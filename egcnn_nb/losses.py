@@ -174,12 +174,13 @@ class EGLoss(nn.Module):
         where:str="truth", # see `consistency_loss`
         weight_negatives:bool=True, # see `balanced_bce`
         beta_over:str="case", # see `balanced_bce`
+        consistency_alone:bool=False, # the consistency loss where there is no edge stream too: a control of `12_experiments`
     ):
         super().__init__()
         expect(activation in ("softmax", "sigmoid"), "activation", repr(activation), "'softmax' or 'sigmoid'")
         expect(supervise in ("both", "fused", "main"), "supervise", repr(supervise), "'both', 'fused' or 'main'")
         self.activation, self.lambda1, self.lambda2, self.w_consistency = activation, lambda1, lambda2, w_consistency
-        self.tau, self.hard, self.supervise, self.where = tau, hard, supervise, where
+        self.tau, self.hard, self.supervise, self.where, self.consistency_alone = tau, hard, supervise, where, consistency_alone
         self.edge, self.dice = dict(edge_classes=edge_classes, thickness=thickness), dict(eps_in=eps_in, reduce=reduce)
         self.bce = dict(weight_negatives=weight_negatives, beta_over=beta_over)
 
@@ -219,12 +220,13 @@ class EGLoss(nn.Module):
         outputs, masks = self.supervised(logits, main_logits), self.foreground(target)
         terms = {"semantic": sum(dice_loss(prob(z), masks, **self.dice) for z in outputs)/len(outputs)}
         terms["edge_dice"] = terms["edge_bce"] = terms["consistency"] = terms["semantic"].new_zeros(())
+        consistent = self.w_consistency and (edge_logits is not None or self.consistency_alone)
+        if edge_logits is not None or consistent: magnitude = sobel_magnitude(_float(masks))
         if edge_logits is not None:
-            magnitude = sobel_magnitude(_float(masks))
             edges = edge_target(masks, **self.edge, magnitude=magnitude)
             terms["edge_dice"] = dice_loss(_float(edge_logits).sigmoid(), edges, **self.dice)
             terms["edge_bce"] = balanced_bce(edge_logits, edges, **self.bce)
-        if edge_logits is not None and self.w_consistency: terms["consistency"] = self.consistency(outputs, masks, magnitude, keys)
+        if consistent: terms["consistency"] = self.consistency(outputs, masks, magnitude, keys)
         total = (terms["semantic"] + self.w_consistency*terms["consistency"]
                  + self.lambda1*terms["edge_dice"] + self.lambda2*terms["edge_bce"])
         return {"total": total, **terms}

@@ -33,6 +33,7 @@ class Settings:
     precision:str="auto" # "fp32", "bf16", "fp16" (GPU), "fp64", or "auto": see `best_precision`
     validation:float=0.2 # share of cases, or their number
     exclude:str=None # file with names of cases to leave out
+    train_cases:int=None # how many of the training cases to use, each the more often, so that an epoch stays as long; None: all
     augment:tuple=("flip", "intensity") # names of augmentations (`09_datasets`)
     cache:str=None # folder of prepared cases, "off" for memory alone; None: egcnn_nb in the user's cache folder
     cache_gb:float=50. # size that this folder may reach

@@ -48,6 +48,7 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16", "fp64"], default=Settings.precision, help="of the network, losses are always fp32; auto: bf16 where the processor has it")
     p.add_argument("--validation", type=float, default=Settings.validation, help="share of the cases for validation, or their number")
     p.add_argument("--exclude", metavar="FILE", help="names of cases to leave out, one a line")
+    p.add_argument("--train_cases", type=int, metavar="N", help="use N of the training cases, each the more often, so that an epoch stays as long; default all")
     p.add_argument("--augment", nargs="*", choices=AUGMENTATIONS, default=Settings.augment, metavar="NAME", help=f"random changes of a patch, out of {' '.join(AUGMENTATIONS)}; none: --augment alone")
     p.add_argument("--cache", metavar="DIR", help=f"folder of prepared cases, or off; default {CACHE}")
     p.add_argument("--cache_gb", type=float, default=Settings.cache_gb, help="size that this folder may reach")

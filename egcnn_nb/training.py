@@ -7,7 +7,7 @@ __all__ = ['TERMS', 'poly_lr', 'reading_for', 'make_model', 'best_precision', 'a
            'write_csv', 'draw_curves', 'plot_curves', 'train_step', 'prepare', 'describe', 'Run', 'fit']
 
 # %% ../nbs/10_training.ipynb #c48f93c6
-import copy, csv, inspect, json, signal, time
+import copy, csv, inspect, json, random, signal, time
 from collections import deque
 from importlib.metadata import version
 from contextlib import nullcontext
@@ -60,7 +60,9 @@ def reading_for(
     readings, known = settings.readings or {}, _arguments(EGCNN) | _arguments(EGLoss)
     odd = sorted(set(readings) - known)
     expect(not odd, "readings", odd, f"names out of {sorted(known)}")
-    expect(settings.edge or not readings, "readings", sorted(readings), "none for a bare backbone", "use --edge on")
+    alone = {"eps_in", "reduce", "consistency_alone", *(("w_consistency", "tau", "hard", "where") if readings.get("consistency_alone") else ())}
+    idle = sorted(set(readings) - alone)
+    expect(settings.edge or not idle, "readings", idle, f"those that a bare backbone's loss listens to, {sorted(alone)}", "use --edge on")
     return {k: v for k, v in readings.items() if k in _arguments(cls)}
 
 # %% ../nbs/10_training.ipynb #4cfff374
@@ -262,6 +264,9 @@ def prepare(
     known = [c for c in dataset.cases if c.name not in out]
     labelled = [c for c in known if c.label]
     splits = split_cases(labelled, settings.seed, settings.validation)
+    whole, used = len(splits[0]), len(splits[0]) if settings.train_cases is None else settings.train_cases
+    expect(0 < used <= whole, "train_cases", used, f"1 to {whole} cases")
+    splits = random.Random(settings.seed).sample(splits[0], used) if used < whole else splits[0], splits[1]
     notes = [f"{dataset.task.name}: {len(splits[0])} cases for training, {len(splits[1])} for validation"]
     if len(known) < len(dataset.cases): notes.append(f"{len(dataset.cases)-len(known)} cases left out by {settings.exclude}")
     if len(labelled) < len(known): notes.append(f"{len(known)-len(labelled)} cases without label map left out")
@@ -271,7 +276,7 @@ def prepare(
     if settings.patch_size is None: settings.patch_size = tuple(min(128, -(-int(n)//8)*8) for n in shapes.median(0).values)
     small = int((shapes < torch.tensor(settings.patch_size)).any(1).sum())
     if small: notes.append(f"patch {tuple(settings.patch_size)} is larger than {small} of {len(train)} training volumes: their borders are repeated")
-    return dataset.task, train, val, notes
+    return dataset.task, [train[i % used] for i in range(whole)], val, notes
 
 # %% ../nbs/10_training.ipynb #91731a85
 _FREE = {"out", "data", "workers", "cache", "cache_gb", "save_minutes", "accumulate"}                  # may change when a run is resumed
@@ -283,7 +288,7 @@ def describe(
     val, # of Loaded
 )->dict:
     "What config.json holds"
-    return {"settings": asdict(settings), "task": asdict(task), "split": {"train": [c.name for c in train], "validation": [c.name for c in val]},
+    return {"settings": asdict(settings), "task": asdict(task), "split": {"train": list(dict.fromkeys(c.name for c in train)), "validation": [c.name for c in val]},
             "versions": {name: version(name) for name in ("torch", "numpy", "monai")}}
 
 def _read_config(out):
