@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from threading import Event
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,11 +32,12 @@ class Cell:
     arm:str # of ARMS
     seed:int # of split, weights, order, patches and noise
     train_cases:int=None # how many training cases; None: all
+    lr:float=None # initial learning rate; None: that of the recipe
 
     @property
     def name(self)->str:
         "Its folder"
-        return f"{self.backbone}-{self.arm}-{self.train_cases or 'all'}-{self.seed}"
+        return f"{self.backbone}-{self.arm}-{self.train_cases or 'all'}-{self.seed}" + (f"-lr{self.lr:g}" if self.lr else "")
 
 def grid(
     backbones=("segnet",), # names
@@ -45,6 +47,7 @@ def grid(
 )->list: # of Cell, seed by seed, so that whatever is reached is complete in itself
     "All combinations"
     odd = sorted(set(arms)-set(ARMS))
+    expect(all(n is None or n >= 1 for n in train_cases), "train_cases", train_cases, "numbers of 1 or more, or None for all")
     expect(not odd, "arms", odd, f"names out of {list(ARMS)}")
     return [Cell(b, a, s, n) for n, s, b, a in product(train_cases, seeds, backbones, arms)]
 
@@ -82,6 +85,7 @@ def words(
     "The command line of a cell's run"
     flags = {**recipe, **ARMS[cell.arm], "backbone": cell.backbone, "seed": cell.seed}
     if cell.arm == "matched": flags["width"] = widths[cell.backbone]
+    if cell.lr: flags["lr"] = cell.lr
     if cell.train_cases: flags["train_cases"] = cell.train_cases
     readings = flags.pop("reading", [])
     flat = [str(w) for k, v in flags.items() for w in (f"--{k}", *(v if isinstance(v, (list, tuple)) else [v]))]
@@ -119,16 +123,16 @@ def progress(
                       f"{count['done']} done, {count['begun']} begun, {count['left']} left; " + (f"{to_go:.1f} hours to go" if every else "hours to go: not known before the first epoch")])
 
 # %% ../nbs/11b_cells.ipynb #18718dc9
-_RUNNING = set()                                                   # processes of this experiment
-
-def _run(cell, line, out, epochs, threads, tell):
+def _run(cell, line, out, epochs, threads, running, stop, tell):
     "One cell, if it is not done: None, or its last line of complaint"
-    if state(cell, out, epochs)["state"] == "done": return None
+    if stop.is_set() or state(cell, out, epochs)["state"] == "done": return None
     process = subprocess.Popen([sys.executable, "-m", "egcnn_nb.train", *line[1:], "--resume", "if_there"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    _RUNNING.add(process); tell(f"{cell.name}: begun")
-    complaint = process.communicate()[1].strip().splitlines(); _RUNNING.discard(process)
-    tell(f"{cell.name}: " + ("done" if not process.returncode else "failed"))
-    return f"{cell.name}: {complaint[-1] if complaint else f'exit code {process.returncode}'}" if process.returncode else None
+    running.append(process); tell(f"{cell.name}: begun")
+    if stop.is_set(): process.terminate()
+    complaint = process.communicate()[1].strip().splitlines(); done = state(cell, out, epochs)["state"] == "done"
+    tell(f"{cell.name}: {'failed' if process.returncode else 'done' if done else 'stopped'}")
+    if process.returncode: return f"{cell.name}: {complaint[-1] if complaint else f'exit code {process.returncode}'}"
+    return None if done else f"{cell.name}: stopped before its end"
 
 def run_cells(
     cells:list, # of Cell
@@ -142,15 +146,16 @@ def run_cells(
     "Run the cells that are not done; raises `InputError` that names those that failed"
     lines = {c.name: words(c, data, out, recipe, widths) for c in cells}
     record = Path(out)/"cells.json"
+    flags = {name: line[4:] for name, line in lines.items()}        # without the folders
     old = json.loads(record.read_text()) if record.is_file() else {}
-    changed = sorted(n for n in lines if old.get(n, lines[n]) != lines[n])
-    expect(not changed, record, f"other commands for {changed[:5]}", "the commands that the experiment began with", "choose another folder for another recipe")
-    Path(out).mkdir(parents=True, exist_ok=True); write_whole(record, lambda p: p.write_text(json.dumps({**old, **lines}, indent=1)))
-    threads = max(1, (os.cpu_count() or 1)//jobs)
+    changed = sorted(n for n in flags if old.get(n, flags[n]) != flags[n])
+    expect(not changed, record, f"other flags for {changed[:5]}", "the flags that the experiment began with", "choose another folder for another recipe")
+    Path(out).mkdir(parents=True, exist_ok=True); write_whole(record, lambda p: p.write_text(json.dumps({**old, **flags}, indent=1)))
+    running, stop, threads = [], Event(), max(1, (os.cpu_count() or 1)//jobs)
     with ThreadPoolExecutor(jobs) as pool:
-        try: failed = [f for f in pool.map(lambda c: _run(c, lines[c.name], out, recipe["epochs"], threads, tell), cells) if f]
+        try: failed = [f for f in pool.map(lambda c: _run(c, lines[c.name], out, recipe["epochs"], threads, running, stop, tell), cells) if f]
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(_RUNNING): process.terminate()      # each saves, see `13_multi_gpu`
+            stop.set()
+            for process in list(running): process.terminate()       # each saves, see `13_multi_gpu`
             raise
     expect(not failed, "the experiment", "; ".join(failed), "cells that end well", "mend what they complain about and run it again")

@@ -7,7 +7,7 @@ __all__ = ['TERMS', 'poly_lr', 'reading_for', 'make_model', 'best_precision', 'a
            'write_csv', 'draw_curves', 'plot_curves', 'train_step', 'prepare', 'describe', 'Run', 'fit']
 
 # %% ../nbs/10_training.ipynb #c48f93c6
-import copy, csv, inspect, json, random, signal, time
+import copy, csv, inspect, json, multiprocessing.queues, os, random, signal, sys, time
 from collections import deque
 from importlib.metadata import version
 from contextlib import nullcontext
@@ -347,9 +347,11 @@ def _read_later(values):
     def read(): event.synchronize(); return host.tolist()
     return read
 
-def _deaf(_):
-    "A loader's worker ignores Ctrl-C and SIGTERM, which a terminal sends to all: the run decides when it ends"
+def _begin_worker(_):
+    "A loader's worker ignores Ctrl-C and SIGTERM, which a terminal sends to all: the run decides when it ends. It ends when it cannot send a batch, for which the run would wait for ever"
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
+    def leave(error, batch): print(f"a batch could not be sent: {error!r}", file=sys.stderr, flush=True); os._exit(1)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(leave)
 
 _POSITION = ("rows", "best", "streak", "step", "sums", "skipped")
 
@@ -370,7 +372,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.batches = EpochBatches(len(train), settings.batch_size, settings.seed, rank, world)
         self.loader = torch.utils.data.DataLoader(Patches(train, settings.patch_size, settings.seed, settings.augment), batch_sampler=self.batches,
-                                                  num_workers=settings.workers, persistent_workers=settings.workers > 0, pin_memory=device.type == "cuda", worker_init_fn=_deaf)
+                                                  num_workers=settings.workers, persistent_workers=settings.workers > 0, pin_memory=device.type == "cuda", worker_init_fn=_begin_worker)
         over_batch = "batch" in reading_for(EGLoss, settings).values() and len(train) % settings.batch_size in range(1, world)
         expect(not over_batch, "readings", f"sums over the batch, and a last batch of {len(train) % settings.batch_size} for {world} processes", "a case for each of them", "choose another --batch_size")
         self.rows, self.best, self.streak = [], -1., 0
