@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['dice_score', 'surface_distances', 'distances', 'hd95', 'surface_dice', 'border_distance', 'boundary_dice',
-           'edge_width', 'score_case']
+           'edge_width', 'volume_error', 'score_case']
 
 # %% ../nbs/08_metrics.ipynb #fffb0650
 import numpy as np
@@ -114,16 +114,29 @@ def edge_width(
     distance = distance[distance < reach]
     return float(4*distance.mean()) if len(distance) else float("nan")
 
+# %% ../nbs/08_metrics.ipynb #494878e2
+def volume_error(
+    pred:Tensor, # masks {0,1} (B,C,D,H,W)
+    truth:Tensor, # same shape
+)->Tensor: # (B,C), 0 is perfect; NaN where the truth alone is empty
+    "Difference of the volumes, as a share of the true one (our choice)"
+    expect(pred.shape == truth.shape, "volume_error", f"shapes {tuple(pred.shape)} and {tuple(truth.shape)}", "one shape")
+    axes = tuple(range(2, pred.dim()))
+    p, t = pred.bool().sum(axes).double(), truth.bool().sum(axes).double()
+    return torch.where(t > 0, (p-t).abs()/t, torch.where(p > 0, torch.nan, 0.)).float()
+
 # %% ../nbs/08_metrics.ipynb #b95ab73b
 def score_case(
     pred:Tensor, # predicted labels (D,H,W), values of the dataset
     truth:Tensor, # true labels (D,H,W)
     task:Task, # whose regions are scored
     spacing=None, # voxel size in mm; None: Dice alone
-)->dict: # region -> {"dice", "hd95", "surface_dice"}; "mean" holds their averages
+)->dict: # region -> {"dice", and with a spacing "hd95", "surface_dice", "boundary_dice", "volume_error"}; "mean" holds their averages
     "Scores of one case per region and on average (section 3.3; for KiTS the mean is the composite)"
     masks = [region_masks(torch.as_tensor(a)[None], task.regions) for a in (pred, truth)]
     table = {"dice": dice_score(*masks)[0]}
-    if spacing is not None: table |= dict(zip(("hd95", "surface_dice"), (d[0] for d in distances(*masks, spacing))))
+    if spacing is not None:
+        table |= dict(zip(("hd95", "surface_dice"), (d[0] for d in distances(*masks, spacing))))
+        table |= {f.__name__: f(*masks)[0] for f in (boundary_dice, volume_error)}
     rows = {r: {k: float(v[i]) for k, v in table.items()} for i, r in enumerate(task.regions)}
-    return {**rows, "mean": {k: float(v.mean()) for k, v in table.items()}}
+    return {**rows, "mean": {k: float(v.nanmean()) for k, v in table.items()}}
