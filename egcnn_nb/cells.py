@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'Cell', 'grid', 'capacity', 'matched_width', 'words', 'settings_of', 'state', 'progress', 'run_cells',
-           'trials', 'tuned', 'cost', 'plan']
+           'trials', 'tuned', 'costs_of', 'plan']
 
 # %% ../nbs/11b_cells.ipynb #75521647
 import json, os, pickle, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from threading import Event
 
@@ -204,7 +205,7 @@ def tuned(
 
 # %% ../nbs/11b_cells.ipynb #956e03d8
 def _measure(settings, task, threads):
-    "In a new process: seconds of a training step, of one window's prediction, and MiB that training adds at its peak"
+    "Seconds of a training step, of one window's prediction, and MiB that training adds at its peak"
     from resource import RUSAGE_SELF, getrusage                      # not on Windows
     torch.set_num_threads(threads); peak = lambda: getrusage(RUSAGE_SELF).ru_maxrss/1024
     labels = torch.zeros(settings.batch_size, *settings.patch_size, dtype=torch.int64)
@@ -217,20 +218,23 @@ def _measure(settings, task, threads):
 
 def _seconds(f): start = time.perf_counter(); f(); return time.perf_counter()-start
 
-def cost(
-    settings:Settings, # of a run, with its patch size
+def _measure_all(settings, task, threads):
+    "`_measure` of each, in a process of its own that has imported everything already"
+    with get_context("fork").Pool(1, maxtasksperchild=1) as pool: return [pool.apply(_measure, (s, task, threads)) for s in settings]
+
+def costs_of(
+    settings:list, # of Settings, each with its patch size
     task:Task, # of the dataset
     threads:int=1, # processor threads
-)->dict: # "parameters", "multiply-adds" of a patch, "step" and "window" in seconds, "MiB" of memory that training adds
-    "What the network of a run costs, measured on this processor"
-    child = "import json, pickle, sys; from egcnn_nb.cells import _measure; print(json.dumps(_measure(*pickle.load(sys.stdin.buffer))))"
-    step, window, memory = json.loads(subprocess.run([sys.executable, "-c", child], input=pickle.dumps((settings, task, threads)), stdout=subprocess.PIPE, check=True).stdout)
-    parameters, adds = capacity(settings, task, settings.patch_size)
-    return {"parameters": parameters, "multiply-adds": adds, "step": step, "window": window, "MiB": memory}
+)->list: # of dicts: "parameters", "multiply-adds" of a patch, "step" and "window" in seconds, "MiB" of memory that training adds
+    "What networks cost, measured on this processor"
+    child = "import json, pickle, sys; from egcnn_nb.cells import _measure_all; print(json.dumps(_measure_all(*pickle.load(sys.stdin.buffer))))"
+    measured = json.loads(subprocess.run([sys.executable, "-c", child], input=pickle.dumps((settings, task, threads)), stdout=subprocess.PIPE, check=True).stdout)
+    return [dict(zip(("parameters", "multiply-adds", "step", "window", "MiB"), (*capacity(s, task, s.patch_size), *m))) for s, m in zip(settings, measured)]
 
 def plan(
     cells:list, # of Cell
-    costs:dict, # (backbone, arm) -> of `cost`
+    costs:dict, # (backbone, arm) -> of `costs_of`
     epochs:int, # of each run
     steps:int, # of an epoch
     windows:int, # predicted after each epoch, for validation

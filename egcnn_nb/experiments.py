@@ -17,7 +17,6 @@ from pathlib import Path
 from threading import Event, Thread, current_thread, main_thread
 
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
 
 from .core import InputError, Task, exit_on_error, expect, write_whole
 from .viewers import COLOURS
@@ -26,7 +25,7 @@ from .settings import Settings
 from .datasets import split_cases
 from .training import prepare, windows
 from .inference import load_run
-from .cells import ARMS, cost, grid, matched_width, plan, progress, run_cells, settings_of, state, trials, tuned
+from .cells import ARMS, costs_of, grid, matched_width, plan, progress, run_cells, settings_of, state, trials, tuned
 from .evaluation import evaluate, read_scores
 from .report import NAMES, PRIMARY_TEXT, SHORT, SUFFIX, comparison_table, comparisons, dice_table, draw_cases, draw_differences, draw_sizes, maps_of_case, pick_cases, png, score_table, write_report, write_tables
 
@@ -118,8 +117,8 @@ def design(
 def _costs(path, pairs, d, threads):
     "What each network costs; measured once and kept"
     known = json.loads(path.read_text()) if path.is_file() else {}
-    for backbone, arm in tqdm(pairs, desc="measuring networks", leave=False):
-        if f"{backbone} {arm}" not in known: known[f"{backbone} {arm}"] = cost(settings_of(backbone, arm, d["recipe"], d["widths"]), d["task"], threads)
+    new = [pair for pair in pairs if " ".join(pair) not in known]
+    if new: known |= zip(map(" ".join, new), costs_of([settings_of(*pair, d["recipe"], d["widths"]) for pair in new], d["task"], threads))
     write_whole(path, lambda p: p.write_text(json.dumps(known, indent=1)))
     return {pair: known[" ".join(pair)] for pair in pairs}
 
@@ -177,7 +176,7 @@ def tried_table(
     return [{"network": NAMES[c.backbone]+SUFFIX[c.arm], "learning rate": f"{c.lr:g}", "best validation Dice": f"{state(c, out, epochs)['best']:.4f}", "chosen": "yes" if lrs[c.backbone, c.arm] == c.lr else ""} for c in tries]
 
 def cost_table(
-    costs:dict, # (backbone, arm) -> of `cost`
+    costs:dict, # (backbone, arm) -> of `costs_of`
 )->list: # of dicts: column -> text
     "Parameters, multiply-adds, time and memory"
     return [{"network": NAMES[b]+SUFFIX[a], "parameters": f"{c['parameters']:,}", "10⁹ multiply-adds a patch": f"{c['multiply-adds']/1e9:.2f}", "s a step": f"{c['step']:.2f}", "s a window": f"{c['window']:.2f}", "MiB in training": f"{c['MiB']:.0f}"} for (b, a), c in costs.items()]

@@ -12,13 +12,15 @@ from collections import deque
 from importlib.metadata import version
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import reduce
+from itertools import product
+from math import ceil
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from matplotlib.figure import Figure
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -99,9 +101,15 @@ def windows(
 )->list: # of tuples of slices
     "Where the windows lie, on MONAI's grid; a volume hardly larger than one window is taken whole (our choice)"
     if all(n <= 1.25*p for n, p in zip(size, patch_size)): return [tuple(slice(0, n) for n in size)]
-    from monai.data.utils import dense_patch_slices
     window = [min(n, p) for n, p in zip(size, patch_size)]
-    return dense_patch_slices(size, window, [p if p == n else max(int(p*(1-overlap)), 1) for n, p in zip(size, window)])
+    steps = [max(int(w*(1-overlap)), 1) for w in window]
+    starts = [[min(i*step, n-w) for i in range(ceil((n-w)/step)+1)] for n, w, step in zip(size, window, steps)]              # the last one ends where the volume ends
+    return [tuple(slice(s, s+w) for s, w in zip(corner, window)) for corner in product(*starts)]
+
+def _weights(size):
+    "Gaussian of a window (d,h,w), 1/8 of each side its standard deviation, never below 1/1000"
+    sides = [torch.signal.windows.gaussian(n, std=n/8) for n in size]
+    return reduce(torch.multiply, torch.meshgrid(*sides, indexing="ij")).clamp(min=1e-3)
 
 def slide(
     maps, # function of windows (B,C,d,h,w) -> maps (B,M,d,h,w)
@@ -111,8 +119,7 @@ def slide(
     batch:int=2, # windows at once
 )->Tensor: # maps (M,D,H,W)
     "Average of the windows' answers, with Gaussian weights, summed in place"
-    from monai.data.utils import compute_importance_map
-    weight = compute_importance_map([s.stop-s.start for s in where[0]], mode="gaussian", device=x.device).clamp(min=1e-3)
+    weight = _weights([s.stop-s.start for s in where[0]]).to(x.device)
     out, total = None, torch.zeros(x.shape[1:], device=x.device)
     for start in range(0, len(where), batch):
         part = where[start:start+batch]
@@ -400,7 +407,9 @@ class Run:
         state:dict, # of `state`
     )->None:
         "Go on from there"
-        if self.settings.shard: self._pieces(lambda parts: dcp.load(parts, checkpoint_id=state["pieces"]), back=True)
+        if self.settings.shard:
+            from torch.distributed.checkpoint import load
+            self._pieces(lambda parts: load(parts, checkpoint_id=state["pieces"]), back=True)
         else: [getattr(self, name).load_state_dict(state[name]) for name in ("model", "optimizer", "scaler")]
         for name in _POSITION: setattr(self, name, state[name])
         set_random_state(state["random"])
