@@ -25,7 +25,7 @@ from .settings import Settings
 from .datasets import split_cases
 from .training import prepare, windows
 from .inference import load_run
-from .cells import ARMS, costs_of, grid, matched_width, plan, progress, run_cells, settings_of, state, trials, tuned
+from .cells import ARMS, costs_of, grid, matched_width, plan, processors, progress, run_cells, settings_of, state, trials, tuned
 from .evaluation import evaluate, read_scores
 from .report import NAMES, PRIMARY_TEXT, SHORT, SUFFIX, comparison_table, comparisons, dice_table, draw_cases, draw_differences, draw_sizes, maps_of_case, pick_cases, png, score_table, write_report, write_tables
 
@@ -112,7 +112,7 @@ def design(
     matched = {b: matched_width(settings_of(b, "eg", recipe, {}), task, settings.patch_size) for b in args.backbones}
     d = {"task": task, "names": names, "cases": (len(train), len(val)), "recipe": recipe, "widths": {b: w for b, (w, *_) in matched.items()}, "excess": {b: e for b, (_, *e) in matched.items()},
          "steps": -(-len(train)//args.batch_size), "windows": sum(len(windows(c.x.shape[1:], settings.patch_size)) for c in val)}
-    return {**d, "costs": _costs(Path(out)/"costs.json", list(product(args.backbones, args.arms)), d, max(1, (os.cpu_count() or 1)//args.jobs))}
+    return {**d, "costs": _costs(Path(out)/"costs.json", list(product(args.backbones, args.arms)), d, max(1, processors()//args.jobs))}
 
 def _costs(path, pairs, d, threads):
     "What each network costs; measured once and kept"
@@ -184,11 +184,12 @@ def cost_table(
 def tables_of(
     rows:list, # of `read_scores`
     printed:dict=None, # the paper's table for this task
+    found:list=None, # of `comparisons`; None: computed
 )->dict: # name -> table
     "The tables that come from scores.csv alone"
     full = [r for r in rows if r["train_cases"] == "all"]
     name = {id(TABLE_1): "table_1", id(TABLE_2): "table_2"}.get(id(printed), "dice")
-    return {name: dice_table(full, printed), "scores": score_table(full), "differences": comparison_table(comparisons(rows))}
+    return {name: dice_table(full, printed), "scores": score_table(full), "differences": comparison_table(found or comparisons(rows))}
 
 def printed_for(
     task:Task, # of the dataset
@@ -208,10 +209,10 @@ def write_results(
 )->Path: # report.html
     "Tables, figures and the page, from scores.csv and the run folders"
     out, epochs = Path(out), args.epochs
-    rows = read_scores(out/"scores.csv")
-    tables = {**tables_of(rows, printed_for(d["task"])), "trials": tried_table(tries, lrs, out, epochs), "costs": cost_table(d["costs"])}
+    rows = read_scores(out/"scores.csv"); found = comparisons(rows)
+    tables = {**tables_of(rows, printed_for(d["task"]), found), "trials": tried_table(tries, lrs, out, epochs), "costs": cost_table(d["costs"])}
     write_tables(out/"tables", tables)
-    figures = {"differences": draw_differences(comparisons(rows)), "training": curves_of(cells, out)}
+    figures = {"differences": draw_differences(found), "training": curves_of(cells, out)}
     if len({r["train_cases"] for r in rows}) > 1: figures["sizes"] = draw_sizes(rows, d["cases"][0])
     if {"bare", "eg"} <= {c.arm for c in cells}: figures[{id(TABLE_1): "figure_2", id(TABLE_2): "figure_3"}.get(id(printed_for(d["task"])), "cases")] = _cases_figure(data, out, d["task"], cells, rows, args)
     pictures = {n: png(f) for n, f in figures.items()}
@@ -252,7 +253,7 @@ def _parts(about, tables, pictures, args):
             ("Cost",), tables["costs"], ("How it was done",), [{"": k, "value": json.dumps(v) if isinstance(v, (dict, list)) else str(v)} for k, v in about.items()]]
 
 # %% ../nbs/12_experiments.ipynb #8a9a8ca1
-QUICK = {"epochs": 2, "width": 4, "levels": 2, "patch_size": [16, 16, 16], "lr": [3e-3], "seeds": 2, "validation": 1., "test_cases": "2", "jobs": 2, "precision": "fp32"}
+QUICK = {"epochs": 2, "width": 4, "levels": 2, "patch_size": [24, 24, 24], "lr": [3e-3], "seeds": 2, "validation": 1., "test_cases": "2", "jobs": 2, "precision": "fp32"}
 
 def arguments()->argparse.ArgumentParser:
     "The flags of `egcnn_experiment`"

@@ -205,7 +205,7 @@ def write_tables(
             files.append(folder/f"{name}.{end}"); write_whole(files[-1], lambda p, text=text: p.write_text(text+"\n"))
     return files
 
-_STYLE = "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;margin:1em 0;display:block;overflow-x:auto}td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}img{max-width:100%}code{background:#f3f3f3;padding:.1em .3em}.note{background:#fff6df;padding:.6em 1em}"
+_STYLE = "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;margin:1em 0;display:block;overflow-x:auto}td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}img{max-width:100%}code{background:#f3f3f3;padding:.1em .3em}"
 
 def write_report(
     path, # report.html

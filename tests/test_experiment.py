@@ -1,0 +1,78 @@
+"egcnn_experiment as a user runs it, and the tables that it leaves, computed once more from the scores."
+import csv, os, re, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tabulate import tabulate
+from tiny import ENV, children, dataset
+
+from egcnn_nb.core import BRATS, KITS
+from egcnn_nb.evaluation import read_scores
+from egcnn_nb.experiments import TABLE_1, TABLE_2, tables_of
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT/"results").glob("*/scores.csv"))
+
+def command(*words): return [sys.executable, "-m", "egcnn_nb.experiments", *map(str, words)]
+
+def cells_of(path):
+    "Rows of a Markdown table as dicts"
+    head, _, *rows = [[c.strip() for c in line.strip("|").split("|")] for line in path.read_text().splitlines()]
+    return [dict(zip(head, row)) for row in rows]
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    "What --quick makes of the phantoms"
+    out = tmp_path_factory.mktemp("experiment")
+    done = subprocess.run(command(ROOT/"data_samples", "--out", out, "--quick", "--cache", out/"cache"), capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out, done.stdout
+
+@pytest.mark.parametrize("name, task, table, figure, printed", [("brats2019", BRATS, "table_1", "figure_2", TABLE_1), ("kits2019", KITS, "table_2", "figure_3", TABLE_2)])
+def test_quick_writes_every_table_and_figure(quick, name, task, table, figure, printed):
+    folder, regions = quick[0]/name, [*task.regions, "mean"]
+    assert {f.name for f in (folder/"tables").iterdir()} == {f"{t}.{e}" for t in (table, "scores", "differences", "trials", "costs") for e in ("md", "tex", "html")}
+    for f in ("differences", "training", figure): assert (folder/f"figures/{f}.png").read_bytes()[:4] == b"\x89PNG"
+    page = (folder/"report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', page) and page.count("<img") == 3 and page.count("<table>") == 6 and "no evidence of anything" in page
+    with open(folder/"scores.csv", newline="") as f: rows = list(csv.DictReader(f))
+    assert len(rows) == 9*2*2*len(regions)                          # networks, seeds, cases
+    assert (folder/"test_cases.txt").read_text().split() == sorted({r["case"] for r in rows})
+    for line in cells_of(folder/f"tables/{table}.md"):              # the mean and its ±, by hand
+        backbone = {"U-Net": "unet", "V-Net": "vnet", "Seg-Net": "segnet"}[re.match("[A-Za-z-]*Net", line["network"])[0]]
+        arm = "eg" if "EG-CNN" in line["network"] else "matched" if "wider" in line["network"] else "bare"
+        for region in regions:
+            own = [np.mean([float(r["dice"]) for r in rows if (r["backbone"], r["arm"], r["region"], r["seed"]) == (backbone, arm, region, seed)]) for seed in "01"]
+            assert line[region] == f"{np.mean(own):.4f} ± {abs(own[0]-own[1])/2**.5:.4f}"
+        mean = printed[line["network"].split()[0].strip(","), arm == "eg"]
+        assert line["paper's mean"] == ("" if arm == "matched" else "{:.4f} ± {:.4f}".format(*mean.get("average", mean.get("composite"))))
+
+def test_quick_again_computes_nothing(quick):
+    files = {f: f.stat().st_mtime_ns for f in quick[0].glob("*/*") if f.name == "scores.csv"} | {f: f.stat().st_mtime_ns for f in quick[0].glob("*/*/model.safetensors")}
+    done = subprocess.run(command(ROOT/"data_samples", "--out", quick[0], "--quick", "--cache", quick[0]/"cache"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "begun (" not in done.stderr and len(files) == 2+36, done.stderr[-2000:]
+    assert files == {f: f.stat().st_mtime_ns for f in files}
+    done = subprocess.run(command(ROOT/"data_samples", "--out", quick[0], "--quick", "--width", 6, "--cache", quick[0]/"cache"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "other flags for" in done.stderr.splitlines()[-1]
+
+def test_a_stopped_experiment_goes_on(tmp_path):
+    data, out = dataset(tmp_path/"data"), tmp_path/"out"
+    line = command(data, "--out", out, *"--backbones segnet --arms bare eg --seeds 1 --lr 1e-3 --epochs 40 --width 4 --levels 2 --patch_size 16 16 16 --precision fp32 --validation 2 --test_cases 3".split(), "--cache", tmp_path/"cache")
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV)
+    log = out/"segnet-bare-all-0-lr0.001/log.txt"
+    while not (log.exists() and "epoch 3/" in log.read_text()): assert process.poll() is None; time.sleep(.02)
+    runs = children(process.pid); process.send_signal(signal.SIGTERM); process.communicate(timeout=60)
+    assert process.returncode == 0 and not [p for p in runs if Path(f"/proc/{p}").exists()]
+    assert "stopped in epoch" in log.read_text()
+    done = subprocess.run([*line, "--test"], capture_output=True, text=True, env=ENV, timeout=300)
+    assert done.returncode == 2 and not (out/"scores.csv").exists() and "that are not done" in done.stderr     # no look at the test cases
+    done = subprocess.run(line, capture_output=True, text=True, env=ENV, timeout=300)
+    assert done.returncode == 0 and "with --test" in done.stdout and log.read_text().count("epoch 1/40") == 1, done.stderr
+    done = subprocess.run([*line, "--test"], capture_output=True, text=True, env=ENV, timeout=300)
+    assert done.returncode == 0 and (out/"report.html").is_file(), done.stderr
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[p.parent.name for p in SHIPPED])
+def test_shipped_tables_come_from_the_shipped_scores(path):
+    for name, table in tables_of(read_scores(path)).items():
+        assert (path.parent/f"tables/{name}.md").read_text() == tabulate(table, "keys", "github", disable_numparse=True)+"\n"
