@@ -31,7 +31,7 @@ ARMS = {"bare": (False, {}), "matched": (False, {}), "eg": (True, {}),
 @dataclass(frozen=True)
 class Cell:
     "One training run of an experiment"
-    backbone:str # "unet", "vnet" or "segnet"
+    backbone:str # name of the network, see `Settings`
     arm:str # of ARMS
     seed:int # of split, weights, order, patches and noise
     train_cases:int=None # how many training cases; None: all

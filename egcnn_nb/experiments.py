@@ -264,7 +264,7 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--test", action="store_true", help="the last step: score every run on the test cases, once, and write tables, figures and report.html; refused while a run is missing")
     p.add_argument("--plan", action="store_true", help="print runs, hours and disk, and start nothing")
     p.add_argument("--quick", action="store_true", help="tiny runs and the test step at once, to see every table and figure within minutes; no evidence")
-    p.add_argument("--backbones", nargs="+", choices=list(NAMES), default=list(NAMES), help="main streams")
+    p.add_argument("--backbones", nargs="+", choices=list(NAMES), default=["unet", "vnet", "segnet"], help="main streams; segresnet and dynunet are MONAI's")
     p.add_argument("--arms", nargs="+", choices=list(ARMS), default=["bare", "matched", "eg"], help="what is compared")
     p.add_argument("--seeds", type=int, default=5, help="runs of each")
     p.add_argument("--train_cases", type=int, nargs="+", default=[], metavar="N", help="smaller training sets to try too")

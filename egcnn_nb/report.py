@@ -26,7 +26,7 @@ from .evidence import compare, holm
 from .evaluation import read_scores, table_of
 
 # %% ../nbs/11e_report.ipynb #843e58c8
-NAMES = {"unet": "U-Net", "vnet": "V-Net", "segnet": "Seg-Net"}
+NAMES = {"unet": "U-Net", "vnet": "V-Net", "segnet": "Seg-Net", "segresnet": "SegResNet (MONAI)", "dynunet": "DynUNet (MONAI)"}
 SUFFIX = {"bare": "", "matched": ", wider", "eg": " + EG-CNN", "bare_consistency": " + consistency loss", "eg_no_consistency": " + EG-CNN without consistency loss"}
 
 SHORT = {"bare": "bare", "matched": "wider", "eg": "EG-CNN", "bare_consistency": "bare with consistency loss", "eg_no_consistency": "EG-CNN without it"}

@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
 
-from .settings import AUGMENTATIONS, CACHE, Settings
+from .settings import AUGMENTATIONS, CACHE, NETWORKS, Settings
 
 # %% ../nbs/13_multi_gpu.ipynb #e35286b2
 LAUNCH = """one process, GPU if there is one:
@@ -33,7 +33,7 @@ def arguments()->argparse.ArgumentParser:
                                 formatter_class=_Help, epilog=LAUNCH, allow_abbrev=False)
     p.add_argument("data", metavar="DATA", help="dataset folder")
     p.add_argument("--out", required=True, metavar="RUN", help="run folder to write")
-    p.add_argument("--backbone", choices=["unet", "vnet", "segnet"], default="segnet", help="main stream")
+    p.add_argument("--backbone", choices=NETWORKS, default="segnet", help="main stream; segresnet and dynunet are MONAI's")
     p.add_argument("--edge", choices=["on", "off"], default="on", help="EG-CNN, or the bare backbone")
     p.add_argument("--epochs", type=int, default=Settings.epochs, help="passes over the training cases")
     p.add_argument("--batch_size", type=int, default=Settings.batch_size, help="over all processes")
