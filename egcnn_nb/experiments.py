@@ -27,7 +27,7 @@ from .training import prepare, windows
 from .inference import load_run
 from .cells import ARMS, costs_of, grid, matched_width, plan, processors, progress, run_cells, settings_of, state, trials, tuned
 from .evaluation import evaluate, read_scores
-from .report import NAMES, PRIMARY_TEXT, SHORT, SUFFIX, comparison_table, comparisons, dice_table, draw_cases, draw_differences, draw_sizes, maps_of_case, pick_cases, png, score_table, write_report, write_tables
+from .report import NAMES, PRIMARY_TEXT, comparison_table, comparisons, dice_table, draw_cases, draw_differences, draw_sizes, maps_of_case, pick_cases, png, score_table, short, title, write_report, write_tables
 
 # %% ../nbs/12_experiments.ipynb #f12b2fd2
 # Tables 1 and 2 as printed: (backbone, whether with EG-CNN) -> column -> (mean Dice, what stands behind the ±)
@@ -160,7 +160,7 @@ def curves_of(
     axes, colours = fig.subplots(1, len(backbones), squeeze=False, sharey=True)[0], dict(zip(ARMS, ("bare", "prediction", "edge", "truth", "attention")))
     for cell in cells:
         with open(Path(out)/cell.name/"metrics.csv", newline="") as f: dice = [float(r["dice_mean"]) for r in csv.DictReader(f)]
-        axes[backbones.index(cell.backbone)].plot(range(1, len(dice)+1), dice, ".-", color=COLOURS[colours[cell.arm]], lw=1, label=SHORT[cell.arm])
+        axes[backbones.index(cell.backbone)].plot(range(1, len(dice)+1), dice, ".-", color=COLOURS[colours[cell.arm.split("+")[0]]], lw=1, label=short(cell.arm))
     for ax, b in zip(axes, backbones): ax.set(title=NAMES[b], xlabel="epoch"); ax.grid(alpha=.3)
     axes[0].set_ylabel("validation Dice"); seen = {l: h for ax in axes for h, l in zip(*ax.get_legend_handles_labels())}
     fig.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=len(seen), frameon=False, fontsize=8)
@@ -173,13 +173,13 @@ def tried_table(
     epochs:int, # of each run
 )->list: # of dicts: column -> text
     "What was tried to choose learning rates"
-    return [{"network": NAMES[c.backbone]+SUFFIX[c.arm], "learning rate": f"{c.lr:g}", "best validation Dice": f"{state(c, out, epochs)['best']:.4f}", "chosen": "yes" if lrs[c.backbone, c.arm] == c.lr else ""} for c in tries]
+    return [{"network": title(c.backbone, c.arm), "learning rate": f"{c.lr:g}", "best validation Dice": f"{state(c, out, epochs)['best']:.4f}", "chosen": "yes" if lrs[c.backbone, c.arm] == c.lr else ""} for c in tries]
 
 def cost_table(
     costs:dict, # (backbone, arm) -> of `costs_of`
 )->list: # of dicts: column -> text
     "Parameters, multiply-adds, time and memory"
-    return [{"network": NAMES[b]+SUFFIX[a], "parameters": f"{c['parameters']:,}", "10⁹ multiply-adds a patch": f"{c['multiply-adds']/1e9:.2f}", "s a step": f"{c['step']:.2f}", "s a window": f"{c['window']:.2f}", "MiB in training": f"{c['MiB']:.0f}"} for (b, a), c in costs.items()]
+    return [{"network": title(b, a), "parameters": f"{c['parameters']:,}", "10⁹ multiply-adds a patch": f"{c['multiply-adds']/1e9:.2f}", "s a step": f"{c['step']:.2f}", "s a window": f"{c['window']:.2f}", "MiB in training": f"{c['MiB']:.0f}"} for (b, a), c in costs.items()]
 
 def tables_of(
     rows:list, # of `read_scores`
@@ -265,7 +265,7 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--plan", action="store_true", help="print runs, hours and disk, and start nothing")
     p.add_argument("--quick", action="store_true", help="tiny runs and the test step at once, to see every table and figure within minutes; no evidence")
     p.add_argument("--backbones", nargs="+", choices=list(NAMES), default=["unet", "vnet", "segnet"], help="main streams; segresnet and dynunet are MONAI's")
-    p.add_argument("--arms", nargs="+", choices=list(ARMS), default=["bare", "matched", "eg"], help="what is compared")
+    p.add_argument("--arms", nargs="+", default=["bare", "matched", "eg"], metavar="ARM", help=f"what is compared: {', '.join(ARMS)}, or one of them with readings of the paper, such as eg+supervise=main")
     p.add_argument("--seeds", type=int, default=5, help="runs of each")
     p.add_argument("--train_cases", type=int, nargs="+", default=[], metavar="N", help="smaller training sets to try too")
     p.add_argument("--lr", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="learning rates that each arm tries with the first seed")

@@ -6,12 +6,12 @@
 __all__ = ['LAUNCH', 'arguments', 'settings_from', 'Lost', 'run', 'main']
 
 # %% ../nbs/13_multi_gpu.ipynb #fc6e9ef1
-import argparse, ast, os, signal, sys, threading, time
+import argparse, os, signal, sys, threading, time
 from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
 
-from .settings import AUGMENTATIONS, CACHE, NETWORKS, Settings
+from .settings import AUGMENTATIONS, CACHE, NETWORKS, Settings, readings_of
 
 # %% ../nbs/13_multi_gpu.ipynb #e35286b2
 LAUNCH = """one process, GPU if there is one:
@@ -58,23 +58,12 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--resume", nargs="?", const="there", choices=["there", "if_there"], help="go on with the run in RUN; if_there: begin it where there is none, as schedulers need that start a job again")
     return p
 
-def _readings(words):
-    "NAME=VALUE words as a dict; a value that is no Python literal is a string"
-    from egcnn_nb.core import expect
-    out = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        expect(equals and name, "--reading", repr(word), "NAME=VALUE")
-        try: out[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError): out[name] = value
-    return out
-
 def settings_from(
     args:argparse.Namespace, # of `arguments`
 )->Settings:
     "Settings of a run from its flags"
     values = {k: v for k, v in vars(args).items() if k not in ("resume", "reading", "timeout")}
-    return Settings(**{**values, "readings": _readings(args.reading) or None, "edge": args.edge == "on", "augment": tuple(args.augment),
+    return Settings(**{**values, "readings": readings_of(args.reading) or None, "edge": args.edge == "on", "augment": tuple(args.augment),
                        "patch_size": tuple(args.patch_size) if args.patch_size else None})
 
 # %% ../nbs/13_multi_gpu.ipynb #7dc43906
