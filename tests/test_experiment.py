@@ -58,7 +58,7 @@ def test_quick_again_computes_nothing(quick):
 
 def test_a_stopped_experiment_goes_on(tmp_path):
     data, out = dataset(tmp_path/"data"), tmp_path/"out"
-    line = command(data, "--out", out, *"--backbones segnet --arms bare eg --seeds 1 --lr 1e-3 --epochs 40 --width 4 --levels 2 --patch_size 16 16 16 --precision fp32 --validation 2 --test_cases 3".split(), "--cache", tmp_path/"cache")
+    line = command(data, "--out", out, *"--backbones segnet --arms bare eg --seeds 1 --jobs 2 --lr 1e-3 --epochs 40 --width 4 --levels 2 --patch_size 16 16 16 --precision fp32 --validation 2 --test_cases 3".split(), "--cache", tmp_path/"cache")
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV)
     log = out/"segnet-bare-all-0-lr0.001/log.txt"
     while not (log.exists() and "epoch 3/" in log.read_text()): assert process.poll() is None; time.sleep(.02)
