@@ -26,8 +26,8 @@ from .datasets import split_cases
 from .training import prepare, windows
 from .inference import load_run
 from .cells import ARMS, costs_of, grid, matched_width, plan, processors, progress, run_cells, settings_of, state, trials, tuned
-from .evaluation import evaluate, read_scores
-from .report import NAMES, PRIMARY_TEXT, comparison_table, comparisons, dice_table, draw_cases, draw_differences, draw_sizes, maps_of_case, pick_cases, png, score_table, short, title, write_report, write_tables
+from .evaluation import evaluate, read_scores, robustness
+from .report import NAMES, PRIMARY_TEXT, comparison_table, comparisons, dice_table, draw_cases, draw_differences, draw_robustness, draw_sizes, maps_of_case, pick_cases, png, score_table, short, title, write_report, write_tables
 
 # %% ../nbs/12_experiments.ipynb #f12b2fd2
 # Tables 1 and 2 as printed: (backbone, whether with EG-CNN) -> column -> (mean Dice, what stands behind the ±)
@@ -215,6 +215,7 @@ def write_results(
     figures = {"differences": draw_differences(found), "training": curves_of(cells, out)}
     if len({r["train_cases"] for r in rows}) > 1: figures["sizes"] = draw_sizes(rows, d["cases"][0])
     if {"bare", "eg"} <= {c.arm for c in cells}: figures[{id(TABLE_1): "figure_2", id(TABLE_2): "figure_3"}.get(id(printed_for(d["task"])), "cases")] = _cases_figure(data, out, d["task"], cells, rows, args)
+    if (out/"robustness.csv").exists(): figures["robustness"] = draw_robustness([{**r, "strength": int(r["strength"])} for r in read_scores(out/"robustness.csv")], rows)
     pictures = {n: png(f) for n, f in figures.items()}
     (out/"figures").mkdir(exist_ok=True)
     for n, p in pictures.items(): write_whole(out/f"figures/{n}.png", lambda part, p=p: part.write_bytes(p))
@@ -249,6 +250,7 @@ def _parts(about, tables, pictures, args):
             ("Differences",), "Test cases are resampled for the interval, seeds too where there are at least five. p of Wilcoxon's signed-rank test over cases, d_z as effect, and the difference that the design would have found in four of five such experiments.", (pictures["differences"], "differences with intervals"), tables["differences"],
             ("Cases",), "Chosen by a rule: the best, the median and the worst difference in Dice between EG-CNN and the bare network, averaged over seeds; the networks of the first seed.", *[(p, "test cases with image, truth, predictions, edges and disagreement") for n, p in pictures.items() if n in ("figure_2", "figure_3", "cases")],
             *([("Fewer training cases",), (pictures["sizes"], "Dice against the number of training cases")] if "sizes" in pictures else []),
+            *([("A worse scanner",), "The test cases with noise, blur, a bias field or another contrast, in five strengths; nothing was trained for it.", (pictures["robustness"], "Dice against the strength of each change")] if "robustness" in pictures else []),
             ("Training",), "Validation Dice of every run.", (pictures["training"], "validation Dice against the epoch"), "Each arm tried the same learning rates with the first seed.", tables["trials"],
             ("Cost",), tables["costs"], ("How it was done",), [{"": k, "value": json.dumps(v) if isinstance(v, (dict, list)) else str(v)} for k, v in about.items()]]
 
@@ -262,6 +264,7 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("data", metavar="DATA", help="dataset folder, or a folder of such folders")
     p.add_argument("--out", required=True, metavar="DIR", help="folder of the experiment; the same command goes on with what was begun")
     p.add_argument("--test", action="store_true", help="the last step: score every run on the test cases, once, and write tables, figures and report.html; refused while a run is missing")
+    p.add_argument("--robust", action="store_true", help="with --test: also noise, blur, bias field and gamma in five strengths, twenty times as long")
     p.add_argument("--plan", action="store_true", help="print runs, hours and disk, and start nothing")
     p.add_argument("--quick", action="store_true", help="tiny runs and the test step at once, to see every table and figure within minutes; no evidence")
     p.add_argument("--backbones", nargs="+", choices=list(NAMES), default=["unet", "vnet", "segnet"], help="main streams; segresnet and dynunet are MONAI's")
@@ -311,6 +314,7 @@ def run_experiment(
         with live_table(list(dict.fromkeys([*tries, *cells])), out, args.epochs, args.jobs) as tell: run_cells(*here(cells), tell)
     if not (args.test or args.quick): print(f"All {len({*tries, *cells})} runs are done. The last step, once: the same command with --test"); return
     if not (Path(out)/"scores.csv").exists(): evaluate(cells, data, out, d["names"], args.epochs)
+    if args.robust and not (Path(out)/"robustness.csv").exists(): robustness([c for c in cells if not c.train_cases], data, out, d["names"])
     print(f"The report: {write_results(data, out, d, tries, lrs, cells, args)}")
 
 def main(

@@ -107,11 +107,12 @@ def case_maps(
     flips:bool=False, # average over the eight mirror images
     inside:bool=False, # also edges and attention
     bar=None, # tqdm bar that counts windows
+    change=None, # function of the prepared image (C,D,H,W), which is predicted instead
 )->tuple: # float32 maps (M,d,h,w) of the case's box at the scan's own voxel size, and the case (Loaded)
     "Probabilities of a case, with `inside` also edges and attention, prepared as in training and resampled back (section 3.2)"
     loaded, task = load_case(case, runs[0][2]), runs[0][2]
     fast = best_precision(next(runs[0][0].parameters()).device)                       # a run in bf16 may meet a processor without it
-    maps = averaged([(m, s.patch_size, "fp32" if s.precision in ("fp32", "fp64") else fast) for m, s, _ in runs], loaded.x, task.activation, flips, inside, bar)
+    maps = averaged([(m, s.patch_size, "fp32" if s.precision in ("fp32", "fp64") else fast) for m, s, _ in runs], change(loaded.x) if change else loaded.x, task.activation, flips, inside, bar)
     return resize(maps[None], loaded.box_size)[0], loaded
 
 def label_map(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'SUFFIX', 'SHORT', 'PRIMARY_TEXT', 'PRIMARY', 'FORMATS', 'title', 'short', 'networks', 'number', 'dice_table',
-           'score_table', 'comparisons', 'comparison_table', 'png', 'draw_differences', 'draw_sizes', 'pick_cases',
-           'maps_of_case', 'draw_cases', 'write_tables', 'write_report']
+           'score_table', 'comparisons', 'comparison_table', 'png', 'draw_differences', 'draw_sizes', 'draw_robustness',
+           'pick_cases', 'maps_of_case', 'draw_cases', 'write_tables', 'write_report']
 
 # %% ../nbs/11e_report.ipynb #41c55b55
 import base64, html, io
@@ -152,6 +152,22 @@ def draw_sizes(
         ax.set(xscale="log", xlabel="training cases", ylabel=score.replace("_", " ")); ax.grid(alpha=.3)
         ax.set_xticks(ticks := sorted({whole if r["train_cases"] == "all" else int(r["train_cases"]) for r in rows}), ticks); ax.minorticks_off()
     ax.legend(frameon=False, fontsize=8); return fig
+
+# %% ../nbs/11e_report.ipynb #62073b1e
+def draw_robustness(
+    rows:list, # of robustness.csv, by `read_scores`, "strength" as a whole number
+    plain:list, # of scores.csv: strength 0
+    score:str="dice", # of SCORES
+)->Figure:
+    "A score against the strength of each change: mean over seeds and cases, for each network"
+    kinds, plain = list(dict.fromkeys(r["change"] for r in rows)), [{**r, "strength": 0} for r in plain if r["region"] == "mean" and r["train_cases"] == "all"]
+    fig = Figure(figsize=(3*len(kinds), 3), layout="constrained"); axes = fig.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for ax, kind in zip(axes, kinds):
+        for backbone, arm in networks(rows):
+            own = [np.mean(table_of([*plain, *(r for r in rows if r["change"] == kind)], score, backbone=backbone, arm=arm, train_cases="all", strength=s)) for s in range(6)]
+            ax.plot(range(6), own, ".-", label=title(backbone, arm))
+        ax.set(title=kind, xlabel="strength"); ax.grid(alpha=.3)
+    axes[0].set_ylabel(score.replace("_", " ")); axes[-1].legend(frameon=False, fontsize=7); return fig
 
 # %% ../nbs/11e_report.ipynb #638ec6be
 def pick_cases(
