@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -126,7 +127,7 @@ def changed(
     expect(kind in CHANGES, "change", repr(kind), f"one of {list(CHANGES)}")
     across = dict(dim=(1, 2, 3), keepdim=True); mean, spread, base = x.mean(**across), x.std(**across), x-x.amin((1, 2, 3), keepdim=True)
     if kind == "noise": y = x+.15*strength*spread*torch.randn(x.shape, generator=keyed_generator(seed, strength))
-    else: y = torch.as_tensor({"blur": T.GaussianSmooth(.3*strength), "bias": T.RandBiasField(coeff_range=(.1*strength, .1*strength), prob=1), "gamma": T.AdjustContrast(1+.25*strength)}[kind](base))
+    else: y = torch.as_tensor({"blur": lambda x: gaussian_filter(x.numpy(), (0, *[.3*strength]*3), mode="nearest"), "bias": T.RandBiasField(coeff_range=(.02*strength, .02*strength), prob=1), "gamma": T.AdjustContrast(1+.25*strength)}[kind](base))
     y = (y-y.mean(**across))/y.std(**across).clamp_min(1e-6)*spread+mean
     return torch.where(x == 0, 0., y)
 
