@@ -24,7 +24,7 @@ from tqdm.contrib.concurrent import thread_map
 
 from .core import Task, bounding_box, expect, keyed_generator, write_whole
 from .egcnn import resize
-from .layouts import Case, expect_files, find_dataset, read_case
+from .layouts import Case, expect_files, read_case
 from .settings import AUGMENTATIONS, CACHE
 from .volumes import Volume
 

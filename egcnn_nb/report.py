@@ -17,13 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from tabulate import tabulate
 
-from .core import Task, expect, write_whole
+from .core import Task, write_whole
 from .volumes import read_labels
 from .viewers import COLOURS
-from .inference import load_run, look_inside
+from .inference import look_inside
 from .cells import ARMS, arm_of
 from .evidence import compare, holm
-from .evaluation import read_scores, table_of
+from .evaluation import table_of
 
 # %% ../nbs/11e_report.ipynb #843e58c8
 NAMES = {"unet": "U-Net", "vnet": "V-Net", "segnet": "Seg-Net", "segresnet": "SegResNet (MONAI)", "dynunet": "DynUNet (MONAI)"}

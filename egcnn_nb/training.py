@@ -19,7 +19,6 @@ from math import ceil, gcd
 from pathlib import Path
 from uuid import uuid4
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
@@ -540,7 +539,7 @@ def fit(
     stop=lambda: False, # asked after each step and each validated case: save and stop?
 )->list: # rows of metrics.csv, fewer than epochs if it was stopped
     "Train, validate and save, in this process or as one of several; raises `InputError` before anything is written"
-    (rank, world), out = _world(), Path(settings.out)
+    rank, out = _world()[0], Path(settings.out)
     keep_memory()
     emulated = _checked(settings, resume, device)
     task, train, val, notes, state, lock = _begin(settings, resume, quiet)
