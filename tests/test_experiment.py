@@ -45,6 +45,8 @@ def test_quick_writes_every_table_and_figure(quick, name, task, table, figure, p
         for region in regions:
             own = [np.mean([float(r["dice"]) for r in rows if (r["backbone"], r["arm"], r["region"], r["seed"]) == (backbone, arm, region, seed)]) for seed in "01"]
             assert line[region] == f"{np.mean(own):.4f} ± {abs(own[0]-own[1])/2**.5:.4f}"
+        own = [float(line[r].split()[0]) for r in task.regions]
+        assert abs(np.mean(own)-float(line["mean"].split()[0])) <= 1e-4    # the averages agree with their parts, which not all of the paper's do
         mean = printed[line["network"].split()[0].strip(","), arm == "eg"]
         assert line["paper's mean"] == ("" if arm == "matched" else "{:.4f} ± {:.4f}".format(*mean.get("average", mean.get("composite"))))
 
