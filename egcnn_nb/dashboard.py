@@ -86,7 +86,9 @@ class Dashboard(Explorer):
         for name, button in self.buttons.items(): button.on_click(lambda _, act=getattr(self, name): act())
         self.children = [HBox(list(self.buttons.values())), *self.children]
 
-    def picture(self, at):
+    def picture(self,
+        at:float, # slice along k, 0 to 1
+    )->Figure:
         "Curves above, the slice below"
         fig = Figure(figsize=(11, 5.6 if self.rows else .5), layout="constrained")
         if not self.rows: fig.text(.01, .4, "curves and pictures appear after the first epoch"); return fig
@@ -97,7 +99,9 @@ class Dashboard(Explorer):
         axes[0, 2].plot([r["epoch"]+1 for r in self.rows], [r["lr"] for r in self.rows], ".-", color=COLOURS["edge"]); axes[0, 2].set(title="learning rate", xlabel="epoch"); axes[0, 2].grid(alpha=.3); axes[0, 2].ticklabel_format(axis="y", style="sci", scilimits=(0, 0)); axes[0, 2].xaxis.get_major_locator().set_params(integer=True)
         draw_snapshot(axes[1], self.shown, at); label_legend(fig, self.task); return fig
 
-    def status(self, at):
+    def status(self,
+        at:float, # not used: the line is the same for each slice
+    )->str:
         "The line below: state, epoch, step, time left"
         done = f"epoch {len(self.rows)} of {self.settings.epochs} done, step {self.steps}"
         left = f", about {(self.settings.epochs-len(self.rows))*self.busy/self.epochs:.0f} s left" if self.epochs else ""

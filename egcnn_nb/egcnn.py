@@ -66,11 +66,17 @@ class EdgeStream(nn.Module):
         e = self.last(e)
         return self.head(e), e, alphas
 
-    def rise(self, e, i):
+    def rise(self,
+        e:Tensor, # edge feature
+        i:int, # number of the gate, from the deepest
+    )->Tensor: # half the channels
         "Residual block before gate `i`, and half the channels"
         return self.halves[i](self.blocks[i](e))
 
-    def climb(self, e, features):
+    def climb(self,
+        e:Tensor, # edge feature where the stream begins
+        features:list, # of the encoder, deep to fine
+    )->tuple: # edge feature, list of alpha
         "Through the gates of `features`: edge feature and list of alpha"
         alphas = []
         for i, m in enumerate(features):
@@ -249,7 +255,9 @@ class EGCNN(nn.Module):
         self.edge.to(like := next(net.parameters())); self.fusion.to(like)                     # device and dtype of the network
         if verbose and example_input is not None: print(self.summary())
 
-    def streams(self, x):
+    def streams(self,
+        x:Tensor, # image (B,C,D,H,W)
+    )->tuple: # output of the wrapped network, its logits, fused logits, edge logits, list of alpha
         "One pass through both: what the wrapped network returns, its logits, the fused logits, edge logits, alphas"
         with listen(self.main, {*self.gated, self.entry}, [self.head] if self.fuse == "features" else []) as seen: output = self.main(x)
         main, gated = logits_of(output, x.dim()-2), [seen[n] for n in self.gated]

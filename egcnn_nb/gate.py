@@ -83,7 +83,10 @@ class EdgeGate(nn.Module):
         e_out = e*alpha + e
         return (e_out, alpha) if return_attention else e_out
 
-    def alpha(self, of_e, m):
+    def alpha(self,
+        of_e:Tensor, # edge feature, convolved
+        m:Tensor, # main feature, at the same resolution
+    )->Tensor: # in (0,1), or [1/2,1) with the ReLU
         "Attention from the convolved edge feature and the main feature (eq. 1)"
         a = of_e + self.conv_m(m)
         return torch.sigmoid(torch.relu(a) if self.attention_relu else a)

@@ -295,7 +295,10 @@ class ScanExplorer(Explorer):
         for name, button in self.buttons.items(): button.on_click(lambda _, act=getattr(self, name): self.tried(act))
         self.children = [*self.paths.values(), HBox(list(self.buttons.values())), *self.children]
 
-    def picture(self, plane, at):
+    def picture(self,
+        plane:int, # axis across which it is cut
+        at:float, # slice, 0 to 1
+    )->Figure:
         "Five maps of one slice"
         fig = Figure(figsize=(12, 3.2 if self.seen else .5), layout="constrained")
         if self.seen is None: fig.text(.01, .4, "press predict"); return fig
@@ -305,7 +308,9 @@ class ScanExplorer(Explorer):
         axes[4].imshow(turned["uncertainty"][..., k].T, cmap="viridis", vmin=0, vmax=1, origin="lower"); axes[4].set_title("uncertainty, 0 to 1", fontsize=9); axes[4].axis("off")
         label_legend(fig, self.task, "predicted outline"); return fig
 
-    def tried(self, act)->None:
+    def tried(self,
+        act, # function that may raise `InputError`
+    )->None:
         "Do it; what is wrong with the input is told below the picture"
         try: act()
         except InputError as e: self.message = html.escape(str(e)); self.redraw()

@@ -190,12 +190,20 @@ class EGLoss(nn.Module):
         "Channels that have an edge"
         return x[:, 1:] if self.activation == "softmax" else x
 
-    def supervised(self, logits, main_logits):
+    def supervised(self,
+        logits:Tensor, # fused (B,K,D,H,W)
+        main_logits:Tensor, # of the main stream, same shape; None: there is one output
+    )->list: # of Tensor
         "The outputs that are supervised, as a list"
         main = logits if main_logits is None else main_logits
         return {"both": [logits] if main_logits is None else [logits, main], "fused": [logits], "main": [main]}[self.supervise]
 
-    def consistency(self, outputs, masks, magnitude, keys):
+    def consistency(self,
+        outputs:list, # logits (B,K,D,H,W)
+        masks:Tensor, # truth without background (B,C,D,H,W)
+        magnitude:Tensor, # `sobel_magnitude` of the masks
+        keys:list, # names of the noise, one a case
+    )->Tensor: # scalar
         "Consistency loss of the decided outputs, case by case in the box of its edges; noise in training only (eq. 7-8)"
         cases, double = [], (2,) if self.activation == "sigmoid" else ()
         boxes = [(slice(b, b+1), slice(None), *(edge_box(m) if self.where == "truth" else ())) for b, m in enumerate(magnitude)]
