@@ -12,7 +12,7 @@ from egcnn_nb.evaluation import read_scores
 from egcnn_nb.experiments import TABLE_1, TABLE_2, tables_of
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted((ROOT/"results").glob("*/scores.csv"))
+SHIPPED = sorted(p for p in (ROOT/"results").rglob("scores.csv") if (p.parent/"tables").is_dir())
 
 def command(*words): return [sys.executable, "-m", "egcnn_nb.experiments", *map(str, words)]
 
