@@ -30,7 +30,7 @@ ARMS = {"bare": (False, {}), "matched": (False, {}), "eg": (True, {}),
         "bare_consistency": (False, {"consistency_alone": True}), "eg_no_consistency": (True, {"w_consistency": 0.})}
 
 def arm_of(
-    name:str, # see `arm_of`, or one of these with readings, such as "eg+supervise=main+tau=0.5"
+    name:str, # of ARMS, or one of these with readings, such as "eg+supervise=main+tau=0.5"
 )->tuple: # whether it has an edge stream, its readings
     "What an arm is; raises `InputError` on a name that is none"
     base, *readings = name.split("+")

@@ -16,7 +16,7 @@ from .core import InputError, expect, write_whole
 from .layouts import find_dataset
 from .settings import Settings
 from .datasets import split_cases
-from .training import prepare, windows
+from .training import prepare, read_names, windows
 from .cells import costs_of, matched_width, processors, progress, settings_of
 
 # %% ../nbs/11f_design.ipynb #2b58b9c5
@@ -40,13 +40,13 @@ def freeze_test_cases(
 )->list: # names
     "Fix the test cases in test_cases.txt; raises `InputError` if others were fixed before"
     path, labelled = Path(out)/"test_cases.txt", [c for c in find_dataset(data).cases if c.label]
-    if Path(choice).is_file(): names = sorted({line.strip() for line in Path(choice).read_text().splitlines() if line.strip()})
+    if Path(choice).is_file(): names = sorted(read_names(choice))
     else:
         expect(choice.replace(".", "", 1).isdigit() and float(choice) > 0, "--test_cases", choice, "a file, a share below 1, or a number of cases")
         names = sorted(c.name for c in split_cases(labelled, 0, float(choice))[1])
     unknown = sorted(set(names)-{c.name for c in labelled})
     expect(not unknown, "--test_cases", f"{unknown[:3]}", f"names of cases of {data} that have a label map")
-    before = path.read_text().split("\n")[:-1] if path.exists() else names
+    before = sorted(read_names(path)) if path.exists() else names
     expect(before == names, path, "other test cases", "those that the experiment began with", "choose another folder for another experiment")
     Path(out).mkdir(parents=True, exist_ok=True); write_whole(path, lambda p: p.write_text("".join(n+"\n" for n in names)))
     return names

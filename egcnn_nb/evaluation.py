@@ -94,10 +94,11 @@ def _columns(cell, run):
 
 def read_scores(
     path, # scores.csv of `evaluate`
-)->list: # of dicts; scores and lr as numbers, seed as a whole number
+)->list: # of dicts; scores and lr as numbers, seed and strength as whole numbers
     "The rows of a table of scores"
     with open(path, newline="") as f: rows = list(csv.DictReader(f))
-    return [{**r, "seed": int(r["seed"]), "lr": float(r["lr"]), **{s: float(r[s]) for s in SCORES}} for r in rows]
+    whole = [k for k in ("seed", "strength") if rows and k in rows[0]]
+    return [{**r, **{k: int(r[k]) for k in whole}, "lr": float(r["lr"]), **{s: float(r[s]) for s in SCORES}} for r in rows]
 
 # %% ../nbs/11d_evaluation.ipynb #ae2f3f36
 def table_of(
@@ -145,6 +146,6 @@ def robustness(
         for cell in cells:
             own, run = path.parent/cell.name/"robustness.csv", load_run(path.parent/cell.name)
             if not own.exists(): write_csv(own, [{**_columns(cell, run), "change": kind, "strength": s, **r} for kind, s in grid for r in score_run(run, cases, bar.update, lambda x: changed(x, kind, s)) if r["region"] == "mean"])
-            rows += [{**r, "strength": int(r["strength"])} for r in read_scores(own)]
+            rows += read_scores(own)
     write_csv(path, rows)
     return path

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TABLE_1', 'TABLE_2', 'QUICK', 'parts', 'steps_apart', 'two_runs', 'average_spread', 'curves_of', 'tried_table',
-           'cost_table', 'tables_of', 'printed_for', 'write_results', 'arguments', 'run_experiment', 'main']
+           'cost_table', 'printed_for', 'tables_of', 'write_results', 'arguments', 'run_experiment', 'main']
 
 # %% ../nbs/12_experiments.ipynb #ed3b239d
 import argparse, csv, json, os, platform, signal, sys
@@ -16,7 +16,7 @@ from threading import current_thread, main_thread
 
 from matplotlib.figure import Figure
 
-from .core import Task, exit_on_error, expect, write_whole
+from .core import exit_on_error, expect, write_whole
 from .viewers import COLOURS
 from .layouts import find_dataset
 from .settings import Settings
@@ -106,21 +106,21 @@ def cost_table(
     "Parameters, multiply-adds, time and memory"
     return [{"network": title(b, a), "parameters": f"{c['parameters']:,}", "10⁹ multiply-adds a patch": f"{c['multiply-adds']/1e9:.2f}", "s a step": f"{c['step']:.2f}", "s a window": f"{c['window']:.2f}", "MiB in training": f"{c['MiB']:.0f}"} for (b, a), c in costs.items()]
 
+def printed_for(
+    regions, # names of the scored regions
+)->tuple: # names of table and figure, and TABLE_1, TABLE_2 or None
+    "What the paper printed for these regions"
+    ours = {frozenset(("WT", "TC", "ET")): ("table_1", "figure_2", TABLE_1), frozenset(("kidneys", "tumor")): ("table_2", "figure_3", TABLE_2)}
+    return ours.get(frozenset(regions), ("dice", "cases", None))
+
 def tables_of(
     rows:list, # of `read_scores`
-    printed:dict=None, # the paper's table for this task
     found:list=None, # of `comparisons`; None: computed
 )->dict: # name -> table
     "The tables that come from scores.csv alone"
     full = [r for r in rows if r["train_cases"] == "all"]
-    name = {id(TABLE_1): "table_1", id(TABLE_2): "table_2"}.get(id(printed), "dice")
+    name, _, printed = printed_for({r["region"] for r in rows}-{"mean"})
     return {name: dice_table(full, printed), "scores": score_table(full), "differences": comparison_table(found or comparisons(rows))}
-
-def printed_for(
-    task:Task, # of the dataset
-)->dict: # TABLE_1, TABLE_2, or None
-    "The paper's own table for a task"
-    return {frozenset(("WT", "TC", "ET")): TABLE_1, frozenset(("kidneys", "tumor")): TABLE_2}.get(frozenset(task.regions))
 
 # %% ../nbs/12_experiments.ipynb #d430ec18
 def write_results(
@@ -135,12 +135,12 @@ def write_results(
     "Tables, figures and the page, from scores.csv and the run folders"
     out, epochs = Path(out), args.epochs
     rows = read_scores(out/"scores.csv"); found = comparisons(rows)
-    tables = {**tables_of(rows, printed_for(d["task"]), found), "trials": tried_table(tries, lrs, out, epochs), "costs": cost_table(d["costs"])}
+    tables = {**tables_of(rows, found), "trials": tried_table(tries, lrs, out, epochs), "costs": cost_table(d["costs"])}
     write_tables(out/"tables", tables)
     figures = {"differences": draw_differences(found), "training": curves_of(cells, out)}
     if len({r["train_cases"] for r in rows}) > 1: figures["sizes"] = draw_sizes(rows, d["cases"][0])
-    if {"bare", "eg"} <= {c.arm for c in cells}: figures[{id(TABLE_1): "figure_2", id(TABLE_2): "figure_3"}.get(id(printed_for(d["task"])), "cases")] = _cases_figure(data, out, d["task"], cells, rows, args)
-    if (out/"robustness.csv").exists(): figures["robustness"] = draw_robustness([{**r, "strength": int(r["strength"])} for r in read_scores(out/"robustness.csv")], rows)
+    if {"bare", "eg"} <= {c.arm for c in cells}: figures[printed_for(d["task"].regions)[1]] = _cases_figure(data, out, d["task"], cells, rows, args)
+    if (out/"robustness.csv").exists(): figures["robustness"] = draw_robustness(read_scores(out/"robustness.csv"), rows)
     pictures = {n: png(f) for n, f in figures.items()}
     (out/"figures").mkdir(exist_ok=True)
     for n, p in pictures.items(): write_whole(out/f"figures/{n}.png", lambda part, p=p: part.write_bytes(p))

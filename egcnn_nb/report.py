@@ -155,7 +155,7 @@ def draw_sizes(
 
 # %% ../nbs/11e_report.ipynb #62073b1e
 def draw_robustness(
-    rows:list, # of robustness.csv, by `read_scores`, "strength" as a whole number
+    rows:list, # of robustness.csv, by `read_scores`
     plain:list, # of scores.csv: strength 0
     score:str="dice", # of SCORES
 )->Figure:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'poly_lr', 'reading_for', 'make_peer', 'make_model', 'best_precision', 'autocast', 'windows', 'slide',
-           'infer', 'validate', 'write_csv', 'draw_curves', 'plot_curves', 'train_step', 'prepare', 'describe', 'Run',
-           'fit']
+           'infer', 'validate', 'write_csv', 'draw_curves', 'plot_curves', 'train_step', 'read_names', 'prepare',
+           'describe', 'Run', 'fit']
 
 # %% ../nbs/10_training.ipynb #c48f93c6
 import copy, csv, inspect, json, multiprocessing.queues, os, random, signal, sys, time
@@ -266,8 +266,10 @@ def train_step(
     return torch.cat([values, bad[None]])
 
 # %% ../nbs/10_training.ipynb #fed63b7f
-def _excluded(path):
-    "Names in a text file, one a line"
+def read_names(
+    path, # text file; None: no file
+)->set: # of names
+    "Names in a text file, one a line; raises `InputError` if it is not there"
     if path is None: return set()
     expect(Path(path).is_file(), path, "no such file", "a text file with a case name a line")
     return {line.strip() for line in Path(path).read_text().splitlines() if line.strip()}
@@ -284,7 +286,7 @@ def prepare(
 )->tuple: # task, training cases, validation cases (Loaded), messages
     "Find, check, split and load the cases; raises `InputError` before anything is written"
     dataset = find_dataset(settings.data)
-    out = _excluded(settings.exclude)
+    out = read_names(settings.exclude)
     known = [c for c in dataset.cases if c.name not in out]
     labelled = [c for c in known if c.label]
     splits = split_cases(labelled, settings.seed, settings.validation)
