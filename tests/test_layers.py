@@ -5,11 +5,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 def floors():
-    "module -> number of the notebook that exports it"
+    "module -> number of the notebook that exports it; 12b_one_sitting exports nothing"
     found = {}
     for nb in (ROOT/"nbs").glob("[0-9]*.ipynb"):
         source = "".join("".join(c["source"]) for c in json.loads(nb.read_text())["cells"])
-        found[re.search(r"#\| default_exp (\w+)", source)[1]] = nb.name.split("_")[0]
+        if module := re.search(r"#\| default_exp (\w+)", source): found[module[1]] = nb.name.split("_")[0]
     return found
 
 def imported(tree):
