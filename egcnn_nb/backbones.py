@@ -6,6 +6,8 @@
 __all__ = ['BACKBONES', 'pad_to_multiple', 'crop', 'EncoderDecoder', 'SegNet', 'UNet3d', 'ResidualStage', 'VNet', 'make_backbone']
 
 # %% ../nbs/06_backbones.ipynb #fb11dd73
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,7 +33,13 @@ def crop(
 
 # %% ../nbs/06_backbones.ipynb #30b35166
 class EncoderDecoder(nn.Module):
-    "The skeleton of all three backbones; see `UNet3d`, `VNet`, `SegNet`"
+    "The skeleton of all three backbones; see `UNet3d`, `VNet`, `SegNet`, which say what its parts are"
+    down:Callable # (channels in, channels out, number of blocks, whether it is the finest) -> one level of the encoder
+    rise:Callable # (deep channels, fine channels) -> up-sampling
+    merge:Callable # (up-sampled map, skip) -> what enters a level of the decoder
+    join:Callable # (channels) -> one level of the decoder
+    output:Callable # (channels, classes) -> the head
+
     def __init__(self,
         in_channels:int, # channels of the image
         out_channels:int, # classes or regions

@@ -8,6 +8,7 @@ __all__ = ['ARMS', 'arm_of', 'Cell', 'grid', 'capacity', 'matched_width', 'words
 
 # %% ../nbs/11b_cells.ipynb #75521647
 import json, os, pickle, subprocess, sys, time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -45,8 +46,8 @@ class Cell:
     backbone:str # name of the network, see `Settings`
     arm:str # see `arm_of`
     seed:int # of split, weights, order, patches and noise
-    train_cases:int=None # how many training cases; None: all
-    lr:float=None # initial learning rate; None: that of the recipe
+    train_cases:int|None=None # how many training cases; None: all
+    lr:float|None=None # initial learning rate; None: that of the recipe
 
     @property
     def name(self)->str:
@@ -56,8 +57,8 @@ class Cell:
 def grid(
     backbones=("segnet",), # names
     arms=("bare", "matched", "eg"), # see `arm_of`
-    seeds=range(5), # numbers
-    train_cases=(None,), # how many training cases, None: all
+    seeds:Iterable=range(5), # numbers
+    train_cases:Iterable=(None,), # how many training cases, None: all
     lrs:dict=None, # of `tuned`: (backbone, arm) -> initial learning rate
 )->list: # of Cell, seed by seed, so that whatever is reached is complete in itself
     "All combinations"

@@ -10,6 +10,7 @@ __all__ = ['FORMAT', 'random_state', 'set_random_state', 'NewerFormat', 'checkpo
 import json, os, random, shutil, zipfile, zlib
 from io import BytesIO
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from .core import InputError, expect, write_whole
 # %% ../nbs/09b_checkpoints.ipynb #e806e4d9
 def random_state()->dict: # lists, numbers and tensors
     "The global random streams of Python, NumPy, torch and this process's GPU"
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = cast(tuple, np.random.get_state())
     version, words, gauss = random.getstate()
     return {"python": [version, list(words), gauss], "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest], "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None}
@@ -68,6 +69,7 @@ def read_checkpoint(
 )->dict: # the state
     "Verify and read a checkpoint; raises `InputError` when it is broken, or from a newer version"
     if Path(path).is_dir(): return _read_sharded(Path(path))
+    state:Any = None
     try:
         with zipfile.ZipFile(path) as f: broken = f.testzip()
         state = None if broken else torch.load(path, map_location="cpu", weights_only=True)

@@ -23,8 +23,8 @@ class InputError(ValueError):
 
 # %% ../nbs/00_core.ipynb #84d2ab68
 def expect(
-    ok:bool, # condition that must hold
-    where:str, # the file or argument
+    ok:object, # condition that must hold
+    where:object, # the file or argument
     found:object, # what is there
     expected:str, # what should be there
     do:str="", # the remedy, where there is one

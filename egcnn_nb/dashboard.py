@@ -8,6 +8,7 @@ __all__ = ['snapshot', 'draw_snapshot', 'label_legend', 'Dashboard']
 # %% ../nbs/10b_dashboard.ipynb #5c3e7c04
 import csv, threading, time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -35,12 +36,11 @@ def snapshot(
     "What the network says now about one patch, around the middle of the foreground"
     spots = case.labels.nonzero().float()
     middle = spots.median(0).values if len(spots) else torch.tensor(case.labels.shape)/2
-    where = [slice(s := max(0, min(int(c)-p//2, n-p)), s+p) for c, p, n in zip(middle, settings.patch_size, case.labels.shape)]
+    where = [slice(s := max(0, min(int(c)-p//2, n-p)), s+p) for c, p, n in zip(middle, cast(tuple, settings.patch_size), case.labels.shape)]
     x = case.x[(slice(None), *where)][None].to(next(model.parameters()).device)
-    with torch.no_grad(), evaluating(model), autocast(settings.precision, x.device): out = model(x, return_attention=True) if settings.edge else (model(x),)
-    logits = out[0]
+    with torch.no_grad(), evaluating(model), autocast(settings.precision, x.device): logits, *edges = model(x, return_attention=True) if settings.edge else (model(x),)
     shown = {"image": x[0, -1], "truth": case.labels[tuple(where)], "prediction": to_labels(probabilities(logits.float(), task.activation), task)[0]}
-    if settings.edge: shown |= {"edge": out[1][0].float().sigmoid().amax(0), "attention": resize(out[2][-1].float(), x.shape[2:])[0].mean(0)}
+    if edges: shown |= {"edge": edges[0][0].float().sigmoid().amax(0), "attention": resize(edges[1][-1].float(), x.shape[2:])[0].mean(0)}
     return {name: np.asarray(t.cpu()) for name, t in shown.items()}
 
 # %% ../nbs/10b_dashboard.ipynb #a183ff0f
@@ -78,7 +78,7 @@ class Dashboard(Explorer):
         settings:Settings, # of the run
         resume:bool=False, # begin with a run that is already in settings.out
     ):
-        self.settings, self.resume, self.rows, self.shown, self.message, self.thread = settings, resume, [], None, "press start", None
+        self.settings, self.resume, self.rows, self.shown, self.message, self.thread = settings, resume, [], {}, "press start", None
         self.steps, self.epochs, self.busy, self.told, self.paused, self.stopped = 0, 0, 0., 0., threading.Event(), threading.Event()
         self.buttons = {n: Button(description=n, tooltip=t) for n, t in (("start", "begin, or go on"), ("pause", "hold between two steps"), ("stop", "save and end after this step"))}
         at = FloatSlider(.5, min=0, max=1, step=.02, description="slice")

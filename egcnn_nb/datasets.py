@@ -11,6 +11,7 @@ import hashlib, json, os, threading, time, warnings, zlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import nibabel as nib
 import numpy as np
@@ -78,8 +79,8 @@ class Loaded:
     "A case in memory, ready for the network"
     name:str # of the case
     x:Tensor # float32 (C,D,H,W), normalised, RAS, cropped, 1 mm
-    labels:Tensor # uint8 (D,H,W) on the grid of `x`, or None
-    spots:Tensor # flat indices of the foreground voxels of `labels`, where patches are centred; or None
+    labels:Tensor|None # uint8 (D,H,W) on the grid of `x`, or None
+    spots:Tensor|None # flat indices of the foreground voxels of `labels`, where patches are centred; or None
     grid:Volume # affine and header of the file, without voxels
     shape:tuple # voxels of the file along its own axes
     box:tuple # three slices: where `x` lies in the file's voxels once turned to RAS
@@ -106,7 +107,7 @@ def load_case(
     size = iso_size([s.stop-s.start for s in box], _turned(grid.spacing, grid.affine))
     x = resize(torch.from_numpy(np.stack([normalize(a, task.normalize)[box] for a in arrays]))[None], size)[0]
     labels = None if truth is None else resample_labels(torch.from_numpy(truth[box].copy()), size).to(torch.uint8)
-    spots = None if truth is None else labels.flatten().nonzero()[:, 0].to(torch.int32)
+    spots = None if labels is None else labels.flatten().nonzero()[:, 0].to(torch.int32)
     return Loaded(case.name, x, labels, spots, replace(grid, array=grid.array[:0]), grid.array.shape, box)
 
 def place(
@@ -128,7 +129,7 @@ def cache_key(
 )->str: # 32 hexadecimal digits
     "A name for a prepared case that changes with the contents of its files and with whatever decides what is made of them"
     h = hashlib.sha256(json.dumps([_PREPARED, task.normalize, task.channels, list(task.labels)]).encode())
-    for path in (*case.images, case.label):
+    for path in (*case.images, cast(Path, case.label)):
         with open(path, "rb") as f: h.update(hashlib.file_digest(f, "sha256").digest())
     return h.hexdigest()[:32]
 
@@ -185,7 +186,7 @@ def make_room(
 def prepared_cases(
     cases:list, # of Case, with labels
     task:Task, # what the dataset asks for
-    cache:Path=CACHE, # folder to keep them in; None: in memory alone
+    cache:Path|None=CACHE, # folder to keep them in; None: in memory alone
     cache_gb:float=50., # size that the folder may reach; what does not fit stays in memory
     quiet:bool=False, # no progress bar
 )->list: # of Loaded, in the order of `cases`
@@ -205,7 +206,7 @@ def _prepare(case, task, path, limit, keep):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _ROOM:
-            room = make_room(path.parent, loaded.x.nbytes + loaded.labels.nbytes + loaded.spots.nbytes, limit, keep)
+            room = make_room(path.parent, sum(t.nbytes for t in (loaded.x, loaded.labels, loaded.spots) if t is not None), limit, keep)
             if room: _write_entry(path, loaded)
         if not room: warnings.warn(f"{path.parent}: found no room for {case.name} within {limit/1e9:g} GB, expected more; it stays in memory, raise --cache_gb")
     except (OSError, SafetensorError) as e: warnings.warn(f"{path.parent}: found that {case.name} cannot be written ({e}), expected a folder with free space; it stays in memory")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from threading import Event, Thread
+from typing import cast
 
 from .core import InputError, expect, write_whole
 from .layouts import find_dataset
@@ -61,7 +62,7 @@ def design(
     names = freeze_test_cases(data, out, args.test_cases)
     settings = Settings(str(data), "", patch_size=args.patch_size, validation=args.validation, exclude=str(Path(out)/"test_cases.txt"), cache=args.cache)
     task, train, val, _ = prepare(settings)
-    recipe = {k: getattr(args, k) for k in ("epochs", "width", "levels", "batch_size", "precision", "validation")} | {"patch_size": list(settings.patch_size), "exclude": settings.exclude}
+    recipe = {k: getattr(args, k) for k in ("epochs", "width", "levels", "batch_size", "precision", "validation")} | {"patch_size": list(cast(tuple, settings.patch_size)), "exclude": settings.exclude}
     if args.cache: recipe["cache"] = args.cache
     matched = {b: matched_width(settings_of(b, "eg", recipe, {}), task, settings.patch_size) for b in args.backbones}
     d = {"task": task, "names": names, "cases": (len(train), len(val)), "recipe": recipe, "widths": {b: w for b, (w, *_) in matched.items()}, "excess": {b: e for b, (_, *e) in matched.items()},
@@ -72,7 +73,7 @@ def _costs(path, pairs, d, threads):
     "What each network costs; measured once and kept"
     known = json.loads(path.read_text()) if path.is_file() else {}
     new = [pair for pair in pairs if " ".join(pair) not in known]
-    if new: known |= zip(map(" ".join, new), costs_of([settings_of(*pair, d["recipe"], d["widths"]) for pair in new], d["task"], threads))
+    if new: known |= zip(map(" ".join, new), costs_of([settings_of(b, a, d["recipe"], d["widths"]) for b, a in new], d["task"], threads))
     write_whole(path, lambda p: p.write_text(json.dumps(known, indent=1)))
     return {pair: known[" ".join(pair)] for pair in pairs}
 

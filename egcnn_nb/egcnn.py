@@ -11,6 +11,7 @@ import copy
 from contextlib import contextmanager
 from importlib.resources import files
 from math import prod
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -90,16 +91,16 @@ class EdgeStream(nn.Module):
         weight:Tensor, # kernel (N,C,1,1,1) of a 1×1×1 convolution of the edge feature
     )->tuple: # edge logits (B,E,D,H,W), convolved edge feature (B,N,D,H,W), list of alpha deep to fine
         "As `forward`, with the edge feature convolved by `weight`, but without making that feature"
-        linear, gate, edges = {4: F.conv2d, 5: F.conv3d}[entry.dim()], self.gates[-1], self.head.out_channels
+        linear, gate, edges = {4: F.conv2d, 5: F.conv3d}[entry.dim()], cast(EdgeGate, self.gates[-1]), self.head.out_channels
         if gate.conv_e.out_channels > 1 or not isinstance(self.last, nn.Identity):              # these readings need it
             edge, e, alphas = self(entry, features)
             return edge, linear(e, weight), alphas
         e, alphas = self.climb(entry, features[:-1])
         maps = linear(self.rise(e, len(alphas)), torch.cat([gate.conv_e.weight, self.head.weight, weight]))
-        maps = resize(maps, features[-1].shape[2:])
-        alpha = gate.alpha(maps[:, :1] + gate.conv_e.bias.view(-1, *[1]*(maps.dim()-2)), features[-1])
+        maps, bias = resize(maps, features[-1].shape[2:]), lambda c: cast(Tensor, c.bias).view(-1, *[1]*(maps.dim()-2))
+        alpha = gate.alpha(maps[:, :1] + bias(gate.conv_e), features[-1])
         maps = maps[:, 1:]*(1+alpha)
-        return maps[:, :edges] + self.head.bias.view(-1, *[1]*(maps.dim()-2)), maps[:, edges:], [*alphas, alpha]
+        return maps[:, :edges] + bias(self.head), maps[:, edges:], [*alphas, alpha]
 
 # %% ../nbs/07_egcnn.ipynb #bdee77a2
 @contextmanager
@@ -113,7 +114,8 @@ def listen(
     for name in names:
         handles.append(net.get_submodule(name).register_forward_hook(lambda mod, i, out, n=name: seen.__setitem__(n, out)))
     for name in inputs:
-        handles.append(net.get_submodule(name).register_forward_pre_hook(lambda mod, i, n=name: seen.__setitem__(n+":input", i[0])))
+        def catch(mod, i, key=f"{name}:input"): seen[key] = i[0]
+        handles.append(net.get_submodule(name).register_forward_pre_hook(catch))
     try: yield seen
     finally: [h.remove() for h in handles]
 
@@ -134,7 +136,7 @@ _SPATIAL = tuple(getattr(nn, f"{kind}{d}d") for kind in ("Conv", "ConvTranspose"
 def logits_of(
     output, # what a network returns: tensor, tuple, list, dict, or a stack (B,n,K,D,H,W) of deep supervision
     dims:int, # 2 or 3 spatial axes
-)->Tensor: # (B,K,D,H,W), or None where there is no such tensor
+)->Tensor|None: # (B,K,D,H,W), or None where there is no such tensor
     "The logits in a network's output: the first tensor of the right number of axes (our choice)"
     if isinstance(output, Tensor): return output if output.dim() == dims+2 else output[:, 0] if output.dim() == dims+3 else None
     if isinstance(output, dict): output = [output[k] for k in ("logits", "out", "seg") if k in output] or list(output.values())
@@ -156,7 +158,7 @@ def _record(net, x):
     finally: [h.remove() for h in handles]
     expect(out is not None, "net", "no output", f"a tensor of logits with {x.dim()} axes, alone or in a tuple, list or dict", "wrap the network so that it returns its logits")
     expect(trace, "net", "no module that puts out a map", "convolutions that are modules", "name the layers: features=[...]")
-    return trace, out
+    return trace, cast(Tensor, out)
 
 # %% ../nbs/07_egcnn.ipynb #ace1e3f0
 def _turn(trace):
@@ -251,7 +253,7 @@ class EGCNN(nn.Module):
         self.edge = EdgeStream(start[1], [c for _, c in gated], edges, entry == "decoder_up", attention_relu, attention_channels, last_block, dims)
         extra = {"logits": k + self.edge.channels, "features": f["head"][1] + self.edge.channels, "probabilities": k + edges}[fuse]
         self.fusion = conv(dims, extra, k, 1)
-        nn.init.zeros_(self.fusion.weight); nn.init.zeros_(self.fusion.bias)
+        for p in self.fusion.parameters(): nn.init.zeros_(p)
         self.edge.to(like := next(net.parameters())); self.fusion.to(like)                     # device and dtype of the network
         if verbose and example_input is not None: print(self.summary())
 
@@ -260,7 +262,7 @@ class EGCNN(nn.Module):
     )->tuple: # output of the wrapped network, its logits, fused logits, edge logits, list of alpha
         "One pass through both: what the wrapped network returns, its logits, the fused logits, edge logits, alphas"
         with listen(self.main, {*self.gated, self.entry}, [self.head] if self.fuse == "features" else []) as seen: output = self.main(x)
-        main, gated = logits_of(output, x.dim()-2), [seen[n] for n in self.gated]
+        main, gated = cast(Tensor, logits_of(output, x.dim()-2)), [seen[n] for n in self.gated]
         fit = lambda t: crop(t, main.shape[2:]) if all(a >= b and a < 2*b for a, b in zip(t.shape[2:], main.shape[2:])) else resize(t, main.shape[2:])
         if self.fuse == "probabilities":
             edge, _, alphas = self.edge(seen[self.entry], gated); edge = fit(edge)
@@ -298,12 +300,12 @@ class EGCNN(nn.Module):
 
 # %% ../nbs/07_egcnn.ipynb #1b9860ca
 def parts(
-    model:nn.Module, # EGCNN
+    model:"EGCNN", #
     x:Tensor, # an input (B,C,D,H,W); only its shape is used
 )->dict: # part -> {"parameters", "multiply_adds"}
     "What each part of the main stream and each step of the edge stream costs for this input (our choice: convolutions are counted)"
     twin, x = copy.deepcopy(model).to("meta"), x.to("meta")
-    counter = FlopCounterMode(display=False, depth=None)
+    counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter: twin(x)
     flops = {name: sum(ops.values())//2 for name, ops in counter.get_flop_counts().items()}
     def adds(name):                                                # a list of modules is not called itself: its members are
@@ -356,7 +358,7 @@ def _streams(ax, model, x):
     ax.set(xlim=(-.6, 3.6), ylim=(deep[1]-.7, 2.3)); ax.axis("off")
 
 def drawing(
-    model:nn.Module, # EGCNN
+    model:"EGCNN", #
     x:Tensor, # an input (B,C,D,H,W); only its shape is used
 )->Figure:
     "The network as it is: what feeds what, the live shapes, and what each part costs"

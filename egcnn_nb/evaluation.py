@@ -126,10 +126,10 @@ def changed(
     "An image as a worse scanner would have taken it (our choice)"
     from monai import transforms as T
     expect(kind in CHANGES, "change", repr(kind), f"one of {list(CHANGES)}")
-    across = dict(dim=(1, 2, 3), keepdim=True); mean, spread, base = x.mean(**across), x.std(**across), x-x.amin((1, 2, 3), keepdim=True)
+    mean, spread, base = x.mean((1, 2, 3), keepdim=True), x.std((1, 2, 3), keepdim=True), x-x.amin((1, 2, 3), keepdim=True)
     if kind == "noise": y = x+.15*strength*spread*torch.randn(x.shape, generator=keyed_generator(seed, strength))
     else: y = torch.as_tensor({"blur": lambda x: gaussian_filter(x.numpy(), (0, *[.3*strength]*3), mode="nearest"), "bias": T.RandBiasField(coeff_range=(.02*strength, .02*strength), prob=1), "gamma": T.AdjustContrast(1+.25*strength)}[kind](base))
-    y = (y-y.mean(**across))/y.std(**across).clamp_min(1e-6)*spread+mean
+    y = (y-y.mean((1, 2, 3), keepdim=True))/y.std((1, 2, 3), keepdim=True).clamp_min(1e-6)*spread+mean
     return torch.where(x == 0, 0., y)
 
 def robustness(

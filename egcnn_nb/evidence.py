@@ -6,6 +6,8 @@
 __all__ = ['differences', 'interval', 'detectable', 'compare', 'holm']
 
 # %% ../nbs/11c_evidence.ipynb #3d9e8de3
+from typing import Any, cast
+
 import numpy as np
 from scipy import stats
 
@@ -53,7 +55,7 @@ def compare(
 )->dict: # "difference", "low", "high", "p", "effect", "detectable", "seeds", "cases", "over"
     "The difference of two arms: 95 % interval, Wilcoxon's p, Cohen's d_z, and what would have been found (our choice)"
     d = differences(a, b); mean = d.mean(0); low, high = interval(d); scatter = mean.std(ddof=1)
-    p = stats.wilcoxon(mean).pvalue if mean.any() else 1.
+    p = cast(Any, stats.wilcoxon(mean)).pvalue if mean.any() else 1.
     return {"difference": float(mean.mean()), "low": float(low), "high": float(high), "p": float(p), "effect": float(mean.mean()/scatter) if scatter else 0.,
             "detectable": detectable(d), "seeds": len(d), "cases": d.shape[1], "over": "cases and seeds" if len(d) >= 5 else "cases"}
 

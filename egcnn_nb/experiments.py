@@ -51,7 +51,7 @@ def parts(
 def steps_apart(
     spread:float, # as printed, four decimals
     step:float=.001, # last decimal of a run's score
-)->int: # how many steps two runs lie apart; None: this is not the standard deviation of two such runs
+)->int|None: # how many steps two runs lie apart; None: this is not the standard deviation of two such runs
     "k with spread = k*step/sqrt(2), cut off after four decimals"
     return next((k for k in range(1, 1000) if floor(1e4*k*step/sqrt(2)+1e-9) == round(1e4*spread)), None)
 
@@ -59,7 +59,7 @@ def two_runs(
     mean:float, # as printed
     spread:float, # as printed
     step:float=.001, # last decimal of a run's score
-)->tuple: # scores of the two runs, the lower first; None: no two such runs give both numbers
+)->tuple|None: # scores of the two runs, the lower first; None: no two such runs give both numbers
     "The runs behind a mean and a ±"
     expect(0 <= mean <= 1, "mean", mean, "a Dice score in [0, 1]")
     k, total = steps_apart(spread, step), 2*mean/step

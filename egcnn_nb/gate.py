@@ -18,19 +18,19 @@ class Conv3d(nn.Conv3d):
     def forward(self, x):
         small = len(x) == 1 and x.shape[:4].numel() <= 20480 and x.dtype == torch.float32                  # when torch would not call oneDNN
         if not small or x.device.type != "cpu" or max(self.kernel_size) == 1 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling(): return super().forward(x)
-        k, s, p = self.kernel_size[0], self.stride[0], self.padding[0]
+        k, s, p = self.kernel_size[0], self.stride[0], int(self.padding[0])
         planes = (x.shape[2]+2*p-k)//s + 1
         half = (planes+1)//2                                          # planes that each half puts out
         x = F.pad(x, (0, 0, 0, 0, p, (2*half-1)*s+k-x.shape[2]-p))
         pair = torch.cat([x.narrow(2, i*half*s, (half-1)*s+k) for i in (0, 1)])
-        out = F.conv3d(pair, self.weight, self.bias, self.stride, (0, *self.padding[1:]))
+        out = F.conv3d(pair, self.weight, self.bias, self.stride, (0, p, p))
         return torch.cat([out[:1], out[1:]], 2).narrow(2, 0, planes)
 
 def conv(
     dims:int, # 2 or 3 spatial axes
     *args, # as for torch's Conv3d: channels in, channels out, kernel size
     **kwargs, # as for torch's Conv3d
-)->nn.Module: # torch's Conv2d, or `Conv3d`
+)->nn.Conv2d|nn.Conv3d: # torch's Conv2d, or `Conv3d`
     "A convolution over `dims` spatial axes"
     return {2: nn.Conv2d, 3: Conv3d}[dims](*args, **kwargs)
 

@@ -53,7 +53,7 @@ def averaged(
     bar=None, # tqdm bar that counts windows
 )->Tensor: # float32 (M,D,H,W) on the CPU: probabilities K, with `inside` then edges E and attention 1
     "Mean answer of several networks to a volume and its mirror images (our choice)"
-    passes, total = [(*run, axes) for run in runs for axes in (FLIPS if flips else [()])], 0
+    passes, total = [(*run, axes) for run in runs for axes in (FLIPS if flips else [()])], torch.zeros(())
     if bar is not None: bar.reset(sum(len(windows(x.shape[1:], patch)) for _, patch, _, _ in passes))
     for net, patch_size, precision, axes in passes:
         maps = infer(net, x.flip(axes), patch_size, precision, answer=_everything if inside else None, tick=bar.update if bar is not None else lambda n: None)
@@ -238,9 +238,9 @@ def surface_distance(
     spacing=(1, 1, 1), # voxel size in mm
 )->np.ndarray: # float (D,H,W): mm on the surface of `mask`, NaN elsewhere; infinite where `other` is empty
     "Distance of each surface voxel of a mask to the surface of another, by SciPy"
-    rim = lambda m: m & ~binary_erosion(m, border_value=0)
+    rim = lambda m: m & np.logical_not(binary_erosion(m, border_value=0))
     mask, other = rim(np.asarray(mask, bool)), rim(np.asarray(other, bool))
-    away = distance_transform_edt(~other, sampling=spacing) if other.any() else np.full(mask.shape, np.inf)
+    away = np.asarray(distance_transform_edt(~other, sampling=spacing)) if other.any() else np.full(mask.shape, np.inf)
     return np.where(mask, away, np.nan)
 
 # %% ../nbs/11_inference.ipynb #5c512c6c
@@ -286,7 +286,7 @@ class ScanExplorer(Explorer):
         scan, # a NIfTI file, or the folder of a case
         run=PRETRAINED/"eg", # run folder of a trained network
     ):
-        self.seen, self.message = None, "press predict"
+        self.seen, self.message = {}, "press predict"
         wide = {"layout": {"width": "60em"}, "style": {"description_width": "4em"}}
         self.paths = {"run": Text(str(run), description="run", **wide), "scan": Text(str(scan), description="scan", **wide)}
         self.buttons = {n: Button(description=n, tooltip=t) for n, t in (("predict", "run the network on the scan"), ("save", "write the maps beside the scan"))}
@@ -301,7 +301,7 @@ class ScanExplorer(Explorer):
     )->Figure:
         "Five maps of one slice"
         fig = Figure(figsize=(12, 3.2 if self.seen else .5), layout="constrained")
-        if self.seen is None: fig.text(.01, .4, "press predict"); return fig
+        if not self.seen: fig.text(.01, .4, "press predict"); return fig
         turned = {n: np.moveaxis(self.seen[n], plane, -1) for n in ("image", "labels", "edge", "attention", "uncertainty") if n in self.seen}
         axes, k = fig.subplots(1, 5), round(at*(turned["image"].shape[-1]-1))
         draw_snapshot(axes[:4], {**turned, "truth": turned["labels"], "prediction": turned["labels"]}, at, "predicted outline")
@@ -328,7 +328,7 @@ class ScanExplorer(Explorer):
 
     def save(self)->list: # the files
         "Write labels, edge, attention and uncertainty beside the scan; raises `InputError` if one is there already"
-        expect(self.seen is not None, "save", "no prediction", "one to save", "press predict first")
+        expect(self.seen, "save", "no prediction", "one to save", "press predict first")
         maps = {n: self.seen[n] for n in ("labels", "edge", "attention", "uncertainty") if n in self.seen}
         files = {n: self.case.images[0].parent/f"{self.case.name}_predicted_{n}.nii.gz" for n in maps}
         for f in files.values(): expect(not f.exists(), f, "a file that is already there", "a new name", "remove it first")

@@ -12,6 +12,7 @@ import argparse, csv, hashlib, json, os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from tqdm.contrib.concurrent import thread_map
@@ -25,7 +26,7 @@ class Case:
     "One patient: the files of its channels, and of its label map if there is one"
     name:str # e.g. "BraTS19_PHANTOM_001_1"
     images:tuple # one path per channel of the task
-    label:Path=None # label map; None where only prediction is possible
+    label:Path|None=None # label map; None where only prediction is possible
 
 @dataclass(frozen=True)
 class Dataset:
@@ -46,7 +47,7 @@ def _ending(folder, *endings):
 
 def brats(
     root:Path, # dataset folder, or the folder of one case
-)->Dataset: # or None
+)->Dataset|None:
     "BraTS 2019 to 2023: a folder a case, in HGG/ and LGG/ or not, files that end in _t1, _t1ce, _t2, _flair, _seg or -t1n, -t1c, -t2w, -t2f, -seg"
     cases = lambda d: [f for f in sorted(d.glob("BraTS*")) if f.is_dir() and _ending(f, "_t1", "_t1ce", "_t2", "_flair", "-t1n", "-t1c", "-t2w", "-t2f")]
     folders = [root] if root in cases(root.parent) else [f for p in ("", "HGG", "LGG") for f in cases(root/p)]
@@ -59,7 +60,7 @@ def brats(
 
 def kits(
     root:Path, # dataset folder, or the folder of one case
-)->Dataset: # or None
+)->Dataset|None:
     "KiTS 2019, 2021, 2023: case_00000/imaging.nii.gz with segmentation.nii.gz, or aggregated_MAJ_seg.nii.gz (2021)"
     folders = [root] if root.name.startswith("case_") else [f for f in sorted(root.glob("case_*")) if f.is_dir()]
     if not folders: return None
@@ -82,7 +83,7 @@ def _task(name, channels, labels, regions=None):
 
 def decathlon(
     root:Path, # dataset folder
-)->Dataset: # or None
+)->Dataset|None:
     "Medical Segmentation Decathlon: dataset.json, imagesTr/, labelsTr/; several channels in one 4D file"
     info = _json(root, "modality")
     if info is None: return None
@@ -95,7 +96,7 @@ def decathlon(
 
 def nnunet(
     root:Path, # dataset folder
-)->Dataset: # or None
+)->Dataset|None:
     "nnU-Net raw: dataset.json with channel_names and labels, imagesTr/NAME_0000.nii.gz, labelsTr/NAME.nii.gz"
     info = _json(root, "channel_names", "labels")
     if info is None: return None
@@ -114,7 +115,7 @@ def _maybe(path):
 # %% ../nbs/08b_layouts.ipynb #c5840d30
 def table(
     root:Path, # dataset folder
-)->Dataset: # or None
+)->Dataset|None:
     "cases.csv: case, one column a channel, label; paths relative to the table (our choice)"
     path = root/"cases.csv"
     if not path.is_file(): return None
@@ -183,9 +184,9 @@ def expect_same_grid(
     first:Volume, # with these
 )->None:
     "Raise `InputError` unless both volumes lie on one grid"
-    expect(volume.array.shape == first.array.shape, volume.path, f"shape {volume.array.shape}", f"{first.array.shape} as {first.path.name}", "export both from one series")
+    expect(volume.array.shape == first.array.shape, volume.path, f"shape {volume.array.shape}", f"{first.array.shape} as {cast(Path, first.path).name}", "export both from one series")
     gap = float(np.abs(volume.affine-first.affine).max())
-    expect(gap < 1e-2, volume.path, f"an affine that differs by {gap:.3g}", f"the affine of {first.path.name}", "resample it onto the image")
+    expect(gap < 1e-2, volume.path, f"an affine that differs by {gap:.3g}", f"the affine of {cast(Path, first.path).name}", "resample it onto the image")
 
 def expect_known_labels(
     label:Volume, # label map

@@ -181,8 +181,9 @@ class EGLoss(nn.Module):
         expect(supervise in ("both", "fused", "main"), "supervise", repr(supervise), "'both', 'fused' or 'main'")
         self.activation, self.lambda1, self.lambda2, self.w_consistency = activation, lambda1, lambda2, w_consistency
         self.tau, self.hard, self.supervise, self.where, self.consistency_alone = tau, hard, supervise, where, consistency_alone
-        self.edge, self.dice = dict(edge_classes=edge_classes, thickness=thickness), dict(eps_in=eps_in, reduce=reduce)
-        self.bce = dict(weight_negatives=weight_negatives, beta_over=beta_over)
+        self.edge:dict = dict(edge_classes=edge_classes, thickness=thickness)
+        self.dice:dict = dict(eps_in=eps_in, reduce=reduce)
+        self.bce:dict = dict(weight_negatives=weight_negatives, beta_over=beta_over)
 
     def foreground(self,
         x:Tensor, # (B,K,D,H,W)
@@ -192,7 +193,7 @@ class EGLoss(nn.Module):
 
     def supervised(self,
         logits:Tensor, # fused (B,K,D,H,W)
-        main_logits:Tensor, # of the main stream, same shape; None: there is one output
+        main_logits:Tensor|None, # of the main stream, same shape; None: there is one output
     )->list: # of Tensor
         "The outputs that are supervised, as a list"
         main = logits if main_logits is None else main_logits
@@ -202,7 +203,7 @@ class EGLoss(nn.Module):
         outputs:list, # logits (B,K,D,H,W)
         masks:Tensor, # truth without background (B,C,D,H,W)
         magnitude:Tensor, # `sobel_magnitude` of the masks
-        keys:list, # names of the noise, one a case
+        keys:list|None, # names of the noise, one a case
     )->Tensor: # scalar
         "Consistency loss of the decided outputs, case by case in the box of its edges; noise in training only (eq. 7-8)"
         cases, double = [], (2,) if self.activation == "sigmoid" else ()
@@ -226,7 +227,7 @@ class EGLoss(nn.Module):
     )->dict: # name -> scalar: total, semantic, edge_dice, edge_bce, consistency
         prob = lambda z: self.foreground(probabilities(_float(z), self.activation))
         outputs, masks = self.supervised(logits, main_logits), self.foreground(target)
-        terms = {"semantic": sum(dice_loss(prob(z), masks, **self.dice) for z in outputs)/len(outputs)}
+        terms = {"semantic": torch.stack([dice_loss(prob(z), masks, **self.dice) for z in outputs]).mean()}
         terms["edge_dice"] = terms["edge_bce"] = terms["consistency"] = terms["semantic"].new_zeros(())
         consistent = self.w_consistency and (edge_logits is not None or self.consistency_alone)
         if edge_logits is not None or consistent: magnitude = sobel_magnitude(_float(masks))

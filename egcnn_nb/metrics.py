@@ -10,7 +10,7 @@ __all__ = ['dice_score', 'surface_distances', 'distances', 'hd95', 'surface_dice
 import numpy as np
 import torch
 from scipy.ndimage import binary_erosion, distance_transform_edt
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 from torch import Tensor
 
 from .core import Task, bounding_box, expect, region_masks
@@ -32,7 +32,7 @@ def _surface(mask, spacing):
     "Surface voxels of a mask (D,H,W) that is not empty, as points in mm"
     box = bounding_box(mask)
     mask = mask[box]
-    return (np.argwhere(mask & ~binary_erosion(mask)) + [s.start for s in box])*np.asarray(spacing)
+    return (np.argwhere(mask & np.logical_not(binary_erosion(mask))) + [s.start for s in box])*np.asarray(spacing)
 
 def surface_distances(
     pred:np.ndarray, # bool (D,H,W), not empty
@@ -41,7 +41,7 @@ def surface_distances(
 )->tuple: # mm from each surface voxel of `pred` to the surface of `truth`, and from each of `truth` to that of `pred`
     "Distances between two surfaces, both ways"
     a, b = _surface(pred, spacing), _surface(truth, spacing)
-    return cKDTree(b).query(a)[0], cKDTree(a).query(b)[0]
+    return KDTree(b).query(a)[0], KDTree(a).query(b)[0]
 
 def _hd95(there, back): return max(np.percentile(there, 95), np.percentile(back, 95))
 def _within(there, back, tolerance): return ((there <= tolerance).sum() + (back <= tolerance).sum())/(len(there) + len(back))
@@ -58,7 +58,7 @@ def distances(
     diagonal = float(np.linalg.norm(np.array(pred.shape[2:])*np.array(spacing)))
     for at in np.ndindex(*pred.shape[:2]):
         p, t = pred[at].bool().cpu().numpy(), truth[at].bool().cpu().numpy()
-        if p.any() and t.any(): both = surface_distances(p, t, spacing); hd[at], sd[at] = float(_hd95(*both)), float(_within(*both, tolerance))
+        if p.any() and t.any(): there, back = surface_distances(p, t, spacing); hd[at], sd[at] = float(_hd95(there, back)), float(_within(there, back, tolerance))
         elif p.any() or t.any(): hd[at], sd[at] = diagonal, 0.
     return hd, sd
 
@@ -85,7 +85,7 @@ def border_distance(
     mask:np.ndarray, # bool (D,H,W), neither empty nor full
 )->np.ndarray: # in voxels; the voxels on either side of the border have 1/2
     "Distance of each voxel's centre to the border of a mask"
-    return np.maximum(distance_transform_edt(mask), distance_transform_edt(~mask))-.5
+    return np.maximum(*(np.asarray(distance_transform_edt(m)) for m in (mask, ~mask)))-.5
 
 def boundary_dice(
     pred:Tensor, # masks {0,1} (B,C,D,H,W)
@@ -127,16 +127,16 @@ def volume_error(
 
 # %% ../nbs/08_metrics.ipynb #b95ab73b
 def score_case(
-    pred:Tensor, # predicted labels (D,H,W), values of the dataset
-    truth:Tensor, # true labels (D,H,W)
+    pred, # predicted labels (D,H,W), tensor or array, values of the dataset
+    truth, # true labels (D,H,W), tensor or array
     task:Task, # whose regions are scored
     spacing=None, # voxel size in mm; None: Dice alone
 )->dict: # region -> {"dice", and with a spacing "hd95", "surface_dice", "boundary_dice", "volume_error"}; "mean" holds their averages
     "Scores of one case per region and on average (section 3.3; for KiTS the mean is the composite)"
-    masks = [region_masks(torch.as_tensor(a)[None], task.regions) for a in (pred, truth)]
-    table = {"dice": dice_score(*masks)[0]}
+    found, true = [region_masks(torch.as_tensor(a)[None], task.regions) for a in (pred, truth)]
+    table = {"dice": dice_score(found, true)[0]}
     if spacing is not None:
-        table |= dict(zip(("hd95", "surface_dice"), (d[0] for d in distances(*masks, spacing))))
-        table |= {f.__name__: f(*masks)[0] for f in (boundary_dice, volume_error)}
+        table |= dict(zip(("hd95", "surface_dice"), (d[0] for d in distances(found, true, spacing))))
+        table |= {f.__name__: f(found, true)[0] for f in (boundary_dice, volume_error)}
     rows = {r: {k: float(v[i]) for k, v in table.items()} for i, r in enumerate(task.regions)}
     return {**rows, "mean": {k: float(v.nanmean()) for k, v in table.items()}}

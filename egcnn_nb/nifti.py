@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from io import BytesIO
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.nifti1 import data_type_codes
+from nibabel.volumeutils import apply_read_scaling
 
 from .core import InputError, expect
 
@@ -79,7 +82,7 @@ def _layout(path, h):
     shape = tuple(int(d) for d in h["dim"][1:n+1])
     expect(min(shape) > 0, path, f"shape {shape}", "at least one voxel along each axis", "repair the header")
     while len(shape) > 3 and shape[-1] == 1: shape = shape[:-1]                   # a series of one
-    kind = nib.nifti1.data_type_codes.dtype.get(int(h["datatype"])) if int(h["datatype"]) in nib.nifti1.data_type_codes.dtype else None
+    kind:Any = data_type_codes.dtype.get(int(h["datatype"])) if int(h["datatype"]) in data_type_codes.dtype else None
     expect(kind is not None and np.dtype(kind).str[1:] in _TYPES, path, f"voxels of type {int(h['datatype'])} ({kind})", "whole numbers or floats of 32 or 64 bits", "split colours or complex numbers into channels")
     offset, least = float(h["vox_offset"]), len(h.binaryblock)+4
     expect(np.isfinite(offset) and offset >= least and offset == int(offset), path, f"voxels that begin at byte {offset}", f"a whole number from {least} on", "repair the header")
@@ -147,5 +150,5 @@ def read_array(
     data = _contents(path, found.size)
     array = np.frombuffer(data, found.dtype, prod(found.shape), found.offset).reshape(found.shape, order="F")
     if (found.slope, found.inter) != (1, 0):
-        with np.errstate(over="ignore"): array = nib.volumeutils.apply_read_scaling(array, found.slope, found.inter).astype(np.float32)
+        with np.errstate(over="ignore"): array = apply_read_scaling(array, found.slope, found.inter).astype(np.float32)
     return array.astype(array.dtype.newbyteorder("=")), found.affine, _extensions(data, found)

@@ -189,8 +189,8 @@ def maps_of_case(
     bare:tuple, # of `load_run`
 )->dict: # "image", "truth", "eg", "bare", "edge" (D,H,W) on the scan's grid
     "What is shown of a case"
-    seen = look_inside(*eg, case)
-    return {"image": seen["image"], "edge": seen["edge"], "eg": seen["labels"], "bare": look_inside(*bare, case)["labels"], "truth": read_labels(case.label).array.astype(int)}
+    seen, other = [look_inside(model, settings, task, case) for model, settings, task in (eg, bare)]
+    return {"image": seen["image"], "edge": seen["edge"], "eg": seen["labels"], "bare": other["labels"], "truth": read_labels(case.label).array.astype(int)}
 
 def draw_cases(
     shown:dict, # title -> of `maps_of_case`

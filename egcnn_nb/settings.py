@@ -27,20 +27,20 @@ class Settings:
     accumulate:int=1 # parts in which each process computes its share of a batch, to save memory
     width:int=8 # channels at the finest resolution
     levels:int=4 # resolutions
-    patch_size:tuple=None # voxels at 1 mm; None: from the cases, at most 128
+    patch_size:tuple|None=None # voxels at 1 mm; None: from the cases, at most 128
     lr:float=1e-4 # initial learning rate (section 3.2)
     seed:int=0 # of split, weights, order, patches and noise
     workers:int=0 # loader processes; they change no result
     precision:str="auto" # "fp32", "bf16", "fp16" (GPU), "fp64", or "auto": see `best_precision`
     validation:float=0.2 # share of cases, or their number
-    exclude:str=None # file with names of cases to leave out
-    train_cases:int=None # how many of the training cases to use, each the more often, so that an epoch stays as long; None: all
+    exclude:str|None=None # file with names of cases to leave out
+    train_cases:int|None=None # how many of the training cases to use, each the more often, so that an epoch stays as long; None: all
     augment:tuple=("flip", "intensity") # names of augmentations (`09_datasets`)
-    cache:str=None # folder of prepared cases, "off" for memory alone; None: egcnn_nb in the user's cache folder
+    cache:str|None=None # folder of prepared cases, "off" for memory alone; None: egcnn_nb in the user's cache folder
     cache_gb:float=50. # size that this folder may reach
     save_minutes:float=10. # a checkpoint that often, besides the one after each epoch; 0: after each step
     shard:bool=False # spread weights and optimizer over the processes (FSDP) too
-    readings:dict=None # readings of the paper other than the defaults: argument of EGCNN or EGLoss -> value
+    readings:dict|None=None # readings of the paper other than the defaults: argument of EGCNN or EGLoss -> value
 
 # %% ../nbs/08c_settings.ipynb #f34a8a0e
 def readings_of(

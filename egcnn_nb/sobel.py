@@ -65,7 +65,7 @@ def simple_magnitude(
     eps:float=1e-8, # inside the root: keeps the derivative finite where x is flat
 )->Tensor: # same shape as x
     "Length of the Sobel gradient, differentiable everywhere (section 2.1, used by eq. 7)"
-    return (sum(g.square() for g in _partial(x, spacing)) + eps).sqrt()
+    return sum((g.square() for g in _partial(x, spacing)), x.new_full((), eps)).sqrt()
 
 def flat_face(
     dims:int, # number of spatial axes
@@ -106,12 +106,11 @@ def _derivatives(block, scale):
 # %% ../nbs/03_sobel.ipynb #0aaeb190
 def _transposed(blocks):
     "Sum of the transposed derivatives of blocks that are zero in two outer layers; one of these layers goes"
-    rest, steps, total = [t.view(-1) for t in blocks], blocks[0].stride(), None
+    (first, *rest), (step, *steps) = [t.view(-1) for t in blocks], blocks[0].stride()
+    total, rest = _differ_flat(first, step).neg_(), [_smooth_flat(r, step) for r in rest]
     for step in steps:
-        back = _differ_flat(rest[0], step)
-        total = back.neg_() if total is None else _smooth_flat(total, step).sub_(back)
-        rest = [_smooth_flat(r, step) for r in rest[1:]]
-    return total.as_strided([s-2 for s in blocks[0].shape], steps)
+        total, rest = _smooth_flat(total, step).sub_(_differ_flat(rest[0], step)), [_smooth_flat(r, step) for r in rest[1:]]
+    return total.as_strided([s-2 for s in blocks[0].shape], blocks[0].stride())
 
 def _pull(x, out, grad, dx, a, b, scale):
     "Planes a to b of the gradient with respect to x"
@@ -147,8 +146,8 @@ class _Magnitude(torch.autograd.Function):
     def backward(ctx, grad):
         x, out = ctx.saved_tensors
         dx = torch.empty_like(out)
-        for volume in zip(*(t.flatten(0, 1) for t in (x, out, grad, dx))):
-            for a, b in _slabs(volume[0].shape): _pull(*volume, a, b, ctx.scale)
+        for v, o, g, d in zip(*(t.flatten(0, 1) for t in (x, out, grad, dx))):
+            for a, b in _slabs(v.shape): _pull(v, o, g, d, a, b, ctx.scale)
         return dx, None, None
 
 # %% ../nbs/03_sobel.ipynb #21fc4165

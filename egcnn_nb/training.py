@@ -17,6 +17,7 @@ from functools import reduce
 from itertools import product
 from math import ceil, gcd
 from pathlib import Path
+from typing import cast
 from uuid import uuid4
 
 import torch
@@ -24,9 +25,10 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.signal.windows import gaussian
 from tqdm.auto import tqdm
 
-from .core import Task, expect, keep_memory, probabilities, seed_everything, to_labels, to_target, write_whole
+from .core import InputError, Task, expect, keep_memory, probabilities, seed_everything, to_labels, to_target, write_whole
 from .gate import ResidualBlock
 from .losses import EGLoss
 from .backbones import BACKBONES, make_backbone
@@ -79,7 +81,7 @@ def make_peer(
     from monai.networks import nets
     if name == "dynunet": return nets.DynUNet(3, in_channels, out_channels, [3]*levels, [1]+[2]*(levels-1), [2]*(levels-1), filters=[width*2**i for i in range(levels)])
     blocks = [1, 2, 2, 4, *[4]*max(levels-4, 0)][:levels]
-    return nets.SegResNet(3, width, in_channels, out_channels, norm=("GROUP", {"num_groups": gcd(8, width)}), blocks_down=blocks, blocks_up=[1]*(levels-1))
+    return nets.SegResNet(3, width, in_channels, out_channels, norm=("GROUP", {"num_groups": gcd(8, width)}), blocks_down=tuple(blocks), blocks_up=(1,)*(levels-1))
 
 # %% ../nbs/10_training.ipynb #4cfff374
 def make_model(
@@ -125,7 +127,7 @@ def windows(
 
 def _weights(size):
     "Gaussian of a window (d,h,w), 1/8 of each side its standard deviation, never below 1/1000"
-    sides = [torch.signal.windows.gaussian(n, std=n/8) for n in size]
+    sides = [gaussian(n, std=n/8) for n in size]
     return reduce(torch.multiply, torch.meshgrid(*sides, indexing="ij")).clamp(min=1e-3)
 
 def slide(
@@ -137,11 +139,11 @@ def slide(
 )->Tensor: # maps (M,D,H,W)
     "Average of the windows' answers, with Gaussian weights, summed in place"
     weight = _weights([s.stop-s.start for s in where[0]]).to(x.device)
-    out, total = None, torch.zeros(x.shape[1:], device=x.device)
+    out, total = torch.zeros(0), torch.zeros(x.shape[1:], device=x.device)
     for start in range(0, len(where), batch):
         part = where[start:start+batch]
         answers = maps(torch.stack([x[(slice(None), *w)] for w in part]))
-        if out is None: out = answers.new_zeros(answers.shape[1], *x.shape[1:])
+        if start == 0: out = answers.new_zeros(answers.shape[1], *x.shape[1:])
         for w, answer in zip(part, answers): out[(slice(None), *w)].addcmul_(answer, weight); total[w] += weight
         tick(len(part))
     return out.div_(total)
@@ -160,7 +162,7 @@ def infer(
     first = next(model.parameters()); device = first.device
     def maps(window):
         with autocast(precision, device): out = answer(model, window) if answer else model(window)
-        return logits_of(out, window.dim()-2).float()
+        return cast(Tensor, logits_of(out, window.dim()-2)).float()
     x, where = x.to(first), windows(x.shape[1:], patch_size, overlap)
     with evaluating(model):
         if len(where) > 1: return slide(maps, x, where, tick)
@@ -179,15 +181,15 @@ def validate(
     patch_size, # window
     precision:str="fp32", # as in training
     stop=lambda: False, # asked before each case
-)->dict: # region -> mean Dice, and "mean"; None if it was stopped
+)->dict|None: # region -> mean Dice, and "mean"; None if it was stopped
     "Mean Dice per region over the validation cases, spread over the processes (section 3.3)"
     rank, world = _world()
-    scores = {}
+    scores:dict|None = {}
     for case in cases[rank::world]:
         if stop(): scores = None; break
         logits = infer(model, case.x, patch_size, precision)[None]
         scores[case.name] = score_case(to_labels(probabilities(logits, task.activation), task)[0].cpu(), case.labels, task)
-    parts = [scores]
+    parts:list = [scores]
     if world > 1: parts = [None]*world; dist.all_gather_object(parts, scores)
     if None in parts: return None
     scores = {n: s for part in parts for n, s in part.items()}
@@ -225,7 +227,7 @@ def plot_curves(
 )->None:
     "The curves of a run as a picture"
     if not rows: return
-    fig = Figure(figsize=(9, 3), layout="constrained"); draw_curves(*fig.subplots(1, 2), rows)
+    fig = Figure(figsize=(9, 3), layout="constrained"); left, right = fig.subplots(1, 2); draw_curves(left, right, rows)
     write_whole(path, lambda p: fig.savefig(p, format="png", dpi=100))
 
 # %% ../nbs/10_training.ipynb #050e57da
@@ -237,7 +239,7 @@ def _over_ranks(values):
 def _is_bad(model, values):
     "1 where a gradient or a loss is not finite, else 0, on the device"
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    if hasattr(norm, "full_tensor"): norm = norm.full_tensor()                 # weights spread over the processes
+    norm = getattr(norm, "full_tensor", lambda: norm)()               # weights spread over the processes
     return (~(norm.double()+values.sum()).isfinite()).double()
 
 def train_step(
@@ -260,7 +262,7 @@ def train_step(
             terms, part = loss(out[0], out[1], ts, out[2], keys[:len(xs)]), weight*len(xs)/len(x)
             scaler.scale(part*terms["total"]).backward()
         values, keys = values + part*torch.stack([terms[t].detach() for t in TERMS]).double(), keys[len(xs):]
-    values = _over_ranks(values); bad = _is_bad(model, values)
+    values = cast(Tensor, _over_ranks(values)); bad = _is_bad(model, values)
     optimizer.found_inf = bad.float()
     scaler.step(optimizer); scaler.update()
     return torch.cat([values, bad[None]])
@@ -320,8 +322,11 @@ def describe(
 def _read_config(out):
     "config.json of a run that is resumed"
     expect((out/"config.json").is_file(), out, "no config.json", "the folder of an earlier run", "leave out --resume")
-    try: config = json.loads((out/"config.json").read_text()); config["settings"]["precision"], config["split"]["train"]; return config
-    except (ValueError, KeyError, TypeError): expect(False, out/"config.json", "something else", "the settings of a run, as egcnn_train wrote them")
+    try:
+        config = json.loads((out/"config.json").read_text())
+        if {"precision"} <= set(config["settings"]) and {"train", "validation"} <= set(config["split"]): return config
+    except (ValueError, KeyError, TypeError): pass
+    raise InputError(f"{out/'config.json'}: found something else, expected the settings of a run, as egcnn_train wrote them")
 
 def _same(out, config):
     "Raise `InputError` that lists what differs from the run in `out`"
@@ -377,7 +382,7 @@ def _begin_worker(_):
     "A loader's worker ignores Ctrl-C and SIGTERM, which a terminal sends to all: the run decides when it ends. It ends when it cannot send a batch, for which the run would wait for ever"
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
     def leave(error, batch): print(f"a batch could not be sent: {error!r}", file=sys.stderr, flush=True); os._exit(1)
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(leave)
+    setattr(multiprocessing.queues.Queue, "_on_queue_feeder_error", staticmethod(leave))
 
 _POSITION = ("rows", "best", "streak", "step", "sums", "skipped")
 
@@ -448,7 +453,7 @@ class Run:
 
     def validate(self,
         stop=lambda: False, # see `validate`
-    )->dict: # of `validate`
+    )->dict|None: # of `validate`
         "Dice of the validation cases; sharded weights are put together first"
         if self.settings.shard:
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -556,14 +561,16 @@ def fit(
         nonlocal saved
         if time.monotonic()-saved < 60*settings.save_minutes or rank > 0: return False
         saved = time.monotonic(); return True
-    def tick(terms): bar.update(); on_step and on_step(terms)
+    def tick(terms):
+        bar.update()
+        if on_step: on_step(terms)
     try:
         while done and len(run.rows) < settings.epochs:
             start = time.monotonic()
             done, waited = run.train_epoch(due, stop, tick)
             dice = run.validate(stop) if done else None
-            if done and not dice: run.save(); done = False
-            if not done: break
+            if done and not dice: run.save()
+            if not dice: done = False; break
             run.finish_epoch(dice); row = run.rows[-1]
             log(f"epoch {len(run.rows)}/{settings.epochs} loss {row['total']:.4f} dice {dice['mean']:.4f} best {run.best:.4f} {time.monotonic()-start:.1f} s, {waited:.1%} of the steps' time waiting for data" + f", {row['skipped']} steps skipped"*(row["skipped"] > 0))
             if on_epoch: on_epoch(row, run.whole, val)

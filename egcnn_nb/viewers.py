@@ -11,6 +11,7 @@ import asyncio, base64, gzip, hashlib, html, importlib.util, io, socket, threadi
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 import anywidget
 import ipywidgets as widgets
@@ -18,9 +19,14 @@ import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 import traitlets
+from IPython.core.getipython import get_ipython
 from matplotlib import font_manager
-from matplotlib.colors import to_rgb
+from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from nibabel.affines import voxel_sizes
+from nibabel.orientations import inv_ornt_aff
+from nibabel.spatialimages import SpatialImage
 from PIL import Image, ImageDraw, ImageFont
 
 from .core import expect
@@ -86,7 +92,7 @@ def framed(
     fig = Figure(figsize=(width/90, height/90 + .3*bool(title) + .3*bool(legend)), layout="constrained")
     ax = fig.add_subplot(); ax.imshow(rgb, interpolation="nearest"); ax.axis("off")
     if title: ax.set_title(title, fontsize=10)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (legend or {}).values()]
+    handles = [Rectangle((0, 0), 1, 1, color=c) for c in (legend or {}).values()]
     if legend: fig.legend(handles, list(legend), loc="outside lower center", ncols=len(legend), frameon=False, fontsize=9)
     return fig
 
@@ -101,8 +107,9 @@ _OPEN = {}                                          # cell -> (number of its run
 
 def _this_run():
     "The cell that is running, and the number of this run; (None, 0) outside a kernel"
-    try: shell = get_ipython(); parent = shell.get_parent()
-    except (NameError, AttributeError): return None, 0
+    shell:Any = get_ipython()
+    if not hasattr(shell, "kernel"): return None, 0
+    parent = shell.get_parent()
     cell = parent.get("metadata", {}).get("cellId") or hashlib.sha1(parent.get("content", {}).get("code", "").encode()).hexdigest()
     return cell, shell.execution_count
 
@@ -136,8 +143,9 @@ class Explorer(widgets.VBox):
         tell=None, # function of the controls' values -> HTML text shown below the picture
         rows:list=None, # names of controls that share a row; None: each its own
     ):
-        self.draw, self.controls, self.alt, self.title, self.legend, self.tell = draw, controls, alt, title, legend, tell
-        self.readout = widgets.HTML() if tell else None
+        self.draw:Any = draw
+        self.readout:Any = widgets.HTML() if tell else None
+        self.controls, self.alt, self.title, self.legend, self.tell = controls, alt, title, legend, tell
         self._due, self._lock = False, threading.Lock()
         for c in controls.values(): c.observe(self.update, "value")
         lines = [widgets.HBox([controls[n] for n in row], layout={"flex_flow": "row wrap"}) for row in rows or [[n] for n in controls]]
@@ -197,7 +205,7 @@ class Explorer(widgets.VBox):
         _close_widget(self)
 
     def _repr_mimebundle_(self, **kwargs):
-        bundle = super()._repr_mimebundle_(**kwargs)
+        bundle:Any = super()._repr_mimebundle_(**kwargs)
         data, *rest = bundle if isinstance(bundle, tuple) else (bundle,)
         data = {**data, "image/png": base64.b64encode(to_png(self.static())).decode(), "text/plain": self.alt or "an interactive view"}
         return (data, *rest) if rest else data
@@ -210,7 +218,7 @@ def explore(
     **controls, # argument=(low, high[, step]), list of choices, or bool; start values are draw's defaults
 )->Explorer:
     "Sliders around a drawing function (our choice: one base for every interactive view)"
-    made = {c.description: c for c in widgets.interactive(lambda **_: None, **controls).children[:-1]}
+    made = {c.description: c for c in cast(list[Any], widgets.interactive(lambda **_: None, **controls).children[:-1])}
     starts = {**dict(zip(draw.__code__.co_varnames, draw.__defaults__ or ()))}
     for name, c in made.items():
         if name in starts: c.value = starts[name]
@@ -261,12 +269,12 @@ def slice_rgb(
     return rgb.round().astype(np.uint8)
 
 # %% ../nbs/02_viewers.ipynb #f42806f9
-def _read(a, name):
+def _read(a:Any, name):
     "Array (C,D,H,W) and affine (None: unknown) of anything that can be viewed"
     affine = None
     if isinstance(a, (str, Path)): a, affine, _ = read_array(a)
     elif isinstance(a, Volume): a, affine = a.array, a.affine
-    elif isinstance(a, nib.spatialimages.SpatialImage): a, affine = np.asanyarray(a.dataobj), a.affine
+    elif isinstance(a, SpatialImage): a, affine = np.asanyarray(a.dataobj), a.affine
     a = np.asarray(a.detach().cpu() if hasattr(a, "detach") else a)
     a = a.view(np.uint8) if a.dtype == bool else a
     expect(a.dtype.kind in "iuf", name, f"values of type {a.dtype}", "real numbers", "take .real, or the absolute value")
@@ -337,7 +345,7 @@ def _planes(cuts, layout, at, shape, letters, crosshair):
         if letters: texts += [(a, b, letter, anchor) for (a, b, anchor), letter in zip(places, _LETTERS[n])]
     return _write(canvas, texts) if texts else canvas
 
-def _slider(name, value, low, high, step=1):
+def _slider(name, value, low, high, step:float=1):
     "A slider with its name before it"
     make = widgets.IntSlider if isinstance(step, int) else widgets.FloatSlider
     return make(value=min(max(value, low), high), min=low, max=high, step=step, description=name, style={"description_width": "7em"}, layout={"width": "21em"})
@@ -352,7 +360,7 @@ def _box(name, colour=None, value=True):
 class _Scene:
     "What a view shows, turned to right, front, top where the affine is known"
     volume:np.ndarray # (C,D,H,W)
-    affine:np.ndarray # of the file, or None
+    affine:np.ndarray|None # of the file
     overlays:dict # "label", "edge", "pred" -> (D,H,W), those that there are
     mm:np.ndarray # size of a voxel along D, H, W
     back:np.ndarray # (4,4): shown voxel -> voxel of the file
@@ -363,16 +371,16 @@ def _scene(volume, spacing, names, **overlays):
     "Read, check and turn what a view shows"
     volume, affine = _read(volume, "volume")
     expect(spacing is None or (len(spacing) == 3 and min(spacing) > 0), "spacing", spacing, "3 positive numbers in mm")
-    mm = np.array(spacing if spacing is not None else (1, 1, 1) if affine is None else nib.affines.voxel_sizes(affine), float)
+    mm = np.array(spacing if spacing is not None else (1, 1, 1) if affine is None else voxel_sizes(affine), float)
     overlays = {n: _overlay(a, n, volume, affine) for n, a in overlays.items() if a is not None}
     back = np.eye(4)
     if affine is not None:
         turn = nib.io_orientation(affine)
-        back, mm = nib.orientations.inv_ornt_aff(turn, volume.shape[1:]), mm[np.argsort(turn[:, 0])]
+        back, mm = inv_ornt_aff(turn, volume.shape[1:]), mm[np.argsort(turn[:, 0])]
     volume = _turn(volume, affine)
     counts = [_counts(overlays[n]) for n in ("label", "pred") if n in overlays]
     values = sorted({v for c in counts for v in c})
-    start = [int(sum(n[a] for n in counts[0].values()).argmax()) if counts and counts[0] else s//2 for a, s in enumerate(volume.shape[1:])]
+    start = [int(np.argmax(sum(n[a] for n in counts[0].values()))) if counts and counts[0] else s//2 for a, s in enumerate(volume.shape[1:])]
     return _Scene(volume, affine, overlays, mm, back, {v: (names or {}).get(v, f"label {v}") for v in values}, start)
 
 def _colour(value): return COLOURS.get(value, COLOURS["truth"])
@@ -382,7 +390,7 @@ def _view_controls(s, channels, windows, bounds):
     "The controls of a view by name, and the rows in which they stand"
     low, high = bounds; width = max(high-low, 1e-6)
     sides = [n if s.affine is None else f"{p} {n}" for p, n in zip(PLANES, ("slice i", "slice j", "slice k") if s.affine is None else "ijk")]
-    made = {n: _slider(d, at, 0, size-1) for n, d, size, at in zip("ijk", sides, s.volume.shape[1:], s.start)}
+    made:dict = {n: _slider(d, at, 0, size-1) for n, d, size, at in zip("ijk", sides, s.volume.shape[1:], s.start)}
     made |= {"level": _slider("level", windows[0][0], low, high, width/200), "window": _slider("window", windows[0][1], width/200, width, width/200),
              "opacity": _slider("overlay", .5, 0., 1., .05)}
     made["channel"] = widgets.Dropdown(options=[(n, i) for i, n in enumerate(channels)], description="channel", style={"description_width": "7em"},
@@ -472,7 +480,7 @@ def compare(
     s = _scene(volume, spacing, labels, label=truth, pred=a, other=b)
     expect(len(s.volume) == 1, "volume", f"{len(s.volume)} channels", "one", "choose one: volume[0]")
     image, truth, a, b = s.volume[0], s.overlays["label"], s.overlays["pred"], s.overlays["other"]
-    window, layout = np.percentile(_sample(image), (2, 99.5)), _layout(image.shape, s.mm, height)
+    window, layout = tuple(np.percentile(_sample(image), (2, 99.5))), _layout(image.shape, s.mm, height)
     whole = [float(score(p, truth)) for p in (a, b)] if score else []
 
     def draw(plane, slice, style, swipe):
@@ -641,7 +649,7 @@ def _still3d(s, title, legend, heat_name):
     for n, ax in enumerate(axes):
         size = _layout(s.volume.shape[1:], s.mm, 300)[n][:2]
         ax.imshow(surface_picture(body, n, "#bbbbbb"), extent=(0, size[1], 0, size[0])); ax.axis("off"); ax.set_xlabel(f"axis {'ijk'[n]}")
-        masks = [(s.overlays["label"] == v, _colour(v), None) for v in s.names] if "label" in s.overlays else []
+        masks:list = [(s.overlays["label"] == v, _colour(v), None) for v in s.names] if "label" in s.overlays else []
         if "edge" in s.overlays: masks.append((s.overlays["edge"] > 0, COLOURS["edge"], None))
         if "heat" in s.overlays: masks.append((s.overlays["heat"] > 1e-3*_top(s.overlays["heat"]), None, s.overlays["heat"]/_top(s.overlays["heat"])))
         for mask, colour, values in masks:
@@ -649,6 +657,6 @@ def _still3d(s, title, legend, heat_name):
             ax.imshow(np.dstack([seen, np.where((seen == 255).all(-1), 0, 150 if values is None else 255).astype(np.uint8)]), extent=(0, size[1], 0, size[0]))
         ax.set_title(f"from {('the left', 'behind', 'below')[n]}" if s.affine is not None else f"along axis {'ijk'[n]}", fontsize=9)
     fig.suptitle(title, fontsize=10)
-    if "heat" in s.overlays: fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, _top(s.overlays["heat"])), HEAT), ax=axes, shrink=.7, label=heat_name)
-    if legend: fig.legend([plt.Rectangle((0, 0), 1, 1, color=c) for c in legend.values()], list(legend), loc="outside lower center", ncols=len(legend), frameon=False, fontsize=9)
+    if "heat" in s.overlays: fig.colorbar(plt.cm.ScalarMappable(Normalize(0, _top(s.overlays["heat"])), HEAT), ax=axes, shrink=.7, label=heat_name)
+    if legend: fig.legend([Rectangle((0, 0), 1, 1, color=c) for c in legend.values()], list(legend), loc="outside lower center", ncols=len(legend), frameon=False, fontsize=9)
     return fig

@@ -7,11 +7,13 @@ __all__ = ['Volume', 'read_shape', 'expect_finite', 'read_volume', 'read_labels'
            'brain_labels', 'brain_images', 'abdomen', 'brain', 'write_brain', 'write_abdomen', 'write_data_samples']
 
 # %% ../nbs/01_volumes.ipynb #79ba687b
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 from scipy.ndimage import gaussian_filter
 
 from .core import expect, write_whole
@@ -23,13 +25,13 @@ class Volume:
     "One NIfTI volume: an array and where its voxels lie"
     array:np.ndarray # (D,H,W): nibabel's axes i, j, k
     affine:np.ndarray # (4,4): voxel indices to millimetres
-    header:nib.Nifti1Header=None # as read, for writing on the same grid
-    path:Path=None # where it was read from
+    header:nib.Nifti1Header|None=None # as read, for writing on the same grid
+    path:Path|None=None # where it was read from
 
     @property
     def spacing(self)->tuple:
         "Voxel size in mm along i, j, k"
-        return tuple(float(s) for s in nib.affines.voxel_sizes(self.affine))
+        return tuple(float(s) for s in voxel_sizes(self.affine))
 
     @property
     def orientation(self)->str:
@@ -91,16 +93,16 @@ def write_volume(
 def smooth_noise(
     rng:np.random.Generator, # source of randomness
     shape:tuple, # (D,H,W)
-    sigma:float, # width of the blur in voxels: the size of the structures
+    sigma:float|tuple, # width of the blur in voxels: the size of the structures
 )->np.ndarray: # float64 (D,H,W), mean 0, standard deviation 1
     "White noise blurred to structures of about `sigma` voxels"
     x = gaussian_filter(rng.standard_normal(shape), sigma, mode="wrap")
     return (x - x.mean()) / x.std()
 
 def distance_from(
-    centre:tuple, # in voxels
+    centre:Iterable, # in voxels
     shape:tuple, # (D,H,W)
-    radii:tuple, # semi-axes in voxels
+    radii:Iterable, # semi-axes in voxels
 )->np.ndarray: # (D,H,W): 1 on the surface of the ellipsoid, less inside
     "Distance from `centre`, measured in semi-axes of an ellipsoid"
     grid = np.indices(shape, dtype=float)
