@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.contrib.concurrent import thread_map
 
-from .core import Task, bounding_box, expect, keyed_generator, write_whole
+from .core import Task, bounding_box, expect, keyed_generator, need, write_whole
 from .egcnn import resize
 from .layouts import Case, expect_files, read_case
 from .settings import AUGMENTATIONS, CACHE
@@ -264,7 +264,7 @@ def _intensity(x, labels, generator):
 @lru_cache
 def _monai(name):
     "MONAI's random transform of that name, for {'x': (C,D,H,W), 'labels': (1,D,H,W)}"
-    from monai import transforms as T
+    T = need("monai.transforms", f"the augmentation {name!r}", "monai")
     warp = {"keys": ["x", "labels"], "mode": ["bilinear", "nearest"], "padding_mode": "border"}
     return {"affine": lambda: T.RandAffined(prob=.5, rotate_range=[np.pi/12]*3, scale_range=[.1]*3, **warp),
             "elastic": lambda: T.Rand3DElasticd(prob=.3, sigma_range=(5, 7), magnitude_range=(100, 300), **warp),

@@ -15,7 +15,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .core import Task, expect, keyed_generator, to_target
+from .core import Task, expect, keyed_generator, need, to_target
 from .volumes import read_labels
 from .metrics import edge_width, score_case
 from .layouts import find_dataset
@@ -124,7 +124,7 @@ def changed(
     seed:int=0, # of the noise
 )->Tensor: # same shape, mean and spread of each channel
     "An image as a worse scanner would have taken it (our choice)"
-    from monai import transforms as T
+    T = need("monai.transforms", f"the change {kind!r}", "monai")
     expect(kind in CHANGES, "change", repr(kind), f"one of {list(CHANGES)}")
     mean, spread, base = x.mean((1, 2, 3), keepdim=True), x.std((1, 2, 3), keepdim=True), x-x.amin((1, 2, 3), keepdim=True)
     if kind == "noise": y = x+.15*strength*spread*torch.randn(x.shape, generator=keyed_generator(seed, strength))

@@ -9,6 +9,7 @@ __all__ = ['TABLE_1', 'TABLE_2', 'QUICK', 'parts', 'steps_apart', 'two_runs', 'a
 # %% ../nbs/12_experiments.ipynb #ed3b239d
 import argparse, csv, json, os, platform, signal, sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import product
 from math import floor, sqrt
 from pathlib import Path
@@ -163,7 +164,7 @@ def _about(data, out, d, cells, args):
     cpu = next((l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
     return {"dataset": d["task"].name, "training cases": d["cases"][0], "validation cases": d["cases"][1], "test cases": len(d["names"]), "seeds": args.seeds, "recipe": {k: v for k, v in d["recipe"].items() if k not in ("exclude", "cache")},
             "learning rates tried by each arm": list(args.lr), "matched width": d["widths"], "its parameters and multiply-adds over EG-CNN's": d["excess"], "hours of training, all runs": round(hours, 2), "processor": cpu, "cores": os.cpu_count(),
-            "versions": {n: version(n) for n in ("egcnn_nb", "torch", "numpy", "scipy", "monai")}, "command": args.command, "credit": args.credit, "quick": bool(args.quick)}
+            "versions": {n: version(n) for n in ("egcnn_nb", "torch", "numpy", "scipy", "monai") if find_spec(n)}, "command": args.command, "credit": args.credit, "quick": bool(args.quick)}
 
 def _parts(about, tables, pictures, args):
     "The page, from top to bottom"

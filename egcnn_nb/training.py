@@ -11,6 +11,7 @@ __all__ = ['TERMS', 'poly_lr', 'reading_for', 'make_peer', 'make_model', 'best_p
 import copy, csv, inspect, json, multiprocessing.queues, os, random, signal, sys, time
 from collections import deque
 from importlib.metadata import version
+from importlib.util import find_spec
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import reduce
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.signal.windows import gaussian
 from tqdm.auto import tqdm
 
-from .core import InputError, Task, expect, keep_memory, probabilities, seed_everything, to_labels, to_target, write_whole
+from .core import InputError, Task, expect, keep_memory, need, probabilities, seed_everything, to_labels, to_target, write_whole
 from .gate import ResidualBlock
 from .losses import EGLoss
 from .backbones import BACKBONES, make_backbone
@@ -78,7 +79,7 @@ def make_peer(
     levels:int=4, # resolutions
 )->nn.Module:
     "MONAI's SegResNet or DynUNet, three-dimensional (our choice, for comparison)"
-    from monai.networks import nets
+    nets = need("monai.networks.nets", f"the backbone {name!r}", "monai")
     if name == "dynunet": return nets.DynUNet(3, in_channels, out_channels, [3]*levels, [1]+[2]*(levels-1), [2]*(levels-1), filters=[width*2**i for i in range(levels)])
     blocks = [1, 2, 2, 4, *[4]*max(levels-4, 0)][:levels]
     return nets.SegResNet(3, width, in_channels, out_channels, norm=("GROUP", {"num_groups": gcd(8, width)}), blocks_down=tuple(blocks), blocks_up=(1,)*(levels-1))
@@ -317,7 +318,7 @@ def describe(
 )->dict:
     "What config.json holds"
     return {"settings": asdict(settings), "task": asdict(task), "split": {"train": list(dict.fromkeys(c.name for c in train)), "validation": [c.name for c in val]},
-            "versions": {name: version(name) for name in ("torch", "numpy", "monai")}}
+            "versions": {name: version(name) for name in ("torch", "numpy", "monai") if find_spec(name)}}
 
 def _read_config(out):
     "config.json of a run that is resumed"
@@ -529,6 +530,8 @@ def _checked(settings, resume, device):
     own, out, world = best_precision(device), Path(settings.out), _world()[1]
     if settings.precision == "auto": settings.precision = _read_config(out)["settings"]["precision"] if resume else own
     expect(settings.precision != "fp16" or device.type == "cuda", "precision", "fp16 on a CPU", "fp32 or bf16")
+    if set(settings.augment) - {"flip", "intensity"}: need("monai.transforms", f"augment {' '.join(settings.augment)}", "monai")
+    if settings.backbone not in BACKBONES: need("monai.networks.nets", f"the backbone {settings.backbone!r}", "monai")
     expect(settings.accumulate >= 1, "accumulate", settings.accumulate, "1 or more parts")
     expect(not settings.shard or world > 1, "shard", "one process", "several, started by torchrun")
     expect(not settings.shard or settings.accumulate == 1, "accumulate", f"{settings.accumulate} parts of sharded weights", "1", "use more processes")
