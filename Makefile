@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: install demo test lab docs soak
+.PHONY: install demo test check lab docs site soak
 
 $(VENV)/.installed: settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,8 +24,16 @@ lab: install
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev,itk]'
 	$(BIN)/jupyter lab --notebook-dir nbs
 
+check: install    # the inner loop: under a minute where one notebook has changed
+	$(BIN)/nbdev_export && $(BIN)/python tools/make_readme.py --check && $(BIN)/pyright
+	$(BIN)/pytest -q tests/test_layers.py
+	for nb in $$(git diff --name-only HEAD -- nbs); do OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path $$nb || exit 1; done
+
 docs: install
 	$(BIN)/python tools/make_readme.py
+
+site: install
+	$(BIN)/python tools/make_site.py --views    # runs the notebooks that have views; then: python -m http.server -d _site
 
 soak: install    # hours: all faults, other broken files, fifty kills, two hours of training and predicting
 	$(BIN)/python tests/faults.py --slow

@@ -15,6 +15,6 @@ setup(
     author=cfg["author"], author_email=cfg["author_email"], license="Apache-2.0", keywords=cfg["keywords"],
     packages=["egcnn_nb"], package_data={"egcnn_nb": ["py.typed", "pretrained/*/*"]}, python_requires=f">={cfg['min_python']}", zip_safe=False,
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "itk", "monai", "site")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "itk", "monai")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

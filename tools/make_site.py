@@ -1,20 +1,26 @@
 """Build the site: every notebook with its pictures, and the reference of the library, for a browser without a kernel and without the internet.
 
-    python tools/make_site.py            # writes _site_src/ and _site/; open _site/index.html
+    python tools/make_site.py [--views 03_sobel ...]        # writes _site_src/ and _site/; then python -m http.server -d _site
 
-Notebooks become Markdown as they are committed: nothing is run. Formulas become MathML, which browsers draw themselves. Hidden cells stay out;
-cells that are exported say into which module."""
-import base64, html, importlib, inspect, json, re, shutil, subprocess, sys
+Notebooks become Markdown as they are committed. Formulas become MathML, which browsers draw themselves. Hidden cells stay out; cells that are
+exported say into which module. Interactive views stay as they were committed, or, for the notebooks named after --views (alone: all), the notebook
+is run, the first slider of each view is moved from end to end, and the page gets a slider over the pictures that came of it."""
+import argparse, base64, html, importlib, inspect, io, json, re, shutil, subprocess, sys, tempfile
 from dataclasses import is_dataclass
 from pathlib import Path
 
 from fastcore.docments import docments
 from latex2mathml.converter import convert
+from nbclient import NotebookClient
+from PIL import Image
+import nbformat
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT/"_site_src"
 PAGES = {"docs/launch/README.md": "launch.md", "benchmarks/README.md": "speed.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md",
          "CODE_OF_CONDUCT.md": "conduct.md"}
+
+VIEWS = ("02_viewers", "03_sobel", "04_gate", "05_losses", "06_backbones", "07_egcnn", "11_inference")         # notebooks with views
 
 def math(text):
     "Formulas between dollars as MathML; code keeps its dollars"
@@ -34,20 +40,61 @@ def fence(text, kind, title=""):
     "A block of code, fenced so that no line of it can close the fence"
     return f"````{kind}" + (f' title="{title}"' if title else "") + f"\n{text.rstrip()}\n````\n"
 
-def output(out, name, images):
+SWEEP = """
+import gc, json, pathlib, ipywidgets
+from egcnn_nb.viewers import Explorer, to_png
+found = []
+for view in [o for o in gc.get_objects() if isinstance(o, Explorer) and o.draw and o.alt]:
+    sliders = [(n, c) for n, c in view.controls.items() if isinstance(c, (ipywidgets.IntSlider, ipywidgets.FloatSlider))]
+    if not sliders: continue
+    name, slider = sliders[0]; start = slider.value; lowest = slider.min; step = slider.step or 1; steps = round((slider.max-lowest)/step)
+    at = sorted({min(max(round(steps*k/10), 0), steps) for k in range(11)} | {round((start-lowest)/step)})
+    frames = []
+    for k in at: slider.value = lowest+k*step; view.redraw(); frames.append((slider.value, to_png(view.static())))
+    slider.value = start; view.redraw()
+    if len({f for _, f in frames}) < 2: continue
+    for k, (_, frame) in enumerate(frames): (pathlib.Path(FOLDER)/f"{len(found)}_{k}.png").write_bytes(frame)
+    found.append({"alt": view.alt, "name": slider.description or name, "values": [round(float(v), 4) for v, _ in frames], "start": at.index(round((start-lowest)/step))})
+(pathlib.Path(FOLDER)/"views.json").write_text(json.dumps(found))
+"""
+
+def sweep(path):
+    "Run a notebook, and move the first slider of each view: alternative text -> a slider over pictures, as HTML; at most 2 MB a page"
+    nb = nbformat.read(path, as_version=4)
+    with tempfile.TemporaryDirectory() as tmp:
+        nb.cells.append(nbformat.v4.new_code_cell(f"FOLDER = {tmp!r}\n{SWEEP}"))
+        NotebookClient(nb, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+        views = json.loads((Path(tmp)/"views.json").read_text())
+        pictures = {(i, k): Image.open(Path(tmp)/f"{i}_{k}.png").convert("RGB") for i, v in enumerate(views) for k in range(len(v["values"]))}
+    for quality in (80, 60, 40, 20):
+        files = {key: io.BytesIO() for key in pictures}
+        for key, picture in pictures.items(): picture.save(files[key], "webp", quality=quality)
+        if sum(f.tell() for f in files.values()) <= 2e6: break
+    folder = SOURCE/"views"; folder.mkdir(exist_ok=True)
+    for (i, k), f in files.items(): (folder/f"{path.stem}_{i}_{k}.webp").write_bytes(f.getvalue())
+    return {v["alt"]: slider(f"views/{path.stem}_{i}_", v, pictures[i, v["start"]].size) for i, v in enumerate(views)}
+
+def slider(prefix, view, size):
+    "A slider over pictures, as HTML"
+    return (f'<figure class="frames" data-prefix="{prefix}" data-values="{html.escape(json.dumps(view["values"]))}">'
+            f'<img src="{prefix}{view["start"]}.webp" width="{size[0]}" height="{size[1]}" alt="{html.escape(view["alt"])}">'
+            f'<label>{html.escape(view["name"])} <input type="range" min="0" max="{len(view["values"])-1}" value="{view["start"]}"> <output>{view["values"][view["start"]]:g}</output></label></figure>\n')
+
+def output(out, name, images, views):
     "One output as Markdown; a picture becomes a file"
     data = out.get("data", {})
     if out["output_type"] == "stream": return fence("".join(out["text"]), "text") if out["name"] == "stdout" else ""
     if "image/png" in data:
         path = SOURCE/"pictures"/f"{name}_{len(images)}.png"; images.append(path); path.parent.mkdir(exist_ok=True); path.write_bytes(base64.b64decode(data["image/png"]))
         alt = out["metadata"].get("image/png", {}).get("alt", "") or "".join(data.get("text/plain", ""))
+        if alt in views: return views[alt]
         return f"![{html.escape(alt).replace(']', '')}](pictures/{path.name})\n"
     if "text/markdown" in data: return math("".join(data["text/markdown"]))+"\n"
     if "text/html" in data: return "".join(data["text/html"])+"\n"
     return fence("".join(data["text/plain"]), "text") if "text/plain" in data else ""
 
-def notebook(path):
-    "A notebook as Markdown"
+def notebook(path, views={}):
+    "A notebook as Markdown; `views`: alternative text of a picture -> HTML in its place"
     cells, module, text, images = json.loads(path.read_text())["cells"], "", [], []
     for cell in cells:
         source = "".join(cell["source"])
@@ -56,7 +103,7 @@ def notebook(path):
         if re.match(r"#\| (hide|default_exp)\b", source) or source.startswith("%"): continue
         code = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
         if code: text.append(fence(code, "python", f"exported to egcnn_nb/{module}.py" if source.startswith("#| export") else ""))
-        text += [output(o, path.stem, images) for o in cell["outputs"]]
+        text += [output(o, path.stem, images, views) for o in cell["outputs"]]
     return "\n\n".join(text)
 
 def arguments(function):
@@ -82,24 +129,28 @@ def reference(module, page):
             if inspect.isfunction(f) and not method.startswith("_") and f.__doc__: text.append(f"### `{name}.{method}`\n\n{html.escape(f.__doc__)}\n\n{arguments(f)}")
     return "\n\n".join(text)
 
-def write():
-    "All pages into _site_src/"
+def write(alive):
+    "All pages into _site_src/; the views of the notebooks named in `alive` can be moved"
     shutil.rmtree(SOURCE, ignore_errors=True); (SOURCE/"api").mkdir(parents=True)
     shutil.copytree(ROOT/"nbs/images", SOURCE/"images"); shutil.copytree(ROOT/"tools/site", SOURCE, dirs_exist_ok=True)
     books, nav = sorted((ROOT/"nbs").glob("[0-9]*.ipynb")), []
-    for path in [ROOT/"nbs/index.ipynb", *books]: (SOURCE/f"{path.stem}.md").write_text(notebook(path))
+    for path in [ROOT/"nbs/index.ipynb", *books]: (SOURCE/f"{path.stem}.md").write_text(notebook(path, sweep(path) if path.stem in alive else {}))
     for path in books:
         if found := re.search(r"#\| default_exp (\w+)", path.read_text()): (SOURCE/f"api/{found[1]}.md").write_text(reference(found[1], path.stem)); nav.append(found[1])
     for file, page in PAGES.items():
         text = links((ROOT/file).read_text())
-        for picture in re.findall(r"!\[[^]]*\]\(([\w.]+)\)", text): shutil.copy((ROOT/file).parent/picture, SOURCE/picture)
+        for name in re.findall(r"\]\(([\w.]+)\)", text):
+            if (beside := (ROOT/file).parent/name).is_file(): shutil.copy(beside, SOURCE/name)                  # its pictures, and the files that it explains
         (SOURCE/page).write_text(text)
     entries = [{"Home": "index.md"}, {"Notebooks": [{b.stem: f"{b.stem}.md"} for b in books]}, {"Reference": [{m: f"api/{m}.md"} for m in nav]},
                {"More": [{p.removesuffix(".md").capitalize(): p} for p in PAGES.values()]}]
     (ROOT/"_mkdocs.yml").write_text((ROOT/"mkdocs.yml").read_text() + f"nav: {json.dumps(entries)}\n")
 
 def main():
-    write()
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--views", nargs="*", metavar="NOTEBOOK", help="notebooks whose views can be moved; none named: all")
+    views = p.parse_args().views
+    write(VIEWS if views == [] else views or [])
     return subprocess.call([sys.executable, "-m", "mkdocs", "build", "--quiet", "--config-file", "_mkdocs.yml"], cwd=ROOT)
 
 if __name__ == "__main__": sys.exit(main())
