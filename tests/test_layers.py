@@ -61,3 +61,15 @@ def test_every_picture_has_a_text_for_those_who_cannot_see_it():
                 if "image/png" not in out.get("data", {}): continue
                 alt = out["metadata"].get("image/png", {}).get("alt", "")
                 assert len(alt) > 20 and not alt.startswith("<"), (nb.name, cell["id"], alt)
+
+def test_every_notebook_teaches_in_the_same_order():
+    "What you will build, time to read; three exercises with solutions that a cell tests, three lines of summary, common mistakes; then the export"
+    for nb in sorted((ROOT/"nbs").glob("[0-9]*.ipynb")):
+        cells = json.loads(nb.read_text())["cells"]; text = ["".join(c["source"]) for c in cells]
+        assert "You will build" in text[0] and re.search(r"Time to read: \d+ minutes", text[0]), nb.name
+        at = next((i for i, t in enumerate(text) if t.startswith("## *Try it*") or "\n## *Try it*" in t), None)
+        assert at is not None and all(f"\n{k}. " in text[at].split("<details>")[0] and f"\n{k}. " in text[at].split("<details>")[1] for k in (1, 2, 3)), nb.name
+        tests = text[at+1] if "which the next cell tests" in text[at] else text[at-1]
+        assert re.search(r"assert |test_eq|test_close|ExceptionExpected", tests), nb.name
+        end = next((t for t in text[at+1:] if "## Summary" in t), "")
+        assert len(re.findall(r"^- ", end, re.M)) == 3 and "**Common mistakes**" in end, nb.name
