@@ -17,7 +17,7 @@ import nbformat
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT/"_site_src"
-PAGES = {"docs/launch/README.md": "launch.md", "benchmarks/README.md": "speed.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md",
+PAGES = {"docs/glossary.md": "glossary.md", "docs/launch/README.md": "launch.md", "benchmarks/README.md": "speed.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md",
          "CODE_OF_CONDUCT.md": "conduct.md"}
 
 VIEWS = ("02_viewers", "03_sobel", "04_gate", "05_losses", "06_backbones", "07_egcnn", "11_inference")         # notebooks with views
@@ -33,7 +33,7 @@ def math(text):
 def links(text, here=""):
     "Links between notebooks and files as links between pages"
     for file, page in PAGES.items(): text = text.replace(f"](../{file})", f"]({page})").replace(f"]({file})", f"]({page})")
-    text = re.sub(r"\]\((?:nbs/)?(\w+)\.ipynb(#[^)]*)?\)", r"](\1.md\2)", text)
+    text = re.sub(r"\]\((?:\.\./)?(?:nbs/)?(\w+)\.ipynb(#[^)]*)?\)", r"](\1.md\2)", text)
     return text.replace("<details>", "<details markdown>")
 
 def fence(text, kind, title=""):
@@ -141,7 +141,7 @@ def write(alive):
         text = links((ROOT/file).read_text())
         for name in re.findall(r"\]\(([\w.]+)\)", text):
             if (beside := (ROOT/file).parent/name).is_file(): shutil.copy(beside, SOURCE/name)                  # its pictures, and the files that it explains
-        (SOURCE/page).write_text(text)
+        (SOURCE/page).write_text(math(text))
     entries = [{"Home": "index.md"}, {"Notebooks": [{b.stem: f"{b.stem}.md"} for b in books]}, {"Reference": [{m: f"api/{m}.md"} for m in nav]},
                {"More": [{p.removesuffix(".md").capitalize(): p} for p in PAGES.values()]}]
     (ROOT/"_mkdocs.yml").write_text((ROOT/"mkdocs.yml").read_text() + f"nav: {json.dumps(entries)}\n")
