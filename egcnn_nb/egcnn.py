@@ -300,7 +300,7 @@ class EGCNN(nn.Module):
 
 # %% ../nbs/07_egcnn.ipynb #1b9860ca
 def parts(
-    model:"EGCNN", #
+    model:"EGCNN", # around any network
     x:Tensor, # an input (B,C,D,H,W); only its shape is used
 )->dict: # part -> {"parameters", "multiply_adds"}
     "What each part of the main stream and each step of the edge stream costs for this input (our choice: convolutions are counted)"
@@ -358,7 +358,7 @@ def _streams(ax, model, x):
     ax.set(xlim=(-.6, 3.6), ylim=(deep[1]-.7, 2.3)); ax.axis("off")
 
 def drawing(
-    model:"EGCNN", #
+    model:"EGCNN", # around any network
     x:Tensor, # an input (B,C,D,H,W); only its shape is used
 )->Figure:
     "The network as it is: what feeds what, the live shapes, and what each part costs"

@@ -1,5 +1,5 @@
 "A notebook imports lower floors only; every export comes with its notebook."
-import ast, json, re
+import ast, json, re, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -73,3 +73,7 @@ def test_every_notebook_teaches_in_the_same_order():
         assert re.search(r"assert |test_eq|test_close|ExceptionExpected", tests), nb.name
         end = next((t for t in text[at+1:] if "## Summary" in t), "")
         assert len(re.findall(r"^- ", end, re.M)) == 3 and "**Common mistakes**" in end, nb.name
+
+def test_the_diagrams_show_what_the_code_is():
+    done = subprocess.run([sys.executable, str(ROOT/"tools/diagrams.py"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
