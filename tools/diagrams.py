@@ -30,7 +30,8 @@ def imports():
     names, direct = notebooks(), {}
     for module, nb in names.items():
         tree = ast.parse((ROOT/f"egcnn_nb/{module}.py").read_text())
-        direct[nb] = {names[n.module] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1 and n.module in names}
+        inside = (n.module.removeprefix("egcnn_nb.") for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.level == 1 or n.module.startswith("egcnn_nb.")))
+        direct[nb] = {names[m] for m in inside if m in names}
     def below(nb): return set().union(direct[nb], *(below(n) for n in direct[nb]))
     return {nb: sorted(n for n in needs if not any(n in below(m) for m in needs-{n})) for nb, needs in direct.items()}
 
