@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from .core import InputError, Task, exit_on_error, expect, keep_memory, probabilities, region_masks, to_labels, write_whole
 from .volumes import read_shape, write_volume
 from .viewers import Explorer
-from .egcnn import PRETRAINED, resize
+from .egcnn import resize
+from .anatomy import PRETRAINED
 from .layouts import Case, find_dataset
 from .datasets import Loaded, iso_size, load_case, place
 from .training import Settings, best_precision, infer, make_model, windows

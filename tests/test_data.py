@@ -12,7 +12,8 @@ EG = ROOT/"egcnn_nb/pretrained/eg"
 
 FILL = """
 import sys; from pathlib import Path
-from egcnn_nb.datasets import prepared_cases; from egcnn_nb.layouts import find_dataset
+from egcnn_nb.datasets import prepared_cases
+from egcnn_nb.layouts import find_dataset
 data = find_dataset(sys.argv[1])
 for case in prepared_cases(data.cases, data.task, Path(sys.argv[2]), quiet=True): print(case.name, case.x.double().sum().item(), case.labels.sum().item())
 """

@@ -13,7 +13,7 @@ from PIL import Image
 
 from egcnn_nb.core import BRATS, probabilities, to_target
 from egcnn_nb.datasets import load_case
-from egcnn_nb.egcnn import pretrained
+from egcnn_nb.anatomy import pretrained
 from egcnn_nb.layouts import find_dataset
 from egcnn_nb.sobel import edge_target
 from egcnn_nb.viewers import COLOURS

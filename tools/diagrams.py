@@ -12,7 +12,8 @@ import torch
 from matplotlib.figure import Figure
 
 from egcnn_nb.backbones import SegNet
-from egcnn_nb.egcnn import EGCNN, drawing
+from egcnn_nb.egcnn import EGCNN
+from egcnn_nb.anatomy import drawing
 from egcnn_nb.viewers import COLOURS
 
 ROOT = Path(__file__).parents[1]
