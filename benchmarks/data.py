@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from egcnn_nb.datasets import EpochBatches, Patches, prepared_cases
+from egcnn_nb.datasets import prepared_cases
+from egcnn_nb.patches import EpochBatches, Patches
 from egcnn_nb.layouts import find_dataset
 
 def ours(cases, task, patch, workers, cache):

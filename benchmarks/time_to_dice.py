@@ -14,7 +14,7 @@ BEST = {"EG-CNN": (3e-3, 10), "our Seg-Net": (3e-3, 10), "MONAI SegResNet": (3e-
 
 def split(data, exclude, seed):
     "Training and validation cases, as egcnn_train splits them"
-    from egcnn_nb.datasets import split_cases
+    from egcnn_nb.patches import split_cases
     from egcnn_nb.layouts import find_dataset
     out = set(Path(exclude).read_text().split())
     return split_cases([c for c in find_dataset(data).cases if c.label and c.name not in out], seed, VALIDATION)

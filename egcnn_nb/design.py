@@ -16,7 +16,7 @@ from typing import cast
 from .core import InputError, expect, write_whole
 from .layouts import find_dataset
 from .settings import Settings
-from .datasets import split_cases
+from .patches import split_cases
 from .training import prepare, read_names, windows
 from .cells import costs_of, matched_width, processors, progress, settings_of
 

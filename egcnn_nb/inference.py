@@ -4,32 +4,27 @@
 
 # %% auto #0
 __all__ = ['FLIPS', 'SAVES', 'averaged', 'predict', 'load_run', 'case_maps', 'label_map', 'predict_case', 'find_inputs', 'main',
-           'predict_all', 'surface_distance', 'entropy', 'region_ml', 'look_inside', 'ScanExplorer']
+           'predict_all', 'surface_distance']
 
 # %% ../nbs/11_inference.ipynb #53c61760
-import argparse, hashlib, html, json, sys
+import argparse, hashlib, json, sys
 from itertools import combinations, takewhile
 from pathlib import Path
 
 import numpy as np
 import torch
-from ipywidgets import Button, Dropdown, FloatSlider, HBox, Text
-from matplotlib.figure import Figure
 from scipy.ndimage import binary_erosion, distance_transform_edt
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import InputError, Task, exit_on_error, expect, keep_memory, probabilities, region_masks, to_labels, write_whole
+from .core import InputError, Task, exit_on_error, expect, keep_memory, probabilities, to_labels, write_whole
 from .volumes import read_shape, write_volume
-from .viewers import Explorer
 from .egcnn import resize
-from .anatomy import PRETRAINED
 from .layouts import Case, find_dataset
 from .datasets import Loaded, iso_size, load_case, place
 from .training import Settings, best_precision, infer, make_model, windows
-from .dashboard import draw_snapshot, label_legend
 
 # %% ../nbs/11_inference.ipynb #866dd037
 def _everything(model, window):
@@ -243,95 +238,3 @@ def surface_distance(
     mask, other = rim(np.asarray(mask, bool)), rim(np.asarray(other, bool))
     away = np.asarray(distance_transform_edt(~other, sampling=spacing)) if other.any() else np.full(mask.shape, np.inf)
     return np.where(mask, away, np.nan)
-
-# %% ../nbs/11_inference.ipynb #5c512c6c
-def entropy(
-    prob:Tensor, # probabilities (B,K,D,H,W)
-    activation:str, # "softmax" or "sigmoid"
-)->Tensor: # (B,D,H,W) in [0,1]
-    "Uncertainty of a prediction: entropy over the classes, or of the least certain region (our choice)"
-    bits = lambda p: -torch.xlogy(p, p)
-    if activation == "softmax": return bits(prob).sum(1)/np.log(prob.shape[1])
-    return ((bits(prob)+bits(1-prob))/np.log(2)).amax(1)
-
-def region_ml(
-    prob:Tensor, # probabilities (K,D,H,W)
-    task:Task, # whose regions are measured
-    spacing, # voxel size in mm
-)->dict: # region -> (ml, ml of the voxels above 3/4, ml of those above 1/4)
-    "Volume of each region in millilitres, with a range (our choice)"
-    channel = {v: i for i, v in enumerate(task.labels)}
-    region = prob if task.activation == "sigmoid" else torch.stack([prob[[channel[v] for v in values]].sum(0) for values in task.regions.values()])
-    masks, ml = region_masks(to_labels(prob[None], task), task.regions)[0], float(np.prod(spacing))/1000
-    return {r: tuple(float(m.sum())*ml for m in (masks[i], region[i] > .75, region[i] > .25)) for i, r in enumerate(task.regions)}
-
-# %% ../nbs/11_inference.ipynb #2a02081b
-def look_inside(
-    model:nn.Module, # of `load_run`
-    settings:Settings, # of `load_run`
-    task:Task, # of `load_run`
-    case:Case, # which
-)->dict: # "image", "labels", "uncertainty", "grid", "ml", and with an edge stream "edge", "attention"; maps (D,H,W) on the scan's own grid
-    "All that a network says about a scan (eq. 1 for the attention)"
-    maps, loaded = case_maps([(model, settings, task)], case, inside=settings.edge)
-    prob, k, air = maps[:task.outputs], task.outputs, -1 if task.normalize == "hu" else 0
-    inner = {"image": resize(loaded.x[None], loaded.box_size)[0, -1], "uncertainty": entropy(prob[None], task.activation)[0]}
-    if settings.edge: inner |= {"edge": maps[k:-1].amax(0), "attention": maps[-1]}
-    out = {n: place(t.numpy(), loaded, air if n == "image" else 0) for n, t in inner.items()}
-    return {**out, "labels": label_map(maps, loaded, task), "grid": loaded.grid, "ml": region_ml(prob, task, loaded.grid.spacing)}
-
-# %% ../nbs/11_inference.ipynb #9c56bbe9
-class ScanExplorer(Explorer):
-    "Prediction, edges, attention, uncertainty and volumes of a scan that the reader names"
-    def __init__(self,
-        scan, # a NIfTI file, or the folder of a case
-        run=PRETRAINED/"eg", # run folder of a trained network
-    ):
-        self.seen, self.message = {}, "press predict"
-        wide = {"layout": {"width": "60em"}, "style": {"description_width": "4em"}}
-        self.paths = {"run": Text(str(run), description="run", **wide), "scan": Text(str(scan), description="scan", **wide)}
-        self.buttons = {n: Button(description=n, tooltip=t) for n, t in (("predict", "run the network on the scan"), ("save", "write the maps beside the scan"))}
-        controls = {"plane": Dropdown(options=[("i", 0), ("j", 1), ("k", 2)], value=2, description="cut along"), "at": FloatSlider(.5, min=0, max=1, step=.01, description="slice")}
-        super().__init__(self.picture, controls, "a scan with prediction, predicted edge, attention and uncertainty", tell=lambda **_: self.message, rows=[["plane", "at"]])
-        for name, button in self.buttons.items(): button.on_click(lambda _, act=getattr(self, name): self.tried(act))
-        self.children = [*self.paths.values(), HBox(list(self.buttons.values())), *self.children]
-
-    def picture(self,
-        plane:int, # axis across which it is cut
-        at:float, # slice, 0 to 1
-    )->Figure:
-        "Five maps of one slice"
-        fig = Figure(figsize=(12, 3.2 if self.seen else .5), layout="constrained")
-        if not self.seen: fig.text(.01, .4, "press predict"); return fig
-        turned = {n: np.moveaxis(self.seen[n], plane, -1) for n in ("image", "labels", "edge", "attention", "uncertainty") if n in self.seen}
-        axes, k = fig.subplots(1, 5), round(at*(turned["image"].shape[-1]-1))
-        draw_snapshot(axes[:4], {**turned, "truth": turned["labels"], "prediction": turned["labels"]}, at, "predicted outline")
-        axes[4].imshow(turned["uncertainty"][..., k].T, cmap="viridis", vmin=0, vmax=1, origin="lower"); axes[4].set_title("uncertainty, 0 to 1", fontsize=9); axes[4].axis("off")
-        label_legend(fig, self.task, "predicted outline"); return fig
-
-    def tried(self,
-        act, # function that may raise `InputError`
-    )->None:
-        "Do it; what is wrong with the input is told below the picture"
-        try: act()
-        except InputError as e: self.message = html.escape(str(e)); self.redraw()
-
-    def predict(self)->None:
-        "Run the network on the scan; raises `InputError` as `egcnn_predict` does"
-        self.message = "predicting ..."; self.redraw()
-        model, settings, task = load_run(self.paths["run"].value.strip())
-        found = find_inputs([self.paths["scan"].value.strip()], task)
-        expect(len(found) == 1, self.paths["scan"].value, f"{len(found)} cases", "one scan", "name the folder of one case")
-        self.case, self.task, self.seen = found[0], task, look_inside(model, settings, task, found[0])
-        self.message = " &middot; ".join(f"{r} <b>{ml:.2f} ml</b> ({low:.2f} to {high:.2f})" for r, (ml, low, high) in self.seen["ml"].items())
-        voxels = (np.moveaxis(self.seen["labels"], self.values["plane"], -1) > 0).sum((0, 1))
-        self.controls["at"].value = float(voxels.argmax()/max(len(voxels)-1, 1)); self.redraw()
-
-    def save(self)->list: # the files
-        "Write labels, edge, attention and uncertainty beside the scan; raises `InputError` if one is there already"
-        expect(self.seen, "save", "no prediction", "one to save", "press predict first")
-        maps = {n: self.seen[n] for n in ("labels", "edge", "attention", "uncertainty") if n in self.seen}
-        files = {n: self.case.images[0].parent/f"{self.case.name}_predicted_{n}.nii.gz" for n in maps}
-        for f in files.values(): expect(not f.exists(), f, "a file that is already there", "a new name", "remove it first")
-        for n, f in files.items(): write_volume(f, maps[n].astype(np.uint8 if n == "labels" else np.float32), self.seen["grid"])
-        self.message = f"saved {', '.join(f.name for f in files.values())} in {self.case.images[0].parent}"; self.redraw(); return list(files.values())

@@ -20,7 +20,7 @@ from tabulate import tabulate
 from .core import Task, write_whole
 from .volumes import read_labels
 from .viewers import COLOURS
-from .inference import look_inside
+from .scan import look_inside
 from .cells import ARMS, arm_of
 from .evidence import compare, holm
 from .evaluation import table_of

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NETWORKS = ("unet", "vnet", "segnet", "segresnet", "dynunet")                        # the last two are MONAI's, see `10_training`
-AUGMENTATIONS = ("flip", "intensity", "affine", "elastic", "noise", "bias", "gamma")          # shown in `09_datasets`
+AUGMENTATIONS = ("flip", "intensity", "affine", "elastic", "noise", "bias", "gamma")          # shown in `09a_patches`
 CACHE = Path(os.environ.get("EGCNN_CACHE", Path.home()/".cache"/"egcnn_nb"))       # where prepared cases are kept
 
 # %% ../nbs/08c_settings.ipynb #531b6bf3
@@ -35,7 +35,7 @@ class Settings:
     validation:float=0.2 # share of cases, or their number
     exclude:str|None=None # file with names of cases to leave out
     train_cases:int|None=None # how many of the training cases to use, each the more often, so that an epoch stays as long; None: all
-    augment:tuple=("flip", "intensity") # names of augmentations (`09_datasets`)
+    augment:tuple=("flip", "intensity") # names of augmentations (`09a_patches`)
     cache:str|None=None # folder of prepared cases, "off" for memory alone; None: egcnn_nb in the user's cache folder
     cache_gb:float=50. # size that this folder may reach
     save_minutes:float=10. # a checkpoint that often, besides the one after each epoch; 0: after each step

@@ -37,7 +37,8 @@ from .egcnn import EGCNN, evaluating, logits_of
 from .metrics import score_case
 from .layouts import find_dataset
 from .settings import CACHE, NETWORKS, Settings
-from .datasets import EpochBatches, Patches, prepared_cases, split_cases
+from .datasets import prepared_cases
+from .patches import EpochBatches, Patches, split_cases
 from .checkpoints import lock_run, newest_checkpoint, random_state, save_checkpoint, save_sharded, set_random_state
 
 # %% ../nbs/10_training.ipynb #22657917

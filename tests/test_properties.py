@@ -5,7 +5,8 @@ import numpy as np
 import torch
 from hypothesis import given, settings, strategies as st
 
-from egcnn_nb.datasets import EpochBatches, resample_labels, split_cases
+from egcnn_nb.datasets import resample_labels
+from egcnn_nb.patches import EpochBatches, split_cases
 from egcnn_nb.losses import balanced_bce, consistency_loss, dice_loss
 from egcnn_nb.sobel import edge_target, flat_face, simple_magnitude, sobel_gradient, sobel_magnitude
 from egcnn_nb.training import infer

@@ -13,7 +13,8 @@ import numpy as np
 
 from egcnn_nb.core import exit_on_error, expect
 from egcnn_nb.layouts import find_dataset
-from egcnn_nb.inference import load_run, look_inside, predict_case
+from egcnn_nb.inference import load_run, predict_case
+from egcnn_nb.scan import look_inside
 from egcnn_nb.metrics import score_case
 from egcnn_nb.viewers import COLOURS
 from egcnn_nb.volumes import read_labels, read_volume

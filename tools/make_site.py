@@ -20,7 +20,7 @@ SOURCE = ROOT/"_site_src"
 PAGES = {"docs/glossary.md": "glossary.md", "docs/launch/README.md": "launch.md", "benchmarks/README.md": "speed.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md",
          "CODE_OF_CONDUCT.md": "conduct.md"}
 
-VIEWS = ("02_viewers", "03_sobel", "04_gate", "05_losses", "06_backbones", "07b_anatomy", "11_inference")         # notebooks with views
+VIEWS = ("02_viewers", "03_sobel", "04_gate", "05_losses", "06_backbones", "07b_anatomy", "11_inference", "11a_scan")         # notebooks with views
 
 def math(text):
     "Formulas between dollars as MathML; code keeps its dollars"
