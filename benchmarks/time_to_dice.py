@@ -5,7 +5,7 @@
 
 Imports, loading, caching (into an empty folder) and validation count. All sides: 100 cases for training and 28 for validation, the same ones; batches of 2
 patches of 40x56x40, mirrored, intensity shifted and scaled; width 8, 3 levels (MONAI's UNet: its own 16 to 128); Dice of two classes, mean over cases."""
-import argparse, itertools, json, os, statistics, subprocess, sys, tempfile, time
+import argparse, json, os, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 GOAL, PATCH, TRAIN, VALIDATION = .85, (40, 56, 40), 100, 28

@@ -3,7 +3,7 @@
     python tests/faults.py [NAME ...] [--slow]          # a Markdown table; pytest runs the quick rows (tests/test_faults.py)
 
 Each row is a function whose docstring is "what is done -> what must be true"; it returns what happened, and an assertion fails where that is not so."""
-import argparse, contextlib, csv, gzip, inspect, io, json, os, resource, shutil, signal, subprocess, sys, tempfile, threading, time, traceback, warnings
+import argparse, contextlib, csv, gzip, io, os, resource, shutil, signal, subprocess, sys, tempfile, time, traceback, warnings
 from pathlib import Path
 
 import nibabel as nib
@@ -13,10 +13,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import ENV, begun, children, command, dataset
 
-from egcnn_nb.checkpoints import FORMAT, checkpoints, newest_checkpoint, save_checkpoint
+from egcnn_nb.checkpoints import FORMAT, checkpoints, newest_checkpoint
 from egcnn_nb.core import InputError
-from egcnn_nb.datasets import prepared_cases
-from egcnn_nb.layouts import check_dataset, find_dataset
+from egcnn_nb.layouts import find_dataset
 from egcnn_nb.settings import Settings
 from egcnn_nb.train import main as train_main
 from egcnn_nb.inference import main as predict_main

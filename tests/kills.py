@@ -4,7 +4,7 @@
 
 A checkpoint is written after each step, and every second kill waits until a temporary file is there: it falls into the writing of one. Each attempt is a fork of this process, which has torch
 loaded already; it dies as any process does."""
-import argparse, os, random, signal, sys, tempfile, time
+import argparse, os, random, signal, tempfile, time
 from pathlib import Path
 
 import torch

@@ -1,5 +1,5 @@
 "Many processes: the same losses as one, whatever their number; sharded; elastic; two hosts."
-import csv, os, signal, subprocess, sys, time
+import csv, os, signal, subprocess, time
 from pathlib import Path
 
 import pytest

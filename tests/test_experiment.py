@@ -1,5 +1,5 @@
 "egcnn_experiment as a user runs it, and the tables that it leaves, computed once more from the scores."
-import csv, os, re, signal, subprocess, sys, time
+import csv, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np

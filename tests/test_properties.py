@@ -1,7 +1,6 @@
 "What must hold for every input, tried on many by Hypothesis."
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from hypothesis import given, settings, strategies as st
 
