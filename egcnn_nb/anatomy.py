@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .core import expect
-from .viewers import COLOURS
+from .explorers import COLOURS
 from .backbones import SegNet
 from .egcnn import EGCNN, listen
 

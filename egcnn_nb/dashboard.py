@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from torch import nn
 
 from .core import InputError, Task, probabilities, to_labels
-from .viewers import COLOURS, Explorer
+from .explorers import COLOURS, Explorer
 from .egcnn import evaluating, resize
 from .layouts import find_dataset
 from .settings import Settings

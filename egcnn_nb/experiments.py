@@ -18,7 +18,7 @@ from threading import current_thread, main_thread
 from matplotlib.figure import Figure
 
 from .core import exit_on_error, expect, write_whole
-from .viewers import COLOURS
+from .explorers import COLOURS
 from .layouts import find_dataset
 from .settings import Settings
 from .inference import load_run

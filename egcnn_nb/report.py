@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 from .core import Task, write_whole
 from .volumes import read_labels
-from .viewers import COLOURS
+from .explorers import COLOURS
 from .scan import look_inside
 from .cells import ARMS, arm_of
 from .evidence import compare, holm

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .core import InputError, Task, expect, region_masks, to_labels
 from .volumes import write_volume
-from .viewers import Explorer
+from .explorers import Explorer
 from .egcnn import resize
 from .anatomy import PRETRAINED
 from .layouts import Case

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist",
          "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
-VIEWS = {"02_viewers": 4, "03_sobel": 3, "04_gate": 1, "05_losses": 4, "06_backbones": 1, "07b_anatomy": 3, "10b_dashboard": 1, "11_inference": 4, "11a_scan": 1}   # notebook -> views in it
+VIEWS = {"01b_explorers": 1, "02_viewers": 2, "02b_scenes": 1, "03_sobel": 3, "04_gate": 1, "05_losses": 4, "06_backbones": 1, "07b_anatomy": 3, "10b_dashboard": 1, "11_inference": 4, "11a_scan": 1}   # notebook -> views in it
 HERE = re.compile(r"(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|data:|blob:|about:")
 CURRENT = "window.jupyterapp.shell.currentWidget"
 

@@ -16,7 +16,7 @@ from egcnn_nb.datasets import load_case
 from egcnn_nb.anatomy import pretrained
 from egcnn_nb.layouts import find_dataset
 from egcnn_nb.sobel import edge_target
-from egcnn_nb.viewers import COLOURS
+from egcnn_nb.explorers import COLOURS
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,7 +16,7 @@ from egcnn_nb.layouts import find_dataset
 from egcnn_nb.inference import load_run, predict_case
 from egcnn_nb.scan import look_inside
 from egcnn_nb.metrics import score_case
-from egcnn_nb.viewers import COLOURS
+from egcnn_nb.explorers import COLOURS
 from egcnn_nb.volumes import read_labels, read_volume
 
 DATA = Path(__file__).parents[1]/"data_samples/brats2019"

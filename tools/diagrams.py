@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from egcnn_nb.backbones import SegNet
 from egcnn_nb.egcnn import EGCNN
 from egcnn_nb.anatomy import drawing
-from egcnn_nb.viewers import COLOURS
+from egcnn_nb.explorers import COLOURS
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT/"nbs/images"

@@ -20,7 +20,7 @@ SOURCE = ROOT/"_site_src"
 PAGES = {"docs/glossary.md": "glossary.md", "docs/launch/README.md": "launch.md", "benchmarks/README.md": "speed.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md",
          "CODE_OF_CONDUCT.md": "conduct.md"}
 
-VIEWS = ("02_viewers", "03_sobel", "04_gate", "05_losses", "06_backbones", "07b_anatomy", "11_inference", "11a_scan")         # notebooks with views
+VIEWS = ("01b_explorers", "02_viewers", "02b_scenes", "03_sobel", "04_gate", "05_losses", "06_backbones", "07b_anatomy", "11_inference", "11a_scan")         # notebooks with views
 
 def math(text):
     "Formulas between dollars as MathML; code keeps its dollars"
@@ -42,7 +42,7 @@ def fence(text, kind, title=""):
 
 SWEEP = """
 import gc, json, pathlib, ipywidgets
-from egcnn_nb.viewers import Explorer, to_png
+from egcnn_nb.explorers import Explorer, to_png
 found = []
 for view in [o for o in gc.get_objects() if isinstance(o, Explorer) and o.draw and o.alt]:
     sliders = [(n, c) for n, c in view.controls.items() if isinstance(c, (ipywidgets.IntSlider, ipywidgets.FloatSlider))]
