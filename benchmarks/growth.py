@@ -17,7 +17,7 @@ from egcnn_nb.core import keep_memory
 from egcnn_nb.egcnn import EGCNN
 from egcnn_nb.losses import EGLoss
 from egcnn_nb.sobel import sobel_magnitude
-from egcnn_nb.training import infer
+from egcnn_nb.networks import infer
 from speed import cost, extra_memory, problem, step
 
 def memory(name, n):

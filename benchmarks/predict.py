@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from egcnn_nb.core import BRATS, KITS
-from egcnn_nb.training import Settings, make_model
+from egcnn_nb.settings import Settings
+from egcnn_nb.networks import make_model
 from egcnn_nb.volumes import abdomen, brain
 
 def enlarge(array, shape):

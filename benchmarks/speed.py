@@ -19,7 +19,7 @@ from egcnn_nb.egcnn import EGCNN
 from egcnn_nb.losses import EGLoss
 from egcnn_nb.metrics import distances
 from egcnn_nb.sobel import sobel_magnitude
-from egcnn_nb.training import autocast, best_precision, infer
+from egcnn_nb.networks import autocast, best_precision, infer
 
 def medians(again=5, **what):
     "Milliseconds of each function, run in turn, after one round that does not count"

@@ -23,7 +23,8 @@ from .core import Task, expect, to_target, write_whole
 from .losses import EGLoss
 from .egcnn import EGCNN
 from .settings import Settings, readings_of
-from .training import infer, make_model, reading_for, train_step
+from .steps import train_step
+from .networks import infer, make_model, reading_for
 
 # %% ../nbs/11b_cells.ipynb #d321bf29
 # arm -> whether it has an edge stream, and its readings other than the defaults

@@ -24,7 +24,9 @@ from .explorers import COLOURS, Explorer
 from .egcnn import evaluating, resize
 from .layouts import find_dataset
 from .settings import Settings
-from .training import autocast, draw_curves, fit
+from .training import fit
+from .steps import draw_curves
+from .networks import autocast
 
 # %% ../nbs/10b_dashboard.ipynb #5fc7c44a
 def snapshot(

@@ -17,7 +17,8 @@ from .core import InputError, expect, write_whole
 from .layouts import find_dataset
 from .settings import Settings
 from .patches import split_cases
-from .training import prepare, read_names, windows
+from .folders import prepare, read_names
+from .networks import windows
 from .cells import costs_of, matched_width, processors, progress, settings_of
 
 # %% ../nbs/11f_design.ipynb #2b58b9c5

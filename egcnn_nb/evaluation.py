@@ -20,7 +20,7 @@ from .volumes import read_labels
 from .metrics import edge_width, score_case
 from .layouts import find_dataset
 from .datasets import place
-from .training import write_csv
+from .steps import write_csv
 from .inference import case_maps, label_map, load_run
 from .cells import state
 

@@ -24,7 +24,8 @@ from .volumes import read_shape, write_volume
 from .egcnn import resize
 from .layouts import Case, find_dataset
 from .datasets import Loaded, iso_size, load_case, place
-from .training import Settings, best_precision, infer, make_model, windows
+from .settings import Settings
+from .networks import best_precision, infer, make_model, windows
 
 # %% ../nbs/11_inference.ipynb #866dd037
 def _everything(model, window):

@@ -19,6 +19,8 @@ from egcnn_nb.layouts import find_dataset
 from egcnn_nb.settings import Settings
 from egcnn_nb.train import main as train_main
 from egcnn_nb.inference import main as predict_main
+import egcnn_nb.folders as folders
+import egcnn_nb.steps as steps
 import egcnn_nb.training as training
 
 ROWS = {}
@@ -217,37 +219,37 @@ def image_and_label_differ_only_in_sform(tmp):
 @row()
 def a_poisoned_case(tmp):
     "one case turns NaN after it was read -> its steps are skipped and counted, the others train, weights stay finite"
-    real = training.prepare
+    real = folders.prepare
     def poisoned(*a, **kw): task, train, val, notes = real(*a, **kw); train[0].x = torch.full_like(train[0].x, float("nan")); return task, train, val, notes
-    training.prepare = poisoned
+    folders.prepare = poisoned
     try: rows = fit(tmp, epochs=3)
-    finally: training.prepare = real
+    finally: folders.prepare = real
     state, _ = newest_checkpoint(tmp/"run"); assert [r["skipped"] for r in rows] == [1, 1, 1] and all(t.isfinite().all() for t in state["model"].values()) and all(np.isfinite(r["total"]) for r in rows)
     return "1 of 3 steps of each epoch skipped, weights finite"
 
 @row()
 def nothing_but_nan(tmp):
     "every step is NaN -> the run stops after ten, the cases named"
-    real = training.prepare
+    real = folders.prepare
     def poisoned(*a, **kw):
         task, train, val, notes = real(*a, **kw)
         for c in train: c.x = torch.full_like(c.x, float("nan"))
         return task, train, val, notes
-    training.prepare = poisoned
+    folders.prepare = poisoned
     try: return refused(lambda: fit(tmp, epochs=9), "10 steps in a row that are not finite, the last of case")
-    finally: training.prepare = real
+    finally: folders.prepare = real
 
 @row()
 def an_infinite_gradient(tmp):
     "one gradient is infinite in one step -> that step is skipped, the next one is not"
-    real, calls = training._is_bad, []
+    real, calls = steps._is_bad, []
     def poke(model, values):
         calls.append(1); p = next(model.parameters())
         if len(calls) == 2: p.grad.view(-1)[0] = float("inf")
         return real(model, values)
-    training._is_bad = poke
+    steps._is_bad = poke
     try: rows = fit(tmp)
-    finally: training._is_bad = real
+    finally: steps._is_bad = real
     assert [r["skipped"] for r in rows] == [1, 0]; return "1 step skipped"
 
 # --- checkpoints

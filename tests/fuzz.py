@@ -76,7 +76,7 @@ class Inputs:
         from safetensors.torch import save_file
         from egcnn_nb.core import KITS
         from egcnn_nb.settings import Settings
-        from egcnn_nb.training import make_model
+        from egcnn_nb.networks import make_model
         s = Settings("d", "r", width=2, levels=2, patch_size=(8, 8, 8)); save_file(make_model(s, KITS).state_dict(), tmp/"run/model.safetensors")
         config, weights = json.dumps({"settings": asdict(s), "task": asdict(KITS)}).encode(), (tmp/"run/model.safetensors").read_bytes()
         (tmp/"run/config.json").write_bytes(config)
