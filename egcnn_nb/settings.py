@@ -10,7 +10,7 @@ import ast, os
 from dataclasses import dataclass
 from pathlib import Path
 
-NETWORKS = ("unet", "vnet", "segnet", "segresnet", "dynunet")                        # the last two are MONAI's, see `10_training`
+NETWORKS = ("unet", "vnet", "segnet", "segresnet", "dynunet")                        # the last two are MONAI's, see `09c_networks`
 AUGMENTATIONS = ("flip", "intensity", "affine", "elastic", "noise", "bias", "gamma")          # shown in `09a_patches`
 CACHE = Path(os.environ.get("EGCNN_CACHE", Path.home()/".cache"/"egcnn_nb"))       # where prepared cases are kept
 
