@@ -84,10 +84,11 @@ def curves_of(
     "Validation Dice of every run against the epoch: whether they were trained until nothing changed"
     fig, backbones = Figure(figsize=(9, 3), layout="constrained"), list(dict.fromkeys(c.backbone for c in cells))
     axes, colours = fig.subplots(1, len(backbones), squeeze=False, sharey=True)[0], dict(zip(ARMS, ("bare", "prediction", "edge", "truth", "attention")))
+    lines = {arm: ("-", "--", ":", "-.")[k % 4] for base in ARMS for k, arm in enumerate(sorted({c.arm for c in cells if c.arm.split("+")[0] == base}))}
     for cell in cells:
         with open(Path(out)/cell.name/"metrics.csv", newline="") as f: dice = [float(r["dice_mean"]) for r in csv.DictReader(f)]
-        axes[backbones.index(cell.backbone)].plot(range(1, len(dice)+1), dice, ".-", color=COLOURS[colours[cell.arm.split("+")[0]]], lw=1, label=short(cell.arm))
-    for ax, b in zip(axes, backbones): ax.set(title=NAMES[b], xlabel="epoch"); ax.grid(alpha=.3)
+        axes[backbones.index(cell.backbone)].plot(range(1, len(dice)+1), dice, lines[cell.arm], marker=".", color=COLOURS[colours[cell.arm.split("+")[0]]], lw=1, label=short(cell.arm))
+    for ax, b in zip(axes, backbones): ax.set(title=NAMES[b], xlabel="epoch"); ax.grid(alpha=.3); ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("validation Dice"); seen = {l: h for ax in axes for h, l in zip(*ax.get_legend_handles_labels())}
     fig.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=len(seen), frameon=False, fontsize=8)
     return fig
