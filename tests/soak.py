@@ -3,9 +3,9 @@
     python tests/soak.py [--minutes 120]
 
 Each round trains two epochs on a tiny dataset (every third with a loader's process), stops one in the middle and resumes it, and predicts a case with
-all maps. Printed: what the process holds after each tenth of the time, and the slope over the second half, by least squares.
-A part of the slope is safetensors': its torch reader (0.5 to 0.8) keeps 64 bytes for each tensor that it maps, here some 72 a round."""
-import argparse, os, re, shutil, tempfile, time, warnings
+all maps. Printed: what the process holds after each tenth of the time, and the slope over the second half, by least squares. "In use" is what was
+allocated and not given back, as glibc counts it; "resident" also holds what the allocator keeps between pieces in use, which settles slowly."""
+import argparse, ctypes, os, re, shutil, tempfile, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,20 @@ from egcnn_nb.inference import predict_all
 from egcnn_nb.settings import Settings
 from egcnn_nb.training import fit
 
+class _Mallinfo(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_size_t) for n in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]
+
+def in_use():
+    "MiB allocated and not given back; NaN where the C library is not glibc"
+    try: mallinfo2 = ctypes.CDLL(None).mallinfo2
+    except (OSError, AttributeError, TypeError): return float("nan")
+    mallinfo2.restype = _Mallinfo; found = mallinfo2()
+    return (found.uordblks+found.hblkhd)/2**20
+
 def held():
-    "MiB in memory, open files, threads"
+    "MiB resident, MiB in use, open files, threads"
     status = Path("/proc/self/status").read_text(); number = lambda name: int(re.search(rf"{name}:\s+(\d+)", status)[1])
-    return number("VmRSS")/1024, len(os.listdir("/proc/self/fd")), number("Threads")
+    return number("VmRSS")/1024, in_use(), len(os.listdir("/proc/self/fd")), number("Threads")
 
 def one_round(tmp, i):
     run, out = tmp/f"run{i}", tmp/f"out{i}"
@@ -32,13 +42,13 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--minutes", type=float, default=120); args = p.parse_args()
     warnings.simplefilter("ignore"); torch.set_num_threads(1); rows, start, told = [], time.time(), 0
-    print("| minutes | rounds | MiB in memory | open files | threads |\n|---|---|---|---|---|")
+    print("| minutes | rounds | MiB resident | MiB in use | open files | threads |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp); dataset(tmp/"data")
         while (minutes := (time.time()-start)/60) < args.minutes:
             one_round(tmp, len(rows)); rows.append((minutes, *held()))
-            if minutes >= told: print(f"| {minutes:.1f} | {len(rows)} | {rows[-1][1]:.0f} | {rows[-1][2]} | {rows[-1][3]} |", flush=True); told += args.minutes/10
+            if minutes >= told: print(f"| {minutes:.1f} | {len(rows)} | {rows[-1][1]:.0f} | {rows[-1][2]:.2f} | {rows[-1][3]} | {rows[-1][4]} |", flush=True); told += args.minutes/10
     late = np.array(rows[len(rows)//2:]); slope = lambda c: np.polyfit(late[:, 0]/60, late[:, c], 1)[0]
-    print(f"\n{len(rows)} rounds; slope over the second half: {slope(1):+.2f} MiB, {slope(2):+.2f} files, {slope(3):+.2f} threads an hour")
+    print(f"\n{len(rows)} rounds; slope over the second half: {slope(1):+.2f} MiB resident, {slope(2):+.2f} MiB in use, {slope(3):+.2f} files, {slope(4):+.2f} threads an hour")
 
 if __name__ == "__main__": main()
