@@ -15,7 +15,7 @@ from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .core import expect
+from .core import expect, need
 from .explorers import COLOURS, Explorer, close_widget, swatches
 from .viewers import colour_of, labelled_slider, plane_layout, read_scene, sample_values
 
@@ -123,14 +123,14 @@ def view3d(
 
 def _itk_images(s):
     "The scene as itkwidgets takes it: image, and label_image (label, else edge) if there is one"
-    from ngff_zarr import to_ngff_image
+    to_ngff_image = need("ngff_zarr", "backend='itk'", "itk").to_ngff_image
     image = lambda a, kind: to_ngff_image(np.ascontiguousarray(a.T, kind), ("z", "y", "x"), dict(zip("xyz", map(float, s.mm))))
     mask = s.overlays.get("label", s.overlays.get("edge"))
     return {"image": image(s.volume[0], np.float32)} | ({} if mask is None else {"label_image": image(mask, np.uint8)})
 
 def _itk(s):
     "The scene in itkwidgets"
-    import itkwidgets
+    itkwidgets = need("itkwidgets", "backend='itk'", "itk")
     images = _itk_images(s)
     return itkwidgets.view(images.pop("image"), **images)
 

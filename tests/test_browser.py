@@ -1,35 +1,18 @@
 """Every interactive view in a real JupyterLab (and one notebook in Notebook 7), in headless Chromium without internet.
 
 The pictures of each view before and after it was moved go to the folder that EGCNN_SCREENSHOTS names (default: a temporary one)."""
-import io, os, re, shutil, socket, subprocess, sys, time
+import io, os, re, socket, subprocess, sys, time
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parents[1]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
 VIEWS = {"01b_explorers": 1, "02_viewers": 2, "02b_scenes": 1, "03_sobel": 3, "04_gate": 1, "05_losses": 4, "06_backbones": 1, "07b_anatomy": 3, "10b_dashboard": 1, "11_inference": 4, "11a_scan": 1}   # notebook -> views in it
 HERE = re.compile(r"(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|data:|blob:|about:")
 CURRENT = "window.jupyterapp.shell.currentWidget"
-
-@pytest.fixture(scope="session")
-def shots(tmp_path_factory):
-    folder = Path(os.environ.get("EGCNN_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots")); folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-@pytest.fixture(scope="session")
-def work(tmp_path_factory):
-    "A copy of the notebooks and their data, since the front end saves into it"
-    folder = tmp_path_factory.mktemp("work")
-    for name in ("nbs", "data_samples", "egcnn_nb"): shutil.copytree(ROOT/name, folder/name)
-    shutil.copy(ROOT/"settings.ini", folder)                                # the last cell of each notebook exports
-    return folder
 
 def serve(app, folder, log, python=sys.executable, extra=()):
     "Start a Jupyter front end on a free port: process and address"
@@ -52,14 +35,6 @@ def lab(work):
     process, address = serve("lab", work/"nbs", work/"lab.log")
     yield address
     process.terminate(); process.wait(30)
-
-@pytest.fixture(scope="session")
-def chromium():
-    assert CHROMIUM, "no Chromium found: install it, for example by apt-get install chromium"
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 @pytest.fixture
 def page(chromium):

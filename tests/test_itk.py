@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from test_browser import CURRENT, HERE, ROOT, chromium, pixels, serve, shots, work, write_notebook
+from test_browser import CURRENT, HERE, pixels, serve, write_notebook
 
 pytestmark = pytest.mark.skipif(not os.environ.get("EGCNN_ITK"), reason="set EGCNN_ITK=1; needs npm and the extra itk")
 NPM = ["vue@2.6.10", "vue-js-modal@1.3.35", "@hscmap/vue-window@2.4.1", "imjoy-core@0.14.5", "imjoy-rpc@0.5.9", "itk-vtk-viewer@14.51.0", "itk-viewer-bootstrap-ui@0.30.0"]

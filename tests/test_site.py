@@ -4,10 +4,8 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parents[1]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args): pass
@@ -24,14 +22,6 @@ def site(tmp_path_factory):
     yield clone/"_site", f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
 
-@pytest.fixture(scope="module")
-def browser():
-    assert CHROMIUM, "this test needs chromium"
-    with sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking"])
-        yield chromium
-        chromium.close()
-
 def opened(context, address):
     "A page, what it said, and whom it asked"
     page, said, asked = context.new_page(), [], []
@@ -44,12 +34,12 @@ def faults(page):
     "What axe-core calls serious or critical"
     return [(v["id"], v["nodes"][0]["html"][:200]) for v in Axe().run(page).response["violations"] if v["impact"] in ("serious", "critical")]
 
-def test_every_page_in_the_light_and_on_a_phone(site, browser):
+def test_every_page_in_the_light_and_on_a_phone(site, chromium):
     folder, address = site
     pages = [p.relative_to(folder).as_posix() for p in folder.rglob("*.html") if p.name != "404.html"]
     assert len(pages) >= 50 and {"index.html", "13_multi_gpu.html", "api/sobel.html", "speed.html"} <= set(pages)
     for size, some in (({"width": 1280, "height": 900}, pages), ({"width": 390, "height": 844}, sorted(pages)[::4])):
-        context = browser.new_context(viewport=size, color_scheme="light")
+        context = chromium.new_context(viewport=size, color_scheme="light")
         for name in some:
             page, said, asked = opened(context, f"{address}/{name}")
             pictures = page.evaluate("[...document.images].filter(i => i.loading != 'lazy' && !i.naturalWidth).map(i => i.src)")
@@ -59,24 +49,24 @@ def test_every_page_in_the_light_and_on_a_phone(site, browser):
             if size["width"] > 1000: assert faults(page) == [], name
             page.close()
 
-def test_in_the_dark(site, browser):
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="dark")
+def test_in_the_dark(site, chromium):
+    context = chromium.new_context(viewport={"width": 1280, "height": 900}, color_scheme="dark")
     for name in ("index", "03_sobel", "05_losses", "12b_one_sitting", "api/egcnn"):
         page, said, _ = opened(context, f"{site[1]}/{name}.html")
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)" and (said, faults(page)) == ([], []), name
 
-def test_a_fault_would_be_seen(site, browser):
-    page, *_ = opened(browser.new_context(), f"{site[1]}/index.html")
+def test_a_fault_would_be_seen(site, chromium):
+    page, *_ = opened(chromium.new_context(), f"{site[1]}/index.html")
     page.evaluate("document.querySelector('.md-content p').innerHTML += '<img src=\"/none.png\"><span style=\"color:#eee\">pale</span>'")
     assert {"image-alt", "color-contrast"} <= {name for name, _ in faults(page)}
 
-def test_search_finds_a_function(site, browser):
-    page, said, _ = opened(browser.new_context(), f"{site[1]}/index.html")
+def test_search_finds_a_function(site, chromium):
+    page, said, _ = opened(chromium.new_context(), f"{site[1]}/index.html")
     page.keyboard.press("s"); page.keyboard.type("balanced_bce")
     page.wait_for_selector(".md-search-result__link[href*='losses']", timeout=15000)
 
-def test_a_view_can_be_moved_without_a_kernel(site, browser):
-    page, said, asked = opened(browser.new_context(), f"{site[1]}/04_gate.html")
+def test_a_view_can_be_moved_without_a_kernel(site, chromium):
+    page, said, asked = opened(chromium.new_context(), f"{site[1]}/04_gate.html")
     figure = page.locator("figure.frames"); assert figure.count() == 1
     before = figure.locator("img").get_attribute("src"); figure.locator("input").focus()
     page.keyboard.press("Home"); page.wait_for_function("document.querySelector('figure.frames img').src.endsWith('_0.webp') && document.querySelector('figure.frames img').naturalWidth > 0")
