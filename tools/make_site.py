@@ -30,7 +30,7 @@ def math(text):
         parts[i] = re.sub(r"(?<!\\)\$(?!\s)([^$\n]+?)(?<!\s)\$", lambda m: convert(m[1]), parts[i])
     return "".join(parts)
 
-def links(text, here=""):
+def links(text):
     "Links between notebooks and files as links between pages"
     for file, page in PAGES.items(): text = text.replace(f"](../{file})", f"]({page})").replace(f"]({file})", f"]({page})")
     text = re.sub(r"\]\((?:\.\./)?(?:nbs/)?(\w+)\.ipynb(#[^)]*)?\)", r"](\1.md\2)", text)
