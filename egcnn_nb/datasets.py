@@ -8,6 +8,7 @@ __all__ = ['RAS', 'normalize', 'iso_size', 'resample_labels', 'foreground', 'Loa
 
 # %% ../nbs/09_datasets.ipynb #ad0ba8cb
 import hashlib, json, os, threading, time, warnings, zlib
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -165,6 +166,11 @@ def _read_entry(path, case):
     return Loaded(case.name, **tensors, grid=grid, shape=tuple(about["shape"]), box=tuple(slice(*s) for s in about["box"]))
 
 # %% ../nbs/09_datasets.ipynb #4765c2b6
+def _present(paths):
+    "(path, its stat) of the files that are still there: another process may move or remove its own at any time"
+    for path in paths:
+        with suppress(FileNotFoundError): yield path, path.stat()
+
 def make_room(
     cache:Path, # folder of prepared cases
     need:int, # bytes
@@ -172,13 +178,13 @@ def make_room(
     keep:set, # files that stay
 )->bool: # whether `need` bytes fit now
     "Throw away the entries that were not used for longest, and what killed processes left behind"
-    for part in cache.glob(".part-*"):
-        if time.time()-part.stat().st_mtime > 86400: part.unlink(missing_ok=True)
-    oldest = sorted(cache.glob("[!.]*.safetensors"), key=lambda e: e.stat().st_mtime)
-    used = sum(e.stat().st_size for e in oldest)
-    for entry in oldest:
+    for part, stat in _present(cache.glob(".part-*")):
+        if time.time()-stat.st_mtime > 86400: part.unlink(missing_ok=True)
+    oldest = sorted(_present(cache.glob("[!.]*.safetensors")), key=lambda e: e[1].st_mtime)
+    used = sum(stat.st_size for _, stat in oldest)
+    for entry, stat in oldest:
         if used+need <= limit: break
-        if entry not in keep: used -= entry.stat().st_size; entry.unlink(missing_ok=True)
+        if entry not in keep: used -= stat.st_size; entry.unlink(missing_ok=True)
     return used+need <= limit
 
 def prepared_cases(
