@@ -70,6 +70,7 @@ def make_model(
     example = None if ours else torch.zeros(1, len(task.channels), *[2**settings.levels]*3)
     return EGCNN(net, example, task.activation, verbose=False, **reading_for(EGCNN, settings)) if settings.edge else net
 
+# %% ../nbs/09c_networks.ipynb #c4fbe7ca
 def best_precision(
     device:torch.device, # where a run takes place
 )->str: # "bf16", "fp16" or "fp32"
