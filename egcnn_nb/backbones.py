@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import expect
-from .gate import ResidualBlock, conv, norm
+from .gate import ResidualBlock
+from .layers import conv, norm
 
 # %% ../nbs/06_backbones.ipynb #3b19c218
 def pad_to_multiple(

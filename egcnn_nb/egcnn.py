@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from .core import expect, probabilities
 from .backbones import crop
-from .gate import EdgeGate, ResidualBlock, conv
+from .gate import EdgeGate, ResidualBlock
+from .layers import conv
 
 # %% ../nbs/07_egcnn.ipynb #efca56b9
 def resize(
