@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .core import expect, probabilities
 from .backbones import crop
 from .gate import EdgeGate, ResidualBlock
-from .layers import conv
+from .layers import conv, mix_channels
 
 # %% ../nbs/07_egcnn.ipynb #efca56b9
 def resize(
@@ -84,12 +84,12 @@ class EdgeStream(nn.Module):
         weight:Tensor, # kernel (N,C,1,1,1) of a 1×1×1 convolution of the edge feature
     )->tuple: # edge logits (B,E,D,H,W), convolved edge feature (B,N,D,H,W), list of alpha deep to fine
         "As `forward`, with the edge feature convolved by `weight`, but without making that feature"
-        linear, gate, edges = {4: F.conv2d, 5: F.conv3d}[entry.dim()], cast(EdgeGate, self.gates[-1]), self.head.out_channels
+        gate, edges = cast(EdgeGate, self.gates[-1]), self.head.out_channels
         if gate.conv_e.out_channels > 1 or not isinstance(self.last, nn.Identity):              # these readings need it
             edge, e, alphas = self(entry, features)
-            return edge, linear(e, weight), alphas
+            return edge, mix_channels(e, weight), alphas
         e, alphas = self.climb(entry, features[:-1])
-        maps = linear(self.rise(e, len(alphas)), torch.cat([gate.conv_e.weight, self.head.weight, weight]))
+        maps = mix_channels(self.rise(e, len(alphas)), torch.cat([gate.conv_e.weight, self.head.weight, weight]))
         maps, bias = resize(maps, features[-1].shape[2:]), lambda c: cast(Tensor, c.bias).view(-1, *[1]*(maps.dim()-2))
         alpha = gate.alpha(maps[:, :1] + bias(gate.conv_e), features[-1])
         maps = maps[:, 1:]*(1+alpha)
@@ -262,9 +262,9 @@ class EGCNN(nn.Module):
             change = self.fusion(torch.cat([probabilities(main, self.activation), edge.sigmoid()], 1))
         else:
             other = main if self.fuse == "logits" else fit(seen[f"{self.head}:input"])
-            w, linear = self.fusion.weight, {4: F.conv2d, 5: F.conv3d}[x.dim()]                     # the fusion, its two inputs apart
+            w = self.fusion.weight                                        # the fusion, its two inputs apart
             edge, share, alphas = self.edge.project(seen[self.entry], gated, w[:, other.shape[1]:])
-            edge, change = fit(edge), linear(other, w[:, :other.shape[1]], self.fusion.bias) + fit(share)
+            edge, change = fit(edge), mix_channels(other, w[:, :other.shape[1]], self.fusion.bias) + fit(share)
         return output, main, main + change, edge, alphas
 
     def forward(self,

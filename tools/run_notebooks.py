@@ -31,8 +31,10 @@ def name_pictures(nb):
 
 def run(path):
     nb = nbformat.read(path, as_version=4)
-    start = time.time()
+    start, skipped = time.time(), [c for c in nb.cells if c.cell_type == "code" and re.search(r"^#\| eval: false$", c.source, re.M)]
+    for cell in skipped: cell.metadata["tags"] = ["skip-execution"]                                 # the tests leave it out too
     NotebookClient(nb, timeout=900, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": str(path.parent)}}).execute()
+    for cell in skipped: del cell.metadata["tags"]
     strip_views(nb); name_pictures(nb)
     nbformat.write(nb, path)
     nbdev_clean(str(path))
