@@ -43,10 +43,15 @@ class Conv3d(nn.Conv3d):
         x:Tensor, # (B,C,D,H,W)
     )->Tensor: # (B,K,D',H',W')
         if not _on_cpu(x): return super().forward(x)
-        x, plain = channels_last(x), max(self.kernel_size) == max(self.stride) == 1 and not any(map(int, self.padding))
-        if plain: return mix_channels(x, self.weight, self.bias)
+        x, shape = channels_last(x), [self.kernel_size, self.stride, self.padding]
+        if self._is_plain() and shape == [(1, 1, 1), (1, 1, 1), (0, 0, 0)]: return mix_channels(x, self.weight, self.bias)
         small = len(x) == 1 and x.shape[:4].numel() <= 20480 and x.dtype == torch.float32                  # when torch would not call oneDNN
-        return super().forward(x) if not small or torch.is_autocast_enabled("cpu") else self._by_halves(x)
+        return self._by_halves(x) if small and self._is_plain() and max(self.kernel_size) > 1 and not torch.is_autocast_enabled("cpu") else super().forward(x)
+
+    def _is_plain(self):
+        "Whether it is the same along each axis, without groups, dilation or another padding than zeros"
+        same = all(not isinstance(v, str) and len(set(v)) == 1 for v in (self.kernel_size, self.stride, self.padding, self.dilation))
+        return same and self.dilation[0] == self.groups == 1 and self.padding_mode == "zeros"
 
     def _by_halves(self, x):
         (k, *_), (s, *_), p, planes = self.kernel_size, self.stride, int(self.padding[0]), x.movedim(1, -1)

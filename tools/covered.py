@@ -1,0 +1,53 @@
+"""Which exported lines do the notebooks' own tests run?
+
+    pip install coverage && OMP_NUM_THREADS=1 python tools/covered.py [04_gate ...] [--missing]     # default: every notebook
+
+Each notebook runs from top to bottom in a process of its own. Its exported cells run under the name and the line numbers of the module that they
+become, so that coverage.py counts them there, together with what other notebooks run of that module. --missing lists the lines that none has run.
+What runs only in other processes (commands, workers, several ranks) is not counted, though the tests in tests/ run it."""
+import argparse, json, multiprocessing, os, re, sys, tempfile
+from pathlib import Path
+
+import coverage
+from execnb.nbio import dict2nb
+
+ROOT = Path(__file__).parents[1]
+
+def line_of(module, cell):
+    "Line of a module before an exported cell's first"
+    text = (ROOT/f"egcnn_nb/{module}.py").read_text().splitlines()
+    return 1+next((i for i, line in enumerate(text) if line.startswith("# %% ") and line.endswith(f"#{cell['id']}")), 0)
+
+def as_module(module, cell):
+    "An exported cell that is compiled under its module's name; any other as it is"
+    source = "".join(cell["source"])
+    if not re.match(r"#\| export\b", source) or cell["cell_type"] != "code": return dict(cell, source=source)
+    body = source.split("\n", 1)[1]
+    return dict(cell, source=f"exec(compile({chr(10)*line_of(module, cell)+body!r}, {str(ROOT/f'egcnn_nb/{module}.py')!r}, 'exec'), globals())")
+
+def run(path, data):
+    "A notebook's cells under coverage, in this process; exit code 1 if one fails"
+    log = open(os.devnull, "w"); sys.stdout = sys.stderr = log; os.dup2(log.fileno(), 1); os.dup2(log.fileno(), 2)
+    cells = [c for c in json.loads(path.read_text())["cells"] if not re.search(r"#\| eval: false|nbdev_export\(\)", "".join(c["source"]))]
+    module = re.search(r"#\| default_exp (\w+)", "\n".join("".join(c["source"]) for c in cells))
+    if module: cells = [as_module(module[1], c) for c in cells]
+    os.environ["MPLBACKEND"] = "agg"; os.chdir(ROOT/"nbs"); sys.path.insert(0, str(ROOT/"nbs"))
+    from execnb.shell import CaptureShell
+    nb, shell = dict2nb({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}), CaptureShell()
+    measure = coverage.Coverage(data_file=data, data_suffix=path.stem, include=[f"{ROOT}/egcnn_nb/*"], omit=["*/_modidx.py"]); measure.start()
+    code = 0
+    try: shell.run_all(nb, exc_stop=True)
+    except BaseException: code = 1
+    measure.stop(); measure.save(); os._exit(code)
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("notebooks", nargs="*"); p.add_argument("--missing", action="store_true"); args = p.parse_args()
+    paths = [ROOT/f"nbs/{n}.ipynb" for n in args.notebooks] or sorted((ROOT/"nbs").glob("*.ipynb"))
+    data = str(Path(tempfile.mkdtemp())/"data")
+    for path in paths:
+        process = multiprocessing.get_context("spawn").Process(target=run, args=(path, data)); process.start(); process.join()
+        print(path.stem, "" if process.exitcode == 0 else "FAILED", file=sys.stderr, flush=True)
+    total = coverage.Coverage(data_file=data); total.combine(); total.report(show_missing=args.missing, skip_covered=args.missing, precision=1)
+
+if __name__ == "__main__": main()
