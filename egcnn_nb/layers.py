@@ -43,10 +43,11 @@ class Conv3d(nn.Conv3d):
         x:Tensor, # (B,C,D,H,W)
     )->Tensor: # (B,K,D',H',W')
         if not _on_cpu(x): return super().forward(x)
-        x, shape = channels_last(x), [self.kernel_size, self.stride, self.padding]
-        if self._is_plain() and shape == [(1, 1, 1), (1, 1, 1), (0, 0, 0)]: return mix_channels(x, self.weight, self.bias)
-        small = len(x) == 1 and x.shape[:4].numel() <= 20480 and x.dtype == torch.float32                  # when torch would not call oneDNN
-        return self._by_halves(x) if small and self._is_plain() and max(self.kernel_size) > 1 and not torch.is_autocast_enabled("cpu") else super().forward(x)
+        x = channels_last(x)
+        if not self._is_plain(): return super().forward(x)
+        if (self.kernel_size[0], self.stride[0], self.padding[0]) == (1, 1, 0): return mix_channels(x, self.weight, self.bias)
+        small = len(x) == 1 and x.shape[:4].numel() <= 20480 and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")      # when torch would not call oneDNN
+        return self._by_halves(x) if small and self.kernel_size[0] > 1 else super().forward(x)
 
     def _is_plain(self):
         "Whether it is the same along each axis, without groups, dilation or another padding than zeros"
@@ -117,13 +118,14 @@ class _Norm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight, mean, rstd = ctx.saved_tensors; each = x.shape[1]//ctx.groups
-        (rows, k), grads, dx = _rows(x), _rows(channels_last(grad))[0], torch.empty_like(x)
+        (rows, k), grads, out = _rows(x), _rows(channels_last(grad))[0], torch.empty_like(x)
         dy, dyx = _sums(rows, grads, k)
         dyx = rstd*(dyx-mean*dy)                                      # with x normalised
         g, gx = ((t*weight).unflatten(1, (-1, each)).mean(2).repeat_interleave(each, 1)/(x[0].numel()//x.shape[1]) for t in (dy, dyx))
         a, b, c = (_wide(t, k) for t in (rstd*weight, -rstd**2*gx, rstd*(rstd*mean*gx-g)))
-        for i, at in _row_slabs(rows): torch.addcmul(torch.addcmul(c[i], rows[i, at].float(), b[i]), grads[i, at].float(), a[i], out=_rows(dx)[0][i, at])
-        return dx, dyx.sum(0).to(weight.dtype), dy.sum(0).to(weight.dtype), None, None
+        dx = _rows(out)[0]
+        for i, at in _row_slabs(rows): torch.addcmul(torch.addcmul(c[i], rows[i, at].float(), b[i]), grads[i, at].float(), a[i], out=dx[i, at])
+        return out, dyx.sum(0).to(weight.dtype), dy.sum(0).to(weight.dtype), None, None
 
 # %% ../nbs/03b_layers.ipynb #85114cfa
 class GroupNorm(nn.GroupNorm):
