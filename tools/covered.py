@@ -9,9 +9,8 @@ import argparse, json, multiprocessing, os, re, sys, tempfile
 from pathlib import Path
 
 import coverage
-from execnb.nbio import dict2nb
 
-ROOT = Path(__file__).parents[1]
+from quietly import ROOT, as_notebook, run_cells
 
 def line_of(module, cell):
     "Line of a module before an exported cell's first"
@@ -27,17 +26,11 @@ def as_module(module, cell):
 
 def run(path, data):
     "A notebook's cells under coverage, in this process; exit code 1 if one fails"
-    log = open(os.devnull, "w"); sys.stdout = sys.stderr = log; os.dup2(log.fileno(), 1); os.dup2(log.fileno(), 2)
     cells = [c for c in json.loads(path.read_text())["cells"] if not re.search(r"#\| eval: false|nbdev_export\(\)", "".join(c["source"]))]
     module = re.search(r"#\| default_exp (\w+)", "\n".join("".join(c["source"]) for c in cells))
     if module: cells = [as_module(module[1], c) for c in cells]
-    os.environ["MPLBACKEND"] = "agg"; os.chdir(ROOT/"nbs"); sys.path.insert(0, str(ROOT/"nbs"))
-    from execnb.shell import CaptureShell
-    nb, shell = dict2nb({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}), CaptureShell()
     measure = coverage.Coverage(data_file=data, data_suffix=path.stem, include=[f"{ROOT}/egcnn_nb/*"], omit=["*/_modidx.py"]); measure.start()
-    code = 0
-    try: shell.run_all(nb, exc_stop=True)
-    except BaseException: code = 1
+    code = run_cells(as_notebook(cells))
     measure.stop(); measure.save(); os._exit(code)
 
 def main():

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
-from execnb.nbio import dict2nb
 
-ROOT = Path(__file__).parents[1]
+from quietly import ROOT, as_notebook, run_cells
+
 SWAPS = ("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "Mul_Add", "Pow_Mul", "FloorDiv_Mul", "Mod_Add", "BitOr_BitAnd", "BitAnd_BitOr")
 COMPARISONS = ("Lt_LtE", "LtE_Lt", "Gt_GtE", "GtE_Gt", "Lt_Gt", "Gt_Lt", "Eq_NotEq", "NotEq_Eq", "Is_IsNot", "IsNot_Is")
 OPERATORS = [f"core/ReplaceBinaryOperator_{s}" for s in SWAPS]+[f"core/ReplaceComparisonOperator_{c}" for c in COMPARISONS]+[f"core/{n}" for n in (
@@ -25,18 +25,12 @@ def mutants(source):
         while (found := mutate_code(source, operator, k)) is not None and found != source: yield found; k += 1
 
 def run(nb):
-    "Exit code 0 if every cell runs, in this process"
-    sys.stdout = sys.stderr = open(os.devnull, "w"); os.dup2(sys.stdout.fileno(), 1); os.dup2(sys.stdout.fileno(), 2)
-    os.environ["MPLBACKEND"] = "agg"; os.chdir(ROOT/"nbs"); sys.path.insert(0, str(ROOT/"nbs"))
-    from execnb.shell import CaptureShell
-    shell = CaptureShell()
-    try: shell.run_all(nb, exc_stop=True)
-    except BaseException: os._exit(1)
-    os._exit(0)
+    "A notebook in this process, which ends with exit code 0 if every cell runs"
+    os._exit(run_cells(nb))
 
 def outcome(cells, limit):
     "0: all ran, 1: a cell failed, None: it took too long; and the seconds"
-    nb, start = dict2nb({"cells": [dict(c) for c in cells], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}), time.monotonic()
+    nb, start = as_notebook(cells), time.monotonic()
     process = multiprocessing.get_context("fork").Process(target=run, args=(nb,)); process.start(); process.join(limit)
     if process.is_alive(): os.kill(process.pid, signal.SIGKILL); process.join(); return None, time.monotonic()-start
     return process.exitcode, time.monotonic()-start
