@@ -203,9 +203,10 @@ def trials(
     arms, # see `arm_of`
     lrs, # initial learning rates that each tries
     seed:int=0, # of all trials
+    train_cases:int|None=None, # how many training cases; None: all
 )->list: # of Cell
     "The runs by which learning rates are chosen"
-    return [c for lr in lrs for c in grid(backbones, arms, [seed], lrs=dict.fromkeys(product(backbones, arms), lr))]
+    return [c for lr in lrs for c in grid(backbones, arms, [seed], [train_cases], dict.fromkeys(product(backbones, arms), lr))]
 
 def tuned(
     cells:list, # of `trials`, done

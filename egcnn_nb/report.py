@@ -160,11 +160,11 @@ def draw_robustness(
     score:str="dice", # of SCORES
 )->Figure:
     "A score against the strength of each change: mean over seeds and cases, for each network"
-    kinds, plain = list(dict.fromkeys(r["change"] for r in rows)), [{**r, "strength": 0} for r in plain if r["region"] == "mean" and r["train_cases"] == "all"]
+    kinds, plain = list(dict.fromkeys(r["change"] for r in rows)), [{**r, "strength": 0} for r in plain if r["region"] == "mean" and r["train_cases"] == rows[0]["train_cases"]]
     fig = Figure(figsize=(3*len(kinds), 3), layout="constrained"); axes = fig.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for ax, kind in zip(axes, kinds):
         for backbone, arm in networks(rows):
-            own = [np.mean(table_of([*plain, *(r for r in rows if r["change"] == kind)], score, backbone=backbone, arm=arm, train_cases="all", strength=s)) for s in range(6)]
+            own = [np.mean(table_of([*plain, *(r for r in rows if r["change"] == kind)], score, backbone=backbone, arm=arm, strength=s)) for s in range(6)]
             ax.plot(range(6), own, ".-", label=title(backbone, arm))
         ax.set(title=kind, xlabel="strength"); ax.grid(alpha=.3)
     axes[0].set_ylabel(score.replace("_", " ")); axes[-1].legend(frameon=False, fontsize=7); return fig
