@@ -21,7 +21,8 @@ from torch import nn
 
 from .core import InputError, Task, probabilities, to_labels
 from .explorers import COLOURS, Explorer
-from .egcnn import evaluating, resize
+from .layers import resize
+from .egcnn import evaluating
 from .layouts import find_dataset
 from .settings import Settings
 from .training import fit

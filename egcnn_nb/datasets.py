@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.contrib.concurrent import thread_map
 
 from .core import Task, bounding_box, write_whole
-from .egcnn import resize
+from .layers import resize
 from .layouts import Case, expect_files, read_case
 from .settings import CACHE
 from .volumes import Volume

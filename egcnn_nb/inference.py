@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .core import InputError, Task, exit_on_error, expect, keep_memory, probabilities, to_labels, write_whole
 from .volumes import read_shape, write_volume
-from .egcnn import resize
+from .layers import resize
 from .layouts import Case, find_dataset
 from .datasets import Loaded, iso_size, load_case, place
 from .settings import Settings

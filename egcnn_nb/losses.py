@@ -44,18 +44,35 @@ def _over_batch(x):
     return _SumOverRanks.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 # %% ../nbs/05_losses.ipynb #c7254aa1
+class _Overlap(torch.autograd.Function):
+    "Numerator and denominator of Dice without a volume between: 2 Σ pq and Σ p² + Σ q², each (B,C)"
+    @staticmethod
+    def forward(ctx, prob, target):
+        ctx.save_for_backward(prob, target)
+        dot = lambda a, b: torch.stack([torch.dot(p.flatten(), q.flatten()) for c, d in zip(a, b) for p, q in zip(c, d)]).view(a.shape[:2])
+        return 2*dot(prob, target), dot(prob, prob)+dot(target, target)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, overlap, size):
+        prob, target = ctx.saved_tensors
+        wide = lambda g: 2*g[(..., *[None]*(prob.dim()-2))]
+        grad = lambda of, other: (other*wide(overlap)).addcmul_(of, wide(size))
+        return grad(prob, target), grad(target, prob) if ctx.needs_input_grad[1] else None
+
 def dice_loss(
     prob:Tensor, # probabilities (B,C,D,H,W) in [0,1]
     target:Tensor, # masks {0,1}, same shape
     eps:float=1e-5, # prevents division by zero
     eps_in:str="both", # "both" numerator and denominator, or "denominator" as printed
     reduce:str="case", # one fraction per "case" and class, or per class over the "batch"
+    skip:int=0, # the first channels that do not count, such as a background: the same as to cut them off, and faster
 )->Tensor: # scalar in [0,1]
     "Soft Dice loss with squares in the denominator (eq. 4)"
     expect(eps_in in ("both", "denominator"), "eps_in", repr(eps_in), "'both' or 'denominator'")
     expect(reduce in ("case", "batch"), "reduce", repr(reduce), "'case' or 'batch'")
     prob, target = _pair(prob, target, "dice_loss")
-    overlap, size = 2*(prob*target).sum(_space(prob)), (prob.square()+target.square()).sum(_space(prob))
+    overlap, size = (t[:, skip:] for t in _Overlap.apply(prob, target))
     if reduce == "batch": overlap, size = _over_batch(overlap), _over_batch(size)
     return (1 - (overlap + eps*(eps_in == "both"))/(size + eps)).mean()
 
@@ -111,8 +128,7 @@ def gumbel_softmax_probs(
         soft = torch.sigmoid(z)
         if hard: decided = (z > 0).to(soft.dtype)
     else:
-        logp = logits.log_softmax(1)
-        soft = ((logp if noise is None else logp + noise)/tau).softmax(1)
+        soft = ((logits if noise is None else logits + noise)/tau).softmax(1)         # log P is the logit less one number for all channels, which softmax does not see
         if hard: decided = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1)
     return decided + soft - soft.detach() if hard else soft
 
@@ -225,9 +241,9 @@ class EGLoss(nn.Module):
         main_logits:Tensor=None, # main stream's own output (B,K,D,H,W)
         keys=None, # names of the noise, one tuple per case
     )->dict: # name -> scalar: total, semantic, edge_dice, edge_bce, consistency
-        prob = lambda z: self.foreground(probabilities(_float(z), self.activation))
+        prob = lambda z: probabilities(_float(z), self.activation)
         outputs, masks = self.supervised(logits, main_logits), self.foreground(target)
-        terms = {"semantic": torch.stack([dice_loss(prob(z), masks, **self.dice) for z in outputs]).mean()}
+        terms = {"semantic": torch.stack([dice_loss(prob(z), target, **self.dice, skip=int(self.activation == "softmax")) for z in outputs]).mean()}
         terms["edge_dice"] = terms["edge_bce"] = terms["consistency"] = terms["semantic"].new_zeros(())
         consistent = self.w_consistency and (edge_logits is not None or self.consistency_alone)
         if edge_logits is not None or consistent: magnitude = sobel_magnitude(_float(masks))

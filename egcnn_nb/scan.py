@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .core import InputError, Task, expect, region_masks, to_labels
 from .volumes import write_volume
 from .explorers import Explorer
-from .egcnn import resize
+from .layers import resize
 from .anatomy import PRETRAINED
 from .layouts import Case
 from .settings import Settings
