@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from ipywidgets import Button, Dropdown, FloatSlider, HBox, Text
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor, nn
 
 from .core import InputError, Task, expect, region_masks, to_labels
@@ -82,7 +83,7 @@ class ScanExplorer(Explorer):
         at:float, # slice, 0 to 1
     )->Figure:
         "Five maps of one slice"
-        fig = Figure(figsize=(12, 3.2 if self.seen else .5), layout="constrained")
+        fig = Figure(figsize=(12, 3.3 if self.seen else .5), layout=ConstrainedLayoutEngine(h_pad=.08))
         if not self.seen: fig.text(.01, .4, "press predict"); return fig
         turned = {n: np.moveaxis(self.seen[n], plane, -1) for n in ("image", "labels", "edge", "attention", "uncertainty") if n in self.seen}
         axes, k = fig.subplots(1, 5), round(at*(turned["image"].shape[-1]-1))

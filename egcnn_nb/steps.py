@@ -70,7 +70,7 @@ def draw_curves(
     epochs = [r["epoch"]+1 for r in rows]
     for ax, title, names in ((losses, "training loss", TERMS), (scores, "validation Dice", [k for k in rows[0] if k.startswith("dice_")])):
         for n in names: ax.plot(epochs, [float(r[n]) for r in rows], ".-", ms=3, label=n.removeprefix("dice_") if ax is scores else n.replace("_", " "), lw=2 if n in ("total", "dice_mean") else 1)
-        ax.set(title=title, xlabel="epoch"); ax.legend(frameon=False, fontsize=8); ax.grid(alpha=.3); ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set(title=title, xlabel="epoch"); ax.legend(edgecolor="none", framealpha=.8, fontsize=8); ax.grid(alpha=.3); ax.xaxis.get_major_locator().set_params(integer=True)
     scores.set_ylim(0, 1)
 
 def plot_curves(
