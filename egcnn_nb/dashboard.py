@@ -53,13 +53,13 @@ def draw_snapshot(
     at:float, # slice along k, 0 to 1
     outline:str="truth", # what the green outline is
 )->None:
-    "One slice of a snapshot, an outline over it; without an edge stream two axes stay empty"
+    "One slice of a snapshot, an outline over it; without an edge stream two axes stay empty; where no attention was computed it is white"
     k = round(at*(shown["image"].shape[-1]-1)); cut = {n: a[..., k].T for n, a in shown.items()}
     for ax, name, title in zip(axes, ("image", "prediction", "edge", "attention"), (f"image, {outline}", "prediction", "predicted edge", "attention α, 0 to 1")):
         ax.axis("off")
         if name not in cut: continue
         if name in ("image", "prediction"): ax.imshow(cut["image"], cmap="gray", origin="lower")
-        else: ax.imshow(cut[name], cmap="inferno" if name == "edge" else "magma", vmin=0, vmax=1, origin="lower")
+        else: ax.imshow(np.ma.masked_equal(cut[name], 0) if name == "attention" else cut[name], cmap="inferno" if name == "edge" else "magma", vmin=0, vmax=1, origin="lower")
         if name == "prediction":
             for v in filter(None, np.unique(shown[name])): ax.imshow(np.ma.masked_not_equal(cut[name], v), cmap=ListedColormap([COLOURS.get(int(v), COLOURS["prediction"])]), alpha=.6, origin="lower")
         if (cut["truth"] > 0).any(): ax.contour(cut["truth"] > 0, [.5], colors=COLOURS["truth"], linewidths=1)

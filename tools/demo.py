@@ -52,7 +52,7 @@ def table(scores):
             print(f"{region+' '+(metric if metric != 'dice' else ''):22} {bare:8.3f} {eg:8.3f}")
 
 def picture(path, shown):
-    "Image, truth, bare, EG-CNN, edges, attention: one axial slice"
+    "Image, truth, bare, EG-CNN, edges, attention (white outside the head, where it is not computed): one axial slice"
     k = int((shown["truth"] > 0).sum((0, 1)).argmax())
     cut = {n: a[:, ::-1, k].T for n, a in shown.items()}                       # the phantoms' second axis runs to the back: the front comes up
     fig, axes = plt.subplots(2, 3, figsize=(10.5, 8), layout="constrained")
@@ -66,7 +66,7 @@ def picture(path, shown):
     anatomy(axes[0, 2], "bare Seg-Net", "bare"); anatomy(axes[1, 0], "Seg-Net + EG-CNN", "eg")
     for ax in (axes[0, 2], axes[1, 0]): ax.contour(cut["truth"] > 0, [.5], colors="white", linewidths=1)
     axes[1, 1].imshow(cut["edge"], cmap="inferno", vmin=0, vmax=1, origin="lower"); axes[1, 1].set_title("predicted edges")
-    im = axes[1, 2].imshow(cut["attention"], cmap="magma", vmin=.5, vmax=1, origin="lower")
+    im = axes[1, 2].imshow(np.ma.masked_equal(cut["attention"], 0), cmap="magma", vmin=.5, vmax=1, origin="lower")
     axes[1, 2].set_title("attention α of the finest gate"); fig.colorbar(im, ax=axes[1, 2], shrink=.7)
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[v], alpha=.6) for v in (2, 4, 1)] + [plt.Line2D([], [], color="grey")]
     fig.legend(handles, ["edema", "enhancing", "necrosis", "outline of the truth (white)"], loc="outside lower center", ncols=4, frameon=False)
