@@ -18,7 +18,7 @@ from egcnn_nb.egcnn import EGCNN
 from egcnn_nb.losses import EGLoss
 from egcnn_nb.sobel import sobel_magnitude
 from egcnn_nb.networks import infer
-from speed import cost, extra_memory, problem, step
+from speed import cost, extra_memory, matmul_rate, problem, step
 
 def memory(name, n):
     "The most memory in bytes that a call adds, in a process of its own whose allocator gives everything back at once"
@@ -43,12 +43,12 @@ def train(n): return step(EGCNN(SegNet(1, 3, 8, 3)), *problem((1, 1, n, n, n)))
 def prediction(n): net, x = EGCNN(SegNet(1, 3, 8, 3)).eval(), torch.randn(1, n, n, n); return lambda: infer(net, x, (96,)*3)
 
 WORK = {"Sobel magnitude, 3 channels": (sobel, (32, 48, 64, 96, 128, 192, 256)), "all losses, forward and backward": (losses, (32, 48, 64, 96, 128, 192, 256)),
-        "a training step": (train, (32, 48, 64, 96, 128)), "prediction": (prediction, (32, 48, 64, 96, 128, 192, 256))}
+        "a training step": (train, (32, 48, 64, 96, 128, 160, 192)), "prediction": (prediction, (32, 48, 64, 96, 128, 192, 256))}
 
 def roofs():
     "Seconds to copy a byte, seconds for a multiply-add of a float32 matrix product"
-    x, m = torch.randn(2**25), torch.randn(2048, 2048); y = torch.empty_like(x)
-    return measured(lambda: y.copy_(x), 5)/(8*x.numel()), measured(lambda: m @ m, 5)/2048**3
+    x = torch.randn(2**25); y = torch.empty_like(x)
+    return measured(lambda: y.copy_(x), 5)/(8*x.numel()), 1/matmul_rate()
 
 def slope(sizes, values): return float(np.polyfit(3*np.log(sizes[-3:]), np.log(values[-3:]), 1)[0])
 

@@ -39,6 +39,10 @@ def extra_memory(f):
     f(); before = status("VmRSS"); Path("/proc/self/clear_refs").write_text("5"); f()
     return max(status("VmHWM")-before, 4096)
 
+def matmul_rate(dtype=torch.float32, n=2048):
+    "Multiply-adds a second of a product of two square matrices"
+    m = torch.randn(n, n).to(dtype); return n**3/(1e-3*medians(5, mm=lambda: m @ m)["mm"])
+
 def row(what, ours, peers, must, better="times as fast"):
     "One line of the table: the best of the peers is what counts"
     name, peer = min(peers.items(), key=lambda p: p[1])
@@ -132,6 +136,10 @@ def segresnet():
         assert cost(ours, x) == cost(theirs, x), (cost(ours, x), cost(theirs, x))
         t = medians(7 if name == "a" else 3, ours=step(ours, x, target), theirs=step(theirs, x, target))
         found.append(row(f"a step of Seg-Net, ({name}), batch 2", t["ours"], {"MONAI SegResNet": t["theirs"]}, "1.0", "of the peer's time"))
+        adds = 3*cost(ours, x)[1]                                    # forward, and backward twice as many
+        for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))[:1+(best_precision(torch.device("cpu")) == "bf16")]:
+            ms = medians(3, ours=step(ours, x, target, precision))["ours"]
+            print(f"Seg-Net ({name}) in {precision}: {adds/(1e-3*ms)/matmul_rate(dtype):.0%} of the rate of a matrix product")
     return found
 
 def bf16():

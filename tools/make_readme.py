@@ -11,9 +11,11 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).parents[1]
 
 def readme():
-    "Markdown of the index notebook; hidden cells go, relative links start at the top of the repository"
+    "Markdown of the index notebook; hidden cells go, and the code of those with `echo: false`; relative links start at the top of the repository"
     nb = nbformat.read(ROOT/"nbs/index.ipynb", as_version=4)
     nb.cells = [c for c in nb.cells if not c.source.startswith("#| hide")]
+    for c in nb.cells:
+        if c.source.startswith("#| echo: false"): c.metadata["transient"] = {"remove_source": True}
     text = MarkdownExporter().from_notebook_node(nb)[0]
     text = re.sub(r"\]\((?!https?:|#)(?!\.\./)", "](nbs/", text).replace("](../", "](")
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
