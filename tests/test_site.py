@@ -14,7 +14,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 def site(tmp_path_factory):
     "The built site, served: folder and address"
     clone = tmp_path_factory.mktemp("site")/"clone"
-    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".venv", ".git", "results", "_site", "_site_src", "__pycache__"))
+    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".venv", ".git", "_site", "_site_src", "__pycache__"))
     done = subprocess.run([sys.executable, "tools/make_site.py", "--views", "04_gate"], cwd=clone, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=clone/"_site"))

@@ -18,7 +18,7 @@ import nbformat
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT/"_site_src"
 PAGES = {"docs/glossary.md": "glossary.md", "docs/launch/README.md": "launch.md", "benchmarks/README.md": "speed.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md",
-         "CODE_OF_CONDUCT.md": "conduct.md"}
+         "CODE_OF_CONDUCT.md": "conduct.md", "results/hippocampus/README.md": "hippocampus.md"}
 
 VIEWS = ("01b_explorers", "02_viewers", "02b_scenes", "03_sobel", "04_gate", "05_losses", "06_backbones", "07b_anatomy", "11_inference", "11a_scan")         # notebooks with views
 
