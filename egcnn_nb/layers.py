@@ -32,10 +32,10 @@ def mix_channels(
 )->Tensor: # (B,K,D,H,W) or (B,K,H,W)
     "A convolution with a kernel of one voxel, on a CPU as a product of two matrices (our choice: faster, the same numbers)"
     if not _on_cpu(x): return (F.conv3d if x.dim() == 5 else F.conv2d)(x, weight, bias)
-    voxels, w = channels_last(x).movedim(1, -1), weight.flatten(1)
-    if len(w) >= 8: return F.linear(voxels, w, bias).movedim(-1, 1)
-    maps = w @ voxels.flatten(0, -2).t()
-    return (maps if bias is None else maps.add_(bias[:, None])).unflatten(1, voxels.shape[:-1]).movedim(0, 1)
+    w, of_maps = weight.flatten(1), x.shape[1] < 8 and x.movedim(1, 0).is_contiguous()                 # a few maps already, each in one piece
+    if len(w) >= 8: return F.linear(channels_last(x).movedim(1, -1), w, bias).movedim(-1, 1)
+    maps = w @ (x.movedim(1, 0).flatten(1) if of_maps else channels_last(x).movedim(1, -1).flatten(0, -2).t())
+    return (maps if bias is None else maps.add_(bias[:, None])).unflatten(1, (len(x), *x.shape[2:])).movedim(0, 1)
 
 class Conv3d(nn.Conv3d):
     "torch's Conv3d, on a CPU channels last, 1×1×1 as a matrix product, and a single small float32 volume as a batch of two halves (our choice: faster, the same numbers)"
