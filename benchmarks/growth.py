@@ -26,9 +26,8 @@ def memory(name, n):
     return int(subprocess.run(words, check=True, capture_output=True, text=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}).stdout)
 
 def measured(f, again):
-    "Median seconds, one call before not counted; of a single call, its own"
-    seconds = []
-    if again > 1: f()
+    "Median seconds; a call before, which finds memory, is not counted"
+    seconds = []; f()
     for _ in range(again): start = time.perf_counter(); f(); seconds.append(time.perf_counter()-start)
     return statistics.median(seconds)
 
