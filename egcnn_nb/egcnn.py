@@ -11,7 +11,6 @@ from math import prod
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import expect, probabilities

@@ -189,7 +189,7 @@ def _parts(about, tables, pictures, args):
 # %% ../nbs/12_experiments.ipynb #8a9a8ca1
 QUICK = {"epochs": 2, "width": 4, "levels": 2, "patch_size": [24, 24, 24], "lr": [3e-3], "seeds": 2, "validation": 1., "test_cases": "2", "jobs": 2, "precision": "fp32"}
 
-def _size(word):
+def _number_or_all(word):
     "all, or a number of training cases"
     return None if word == "all" else int(word)
 
@@ -206,7 +206,7 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--backbones", nargs="+", choices=list(NAMES), default=["unet", "vnet", "segnet"], help="main streams; segresnet and dynunet are MONAI's")
     p.add_argument("--arms", nargs="+", default=["bare", "matched", "eg"], metavar="ARM", help=f"what is compared: {', '.join(ARMS)}, or one of them with readings of the paper, such as eg+supervise=main")
     p.add_argument("--seeds", type=int, default=5, help="runs of each")
-    p.add_argument("--train_cases", type=_size, nargs="+", default=[None], metavar="N|all", help="training sets: numbers of cases, or all of them; the first chooses learning rates and fills the tables (default: all)")
+    p.add_argument("--train_cases", type=_number_or_all, nargs="+", default=[None], metavar="N|all", help="training sets: numbers of cases, or all of them; the first chooses learning rates and fills the tables (default: all)")
     p.add_argument("--lr", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="learning rates that each arm tries with the first seed")
     p.add_argument("--test_cases", default="0.2", metavar="FILE|N", help="names of the test cases, one a line, or their share or number, drawn once")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time; each gets its share of the processor's cores")
