@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from .core import exit_on_error, expect, write_whole
 from .explorers import COLOURS
 from .layouts import find_dataset
-from .settings import Settings
+from .settings import Settings, share_or_file
 from .inference import load_run
 from .cells import ARMS, grid, plan, run_cells, state, trials, tuned
 from .evaluation import evaluate, read_scores, robustness
@@ -214,7 +214,7 @@ def arguments()->argparse.ArgumentParser:
     for name in ("epochs", "width", "levels", "batch_size"): p.add_argument(f"--{name}", type=int, default=getattr(Settings, name), help="as in egcnn_train")
     p.add_argument("--patch_size", type=int, nargs=3, metavar=("D", "H", "W"), help="as in egcnn_train")
     p.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="as in egcnn_train")
-    p.add_argument("--validation", type=float, default=Settings.validation, help="share or number of the cases that are no test cases")
+    p.add_argument("--validation", type=share_or_file, default=Settings.validation, metavar="N|FILE", help="share or number of the cases that are no test cases, or a file with their names; without a file each seed has a split of its own")
     p.add_argument("--cache", metavar="DIR", help="as in egcnn_train")
     return p
 

@@ -48,7 +48,7 @@ def prepare(
     out = read_names(settings.exclude)
     known = [c for c in dataset.cases if c.name not in out]
     labelled = [c for c in known if c.label]
-    splits = split_cases(labelled, settings.seed, settings.validation)
+    splits = split_cases(labelled, settings.seed, read_names(settings.validation) if isinstance(settings.validation, str) else settings.validation)
     whole, used = len(splits[0]), len(splits[0]) if settings.train_cases is None else settings.train_cases
     expect(0 < used <= whole, "train_cases", used, f"1 to {whole} cases")
     splits = random.Random(settings.seed).sample(splits[0], used) if used < whole else splits[0], splits[1]

@@ -7,6 +7,7 @@ __all__ = ['split_cases', 'cut_patch', 'augment', 'Patches', 'EpochBatches']
 
 # %% ../nbs/09a_patches.ipynb #ad1d22e3
 from functools import lru_cache
+from math import inf
 
 import numpy as np
 import torch
@@ -20,15 +21,19 @@ from .settings import AUGMENTATIONS
 def split_cases(
     cases:list, # of Case
     seed:int=0, # whole number
-    validation:float=0.2, # share of the cases if below 1, else their number
+    validation:float|set=0.2, # share of the cases if below 1, else their number; or their names
 )->tuple: # training cases, validation cases
-    "Shuffle by seed and split by case (section 3.2)"
-    n = round(len(cases)*validation) if validation < 1 else int(validation)
-    n = max(n, 1)
+    "Shuffle by seed and split by case (section 3.2), or take the cases that are named"
+    if isinstance(validation, set):
+        unknown, n = sorted(validation-{c.name for c in cases}), len(validation)
+        expect(n and not unknown, "validation", unknown[:3] or "no name", "names of labelled cases that are not left out")
+        held = {i for i, c in enumerate(cases) if c.name in validation}
+    else:
+        expect(0 < validation < inf, "validation", validation, "a share of the cases below 1, or their number")
+        n = max(round(len(cases)*validation) if validation < 1 else int(validation), 1)
+        held = set(torch.randperm(len(cases), generator=keyed_generator(seed, 80, 20))[:n].tolist())
     expect(len(cases) > n, "the split", f"{len(cases)} labelled cases", f"more than the {n} for validation, so that some train", "add cases or lower --validation")
-    order = torch.randperm(len(cases), generator=keyed_generator(seed, 80, 20)).tolist()
-    pick = lambda idx: [cases[i] for i in sorted(idx)]
-    return pick(order[n:]), pick(order[:n])
+    return [c for i, c in enumerate(cases) if i not in held], [c for i, c in enumerate(cases) if i in held]
 
 # %% ../nbs/09a_patches.ipynb #0dd8c375
 def cut_patch(

@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
 
-from .settings import AUGMENTATIONS, CACHE, NETWORKS, Settings, readings_of
+from .settings import AUGMENTATIONS, CACHE, NETWORKS, Settings, readings_of, share_or_file
 
 # %% ../nbs/13_multi_gpu.ipynb #e35286b2
 LAUNCH = """one process, GPU if there is one:
@@ -46,7 +46,7 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=Settings.seed, help="of split, weights, order, patches and noise")
     p.add_argument("--workers", type=int, default=Settings.workers, help="loader processes; they change no result")
     p.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16", "fp64"], default=Settings.precision, help="of the network, losses are always fp32; auto: bf16 where the processor has it")
-    p.add_argument("--validation", type=float, default=Settings.validation, help="share of the cases for validation, or their number")
+    p.add_argument("--validation", type=share_or_file, default=Settings.validation, metavar="N|FILE", help="share of the cases for validation, or their number, or a file with their names, one a line")
     p.add_argument("--exclude", metavar="FILE", help="names of cases to leave out, one a line")
     p.add_argument("--train_cases", type=int, metavar="N", help="use N of the training cases, each the more often, so that an epoch stays as long; default all")
     p.add_argument("--augment", nargs="*", choices=AUGMENTATIONS, default=Settings.augment, metavar="NAME", help=f"random changes of a patch, out of {' '.join(AUGMENTATIONS)}; none: --augment alone")
