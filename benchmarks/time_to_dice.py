@@ -3,25 +3,27 @@
     python benchmarks/time_to_dice.py DATA --exclude FILE --tune        # each side tries the same learning rates and lengths, on a seed of its own
     python benchmarks/time_to_dice.py DATA --exclude FILE               # the best of each, seeds 0 to 4, in turn; a table
 
-Imports, loading, caching (into an empty folder) and validation count. All sides: 100 cases for training and 28 for validation, the same ones; batches of 2
-patches of 40x56x40, mirrored, intensity shifted and scaled; width 8, 3 levels (MONAI's UNet: its own 16 to 128); Dice of two classes, mean over cases."""
+Imports, loading, caching (into an empty folder) and validation count. All sides: the same 100 cases for training and 28 for validation, whatever the seed;
+batches of 2 patches of 40x56x40, mirrored, intensity shifted and scaled; validation after each epoch, mean Dice of two classes over cases; width 8 and
+3 levels (MONAI's UNet: its own 16 to 128); bfloat16 on both sides where the processor has it (--fp32: on neither)."""
 import argparse, json, os, statistics, subprocess, sys, tempfile, time
+from itertools import product
 from pathlib import Path
 
-GOAL, PATCH, TRAIN, VALIDATION = .85, (40, 56, 40), 100, 28
-TRIALS = ((1e-3, 10), (3e-3, 10))                                                     # learning rate, epochs
-BEST = {"EG-CNN": (3e-3, 10), "our Seg-Net": (3e-3, 10), "MONAI SegResNet": (3e-3, 10), "MONAI UNet": (3e-3, 10)}
+GOAL, PATCH, VALIDATION = .85, (40, 56, 40), 28
+TRIALS = tuple(product((1e-3, 3e-3), (12, 20)))                                       # learning rate, epochs
+BEST = {"EG-CNN": (3e-3, 20), "our Seg-Net": (3e-3, 20), "MONAI SegResNet": (3e-3, 20), "MONAI UNet": (3e-3, 20)}
 
-def split(data, exclude, seed):
-    "Training and validation cases, as egcnn_train splits them"
+def split(args):
+    "Training and validation cases"
     from egcnn_nb.patches import split_cases
     from egcnn_nb.layouts import find_dataset
-    out = set(Path(exclude).read_text().split())
-    return split_cases([c for c in find_dataset(data).cases if c.label and c.name not in out], seed, VALIDATION)
+    out = set(Path(args.exclude).read_text().split())
+    return split_cases([c for c in find_dataset(args.data).cases if c.label and c.name not in out], 0, VALIDATION)
 
-def monai(name, data, exclude, seed, lr, epochs):
+def monai(args):
     "MONAI's side: CacheDataset, DiceCELoss, AdamW, cosine decay; a line of JSON after each validation"
-    train, val = split(data, exclude, seed)
+    train, val = split(args)
     import torch
     from monai import transforms as T
     from monai.data import CacheDataset, DataLoader
@@ -30,40 +32,44 @@ def monai(name, data, exclude, seed, lr, epochs):
     from monai.metrics import DiceMetric
     from monai.networks.nets import SegResNet, UNet
     from monai.utils import set_determinism
-    set_determinism(seed)
+    from egcnn_nb.networks import autocast, best_precision
+    set_determinism(args.seed)
+    cpu = torch.device("cpu"); precision = "fp32" if args.fp32 else best_precision(cpu)
     keys, files = ["x", "y"], lambda cases: [{"x": str(c.images[0]), "y": str(c.label)} for c in cases]
     steady = [T.LoadImaged(keys), T.EnsureChannelFirstd(keys), T.Orientationd(keys, "RAS"), T.NormalizeIntensityd("x")]
     chance = [T.SpatialPadd(keys, PATCH), T.RandSpatialCropd(keys, PATCH, random_size=False), *[T.RandFlipd(keys, .5, a) for a in range(3)], T.RandScaleIntensityd("x", .1, 1), T.RandShiftIntensityd("x", .1, prob=1)]
     loader = DataLoader(CacheDataset(files(train), T.Compose(steady+chance), progress=False), 2, shuffle=True)
     held = DataLoader(CacheDataset(files(val), T.Compose(steady), progress=False), 1)
-    net = SegResNet(3, 8, 1, 3, blocks_down=(1, 2, 2), blocks_up=(1, 1)) if name == "MONAI SegResNet" else UNet(3, 1, 3, (16, 32, 64, 128), (2, 2, 2), num_res_units=2)
-    loss, optimizer = DiceCELoss(to_onehot_y=True, softmax=True), torch.optim.AdamW(net.parameters(), lr)
-    decay, dice, one_hot = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs*len(loader)), DiceMetric(include_background=False), T.AsDiscrete(to_onehot=3)
-    for epoch in range(epochs):
+    net = SegResNet(3, 8, 1, 3, blocks_down=(1, 2, 2), blocks_up=(1, 1)) if args.one == "MONAI SegResNet" else UNet(3, 1, 3, (16, 32, 64, 128), (2, 2, 2), num_res_units=2)
+    loss, optimizer = DiceCELoss(to_onehot_y=True, softmax=True), torch.optim.AdamW(net.parameters(), args.lr)
+    decay, dice, one_hot = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs*len(loader)), DiceMetric(include_background=False), T.AsDiscrete(to_onehot=3)
+    for epoch in range(args.epochs):
         net.train()
         for batch in loader:
-            optimizer.zero_grad(); loss(net(batch["x"]), batch["y"]).backward(); optimizer.step(); decay.step()
+            optimizer.zero_grad()
+            with autocast(precision, cpu): out = net(batch["x"])
+            loss(out.float(), batch["y"]).backward(); optimizer.step(); decay.step()
         net.eval()
-        with torch.no_grad():
+        with torch.no_grad(), autocast(precision, cpu):
             for batch in held:
                 out = sliding_window_inference(batch["x"], PATCH, 2, net, .25)
                 dice([one_hot(out[0].argmax(0, keepdim=True))], [one_hot(batch["y"][0])])
         print(json.dumps({"epoch": epoch+1, "dice": dice.aggregate().item()}), flush=True); dice.reset()
 
-def words(name, data, exclude, seed, lr, epochs, folder):
+def words(name, args, seed, lr, epochs, folder):
     "The command of a side"
-    if name.startswith("MONAI"): return [sys.executable, __file__, data, "--exclude", exclude, "--one", name, "--seed", str(seed), "--lr", str(lr), "--epochs", str(epochs)]
-    return [sys.executable, "-m", "egcnn_nb.train", data, "--exclude", exclude, "--out", f"{folder}/run", "--cache", f"{folder}/cache", "--validation", str(VALIDATION), "--seed", str(seed), "--lr", str(lr), "--epochs", str(epochs),
-            "--edge", "on" if name == "EG-CNN" else "off", "--width", "8", "--levels", "3", "--patch_size", *map(str, PATCH)]
+    shared = [args.data, "--exclude", args.exclude, "--seed", str(seed), "--lr", str(lr), "--epochs", str(epochs)]
+    if name.startswith("MONAI"): return [sys.executable, __file__, *shared, "--one", name, *["--fp32"]*args.fp32]
+    return [sys.executable, "-m", "egcnn_nb.train", *shared, "--out", f"{folder}/run", "--cache", f"{folder}/cache", "--validation", f"{folder}/validation.txt", "--edge", "on" if name == "EG-CNN" else "off",
+            "--width", "8", "--levels", "3", "--patch_size", *map(str, PATCH), "--precision", "fp32" if args.fp32 else "auto"]
 
-def reach(name, data, exclude, seed, lr, epochs):
+def reach(name, args, seed, lr, epochs):
     "Run a side until the goal is reached: (seconds, epoch, Dice) of each validation"
     with tempfile.TemporaryDirectory() as tmp:
-        start, found, log = time.time(), [], Path(tmp)/"run/log.txt"
-        run = subprocess.Popen(words(name, data, exclude, seed, lr, epochs, tmp), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        if name.startswith("MONAI"): lines = (json.loads(l)["dice"] for l in run.stdout)
-        else: lines = followed(run, log)
-        for dice in lines:
+        (Path(tmp)/"validation.txt").write_text("\n".join(c.name for c in split(args)[1]))
+        start, found = time.time(), []
+        run = subprocess.Popen(words(name, args, seed, lr, epochs, tmp), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for dice in (json.loads(l)["dice"] for l in run.stdout) if name.startswith("MONAI") else followed(run, Path(tmp)/"run/log.txt"):
             found.append((round(time.time()-start, 1), len(found)+1, round(dice, 4)))
             if dice >= GOAL: break
         run.kill(); error = run.communicate()[1]
@@ -81,25 +87,25 @@ def followed(run, log):
         if done: return
         time.sleep(.05)
 
-def told(name, seed, lr, epochs, found):
-    seconds, epoch, dice = found[-1]
-    print(f"| {name} | {seed} | {lr:g} | {epochs} | {f'{seconds:.0f}' if dice >= GOAL else 'not reached'} | {epoch} | {max(d for *_, d in found):.4f} |", flush=True)
+def told(name, args, seed, lr, epochs):
+    "Run a side and print its line; seconds to the goal"
+    found = reach(name, args, seed, lr, epochs); (seconds, epoch, dice), best = found[-1], max(d for *_, d in found)
+    print(f"| {name} | {seed} | {lr:g} | {epochs} | {f'{seconds:.0f}' if dice >= GOAL else f'not within {seconds:.0f}'} | {epoch} | {best:.4f} |", flush=True)
     return seconds if dice >= GOAL else float("inf")
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("data"); p.add_argument("--exclude", required=True, metavar="FILE"); p.add_argument("--tune", action="store_true"); p.add_argument("--sides", nargs="*", default=list(BEST), metavar="SIDE")
-    p.add_argument("--seeds", type=int, default=5); p.add_argument("--one", help=argparse.SUPPRESS); p.add_argument("--seed", type=int); p.add_argument("--lr", type=float); p.add_argument("--epochs", type=int)
+    p.add_argument("data"); p.add_argument("--exclude", required=True, metavar="FILE", help="names of the test cases, which nobody sees"); p.add_argument("--tune", action="store_true", help="try, on seed 100")
+    p.add_argument("--sides", nargs="*", default=list(BEST), choices=list(BEST), metavar="SIDE"); p.add_argument("--seeds", type=int, default=5); p.add_argument("--fp32", action="store_true", help="no bfloat16")
+    for name, kind in (("one", str), ("seed", int), ("lr", float), ("epochs", int)): p.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     args = p.parse_args()
-    if args.one: return monai(args.one, args.data, args.exclude, args.seed, args.lr, args.epochs)
-    print(f"{os.cpu_count()} cores, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}\n\n| side | seed | learning rate | epochs | seconds to {GOAL} | after epoch | best Dice |\n|---|---|---|---|---|---|---|")
+    if args.one: return monai(args)
+    print(f"{os.cpu_count()} cores, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}\n\n| side | seed | learning rate | epochs | seconds to {GOAL} | epochs run | best Dice |\n|---|---|---|---|---|---|---|")
     if args.tune:
-        for name in args.sides:
-            for lr, epochs in TRIALS: told(name, 100, lr, epochs, reach(name, args.data, args.exclude, 100, lr, epochs))
+        for (lr, epochs), name in product(TRIALS, args.sides): told(name, args, 100, lr, epochs)
         return
     seconds = {n: [] for n in args.sides}
-    for seed in range(args.seeds):
-        for name in args.sides: seconds[name].append(told(name, seed, *BEST[name], reach(name, args.data, args.exclude, seed, *BEST[name])))
+    for seed, name in product(range(args.seeds), args.sides): seconds[name].append(told(name, args, seed, *BEST[name]))
     print("\n| side | median seconds |\n|---|---|\n" + "\n".join(f"| {n} | {statistics.median(s):.0f} |" for n, s in seconds.items()))
 
 if __name__ == "__main__": main()

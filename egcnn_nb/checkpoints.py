@@ -126,11 +126,13 @@ def _read_sharded(path):
 
 # %% ../nbs/09b_checkpoints.ipynb #d12402a0
 def lock_run(
-    folder, # of a run
+    folder, # of a run, or of predictions
+    command:str="egcnn_train", # which holds it
+    sweep:bool=True, # remove half-written files
 )->FileLock: # hold on to it; it is released when the process ends
-    "Be the only one who writes into a run folder, and sweep up what a killed run left; raises `InputError`"
+    "Be the only one who writes into a folder, and sweep up what a killed process left; raises `InputError`"
     lock = FileLock(Path(folder)/"run.lock")
     try: lock.acquire(timeout=0)
-    except Timeout: raise InputError(f"{folder}: found another egcnn_train that is writing there, expected a folder of one's own; wait for it, or choose another --out") from None
-    for part in Path(folder).glob(".part-*"): shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+    except Timeout: raise InputError(f"{folder}: found another {command} that is writing there, expected a folder of one's own; wait for it, or choose another --out") from None
+    for part in Path(folder).glob(".part-*") if sweep else (): shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
     return lock

@@ -8,6 +8,7 @@ __all__ = ['FLIPS', 'SAVES', 'averaged', 'predict', 'load_run', 'case_maps', 'la
 
 # %% ../nbs/11_inference.ipynb #53c61760
 import argparse, hashlib, json, sys
+from contextlib import contextmanager
 from itertools import combinations, takewhile
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from .volumes import read_shape, write_volume
 from .layers import resize
 from .layouts import Case, find_dataset
 from .datasets import Loaded, iso_size, load_case, place
+from .checkpoints import lock_run
 from .settings import Settings
 from .networks import best_precision, infer, make_model, windows
 
@@ -187,16 +189,16 @@ def predict_all(
     runs = _same_task(runs, [load_run(r) for r in runs], save)
     cases = find_inputs(inputs, runs[0][2])
     files = {c.name: [out/f"{c.name}{end}.nii.gz" for end in ("", *(f"_{s}" for s in save))] for c in cases}
-    _begin(out, record, resume)
-    done = {n for n, fs in files.items() if resume and fs[0].exists()}
-    for f in [f for fs in files.values() for f in fs if not resume]: expect(not f.exists(), f, "a file that is already there", "a new name", "remove it, choose another --out, or go on with --resume")
-    cases, failed = [c for c in cases if c.name not in done], []
-    if done: print(f"{len(done)} inputs are done already", file=sys.stderr)
-    with tqdm(unit="window", leave=False) as bar:
-        for case in tqdm(cases, desc="predicting"):
-            bar.set_description(case.name)
-            try: _predict_one(runs, case, files[case.name], save, flips, bar)
-            except InputError as e: failed.append(e); tqdm.write(f"left out: {e}", file=sys.stderr)
+    with _begun(out, record, resume):
+        done = {n for n, fs in files.items() if resume and fs[0].exists()}
+        for f in [f for fs in files.values() for f in fs if not resume]: expect(not f.exists(), f, "a file that is already there", "a new name", "remove it, choose another --out, or go on with --resume")
+        cases, failed = [c for c in cases if c.name not in done], []
+        if done: print(f"{len(done)} inputs are done already", file=sys.stderr)
+        with tqdm(unit="window", leave=False) as bar:
+            for case in tqdm(cases, desc="predicting"):
+                bar.set_description(case.name)
+                try: _predict_one(runs, case, files[case.name], save, flips, bar)
+                except InputError as e: failed.append(e); tqdm.write(f"left out: {e}", file=sys.stderr)
     if failed: raise failed[0] if len(cases) == 1 else InputError(f"{out}: found {len(failed)} of {len(cases)} inputs that cannot be used, expected none; the others are done, see above")
 
 def _same_task(folders, runs, save):
@@ -207,15 +209,17 @@ def _same_task(folders, runs, save):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return [(m.to(device), s, t) for m, s, t in runs]
 
-def _begin(out, record, resume):
+@contextmanager
+def _begun(out, record, resume):
     "Make the folder, or see that the same weights and options began it; to go on, sweep up what a killed process left"
     path = out/"egcnn_predict.json"
     try: begun = json.loads(path.read_text()) if path.exists() else record
     except ValueError: begun = None
     expect(begun == record, path, "other weights or options", "those of this command", "choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    for part in out.glob(".part-*") if resume else (): part.unlink()
-    write_whole(path, lambda p: p.write_text(json.dumps(record, indent=1)))
+    lock = lock_run(out, "egcnn_predict", sweep=resume)
+    try: write_whole(path, lambda p: p.write_text(json.dumps(record, indent=1))); yield
+    finally: lock.release()
 
 def _predict_one(runs, case, files, save, flips, bar):
     "Predict one case; its label map is written last"
