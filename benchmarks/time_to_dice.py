@@ -6,7 +6,7 @@
 Imports, loading, caching (into an empty folder) and validation count. All sides: the same 100 cases for training and 28 for validation, whatever the seed;
 batches of 2 patches of 40x56x40, mirrored, intensity shifted and scaled; validation after each epoch, mean Dice of two classes over cases; width 8 and
 3 levels (MONAI's UNet: its own 16 to 128); bfloat16 on both sides where the processor has it (--fp32: on neither)."""
-import argparse, json, os, statistics, subprocess, sys, tempfile, time
+import argparse, csv, json, os, statistics, subprocess, sys, tempfile, time
 from itertools import product
 from pathlib import Path
 
@@ -91,12 +91,21 @@ def told(name, args, seed, lr, epochs):
     "Run a side and print its line; seconds to the goal"
     found = reach(name, args, seed, lr, epochs); (seconds, epoch, dice), best = found[-1], max(d for *_, d in found)
     print(f"| {name} | {seed} | {lr:g} | {epochs} | {f'{seconds:.0f}' if dice >= GOAL else f'not within {seconds:.0f}'} | {epoch} | {best:.4f} |", flush=True)
+    if args.csv: keep(args.csv, {"side": name, "seed": seed, "lr": lr, "epochs": epochs, "precision": "fp32" if args.fp32 else "auto", "threads": os.environ.get("OMP_NUM_THREADS", os.cpu_count()), "seconds": seconds, "epochs run": epoch, "reached": dice >= GOAL, "best dice": best})
     return seconds if dice >= GOAL else float("inf")
+
+def keep(path, row):
+    "Append a run to a file"
+    new = not Path(path).exists()
+    with open(path, "a", newline="") as f:
+        writer = csv.DictWriter(f, row)
+        if new: writer.writeheader()
+        writer.writerow(row)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("data"); p.add_argument("--exclude", required=True, metavar="FILE", help="names of the test cases, which nobody sees"); p.add_argument("--tune", action="store_true", help="try, on seed 100")
-    p.add_argument("--sides", nargs="*", default=list(BEST), choices=list(BEST), metavar="SIDE"); p.add_argument("--seeds", type=int, default=5); p.add_argument("--fp32", action="store_true", help="no bfloat16")
+    p.add_argument("--sides", nargs="*", default=list(BEST), choices=list(BEST), metavar="SIDE"); p.add_argument("--seeds", type=int, default=5); p.add_argument("--fp32", action="store_true", help="no bfloat16"); p.add_argument("--csv", metavar="FILE", help="append the runs there")
     for name, kind in (("one", str), ("seed", int), ("lr", float), ("epochs", int)): p.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.one: return monai(args)
