@@ -12,7 +12,8 @@ from pathlib import Path
 
 GOAL, PATCH, VALIDATION = .85, (40, 56, 40), 28
 TRIALS = tuple(product((1e-3, 3e-3), (12, 20)))                                       # learning rate, epochs
-BEST = {"EG-CNN": (3e-3, 20), "our Seg-Net": (3e-3, 20), "MONAI SegResNet": (3e-3, 20), "MONAI UNet": (3e-3, 20)}
+OURS = {"EG-CNN": ["--edge", "on"], "Seg-Net + consistency loss": ["--edge", "off", "--reading", "consistency_alone=True"]}
+BEST = {"EG-CNN": (3e-3, 20), "Seg-Net + consistency loss": (3e-3, 20), "MONAI SegResNet": (3e-3, 20), "MONAI UNet": (3e-3, 20)}
 
 def split(args):
     "Training and validation cases"
@@ -59,8 +60,8 @@ def monai(args):
 def words(name, args, seed, lr, epochs, folder):
     "The command of a side"
     shared = [args.data, "--exclude", args.exclude, "--seed", str(seed), "--lr", str(lr), "--epochs", str(epochs)]
-    if name.startswith("MONAI"): return [sys.executable, __file__, *shared, "--one", name, *["--fp32"]*args.fp32]
-    return [sys.executable, "-m", "egcnn_nb.train", *shared, "--out", f"{folder}/run", "--cache", f"{folder}/cache", "--validation", f"{folder}/validation.txt", "--edge", "on" if name == "EG-CNN" else "off",
+    if name not in OURS: return [sys.executable, __file__, *shared, "--one", name, *["--fp32"]*args.fp32]
+    return [sys.executable, "-m", "egcnn_nb.train", *shared, "--out", f"{folder}/run", "--cache", f"{folder}/cache", "--validation", f"{folder}/validation.txt", *OURS[name],
             "--width", "8", "--levels", "3", "--patch_size", *map(str, PATCH), "--precision", "fp32" if args.fp32 else "auto"]
 
 def reach(name, args, seed, lr, epochs):
@@ -69,7 +70,7 @@ def reach(name, args, seed, lr, epochs):
         (Path(tmp)/"validation.txt").write_text("\n".join(c.name for c in split(args)[1]))
         start, found = time.time(), []
         run = subprocess.Popen(words(name, args, seed, lr, epochs, tmp), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for dice in (json.loads(l)["dice"] for l in run.stdout) if name.startswith("MONAI") else followed(run, Path(tmp)/"run/log.txt"):
+        for dice in (json.loads(l)["dice"] for l in run.stdout) if name not in OURS else followed(run, Path(tmp)/"run/log.txt"):
             found.append((round(time.time()-start, 1), len(found)+1, round(dice, 4)))
             if dice >= GOAL: break
         run.kill(); error = run.communicate()[1]
