@@ -190,7 +190,7 @@ class EGLoss(nn.Module):
         where:str="truth", # see `consistency_loss`
         weight_negatives:bool=True, # see `balanced_bce`
         beta_over:str="case", # see `balanced_bce`
-        consistency_alone:bool=False, # the consistency loss where there is no edge stream too: a control of `12_experiments`
+        consistency_alone:bool=False, # the consistency loss where there is no edge stream too: which is the control of `12a_hippocampus`
     ):
         super().__init__()
         expect(activation in ("softmax", "sigmoid"), "activation", repr(activation), "'softmax' or 'sigmoid'")
