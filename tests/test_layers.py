@@ -3,14 +3,12 @@ import ast, json, re, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT/"tools"))
+from diagrams import notebooks
 
 def floors():
-    "module -> number of the notebook that exports it; 12b_one_sitting exports nothing"
-    found = {}
-    for nb in (ROOT/"nbs").glob("[0-9]*.ipynb"):
-        source = "".join("".join(c["source"]) for c in json.loads(nb.read_text())["cells"])
-        if module := re.search(r"#\| default_exp (\w+)", source): found[module[1]] = nb.name.split("_")[0]
-    return found
+    "module -> number of the notebook that exports it"
+    return {module: nb.split("_")[0] for module, nb in notebooks().items()}
 
 def imported(tree):
     "Names of the package's modules that a syntax tree imports"
