@@ -126,7 +126,7 @@ def tables_of(
     "The tables that come from scores.csv alone; Dice and all scores are those of the first training set"
     full = _of_first(rows)
     name, _, printed = printed_for({r["region"] for r in rows}-{"mean"})
-    asked = comparison_table(found or comparisons(rows))
+    asked = comparison_table(comparisons(rows) if found is None else found)
     return {name: dice_table(full, printed), "scores": score_table(full), **({"differences": asked} if asked else {})}
 
 # %% ../nbs/12_experiments.ipynb #d430ec18
@@ -174,14 +174,14 @@ def _about(data, out, d, cells, args):
 
 def _parts(about, tables, pictures, args):
     "The page, from top to bottom"
-    dice = next(iter(tables))
+    dice, cases = next(iter(tables)), next((p for n, p in pictures.items() if n in ("figure_2", "figure_3", "cases")), None)
     warning = ["This is what --quick makes: runs of a few steps, on few cases, to see that every table and figure comes out. It is no evidence of anything."]*bool(args.quick)
     fixed = f"Fixed before anything was trained: {PRIMARY_TEXT} All other questions are" if any(d["question"].startswith("primary") for d in tables.get("differences", [])) else "All questions here are"
     return [*warning, f"{fixed} exploratory, their p values corrected for their number by Holm's method.",
             ("Dice",), "Mean over the test cases, then mean ± standard deviation over seeds."+(" The paper's own mean stands beside it: other cases, other hardware, two runs." if dice != "dice" else ""), tables[dice],
             ("All scores",), "Averaged over regions. HD95 in mm; surface Dice at 1 mm; boundary Dice within two voxels of the true border; volume error as a share of the true volume; width of the predicted edges in voxels (targets: two).", tables["scores"],
             *([("Differences",), "Test cases are resampled for the interval, seeds too where there are at least five. p of Wilcoxon's signed-rank test over cases, d_z as effect, and the difference that the design would have found in four of five such experiments.", (pictures["differences"], "differences with intervals"), tables["differences"]] if "differences" in tables else []),
-            *[part for n, p in pictures.items() if n in ("figure_2", "figure_3", "cases") for part in (("Cases",), "Chosen by a rule: the best, the median and the worst difference in Dice between EG-CNN and the bare network, averaged over seeds; the networks of the first seed.", (p, "test cases with image, truth, predictions, edges and disagreement"))],
+            *([("Cases",), "Chosen by a rule: the best, the median and the worst difference in Dice between EG-CNN and the bare network, averaged over seeds; the networks of the first seed.", (cases, "test cases with image, truth, predictions, edges and disagreement")] if cases else []),
             *([("Fewer training cases",), (pictures["sizes"], "Dice against the number of training cases")] if "sizes" in pictures else []),
             *([("A worse scanner",), "The test cases with noise, blur, a bias field or another contrast, in five strengths; nothing was trained for it.", (pictures["robustness"], "Dice against the strength of each change")] if "robustness" in pictures else []),
             ("Training",), "Validation Dice of every run.", (pictures["training"], "validation Dice against the epoch"), "Each arm tried the same learning rates with the first seed.", tables["trials"],
