@@ -19,7 +19,7 @@ from threading import Event
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import Task, expect, to_target, write_whole
+from .core import Task, expect, keep_memory, to_target, write_whole
 from .losses import EGLoss
 from .egcnn import EGCNN
 from .settings import Settings, readings_of
@@ -110,13 +110,13 @@ def words(
 def settings_of(
     backbone:str, # name
     arm:str, # see `arm_of`
-    recipe:dict, # flags that all cells share; "width", "levels", "patch_size" and "batch_size" among them
+    recipe:dict, # flags that all cells share; "width", "levels", "patch_size", "batch_size" and "precision" among them
     widths:dict, # backbone -> width of its matched network
 )->Settings: # without data and folder
     "What decides the network of an arm and its cost"
     edge, readings = arm_of(arm)
     width = widths[backbone] if arm == "matched" else recipe["width"]
-    return Settings("", "", backbone, edge, width=width, levels=recipe["levels"], patch_size=tuple(recipe["patch_size"]), batch_size=recipe["batch_size"], readings=readings or None)
+    return Settings("", "", backbone, edge, width=width, levels=recipe["levels"], patch_size=tuple(recipe["patch_size"]), batch_size=recipe["batch_size"], precision=recipe["precision"], readings=readings or None)
 
 # %% ../nbs/11b_cells.ipynb #2c4992f1
 def state(
@@ -224,14 +224,14 @@ def tuned(
 def _measure(settings, task, threads):
     "Seconds of a training step, of one window's prediction, and MiB that training adds at its peak"
     from resource import RUSAGE_SELF, getrusage                      # not on Windows
-    torch.set_num_threads(threads); peak = lambda: getrusage(RUSAGE_SELF).ru_maxrss/1024
+    keep_memory(); torch.set_num_threads(threads); peak = lambda: getrusage(RUSAGE_SELF).ru_maxrss/1024
     labels = torch.zeros(settings.batch_size, *settings.patch_size, dtype=torch.int64)
     for i, value in enumerate(list(task.labels)[1:]): labels[(slice(None), *(slice(n//4+i, 3*n//4-i) for n in settings.patch_size))] = value     # nested boxes
     x, target, idle = torch.randn(len(labels), len(task.channels), *settings.patch_size), to_target(labels, task), peak()
     net, loss = make_model(settings, task), EGLoss(task.activation, **reading_for(EGLoss, settings))
     optimizer, scaler, keys = torch.optim.Adam(net.parameters(), settings.lr, fused=True), torch.amp.GradScaler("cpu", enabled=False), [(0, 0, i) for i in range(len(labels))]
     steps = [_seconds(lambda: train_step(net, loss, optimizer, scaler, x, target, keys, settings)) for _ in range(4)]; memory = peak()-idle
-    return min(steps), min(_seconds(lambda: infer(net, x[0], settings.patch_size)) for _ in range(2)), memory
+    return min(steps), min(_seconds(lambda: infer(net, x[0], settings.patch_size, settings.precision)) for _ in range(2)), memory
 
 def _seconds(f): start = time.perf_counter(); f(); return time.perf_counter()-start
 

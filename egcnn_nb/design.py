@@ -71,12 +71,14 @@ def design(
     return {**d, "costs": _costs(Path(out)/"costs.json", list(product(args.backbones, args.arms)), d, max(1, processors()//args.jobs))}
 
 def _costs(path, pairs, d, threads):
-    "What each network costs; measured once and kept"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    new = [pair for pair in pairs if " ".join(pair) not in known]
-    if new: known |= zip(map(" ".join, new), costs_of([settings_of(b, a, d["recipe"], d["widths"]) for b, a in new], d["task"], threads))
-    write_whole(path, lambda p: p.write_text(json.dumps(known, indent=1)))
-    return {pair: known[" ".join(pair)] for pair in pairs}
+    "What each network costs; measured once for a recipe and kept"
+    of = {k: d["recipe"][k] for k in ("width", "levels", "patch_size", "batch_size", "precision")} | {"threads": threads}
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    costs = kept["costs"] if kept.get("of") == of else {}
+    new = [pair for pair in pairs if " ".join(pair) not in costs]
+    if new: costs |= zip(map(" ".join, new), costs_of([settings_of(b, a, d["recipe"], d["widths"]) for b, a in new], d["task"], threads))
+    write_whole(path, lambda p: p.write_text(json.dumps({"of": of, "costs": costs}, indent=1)))
+    return {pair: costs[" ".join(pair)] for pair in pairs}
 
 # %% ../nbs/11f_design.ipynb #84632400
 @contextmanager

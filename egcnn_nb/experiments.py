@@ -7,7 +7,7 @@ __all__ = ['TABLE_1', 'TABLE_2', 'QUICK', 'parts', 'steps_apart', 'two_runs', 'a
            'cost_table', 'printed_for', 'tables_of', 'write_results', 'arguments', 'run_experiment', 'main']
 
 # %% ../nbs/12_experiments.ipynb #ed3b239d
-import argparse, csv, json, os, platform, signal, sys
+import argparse, csv, json, os, platform, shlex, signal, sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
@@ -248,7 +248,7 @@ def main(
     "The command `egcnn_experiment`; bad input ends with one line and exit code 2"
     given, p = [str(w) for w in (sys.argv[1:] if argv is None else argv)], arguments()
     if "--quick" in given: p.set_defaults(**QUICK)
-    args = p.parse_args(given); args.command = " ".join(["egcnn_experiment", *given])
+    args = p.parse_args(given); args.command = shlex.join(["egcnn_experiment", *given])
     def stopped(*_): raise SystemExit(0)                            # the runs are told, and save
     if current_thread() is main_thread(): signal.signal(signal.SIGTERM, stopped)
     def run():

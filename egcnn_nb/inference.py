@@ -66,7 +66,7 @@ def predict(
     patch_size=None, # window in voxels at 1 mm; None: 128 along each axis
     spacing=None, # voxel size in mm; None: the volume is at 1 mm
     activation:str=None, # "softmax" or "sigmoid"; None: the model's own, else softmax
-    precision:str="fp32", # "fp32", "bf16" or "fp16"
+    precision:str="fp32", # "fp32", "bf16", "fp16", or "auto"
     flips:bool=False, # average over the eight mirror images
     progress:bool=False, # a bar that counts windows
 )->Tensor: # float32 probabilities (K,D,H,W), on the grid of `volume`

@@ -80,11 +80,13 @@ def best_precision(
     return "bf16" if device.type == "cpu" and (has("_is_avx512_bf16_supported") or has("_is_amx_tile_supported")) else "fp32"
 
 def autocast(
-    precision:str, # "fp32", "bf16", "fp16" or "fp64"
+    precision:str, # "fp32", "bf16", "fp16", "fp64", or "auto"
     device:torch.device, # where it runs
 ): # context
-    "Mixed precision, or none"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    "Mixed precision, or none; raises `InputError` on another name"
+    kinds = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": None}
+    expect(precision in (*kinds, "auto"), "precision", repr(precision), f"one of {[*kinds, 'auto']}")
+    dtype = kinds[best_precision(device) if precision == "auto" else precision]
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 # %% ../nbs/09c_networks.ipynb #68f26af8
@@ -128,7 +130,7 @@ def infer(
     model:nn.Module, # EGCNN or a bare network
     x:Tensor, # one volume (C,D,H,W), normalised, 1 mm
     patch_size, # voxels along D, H, W of a window
-    precision:str="fp32", # "fp32", "bf16", "fp16" or "fp64"
+    precision:str="fp32", # "fp32", "bf16", "fp16", "fp64", or "auto"
     overlap:float=0.25, # of neighbouring windows
     answer=None, # function of (model, window (1,C,...)) -> maps (1,M,...); None: the logits
     tick=lambda n: None, # called with the number of windows just done

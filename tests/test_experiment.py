@@ -1,5 +1,5 @@
 "egcnn_experiment as a user runs it, and the tables that it leaves, computed once more from the scores."
-import csv, re, signal, subprocess, sys, time
+import csv, json, re, shlex, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,8 @@ from egcnn_nb.experiments import TABLE_1, TABLE_2, tables_of
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(p for p in (ROOT/"results").rglob("scores.csv") if (p.parent/"tables").is_dir())
 
+CREDIT = "phantoms; ours"
+
 def command(*words): return [sys.executable, "-m", "egcnn_nb.experiments", *map(str, words)]
 
 def cells_of(path):
@@ -25,7 +27,7 @@ def cells_of(path):
 def quick(tmp_path_factory):
     "What --quick makes of the phantoms"
     out = tmp_path_factory.mktemp("experiment")
-    done = subprocess.run(command(ROOT/"data_samples", "--out", out, "--quick", "--cache", out/"cache"), capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(command(ROOT/"data_samples", "--out", out, "--quick", "--cache", out/"cache", "--credit", CREDIT), capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     return out, done.stdout
 
@@ -38,6 +40,7 @@ def test_quick_writes_every_table_and_figure(quick, name, task, table, figure, p
     assert not re.findall(r'(?:src|href)="(?!data:)', page) and page.count("<img") == 3 and page.count("<table>") == 6 and "no evidence of anything" in page
     with open(folder/"scores.csv", newline="") as f: rows = list(csv.DictReader(f))
     assert len(rows) == 9*2*2*len(regions)                          # networks, seeds, cases
+    assert CREDIT in shlex.split(json.loads((folder/"experiment.json").read_text())["command"])     # a command that can be copied
     assert (folder/"test_cases.txt").read_text().split() == sorted({r["case"] for r in rows})
     for line in cells_of(folder/f"tables/{table}.md"):              # the mean and its ±, by hand
         backbone = {"U-Net": "unet", "V-Net": "vnet", "Seg-Net": "segnet"}[re.match("[A-Za-z-]*Net", line["network"])[0]]
