@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .core import expect
 from .gate import ResidualBlock
-from .layers import conv, norm
+from .layers import PReLU, conv, norm
 
 # %% ../nbs/06_backbones.ipynb #3b19c218
 def pad_to_multiple(
@@ -123,7 +123,7 @@ class ResidualStage(nn.Module):
         dims:int=3, # 2 or 3 spatial axes
     ):
         super().__init__()
-        self.channels, self.layers = channels, _layers(dims, before, channels, depth, nn.PReLU)
+        self.channels, self.layers = channels, _layers(dims, before, channels, depth, PReLU)
 
     def forward(self,
         x:Tensor, # (B,before,D,H,W)
@@ -136,11 +136,11 @@ class VNet(EncoderDecoder):
     def down(self, before, channels, depth, first):
         stage = ResidualStage(channels, channels, 2*depth, self.dims)
         if first: return stage
-        return nn.Sequential(conv(self.dims, before, channels, 2, stride=2), norm(channels), nn.PReLU(channels), stage)
+        return nn.Sequential(conv(self.dims, before, channels, 2, stride=2), norm(channels), PReLU(channels), stage)
 
     def rise(self, deep, channels):
         up = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[self.dims](deep, channels, 2, stride=2)
-        return nn.Sequential(up, norm(channels), nn.PReLU(channels))
+        return nn.Sequential(up, norm(channels), PReLU(channels))
 
     def merge(self, up, skip): return torch.cat([skip, up], 1)
     def join(self, channels): return ResidualStage(2*channels, channels, 2, self.dims)
