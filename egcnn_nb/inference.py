@@ -63,7 +63,7 @@ def averaged(
 def predict(
     model, # EGCNN or a bare network, or a list of them, which are averaged
     volume, # (C,D,H,W), array or tensor, normalised intensities
-    patch_size=None, # window in voxels at 1 mm; None: 128 along each axis
+    patch_size=None, # patch that it was trained on, in voxels at 1 mm, to which a smaller volume is filled up; None: at most 128 along each axis
     spacing=None, # voxel size in mm; None: the volume is at 1 mm
     activation:str=None, # "softmax" or "sigmoid"; None: the model's own, else softmax
     precision:str="fp32", # "fp32", "bf16", "fp16", or "auto"
@@ -76,7 +76,7 @@ def predict(
     expect(bool(x.isfinite().all()), "volume", "NaN or infinite voxels", "finite voxels", "repair the image before use")
     size = tuple(x.shape[1:])
     inner = iso_size(size, spacing) if spacing is not None else size
-    runs = [(m, patch_size or (128,)*3, precision) for m in models]
+    runs = [(m, patch_size or [min(n, 128) for n in inner], precision) for m in models]
     with tqdm(unit="window", disable=not progress) as bar:
         prob = averaged(runs, resize(x[None], inner)[0], activation or getattr(models[0], "activation", "softmax"), flips, bar=bar)
     return resize(prob[None], size)[0]

@@ -22,6 +22,7 @@ from .losses import EGLoss
 from .backbones import BACKBONES, make_backbone
 from .egcnn import EGCNN, evaluating, logits_of
 from .settings import NETWORKS, Settings
+from .patches import fill
 
 # %% ../nbs/09c_networks.ipynb #25b8e61c
 _FIXED = {"self", "net", "example_input", "activation", "features", "decoder_entry", "head"}
@@ -129,19 +130,18 @@ def slide(
 def infer(
     model:nn.Module, # EGCNN or a bare network
     x:Tensor, # one volume (C,D,H,W), normalised, 1 mm
-    patch_size, # voxels along D, H, W of a window
+    patch_size, # voxels along D, H, W of a window, as in training
     precision:str="fp32", # "fp32", "bf16", "fp16", "fp64", or "auto"
     overlap:float=0.25, # of neighbouring windows
     answer=None, # function of (model, window (1,C,...)) -> maps (1,M,...); None: the logits
     tick=lambda n: None, # called with the number of windows just done
 )->Tensor: # float32 maps (M,D,H,W), by default logits (K,D,H,W), on the device of the model
-    "What a network says of a whole volume, at once or by a sliding window (our choice)"
+    "What a network says of a whole volume, at once or by a sliding window; a volume smaller than a window is filled up as in training (our choice)"
     first = next(model.parameters()); device = first.device
     def maps(window):
         with autocast(precision, device): out = answer(model, window) if answer else model(window)
         return cast(Tensor, logits_of(out, window.dim()-2)).float()
-    x, where = x.to(first), windows(x.shape[1:], patch_size, overlap)
-    with evaluating(model):
-        if len(where) > 1: return slide(maps, x, where, tick)
-        out = maps(x[None])[0]
-    tick(1); return out
+    x, inside = fill(x.to(first), patch_size); where = windows(x.shape[1:], patch_size, overlap)
+    with evaluating(model): out = slide(maps, x, where, tick) if len(where) > 1 else maps(x[None])[0]
+    if len(where) == 1: tick(1)
+    return out[(slice(None), *inside)]
