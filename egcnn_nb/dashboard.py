@@ -28,6 +28,7 @@ from .settings import Settings
 from .training import fit
 from .steps import draw_curves
 from .networks import autocast
+from .patches import fill
 
 # %% ../nbs/10b_dashboard.ipynb #5fc7c44a
 def snapshot(
@@ -39,12 +40,13 @@ def snapshot(
     "What the network says now about one patch, around the middle of the foreground"
     spots = case.labels.nonzero().float()
     middle = spots.median(0).values if len(spots) else torch.tensor(case.labels.shape)/2
-    where = [slice(s := max(0, min(int(c)-p//2, n-p)), s+p) for c, p, n in zip(middle, cast(tuple, settings.patch_size), case.labels.shape)]
-    x = case.x[(slice(None), *where)][None].to(next(model.parameters()).device)
+    patch_size = cast(tuple, settings.patch_size)
+    where = tuple(slice(s := max(0, min(int(c)-p//2, n-p)), s+p) for c, p, n in zip(middle, patch_size, case.labels.shape))
+    x, inside = fill(case.x[(slice(None), *where)], patch_size); x = x[None].to(next(model.parameters()).device)
     with torch.no_grad(), evaluating(model), autocast(settings.precision, x.device): logits, *edges = model(x, return_attention=True) if settings.edge else (model(x),)
-    shown = {"image": x[0, -1], "truth": case.labels[tuple(where)], "prediction": to_labels(probabilities(logits.float(), task.activation), task)[0]}
+    shown = {"image": x[0, -1], "prediction": to_labels(probabilities(logits.float(), task.activation), task)[0]}
     if edges: shown |= {"edge": edges[0][0].float().sigmoid().amax(0), "attention": resize(edges[1][-1].float(), x.shape[2:])[0].mean(0)}
-    return {name: np.asarray(t.cpu()) for name, t in shown.items()}
+    return {"truth": np.asarray(case.labels[where]), **{name: np.asarray(t[inside].cpu()) for name, t in shown.items()}}
 
 # %% ../nbs/10b_dashboard.ipynb #a183ff0f
 def draw_snapshot(
