@@ -13,7 +13,7 @@ def rows():
     number = lambda text: float(re.search(r"\d+(\.\d+)?", text.replace("**", ""))[0])
     for line in (HERE/"README.md").read_text().splitlines():
         cells = [c.strip() for c in line.strip("|").split("|")]
-        if len(cells) != 6 or not re.search(r"[≤≥]", cells[5]) or not cells[4] or "ms" in cells[4]: continue
+        if len(cells) != 6 or not re.search(r"[≤≥]", cells[5]) or not re.search(r"\d", cells[4]) or "ms" in cells[4]: continue
         ratio, wanted = number(cells[4]), number(cells[5])
         yield f"{cells[0]}\nagainst {cells[2].split(' (')[0]}".replace('`', ''), ratio/wanted if "≥" in cells[5] else wanted/ratio
 

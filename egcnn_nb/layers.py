@@ -7,10 +7,12 @@ __all__ = ['channels_last', 'mix_channels', 'Conv3d', 'conv', 'resize', 'resize_
 
 # %% ../nbs/03b_layers.ipynb #60574084
 from math import gcd
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv3d_input, conv3d_weight
 
 # %% ../nbs/03b_layers.ipynb #d831b9f9
 def channels_last(
@@ -23,6 +25,34 @@ def channels_last(
 def _on_cpu(x):
     "Whether a volume is computed by a processor's library in float32 or bfloat16, now"
     return x.device.type == "cpu" and x.dim() == 5 and x.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling()
+
+# %% ../nbs/03b_layers.ipynb #44c4c790
+_LANES = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8          # float32 numbers that are multiplied at once
+
+def _pair_kernel(w):
+    "(K,C,3,3,3) -> (2K,C,3,3,4), which makes two neighbours along W"
+    return channels_last(torch.cat([F.pad(w, (0, 1)), F.pad(w, (1, 0))]))
+
+def _conv_pairs(x, w):
+    "3×3×3 convolution of a channels-last volume whose W is even, two neighbours at a time"
+    pairs = F.conv3d(x, _pair_kernel(w), stride=(1, 1, 2), padding=1)
+    return pairs.movedim(1, -1).unflatten(-1, (2, -1)).flatten(3, 4).movedim(-1, 1)
+
+class _Pairs(torch.autograd.Function):
+    "`_conv_pairs` and its derivatives"
+    @staticmethod
+    def forward(ctx, x, w): ctx.save_for_backward(x, w); return _conv_pairs(x, w)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x, w), grad = ctx.saved_tensors, channels_last(grad)
+        if not ctx.needs_input_grad[0]: dx = None
+        elif 2*w.shape[1] <= _LANES: dx = _conv_pairs(grad, w.flip(2, 3, 4).transpose(0, 1))
+        else: dx = conv3d_input(x.shape, w, grad, padding=1)
+        pairs = grad.movedim(1, -1).unflatten(3, (-1, 2)).flatten(4).movedim(-1, 1)
+        dw = conv3d_weight(x, [2*len(w), *w.shape[1:4], 4], pairs, cast(Any, (1, 1, 2)), 1)
+        return dx, dw[:len(w), ..., :3] + dw[len(w):, ..., 1:]
 
 # %% ../nbs/03b_layers.ipynb #4fff957a
 def mix_channels(
@@ -38,7 +68,7 @@ def mix_channels(
     return (maps if bias is None else maps.add_(bias[:, None])).unflatten(1, (len(x), *x.shape[2:])).movedim(0, 1)
 
 class Conv3d(nn.Conv3d):
-    "torch's Conv3d, on a CPU channels last, 1×1×1 as a matrix product, and a single small float32 volume as a batch of two halves (our choice: faster, the same numbers)"
+    "torch's Conv3d, on a CPU channels last, 1×1×1 as a matrix product, a few channels by pairs of voxels, and a single small float32 volume as a batch of two halves (our choice: faster, the same numbers)"
     def forward(self,
         x:Tensor, # (B,C,D,H,W)
     )->Tensor: # (B,K,D',H',W')
@@ -46,8 +76,16 @@ class Conv3d(nn.Conv3d):
         x = channels_last(x)
         if not self._is_plain(): return super().forward(x)
         if (self.kernel_size[0], self.stride[0], self.padding[0]) == (1, 1, 0): return mix_channels(x, self.weight, self.bias)
-        small = len(x) == 1 and x.shape[:4].numel() <= 20480 and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")      # when torch would not call oneDNN
-        return self._by_halves(x) if small and self.kernel_size[0] > 1 else super().forward(x)
+        mixed = torch.is_autocast_enabled("cpu"); kind = torch.get_autocast_dtype("cpu") if mixed else self.weight.dtype
+        small = len(x) == 1 and x.shape[:4].numel() <= 20480 and x.dtype == torch.float32 and not mixed          # when torch would not call oneDNN
+        if small and self.kernel_size[0] > 1: return self._by_halves(x)
+        if self._leaves_lanes(x) and kind in ((torch.float32, torch.bfloat16) if mixed else (x.dtype,)): return _Pairs.apply(x.to(kind), self.weight.to(kind))
+        return super().forward(x)
+
+    def _leaves_lanes(self, x):
+        "Whether pairs of voxels would be faster: 3×3×3, no more than half as many channels as lanes"
+        usual = (self.kernel_size[0], self.stride[0], self.padding[0], self.bias) == (3, 1, 1, None)
+        return usual and 2*self.out_channels <= _LANES and x.shape[4] % 2 == 0
 
     def _is_plain(self):
         "Whether it is the same along each axis, without groups, dilation or another padding than zeros"
