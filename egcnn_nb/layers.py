@@ -50,6 +50,7 @@ class _Pairs(torch.autograd.Function):
         if not ctx.needs_input_grad[0]: dx = None
         elif 2*w.shape[1] <= _LANES: dx = _conv_pairs(grad, w.flip(2, 3, 4).transpose(0, 1))
         else: dx = conv3d_input(x.shape, w, grad, padding=1)
+        if not ctx.needs_input_grad[1]: return dx, None                # a frozen network
         pairs = grad.movedim(1, -1).unflatten(3, (-1, 2)).flatten(4).movedim(-1, 1)
         dw = conv3d_weight(x, [2*len(w), *w.shape[1:4], 4], pairs, cast(Any, (1, 1, 2)), 1)
         return dx, dw[:len(w), ..., :3] + dw[len(w):, ..., 1:]
