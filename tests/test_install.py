@@ -1,8 +1,11 @@
 "What somebody has who installed the package: hints that a checker accepts, no import that is not needed, a word where an extra is missing."
 import configparser, re, subprocess, sys
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from tiny import dataset
 
@@ -49,3 +52,13 @@ def test_what_is_written_down_twice_agrees():
     pinned = next(line for line in (ROOT/"Dockerfile").read_text().splitlines() if "torch==" in line).split("torch==")[1]
     assert f"torch=={pinned}" in (ROOT/"environment.yml").read_text() and f"torch=={pinned}" in (ROOT/"README.md").read_text()
     assert "--constraint constraints.txt" in yaml.safe_load((ROOT/"environment.yml").read_text())["dependencies"][-1]["pip"]
+
+def test_every_pin_admits_the_first_python_that_is_claimed():
+    "Distributions ship the first releases of a Python for years: Debian 12 has 3.11.2"
+    first = f"{SETTINGS['DEFAULT']['min_python']}.0"
+    pins = [Requirement(line) for line in (ROOT/"constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    wanted = {}
+    for pin in pins:
+        try: wanted[pin.name] = metadata(pin.name)["Requires-Python"]
+        except PackageNotFoundError: pass
+    assert len(wanted) > 150 and not {n: w for n, w in wanted.items() if w and first not in SpecifierSet(w)}
