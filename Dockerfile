@@ -1,12 +1,12 @@
 # CPU:  docker build --tag egcnn_nb .
 #       docker run --rm -p 127.0.0.1:8888:8888 -v /your/data:/data:ro egcnn_nb
-# GPU:  docker build --tag egcnn_nb:gpu --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 .
+# GPU:  docker build --tag egcnn_nb:gpu --build-arg TORCH_FROM= .    # the standard index has torch for CUDA
 #       docker run --rm --gpus all -p 127.0.0.1:8888:8888 -v /your/data:/data:ro egcnn_nb:gpu
 FROM python:3.11-slim
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_FROM="--index-url https://download.pytorch.org/whl/cpu"
 RUN apt-get update && apt-get install --yes --no-install-recommends chromium git make && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home reader
-RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" torch==2.13.0
+RUN pip install --no-cache-dir $TORCH_FROM torch==2.13.0
 WORKDIR /home/reader/egcnn_nb
 COPY --chown=reader . .
 RUN pip install --no-cache-dir --constraint constraints.txt --editable '.[dev]'
