@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import mean
 from threading import Event
 
 import torch
@@ -202,23 +203,24 @@ def trials(
     backbones, # names
     arms, # see `arm_of`
     lrs, # initial learning rates that each tries
-    seed:int=0, # of all trials
+    seeds:int=1, # with how many of them each rate is tried
     train_cases:int|None=None, # how many training cases; None: all
 )->list: # of Cell
     "The runs by which learning rates are chosen"
-    return [c for lr in lrs for c in grid(backbones, arms, [seed], [train_cases], dict.fromkeys(product(backbones, arms), lr))]
+    return [c for lr in lrs for c in grid(backbones, arms, range(seeds), [train_cases], dict.fromkeys(product(backbones, arms), lr))]
 
 def tuned(
     cells:list, # of `trials`, done
     out, # folder of the experiment
     epochs:int, # of each run
-)->dict: # (backbone, arm) -> learning rate with the best validation Dice; the lower of equals
+)->dict: # (backbone, arm) -> learning rate with the best validation Dice, averaged over seeds; the lower of equals
     "The learning rate of each arm"
     found = {c: state(c, out, epochs) for c in cells}
     missing = [c.name for c, f in found.items() if f["state"] != "done"]
     expect(not missing, "the trials", f"{len(missing)} that are not done, {missing[:3]}", "all of them", "run them first")
-    best = lambda pair: min((-found[c]["best"], c.lr) for c in cells if (c.backbone, c.arm) == pair)[1]
-    return {pair: best(pair) for pair in dict.fromkeys((c.backbone, c.arm) for c in cells)}
+    scores = {}                                                     # (backbone, arm) -> learning rate -> Dice of each seed
+    for c, f in found.items(): scores.setdefault((c.backbone, c.arm), {}).setdefault(c.lr, []).append(f["best"])
+    return {pair: min(own, key=lambda lr: (-mean(own[lr]), lr)) for pair, own in scores.items()}
 
 # %% ../nbs/11b_cells.ipynb #956e03d8
 def _measure(settings, task, threads):

@@ -24,7 +24,7 @@ from .settings import Settings, share_or_file
 from .inference import load_run
 from .cells import ARMS, grid, plan, run_cells, state, trials, tuned
 from .evaluation import evaluate, read_scores, robustness
-from .report import NAMES, PRIMARY_TEXT, comparison_table, comparisons, dice_table, draw_cases, draw_differences, draw_robustness, draw_sizes, maps_of_case, pick_cases, png, score_table, short, title, write_report, write_tables
+from .report import NAMES, PRIMARY_TEXT, comparison_table, comparisons, dice_table, draw_cases, draw_differences, draw_robustness, draw_sizes, maps_of_case, number, pick_cases, png, score_table, short, title, write_report, write_tables
 from .design import datasets_in, design, live_table
 
 # %% ../nbs/12_experiments.ipynb #f12b2fd2
@@ -100,7 +100,9 @@ def tried_table(
     epochs:int, # of each run
 )->list: # of dicts: column -> text
     "What was tried to choose learning rates"
-    return [{"network": title(c.backbone, c.arm), "learning rate": f"{c.lr:g}", "best validation Dice": f"{state(c, out, epochs)['best']:.4f}", "chosen": "yes" if lrs[c.backbone, c.arm] == c.lr else ""} for c in tries]
+    scores = {}
+    for c in tries: scores.setdefault((c.backbone, c.arm, c.lr), []).append(state(c, out, epochs)["best"])
+    return [{"network": title(b, a), "learning rate": f"{lr:g}", "seeds": len(own), "best validation Dice": number(own), "chosen": "yes" if lrs[b, a] == lr else ""} for (b, a, lr), own in scores.items()]
 
 def cost_table(
     costs:dict, # (backbone, arm) -> of `costs_of`
@@ -169,7 +171,7 @@ def _about(data, out, d, cells, args):
     hours = sum(sum(state(c, out, args.epochs)["seconds"]) for c in cells)/3600
     cpu = next((l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
     return {"dataset": d["task"].name, "training cases": d["cases"][0], "validation cases": d["cases"][1], "test cases": len(d["names"]), "seeds": args.seeds, "recipe": {k: v for k, v in d["recipe"].items() if k not in ("exclude", "cache")},
-            "learning rates tried by each arm": list(args.lr), "matched width": d["widths"], "its parameters and multiply-adds over EG-CNN's": d["excess"], "hours of training, all runs": round(hours, 2), "processor": cpu, "cores": os.cpu_count(),
+            "learning rates tried by each arm": list(args.lr), "seeds of each trial": args.tune_seeds, "matched width": d["widths"], "its parameters and multiply-adds over EG-CNN's": d["excess"], "hours of training, all runs": round(hours, 2), "processor": cpu, "cores": os.cpu_count(),
             "versions": {n: version(n) for n in ("egcnn_nb", "torch", "numpy", "scipy", "monai") if find_spec(n)}, "command": args.command, "credit": args.credit, "quick": bool(args.quick)}
 
 def _parts(about, tables, pictures, args):
@@ -184,7 +186,7 @@ def _parts(about, tables, pictures, args):
             *([("Cases",), "Chosen by a rule: the best, the median and the worst difference in Dice between EG-CNN and the bare network, averaged over seeds; the networks of the first seed.", (cases, "test cases with image, truth, predictions, edges and disagreement")] if cases else []),
             *([("Fewer training cases",), (pictures["sizes"], "Dice against the number of training cases")] if "sizes" in pictures else []),
             *([("A worse scanner",), "The test cases with noise, blur, a bias field or another contrast, in five strengths; nothing was trained for it.", (pictures["robustness"], "Dice against the strength of each change")] if "robustness" in pictures else []),
-            ("Training",), "Validation Dice of every run.", (pictures["training"], "validation Dice against the epoch"), "Each arm tried the same learning rates with the first seed.", tables["trials"],
+            ("Training",), "Validation Dice of every run.", (pictures["training"], "validation Dice against the epoch"), f"Each arm tried the same learning rates, each with {args.tune_seeds} seed{'s'*(args.tune_seeds > 1)}.", tables["trials"],
             ("Cost",), tables["costs"], ("How it was done",), [{"": k, "value": json.dumps(v) if isinstance(v, (dict, list)) else str(v)} for k, v in about.items()]]
 
 # %% ../nbs/12_experiments.ipynb #8a9a8ca1
@@ -208,7 +210,8 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--arms", nargs="+", default=["bare", "matched", "eg"], metavar="ARM", help=f"what is compared: {', '.join(ARMS)}, or one of them with readings of the paper, such as eg+supervise=main")
     p.add_argument("--seeds", type=int, default=5, help="runs of each")
     p.add_argument("--train_cases", type=_number_or_all, nargs="+", default=[None], metavar="N|all", help="training sets: numbers of cases, or all of them; the first chooses learning rates and fills the tables (default: all)")
-    p.add_argument("--lr", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="learning rates that each arm tries with the first seed")
+    p.add_argument("--lr", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="learning rates that each arm tries")
+    p.add_argument("--tune_seeds", type=int, default=1, metavar="N", help="seeds with which each of them is tried; the one with the best validation Dice on average is kept")
     p.add_argument("--test_cases", default="0.2", metavar="FILE|N", help="names of the test cases, one a line, or their share or number, drawn once")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time; each gets its share of the processor's cores")
     p.add_argument("--credit", default="", metavar="TEXT", help="source and licence of the images, for the figures")
@@ -225,8 +228,9 @@ def run_experiment(
     args:argparse.Namespace, # of `arguments`
 )->None:
     "One dataset: plan, or train what is missing, or test; `--quick` does both"
+    expect(1 <= args.tune_seeds <= args.seeds, "--tune_seeds", args.tune_seeds, f"1 to {args.seeds}, the number of seeds")
     d = design(data, out, args)
-    tries = trials(args.backbones, args.arms, args.lr, train_cases=args.train_cases[0])
+    tries = trials(args.backbones, args.arms, args.lr, args.tune_seeds, args.train_cases[0])
     every = lambda lrs: grid(args.backbones, args.arms, range(args.seeds), args.train_cases, lrs)
     here = lambda cells: (cells, data, out, d["recipe"], d["widths"], args.jobs)
     if not args.test or args.quick:
