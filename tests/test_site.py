@@ -73,8 +73,9 @@ def test_a_view_can_be_moved_without_a_kernel(site, chromium):
     assert figure.locator("img").get_attribute("src") != before and float(figure.locator("output").inner_text()) < 0 and said == []
     assert sum(f.stat().st_size for f in (site[0]/"views").iterdir()) <= 2e6
 
-def test_formulas_and_links(site):
-    folder = site[0]
+def test_formulas_links_and_hidden_code(site):
+    folder, front = site[0], (site[0]/"index.html").read_text()
+    assert "bare with consistency loss" in front and "tabulate" not in front                              # the table, without the code that reads it
     assert (folder/"04_gate.html").read_text().count("<math") > 5
     for page in folder.rglob("*.html"):
         text = re.sub(r"<(pre|code|script|math)\b.*?</\1>", "", page.read_text(), flags=re.S)

@@ -102,7 +102,7 @@ def notebook(path, views={}):
         if found := re.search(r"^#\| default_exp (\w+)", source, re.M): module = found[1]
         if re.match(r"#\| (hide|default_exp)\b", source) or source.startswith("%"): continue
         code = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
-        if code: text.append(fence(code, "python", f"exported to egcnn_nb/{module}.py" if source.startswith("#| export") else ""))
+        if code and not source.startswith("#| echo: false"): text.append(fence(code, "python", f"exported to egcnn_nb/{module}.py" if source.startswith("#| export") else ""))
         text += [output(o, path.stem, images, views) for o in cell["outputs"]]
     return "\n\n".join(text)
 
