@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'arm_of', 'Cell', 'grid', 'capacity', 'matched_width', 'words', 'settings_of', 'state', 'progress',
-           'processors', 'run_cells', 'trials', 'tuned', 'costs_of', 'plan']
+           'processors', 'run_cells', 'trials', 'trial_scores', 'tuned', 'costs_of', 'plan']
 
 # %% ../nbs/11b_cells.ipynb #75521647
 import json, os, pickle, subprocess, sys, time
@@ -209,18 +209,25 @@ def trials(
     "The runs by which learning rates are chosen"
     return [c for lr in lrs for c in grid(backbones, arms, range(seeds), [train_cases], dict.fromkeys(product(backbones, arms), lr))]
 
+def trial_scores(
+    cells:list, # of `trials`, done
+    out, # folder of the experiment
+    epochs:int, # of each run
+)->dict: # (backbone, arm) -> learning rate -> best validation Dice of each seed
+    "What the trials came to; raises `InputError` if one is missing"
+    found, scores = {c: state(c, out, epochs) for c in cells}, {}
+    missing = [c.name for c, f in found.items() if f["state"] != "done"]
+    expect(not missing, "the trials", f"{len(missing)} that are not done, {missing[:3]}", "all of them", "run them first")
+    for c, f in found.items(): scores.setdefault((c.backbone, c.arm), {}).setdefault(c.lr, []).append(f["best"])
+    return scores
+
 def tuned(
     cells:list, # of `trials`, done
     out, # folder of the experiment
     epochs:int, # of each run
 )->dict: # (backbone, arm) -> learning rate with the best validation Dice, averaged over seeds; the lower of equals
     "The learning rate of each arm"
-    found = {c: state(c, out, epochs) for c in cells}
-    missing = [c.name for c, f in found.items() if f["state"] != "done"]
-    expect(not missing, "the trials", f"{len(missing)} that are not done, {missing[:3]}", "all of them", "run them first")
-    scores = {}                                                     # (backbone, arm) -> learning rate -> Dice of each seed
-    for c, f in found.items(): scores.setdefault((c.backbone, c.arm), {}).setdefault(c.lr, []).append(f["best"])
-    return {pair: min(own, key=lambda lr: (-mean(own[lr]), lr)) for pair, own in scores.items()}
+    return {pair: min(own, key=lambda lr: (-mean(own[lr]), lr)) for pair, own in trial_scores(cells, out, epochs).items()}
 
 # %% ../nbs/11b_cells.ipynb #956e03d8
 def _measure(settings, task, threads):

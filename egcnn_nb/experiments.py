@@ -22,7 +22,7 @@ from .explorers import COLOURS
 from .layouts import find_dataset
 from .settings import Settings, share_or_file
 from .inference import load_run
-from .cells import ARMS, grid, plan, run_cells, state, trials, tuned
+from .cells import ARMS, grid, plan, run_cells, state, trial_scores, trials, tuned
 from .evaluation import evaluate, read_scores, robustness
 from .report import NAMES, PRIMARY_TEXT, comparison_table, comparisons, dice_table, draw_cases, draw_differences, draw_robustness, draw_sizes, maps_of_case, number, pick_cases, png, score_table, short, title, write_report, write_tables
 from .design import datasets_in, design, live_table
@@ -100,9 +100,8 @@ def tried_table(
     epochs:int, # of each run
 )->list: # of dicts: column -> text
     "What was tried to choose learning rates"
-    scores = {}
-    for c in tries: scores.setdefault((c.backbone, c.arm, c.lr), []).append(state(c, out, epochs)["best"])
-    return [{"network": title(b, a), "learning rate": f"{lr:g}", "seeds": len(own), "best validation Dice": number(own), "chosen": "yes" if lrs[b, a] == lr else ""} for (b, a, lr), own in scores.items()]
+    return [{"network": title(*pair), "learning rate": f"{lr:g}", "seeds": len(own), "best validation Dice": number(own), "chosen": "yes" if lrs[pair] == lr else ""}
+            for pair, rates in trial_scores(tries, out, epochs).items() for lr, own in rates.items()]
 
 def cost_table(
     costs:dict, # (backbone, arm) -> of `costs_of`
