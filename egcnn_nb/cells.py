@@ -8,6 +8,7 @@ __all__ = ['ARMS', 'arm_of', 'Cell', 'grid', 'capacity', 'matched_width', 'words
 
 # %% ../nbs/11b_cells.ipynb #75521647
 import json, os, pickle, subprocess, sys, time
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -145,11 +146,12 @@ def progress(
     mean = lambda seconds: sum(seconds)/len(seconds) if seconds else None
     own = {arm: mean([s for c, f in found.items() if (c.backbone, c.arm) == arm for s in f["seconds"]]) for arm in {(c.backbone, c.arm) for c in cells}}
     every = mean([s for f in found.values() for s in f["seconds"]])
-    rows = [f"| {c.name} | {'running' if c.name in running else f['state']} | {f['epochs']}/{epochs} | {'' if f['best'] is None else format(f['best'], '.4f')} |" for c, f in found.items()]
-    count = {s: sum(f["state"] == s for f in found.values()) for s in ("done", "begun", "left")}
+    states = {c: "running" if c.name in running else f["state"] for c, f in found.items()}
+    rows = [f"| {c.name} | {states[c]} | {f['epochs']}/{epochs} | {'' if f['best'] is None else format(f['best'], '.4f')} |" for c, f in found.items()]
+    count = Counter("left" if s == "begun" else s for s in states.values())
     to_go = sum((epochs-f["epochs"])*(own[c.backbone, c.arm] or every or 0) for c, f in found.items())/3600/jobs
     return "\n".join(["| cell | state | epochs | best validation Dice |", "|---|---|---|---|", *rows, "",
-                      f"{count['done']} done, {count['begun']} begun, {count['left']} left; " + (f"{to_go:.1f} hours to go" if every else "hours to go: not known before the first epoch")])
+                      f"{count['done']} done, {count['running']} running, {count['left']} left; " + (f"{to_go:.1f} hours to go" if every else "hours to go: not known before the first epoch")])
 
 # %% ../nbs/11b_cells.ipynb #18718dc9
 def processors()->int: # at least 1

@@ -88,6 +88,7 @@ def live_table(
     epochs:int, # of each run
     jobs:int, # cells at a time
     screen=None, # whether stderr is a terminal; None: ask it
+    every:float=5., # seconds after which it is written again
 ):
     "Gives the function that `run_cells` tells of its cells; shows what is done, running and left, and the time to go"
     running, ended = set(), Event()
@@ -102,8 +103,7 @@ def live_table(
         last = show().splitlines()[-1]
         if not screen: print(f"{line} ({last})", file=sys.stderr, flush=True)
     def again():
-        while not ended.wait(5): show()
-    thread = Thread(target=again, daemon=True)
-    if screen: thread.start()
+        while not ended.wait(every): show()
+    thread = Thread(target=again, daemon=True); thread.start()
     try: yield tell
-    finally: ended.set(); show()
+    finally: ended.set(); thread.join(); show()
