@@ -69,7 +69,7 @@ def mix_channels(
     return (maps if bias is None else maps.add_(bias[:, None])).unflatten(1, (len(x), *x.shape[2:])).movedim(0, 1)
 
 class Conv3d(nn.Conv3d):
-    "torch's Conv3d, on a CPU channels last, 1×1×1 as a matrix product, a few channels by pairs of voxels, and a single small float32 volume as a batch of two halves (our choice: faster, the same numbers)"
+    "torch's Conv3d, on a CPU channels last, 1×1×1 as a matrix product, a few channels by pairs of voxels, a single small float32 volume as a batch of two halves, and thin bfloat16 ones in float32 (our choice: faster, the same numbers)"
     def forward(self,
         x:Tensor, # (B,C,D,H,W)
     )->Tensor: # (B,K,D',H',W')
@@ -80,22 +80,32 @@ class Conv3d(nn.Conv3d):
         mixed = torch.is_autocast_enabled("cpu"); kind = torch.get_autocast_dtype("cpu") if mixed else self.weight.dtype
         small = len(x) == 1 and x.shape[:4].numel() <= 20480 and x.dtype == torch.float32 and not mixed          # when torch would not call oneDNN
         if small and self.kernel_size[0] > 1: return self._by_halves(x)
+        if kind == torch.bfloat16 and (mixed or x.dtype == kind) and 1 in map(self._made_of, x.shape[2:]): return self._in_float32(x)
         if self._leaves_lanes(x) and kind in ((torch.float32, torch.bfloat16) if mixed else (x.dtype,)): return _Pairs.apply(x.to(kind), self.weight.to(kind))
         return super().forward(x)
 
     def _leaves_lanes(self, x):
         "Whether pairs of voxels would be faster: 3×3×3, no more than half as many channels as lanes"
         usual = (self.kernel_size[0], self.stride[0], self.padding[0], self.bias) == (3, 1, 1, None)
-        return usual and 2*self.out_channels <= _LANES and x.shape[4] % 2 == 0
+        return usual and 2*self.out_channels <= _LANES and x.shape[4] % 2 == 0 and x.shape[4] > 2
 
     def _is_plain(self):
         "Whether it is the same along each axis, without groups, dilation or another padding than zeros"
         same = all(not isinstance(v, str) and len(set(v)) == 1 for v in (self.kernel_size, self.stride, self.padding, self.dilation))
         return same and self.dilation[0] == self.groups == 1 and self.padding_mode == "zeros"
 
+    def _made_of(self, voxels):
+        "Voxels along an axis that are made of so many"
+        return (voxels+2*int(self.padding[0])-self.kernel_size[0])//self.stride[0] + 1
+
+    def _in_float32(self, x):
+        "For bfloat16: where the result is one voxel thin, oneDNN's own is garbage on processors with AMX"
+        w, b = self.weight.float(), None if self.bias is None else self.bias.float()
+        with torch.autocast("cpu", enabled=False): return F.conv3d(x.float(), w, b, self.stride, self.padding).bfloat16()
+
     def _by_halves(self, x):
         (k, *_), (s, *_), p, planes = self.kernel_size, self.stride, int(self.padding[0]), x.movedim(1, -1)
-        out = (x.shape[2]+2*p-k)//s + 1                               # planes
+        out = self._made_of(x.shape[2])                               # planes
         half = (out+1)//2                                             # of them, for each half
         pair = torch.cat([_planes(planes, i*half*s-p, (half-1)*s+k) for i in (0, 1)], 1).unflatten(1, (2, -1))[0]
         both = F.conv3d(pair.movedim(-1, 1), self.weight, self.bias, self.stride, (0, p, p))
