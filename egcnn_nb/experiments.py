@@ -21,6 +21,7 @@ from .core import exit_on_error, expect, write_whole
 from .explorers import COLOURS
 from .layouts import find_dataset
 from .settings import Settings, share_or_file
+from .checkpoints import lock_run
 from .inference import load_run
 from .cells import ARMS, grid, plan, run_cells, state, trial_scores, trials, tuned
 from .evaluation import evaluate, read_scores, robustness
@@ -226,8 +227,15 @@ def run_experiment(
     out, # folder of the experiment
     args:argparse.Namespace, # of `arguments`
 )->None:
-    "One dataset: plan, or train what is missing, or test; `--quick` does both"
+    "One dataset: plan, or train what is missing, or test; `--quick` does both; raises `InputError` where another process is at it"
     expect(1 <= args.tune_seeds <= args.seeds, "--tune_seeds", args.tune_seeds, f"1 to {args.seeds}, the number of seeds")
+    Path(out).mkdir(parents=True, exist_ok=True); lock = None if args.plan else lock_run(out, "egcnn_experiment")
+    try: _run_steps(data, out, args)
+    finally:
+        if lock: lock.release()
+
+def _run_steps(data, out, args):
+    "`run_experiment`, in a folder that is ours"
     d = design(data, out, args)
     tries = trials(args.backbones, args.arms, args.lr, args.tune_seeds, args.train_cases[0])
     every = lambda lrs: grid(args.backbones, args.arms, range(args.seeds), args.train_cases, lrs)
