@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['dice_loss', 'balanced_bce', 'edge_loss', 'gumbel_noise', 'gumbel_softmax_probs', 'consistency_loss', 'edge_box',
-           'EGLoss']
+           'mask_cross_entropy', 'EGLoss']
 
 # %% ../nbs/05_losses.ipynb #1e04c8be
 import torch
@@ -172,6 +172,16 @@ class _Cut(torch.autograd.Function):
         for box, grad in zip(ctx.boxes, grads): out[box] = grad
         return out, None
 
+# %% ../nbs/05_losses.ipynb #a06d8250
+def mask_cross_entropy(
+    logits:Tensor, # scores (B,K,D,H,W)
+    target:Tensor, # one-hot or region masks {0,1}, same shape
+    activation:str="softmax", # over exclusive classes, background included, or "sigmoid": each channel against its absence
+)->Tensor: # scalar ≥ 0
+    "Cross entropy of the masks, mean over voxels (our choice; the paper has none)"
+    logits, target = _pair(logits, target, "mask_cross_entropy")
+    return F.cross_entropy(logits, target) if activation == "softmax" else F.binary_cross_entropy_with_logits(logits, target)
+
 # %% ../nbs/05_losses.ipynb #11651481
 class EGLoss(nn.Module):
     "Semantic, edge and consistency loss, each by name, and their total (eq. 3)"
@@ -191,12 +201,14 @@ class EGLoss(nn.Module):
         weight_negatives:bool=True, # see `balanced_bce`
         beta_over:str="case", # see `balanced_bce`
         consistency_alone:bool=False, # the consistency loss where there is no edge stream too: which is the control of `12a_hippocampus`
+        w_cross_entropy:float=0.0, # weight of `mask_cross_entropy` in the semantic loss, beside its Dice
     ):
         super().__init__()
         expect(activation in ("softmax", "sigmoid"), "activation", repr(activation), "'softmax' or 'sigmoid'")
         expect(supervise in ("both", "fused", "main"), "supervise", repr(supervise), "'both', 'fused' or 'main'")
         self.activation, self.lambda1, self.lambda2, self.w_consistency = activation, lambda1, lambda2, w_consistency
         self.tau, self.hard, self.supervise, self.where, self.consistency_alone = tau, hard, supervise, where, consistency_alone
+        self.w_cross_entropy = w_cross_entropy
         self.edge:dict = dict(edge_classes=edge_classes, thickness=thickness)
         self.dice:dict = dict(eps_in=eps_in, reduce=reduce)
         self.bce:dict = dict(weight_negatives=weight_negatives, beta_over=beta_over)
@@ -214,6 +226,14 @@ class EGLoss(nn.Module):
         "The outputs that are supervised, as a list"
         main = logits if main_logits is None else main_logits
         return {"both": [logits] if main_logits is None else [logits, main], "fused": [logits], "main": [main]}[self.supervise]
+
+    def semantic(self,
+        logits:Tensor, # (B,K,D,H,W)
+        target:Tensor, # one-hot or region masks, same shape
+    )->Tensor: # scalar
+        "Dice of the classes, without the background (eq. 4), and cross entropy where it is asked for"
+        dice = dice_loss(probabilities(_float(logits), self.activation), target, **self.dice, skip=int(self.activation == "softmax"))
+        return dice + self.w_cross_entropy*mask_cross_entropy(logits, target, self.activation) if self.w_cross_entropy else dice
 
     def consistency(self,
         outputs:list, # logits (B,K,D,H,W)
@@ -241,9 +261,8 @@ class EGLoss(nn.Module):
         main_logits:Tensor=None, # main stream's own output (B,K,D,H,W)
         keys=None, # names of the noise, one tuple per case
     )->dict: # name -> scalar: total, semantic, edge_dice, edge_bce, consistency
-        prob = lambda z: probabilities(_float(z), self.activation)
         outputs, masks = self.supervised(logits, main_logits), self.foreground(target)
-        terms = {"semantic": torch.stack([dice_loss(prob(z), target, **self.dice, skip=int(self.activation == "softmax")) for z in outputs]).mean()}
+        terms = {"semantic": torch.stack([self.semantic(z, target) for z in outputs]).mean()}
         terms["edge_dice"] = terms["edge_bce"] = terms["consistency"] = terms["semantic"].new_zeros(())
         consistent = self.w_consistency and (edge_logits is not None or self.consistency_alone)
         if edge_logits is not None or consistent: magnitude = sobel_magnitude(_float(masks))

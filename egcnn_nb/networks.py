@@ -39,7 +39,7 @@ def reading_for(
     readings, known = settings.readings or {}, _arguments(EGCNN) | _arguments(EGLoss)
     odd = sorted(set(readings) - known)
     expect(not odd, "readings", odd, f"names out of {sorted(known)}")
-    alone = {"eps_in", "reduce", "consistency_alone", *(("w_consistency", "tau", "hard", "where") if readings.get("consistency_alone") else ())}
+    alone = {"eps_in", "reduce", "consistency_alone", "w_cross_entropy", *(("w_consistency", "tau", "hard", "where") if readings.get("consistency_alone") else ())}
     idle = sorted(set(readings) - alone)
     expect(settings.edge or not idle, "readings", idle, f"those that a bare backbone's loss listens to, {sorted(alone)}", "use --edge on")
     return {k: v for k, v in readings.items() if k in _arguments(cls)}
