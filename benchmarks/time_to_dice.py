@@ -12,8 +12,9 @@ from pathlib import Path
 
 GOAL, PATCH, VALIDATION = .85, (40, 56, 40), 28
 TRIALS = tuple(product((1e-3, 3e-3), (12, 20)))                                       # learning rate, epochs
-OURS = {"EG-CNN": ["--edge", "on"], "Seg-Net + consistency loss": ["--edge", "off", "--reading", "consistency_alone=True"]}
-BEST = {"EG-CNN": (3e-3, 20), "Seg-Net + consistency loss": (3e-3, 20), "MONAI SegResNet": (3e-3, 20), "MONAI UNet": (3e-3, 20)}
+ENTROPY, CONSISTENT = ["--reading", "w_cross_entropy=1"], ["--edge", "off", "--reading", "consistency_alone=True"]
+OURS = {"EG-CNN": ["--edge", "on"], "EG-CNN + cross entropy": ["--edge", "on", *ENTROPY], "Seg-Net + consistency loss": CONSISTENT, "Seg-Net + consistency loss + cross entropy": [*CONSISTENT, *ENTROPY]}
+BEST = dict.fromkeys([*OURS, "MONAI SegResNet", "MONAI UNet"], (3e-3, 20))             # learning rate, epochs
 
 def split(args):
     "Training and validation cases"
