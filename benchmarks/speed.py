@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py [ROW ...] [--threads 1] [--json FILE] [--keep_memory]     # default: every row
 
-Rows: sobel sobel_backward losses step matched segresnet bf16 batch_1 predict distances startup.
+Rows: sobel sobel_backward losses step segresnet bf16 batch_1 predict distances startup.
 Seg-Net (a): width 8, 3 levels, batch 2 of 1×48×64×48; (b): width 16, 4 levels, batch 1 of 4×96³; 3 classes, readings by default.
 With --keep_memory the allocator keeps freed memory, as egcnn_train and egcnn_predict do, for both sides."""
 import argparse, json, platform, re, statistics, subprocess, sys, time
