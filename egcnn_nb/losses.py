@@ -178,7 +178,8 @@ def mask_cross_entropy(
     target:Tensor, # one-hot or region masks {0,1}, same shape
     activation:str="softmax", # over exclusive classes, background included, or "sigmoid": each channel against its absence
 )->Tensor: # scalar ≥ 0
-    "Cross entropy of the masks, mean over voxels (our choice; the paper has none)"
+    "Cross entropy of the masks, mean over voxels (our choice; the paper has none); raises `InputError` on other shapes or activations"
+    expect(activation in ("softmax", "sigmoid"), "activation", repr(activation), "'softmax' or 'sigmoid'")
     logits, target = _pair(logits, target, "mask_cross_entropy")
     return F.cross_entropy(logits, target) if activation == "softmax" else F.binary_cross_entropy_with_logits(logits, target)
 
