@@ -67,15 +67,15 @@ def words(name, args, seed, lr, epochs, folder):
 
 def reach(name, args, seed, lr, epochs):
     "Run a side until the goal is reached: (seconds, epoch, Dice) of each validation"
-    with tempfile.TemporaryDirectory() as tmp:
+    with tempfile.TemporaryDirectory() as tmp, open(f"{tmp}/errors.txt", "w+") as errors:        # files and not pipes: a pipe that nobody reads fills, and the run waits for ever
         (Path(tmp)/"validation.txt").write_text("\n".join(c.name for c in split(args)[1]))
-        start, found = time.time(), []
-        run = subprocess.Popen(words(name, args, seed, lr, epochs, tmp), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for dice in (json.loads(l)["dice"] for l in run.stdout) if name not in OURS else followed(run, Path(tmp)/"run/log.txt"):
+        start, found, ours = time.time(), [], name in OURS
+        run = subprocess.Popen(words(name, args, seed, lr, epochs, tmp), stdout=subprocess.DEVNULL if ours else subprocess.PIPE, stderr=errors, text=True)
+        for dice in followed(run, Path(tmp)/"run/log.txt") if ours else (json.loads(l)["dice"] for l in run.stdout or ()):
             found.append((round(time.time()-start, 1), len(found)+1, round(dice, 4)))
             if dice >= GOAL: break
-        run.kill(); error = run.communicate()[1]
-        assert found, error
+        run.kill(); run.wait(); errors.seek(0)
+        assert found, errors.read()
         return found
 
 def followed(run, log):
