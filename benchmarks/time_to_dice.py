@@ -13,9 +13,11 @@ from pathlib import Path
 
 GOAL, PATCH, VALIDATION = .85, (40, 56, 40), 28
 TRIALS = tuple(product((1e-3, 3e-3), (6, 12)))                                        # learning rate, epochs
-ENTROPY, CONSISTENT = ["--reading", "w_cross_entropy=1"], ["--edge", "off", "--reading", "consistency_alone=True"]
-OURS = {"EG-CNN": ["--edge", "on"], "EG-CNN + cross entropy": ["--edge", "on", *ENTROPY], "Seg-Net + consistency loss + cross entropy": [*CONSISTENT, *ENTROPY]}
-BEST = {"EG-CNN": (3e-3, 6), "EG-CNN + cross entropy": (3e-3, 12), "Seg-Net + consistency loss + cross entropy": (1e-3, 12), "MONAI SegResNet": (3e-3, 6), "MONAI UNet": (3e-3, 6)}       # the fastest of TRIALS
+ENTROPY, CONSISTENT, PLAIN = ["--reading", "w_cross_entropy=1"], ["--edge", "off", "--reading", "consistency_alone=True"], ["--reading", "norm_head=False"]
+OURS = {"EG-CNN": ["--edge", "on"], "EG-CNN + cross entropy": ["--edge", "on", *ENTROPY], "Seg-Net + consistency loss + cross entropy": [*CONSISTENT, *ENTROPY],
+        "EG-CNN, plain head": ["--edge", "on", *PLAIN], "Seg-Net + cross entropy, plain head": ["--edge", "off", *ENTROPY, *PLAIN], "Seg-Net + consistency loss + cross entropy, plain head": [*CONSISTENT, *ENTROPY, *PLAIN]}
+BEST = {"EG-CNN": (3e-3, 6), "EG-CNN + cross entropy": (3e-3, 12), "Seg-Net + consistency loss + cross entropy": (1e-3, 12), "MONAI SegResNet": (3e-3, 6), "MONAI UNet": (3e-3, 6),
+        "EG-CNN, plain head": (3e-3, 6), "Seg-Net + cross entropy, plain head": (3e-3, 6), "Seg-Net + consistency loss + cross entropy, plain head": (3e-3, 6)}       # the fastest of TRIALS
 
 def split(args):
     "Training and validation cases"

@@ -79,6 +79,17 @@ class EncoderDecoder(nn.Module):
 # %% ../nbs/06_backbones.ipynb #cef64979
 class SegNet(EncoderDecoder):
     "Seg-Net: residual blocks, strided convolutions, trilinear up-sampling, added skips (Myronenko 2018)"
+    def __init__(self,
+        in_channels:int, # channels of the image
+        out_channels:int, # classes or regions
+        width:int=8, # channels at the finest resolution; doubled at each level
+        levels:int=4, # number of resolutions
+        dims:int=3, # 2 or 3 spatial axes
+        norm_head:bool=True, # GroupNorm and ReLU before the last convolution, as in MONAI's code; Myronenko's text has neither
+    ):
+        self.norm_head = norm_head
+        super().__init__(in_channels, out_channels, width, levels, dims)
+
     def down(self, before, channels, depth, first):
         stride = [] if first else [conv(self.dims, before, channels, 3, stride=2, padding=1, bias=False)]
         return nn.Sequential(*stride, *[ResidualBlock(channels, self.dims) for _ in range(depth)])
@@ -89,7 +100,10 @@ class SegNet(EncoderDecoder):
 
     def merge(self, up, skip): return up + skip
     def join(self, channels): return ResidualBlock(channels, self.dims)
-    def output(self, channels, out): return nn.Sequential(norm(channels), nn.ReLU(inplace=True), conv(self.dims, channels, out, 1))
+    def output(self, channels, out):
+        last = conv(self.dims, channels, out, 1)
+        return nn.Sequential(norm(channels), nn.ReLU(inplace=True), last) if self.norm_head else last
+
 
 # %% ../nbs/06_backbones.ipynb #11cd2443
 def _layers(dims, before, channels, depth, activation):

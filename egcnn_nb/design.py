@@ -65,6 +65,7 @@ def design(
     task, train, val, _ = prepare(settings)
     recipe = {k: getattr(args, k) for k in ("epochs", "width", "levels", "batch_size", "precision", "validation")} | {"patch_size": list(cast(tuple, settings.patch_size)), "exclude": settings.exclude}
     if args.cache: recipe["cache"] = args.cache
+    if args.augment is not None: recipe["augment"] = args.augment
     matched = {b: matched_width(settings_of(b, "eg", recipe, {}), task, settings.patch_size) for b in args.backbones}
     d = {"task": task, "names": names, "cases": (len(train), len(val)), "recipe": recipe, "widths": {b: w for b, (w, *_) in matched.items()}, "excess": {b: e for b, (_, *e) in matched.items()},
          "steps": -(-len(train)//args.batch_size), "windows": sum(len(windows(c.x.shape[1:], settings.patch_size)) for c in val)}

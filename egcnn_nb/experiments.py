@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from .core import exit_on_error, expect, write_whole
 from .explorers import COLOURS
 from .layouts import find_dataset
-from .settings import Settings, share_or_file
+from .settings import AUGMENTATIONS, Settings, share_or_file
 from .checkpoints import lock_run
 from .inference import load_run
 from .cells import ARMS, grid, plan, run_cells, state, trial_scores, trials, tuned
@@ -219,6 +219,7 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--patch_size", type=int, nargs=3, metavar=("D", "H", "W"), help="as in egcnn_train")
     p.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="as in egcnn_train")
     p.add_argument("--validation", type=share_or_file, default=Settings.validation, metavar="N|FILE", help="share or number of the cases that are no test cases, or a file with their names; without a file each seed has a split of its own")
+    p.add_argument("--augment", nargs="*", choices=AUGMENTATIONS, metavar="NAME", help="as in egcnn_train")
     p.add_argument("--cache", metavar="DIR", help="as in egcnn_train")
     return p
 

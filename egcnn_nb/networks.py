@@ -19,29 +19,31 @@ from torch.signal.windows import gaussian
 
 from .core import Task, expect, need, seed_everything
 from .losses import EGLoss
-from .backbones import BACKBONES, make_backbone
+from .backbones import BACKBONES, SegNet, make_backbone
 from .egcnn import EGCNN, evaluating, logits_of
 from .settings import NETWORKS, Settings
 from .patches import fill
 
 # %% ../nbs/09c_networks.ipynb #25b8e61c
-_FIXED = {"self", "net", "example_input", "activation", "features", "decoder_entry", "head"}
+_FIXED = {"self", "net", "example_input", "activation", "features", "decoder_entry", "head", "in_channels", "out_channels", "width", "levels", "dims"}
 
 def _arguments(cls):
     "Names of the readings that a class takes"
     return set(inspect.signature(cls.__init__).parameters) - _FIXED
 
 def reading_for(
-    cls, # EGCNN or EGLoss
+    cls, # EGCNN, EGLoss or SegNet
     settings:Settings, # of the run
 )->dict: # its share of the readings
     "The arguments for a class among the run's readings; raises `InputError` on a name that is no reading"
-    readings, known = settings.readings or {}, _arguments(EGCNN) | _arguments(EGLoss)
+    readings, known = settings.readings or {}, _arguments(EGCNN) | _arguments(EGLoss) | _arguments(SegNet)
     odd = sorted(set(readings) - known)
     expect(not odd, "readings", odd, f"names out of {sorted(known)}")
-    alone = {"eps_in", "reduce", "consistency_alone", "w_cross_entropy", *(("w_consistency", "tau", "hard", "where") if readings.get("consistency_alone") else ())}
+    other = sorted(_arguments(SegNet) & set(readings)) if settings.backbone != "segnet" else []
+    expect(not other, "readings", f"{other} for {settings.backbone!r}", "readings of segnet alone", "use --backbone segnet")
+    alone = {*_arguments(SegNet), "eps_in", "reduce", "consistency_alone", "w_cross_entropy", *(("w_consistency", "tau", "hard", "where") if readings.get("consistency_alone") else ())}
     idle = sorted(set(readings) - alone)
-    expect(settings.edge or not idle, "readings", idle, f"those that a bare backbone's loss listens to, {sorted(alone)}", "use --edge on")
+    expect(settings.edge or not idle, "readings", idle, f"those that a bare backbone or its loss listens to, {sorted(alone)}", "use --edge on")
     return {k: v for k, v in readings.items() if k in _arguments(cls)}
 
 # %% ../nbs/09c_networks.ipynb #5811cb4a
@@ -67,7 +69,7 @@ def make_model(
     seed_everything(settings.seed)
     expect(settings.backbone in NETWORKS, "backbone", repr(settings.backbone), f"one of {list(NETWORKS)}")
     ours = settings.backbone in BACKBONES
-    net = (make_backbone if ours else make_peer)(settings.backbone, len(task.channels), task.outputs, settings.width, settings.levels)
+    net = (make_backbone if ours else make_peer)(settings.backbone, len(task.channels), task.outputs, settings.width, settings.levels, **reading_for(SegNet, settings))
     example = None if ours else torch.zeros(1, len(task.channels), *[2**settings.levels]*3)
     return EGCNN(net, example, task.activation, verbose=False, **reading_for(EGCNN, settings)) if settings.edge else net
 
