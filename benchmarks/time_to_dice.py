@@ -17,7 +17,7 @@ ENTROPY, CONSISTENT, PLAIN = ["--reading", "w_cross_entropy=1"], ["--edge", "off
 OURS = {"EG-CNN": ["--edge", "on"], "EG-CNN + cross entropy": ["--edge", "on", *ENTROPY], "Seg-Net + consistency loss + cross entropy": [*CONSISTENT, *ENTROPY],
         "EG-CNN, plain head": ["--edge", "on", *PLAIN], "Seg-Net + cross entropy, plain head": ["--edge", "off", *ENTROPY, *PLAIN], "Seg-Net + consistency loss + cross entropy, plain head": [*CONSISTENT, *ENTROPY, *PLAIN]}
 BEST = {"EG-CNN": (3e-3, 6), "EG-CNN + cross entropy": (3e-3, 12), "Seg-Net + consistency loss + cross entropy": (1e-3, 12), "MONAI SegResNet": (3e-3, 6), "MONAI UNet": (3e-3, 6),
-        "EG-CNN, plain head": (3e-3, 6), "Seg-Net + cross entropy, plain head": (3e-3, 6), "Seg-Net + consistency loss + cross entropy, plain head": (3e-3, 6)}       # the fastest of TRIALS
+        "EG-CNN, plain head": (1e-3, 12), "Seg-Net + cross entropy, plain head": (1e-3, 6), "Seg-Net + consistency loss + cross entropy, plain head": (1e-3, 6)}       # the fastest of TRIALS
 
 def split(args):
     "Training and validation cases"
