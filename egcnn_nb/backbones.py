@@ -80,15 +80,12 @@ class EncoderDecoder(nn.Module):
 class SegNet(EncoderDecoder):
     "Seg-Net: residual blocks, strided convolutions, trilinear up-sampling, added skips (Myronenko 2018)"
     def __init__(self,
-        in_channels:int, # channels of the image
-        out_channels:int, # classes or regions
-        width:int=8, # channels at the finest resolution; doubled at each level
-        levels:int=4, # number of resolutions
-        dims:int=3, # 2 or 3 spatial axes
+        *args, # of `EncoderDecoder`
         norm_head:bool=True, # GroupNorm and ReLU before the last convolution, as in MONAI's code; Myronenko's text has neither
+        **kwargs, # of `EncoderDecoder`
     ):
         self.norm_head = norm_head
-        super().__init__(in_channels, out_channels, width, levels, dims)
+        super().__init__(*args, **kwargs)
 
     def down(self, before, channels, depth, first):
         stride = [] if first else [conv(self.dims, before, channels, 3, stride=2, padding=1, bias=False)]

@@ -25,7 +25,7 @@ from .settings import NETWORKS, Settings
 from .patches import fill
 
 # %% ../nbs/09c_networks.ipynb #25b8e61c
-_FIXED = {"self", "net", "example_input", "activation", "features", "decoder_entry", "head", "in_channels", "out_channels", "width", "levels", "dims"}
+_FIXED = {"self", "net", "example_input", "activation", "features", "decoder_entry", "head", "args", "kwargs"}
 
 def _arguments(cls):
     "Names of the readings that a class takes"
