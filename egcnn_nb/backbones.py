@@ -101,7 +101,6 @@ class SegNet(EncoderDecoder):
         last = conv(self.dims, channels, out, 1)
         return nn.Sequential(norm(channels), nn.ReLU(inplace=True), last) if self.norm_head else last
 
-
 # %% ../nbs/06_backbones.ipynb #11cd2443
 def _layers(dims, before, channels, depth, activation):
     "`depth` times convolution, GroupNorm, activation"

@@ -40,7 +40,7 @@ class Settings:
     cache_gb:float=50. # size that this folder may reach
     save_minutes:float=10. # a checkpoint that often, besides the one after each epoch; 0: after each step
     shard:bool=False # spread weights and optimizer over the processes (FSDP) too
-    readings:dict|None=None # readings of the paper other than the defaults: argument of EGCNN or EGLoss -> value
+    readings:dict|None=None # readings of the paper other than the defaults: argument of EGCNN, EGLoss or SegNet -> value
 
 # %% ../nbs/08c_settings.ipynb #f34a8a0e
 def readings_of(

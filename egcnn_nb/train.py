@@ -52,7 +52,7 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--augment", nargs="*", choices=AUGMENTATIONS, default=Settings.augment, metavar="NAME", help=f"random changes of a patch, out of {' '.join(AUGMENTATIONS)}; none: --augment alone")
     p.add_argument("--cache", metavar="DIR", help=f"folder of prepared cases, or off; default {CACHE}")
     p.add_argument("--cache_gb", type=float, default=Settings.cache_gb, help="size that this folder may reach")
-    p.add_argument("--reading", metavar="NAME=VALUE", action="append", default=[], help="a reading of the paper: an argument of EGCNN or EGLoss, such as attention_relu=False; again for more")
+    p.add_argument("--reading", metavar="NAME=VALUE", action="append", default=[], help="a reading of the paper: an argument of EGCNN, EGLoss or SegNet, such as attention_relu=False; again for more")
     p.add_argument("--save_minutes", type=float, default=Settings.save_minutes, help="a checkpoint that often, besides the one after each epoch; 0: after each step")
     p.add_argument("--timeout", type=float, default=10., metavar="MINUTES", help="how long the processes wait for each other")
     p.add_argument("--resume", nargs="?", const="there", choices=["there", "if_there"], help="go on with the run in RUN; if_there: begin it where there is none, as schedulers need that start a job again")
