@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .core import Task, expect, keep_memory, to_target, write_whole
 from .losses import EGLoss
+from .backbones import BACKBONES
 from .egcnn import EGCNN
 from .settings import Settings, readings_of
 from .steps import train_step
@@ -87,22 +88,28 @@ def matched_width(
     patch_size, # voxels along D, H, W
 )->tuple: # width, its parameters and its multiply-adds, each as a multiple of the edge stream's network
     "The narrowest bare network with at least the parameters and the multiply-adds of EG-CNN (section 4)"
-    bare = lambda width: Settings("", "", settings.backbone, False, width=width, levels=settings.levels)
+    own = reading_for(BACKBONES[settings.backbone], settings) if settings.backbone in BACKBONES else {}
+    bare = lambda width: Settings("", "", settings.backbone, False, width=width, levels=settings.levels, readings=own)
     goal, width = capacity(settings, task, patch_size), settings.width
     while min(found := [have/want for have, want in zip(capacity(bare(width), task, patch_size), goal)]) < 1: width += 2
     return width, *found
 
 # %% ../nbs/11b_cells.ipynb #969a2de6
+def _arm_with(arm, recipe):
+    "`arm_of`, with the readings that all cells share; the arm's own come first"
+    edge, own = arm_of(arm)
+    return edge, {**recipe.get("readings", {}), **own}
+
 def words(
     cell:Cell, # which
     data, # dataset folder
     out, # folder of the experiment
-    recipe:dict, # flags of `egcnn_train` that all cells share: name -> value or list of values
+    recipe:dict, # flags of `egcnn_train` that all cells share: name -> value or list of values; "readings": name -> value
     widths:dict, # backbone -> width of its matched network
 )->list: # of strings
     "The command line of a cell's run"
-    edge, readings = arm_of(cell.arm)
-    flags = {**recipe, "edge": "on" if edge else "off", "backbone": cell.backbone, "seed": cell.seed}
+    edge, readings = _arm_with(cell.arm, recipe)
+    flags = {**{k: v for k, v in recipe.items() if k != "readings"}, "edge": "on" if edge else "off", "backbone": cell.backbone, "seed": cell.seed}
     if cell.arm == "matched": flags["width"] = widths[cell.backbone]
     if cell.lr: flags["lr"] = cell.lr
     if cell.train_cases: flags["train_cases"] = cell.train_cases
@@ -116,7 +123,7 @@ def settings_of(
     widths:dict, # backbone -> width of its matched network
 )->Settings: # without data and folder
     "What decides the network of an arm and its cost"
-    edge, readings = arm_of(arm)
+    edge, readings = _arm_with(arm, recipe)
     width = widths[backbone] if arm == "matched" else recipe["width"]
     return Settings("", "", backbone, edge, width=width, levels=recipe["levels"], patch_size=tuple(recipe["patch_size"]), batch_size=recipe["batch_size"], precision=recipe["precision"], readings=readings or None)
 

@@ -15,7 +15,7 @@ from typing import cast
 
 from .core import InputError, expect, write_whole
 from .layouts import find_dataset
-from .settings import Settings
+from .settings import Settings, readings_of
 from .patches import split_cases
 from .folders import prepare, read_names
 from .networks import windows
@@ -66,6 +66,7 @@ def design(
     recipe = {k: getattr(args, k) for k in ("epochs", "width", "levels", "batch_size", "precision", "validation")} | {"patch_size": list(cast(tuple, settings.patch_size)), "exclude": settings.exclude}
     if args.cache: recipe["cache"] = args.cache
     if args.augment is not None: recipe["augment"] = args.augment
+    if args.reading: recipe["readings"] = readings_of(args.reading)
     matched = {b: matched_width(settings_of(b, "eg", recipe, {}), task, settings.patch_size) for b in args.backbones}
     d = {"task": task, "names": names, "cases": (len(train), len(val)), "recipe": recipe, "widths": {b: w for b, (w, *_) in matched.items()}, "excess": {b: e for b, (_, *e) in matched.items()},
          "steps": -(-len(train)//args.batch_size), "windows": sum(len(windows(c.x.shape[1:], settings.patch_size)) for c in val)}
@@ -73,7 +74,7 @@ def design(
 
 def _costs(path, pairs, d, threads):
     "What each network costs; measured once for a recipe and kept"
-    of = {k: d["recipe"][k] for k in ("width", "levels", "patch_size", "batch_size", "precision")} | {"threads": threads}
+    of = {k: v for k, v in d["recipe"].items() if k in ("width", "levels", "patch_size", "batch_size", "precision", "readings")} | {"threads": threads}
     kept = json.loads(path.read_text()) if path.is_file() else {}
     costs = kept["costs"] if kept.get("of") == of else {}
     new = [pair for pair in pairs if " ".join(pair) not in costs]

@@ -220,6 +220,7 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="as in egcnn_train")
     p.add_argument("--validation", type=share_or_file, default=Settings.validation, metavar="N|FILE", help="share or number of the cases that are no test cases, or a file with their names; without a file each seed has a split of its own")
     p.add_argument("--augment", nargs="*", choices=AUGMENTATIONS, metavar="NAME", help="as in egcnn_train")
+    p.add_argument("--reading", metavar="NAME=VALUE", action="append", default=[], help="as in egcnn_train, for every arm; again for more")
     p.add_argument("--cache", metavar="DIR", help="as in egcnn_train")
     return p
 
