@@ -25,7 +25,7 @@ from .checkpoints import lock_run
 from .inference import load_run
 from .cells import ARMS, grid, plan, run_cells, state, trial_scores, trials, tuned
 from .evaluation import evaluate, read_scores, robustness
-from .report import NAMES, PRIMARY_TEXT, comparison_table, comparisons, dice_table, draw_cases, draw_differences, draw_robustness, draw_sizes, maps_of_case, number, pick_cases, png, score_table, short, title, write_report, write_tables
+from .report import NAMES, PRIMARY_TEXT, comparison_table, comparisons, dice_table, draw_cases, draw_differences, draw_robustness, draw_sizes, maps_of_case, number, pick_cases, png, score_table, short, show_table, title, write_report, write_tables
 from .design import datasets_in, design, live_table
 
 # %% ../nbs/12_experiments.ipynb #f12b2fd2
