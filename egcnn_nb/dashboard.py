@@ -6,8 +6,7 @@
 __all__ = ['snapshot', 'draw_snapshot', 'label_legend', 'Dashboard']
 
 # %% ../nbs/10b_dashboard.ipynb #5c3e7c04
-import csv, threading, time
-from pathlib import Path
+import threading, time
 from typing import cast
 
 import numpy as np
@@ -26,7 +25,7 @@ from .egcnn import evaluating
 from .layouts import find_dataset
 from .settings import Settings
 from .training import fit
-from .steps import draw_curves
+from .steps import draw_curves, read_metrics
 from .networks import autocast
 from .patches import fill
 
@@ -158,6 +157,6 @@ class Dashboard(Explorer):
         if self.tell: self.readout.value = self.tell(**self.values)
 
     def _epoch(self, row, model, val):
-        with open(Path(self.settings.out)/"metrics.csv", newline="") as f: self.rows = [{k: float(v) for k, v in r.items()} for r in csv.DictReader(f)]
+        self.rows = read_metrics(self.settings.out)
         self.epochs += 1
         self.shown = snapshot(model, val[0], self.task, self.settings); self.redraw()

@@ -7,7 +7,7 @@ __all__ = ['TABLE_1', 'TABLE_2', 'QUICK', 'parts', 'steps_apart', 'two_runs', 'a
            'cost_table', 'printed_for', 'tables_of', 'write_results', 'arguments', 'run_experiment', 'main']
 
 # %% ../nbs/12_experiments.ipynb #ed3b239d
-import argparse, csv, json, os, platform, shlex, signal, sys
+import argparse, json, os, platform, shlex, signal, sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
@@ -22,6 +22,7 @@ from .explorers import COLOURS
 from .layouts import find_dataset
 from .settings import AUGMENTATIONS, Settings, share_or_file
 from .checkpoints import lock_run
+from .steps import read_metrics
 from .inference import load_run
 from .cells import ARMS, grid, plan, run_cells, state, trial_scores, trials, tuned
 from .evaluation import evaluate, read_scores, robustness
@@ -87,7 +88,7 @@ def curves_of(
     axes, colours = fig.subplots(1, len(backbones), squeeze=False, sharey=True)[0], dict(zip(ARMS, ("bare", "prediction", "edge", "truth", "attention")))
     lines = {arm: ("-", "--", ":", "-.")[k % 4] for base in ARMS for k, arm in enumerate(sorted({c.arm for c in cells if c.arm.split("+")[0] == base}))}
     for cell in cells:
-        with open(Path(out)/cell.name/"metrics.csv", newline="") as f: dice = [float(r["dice_mean"]) for r in csv.DictReader(f)]
+        dice = [r["dice_mean"] for r in read_metrics(Path(out)/cell.name)]
         axes[backbones.index(cell.backbone)].plot(range(1, len(dice)+1), dice, lines[cell.arm], marker=".", color=COLOURS[colours[cell.arm.split("+")[0]]], lw=1, label=short(cell.arm))
     for ax, b in zip(axes, backbones): ax.set(title=NAMES[b], xlabel="epoch"); ax.grid(alpha=.3); ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("validation Dice"); seen = {l: h for ax in axes for h, l in zip(*ax.get_legend_handles_labels())}
