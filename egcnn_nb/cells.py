@@ -23,11 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .core import Task, expect, keep_memory, to_target, write_whole
 from .losses import EGLoss
-from .backbones import BACKBONES
 from .egcnn import EGCNN
 from .settings import Settings, readings_of
 from .steps import train_step
-from .networks import infer, make_model, reading_for
+from .networks import infer, make_model, maker_of, reading_for
 
 # %% ../nbs/11b_cells.ipynb #d321bf29
 # arm -> whether it has an edge stream, and its readings other than the defaults
@@ -88,7 +87,7 @@ def matched_width(
     patch_size, # voxels along D, H, W
 )->tuple: # width, its parameters and its multiply-adds, each as a multiple of the edge stream's network
     "The narrowest bare network with at least the parameters and the multiply-adds of EG-CNN (section 4)"
-    own = reading_for(BACKBONES[settings.backbone], settings) if settings.backbone in BACKBONES else {}
+    own = reading_for(maker_of(settings.backbone), settings)
     bare = lambda width: Settings("", "", settings.backbone, False, width=width, levels=settings.levels, readings=own)
     goal, width = capacity(settings, task, patch_size), settings.width
     while min(found := [have/want for have, want in zip(capacity(bare(width), task, patch_size), goal)]) < 1: width += 2
