@@ -26,7 +26,7 @@ from .steps import read_metrics
 from .inference import load_run
 from .cells import ARMS, grid, plan, run_cells, state, trial_scores, trials, tuned
 from .evaluation import evaluate, read_scores, robustness
-from .report import NAMES, PRIMARY_TEXT, comparison_table, comparisons, dice_table, draw_cases, draw_differences, draw_robustness, draw_sizes, maps_of_case, number, pick_cases, png, score_table, short, show_table, title, write_report, write_tables
+from .report import NAMES, PRIMARY, PRIMARY_TEXT, comparison_table, comparisons, dice_table, draw_cases, draw_differences, draw_robustness, draw_sizes, maps_of_case, number, pick_cases, png, score_table, short, show_table, title, write_report, write_tables
 from .design import datasets_in, design, live_table
 
 # %% ../nbs/12_experiments.ipynb #f12b2fd2
@@ -144,7 +144,7 @@ def write_results(
 )->Path: # report.html
     "Tables, figures and the page, from scores.csv and the run folders"
     out, epochs = Path(out), args.epochs
-    rows = read_scores(out/"scores.csv"); found = comparisons(rows)
+    rows = read_scores(out/"scores.csv"); found = comparisons(rows, primary=None if args.exploratory else PRIMARY)
     tables = {**tables_of(rows, found), "trials": tried_table(tries, lrs, out, epochs), "costs": cost_table(d["costs"])}
     write_tables(out/"tables", tables)
     figures = {**({"differences": draw_differences(found)} if found else {}), "training": curves_of(cells, out)}
@@ -173,7 +173,7 @@ def _about(data, out, d, cells, args):
     cpu = next((l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
     return {"dataset": d["task"].name, "training cases": d["cases"][0], "validation cases": d["cases"][1], "test cases": len(d["names"]), "seeds": args.seeds, "recipe": {k: v for k, v in d["recipe"].items() if k not in ("exclude", "cache")},
             "learning rates tried by each arm": list(args.lr), "seeds of each trial": args.tune_seeds, "matched width": d["widths"], "its parameters and multiply-adds over EG-CNN's": d["excess"], "hours of training, all runs": round(hours, 2), "processor": cpu, "cores": os.cpu_count(),
-            "versions": {n: version(n) for n in ("egcnn_nb", "torch", "numpy", "scipy", "monai") if find_spec(n)}, "command": args.command, "credit": args.credit, "quick": bool(args.quick)}
+            "versions": {n: version(n) for n in ("egcnn_nb", "torch", "numpy", "scipy", "monai") if find_spec(n)}, "command": args.command, "credit": args.credit, "exploratory": args.exploratory, "quick": args.quick}
 
 def _parts(about, tables, pictures, args):
     "The page, from top to bottom"
@@ -205,6 +205,7 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--out", required=True, metavar="DIR", help="folder of the experiment; the same command goes on with what was begun")
     p.add_argument("--test", action="store_true", help="the last step: score every run on the test cases, once, and write tables, figures and report.html; refused while a run is missing")
     p.add_argument("--robust", action="store_true", help="with --test: also noise, blur, bias field and gamma in five strengths, twenty times as long")
+    p.add_argument("--exploratory", action="store_true", help="with --test: no comparison is the primary one, for an experiment that asks again what another was made to answer")
     p.add_argument("--plan", action="store_true", help="print runs, hours and disk, and start nothing")
     p.add_argument("--quick", action="store_true", help="tiny runs and the test step at once, to see every table and figure within minutes; no evidence")
     p.add_argument("--backbones", nargs="+", choices=list(NAMES), default=["unet", "vnet", "segnet"], help="main streams; segresnet and dynunet are MONAI's")

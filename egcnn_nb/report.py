@@ -97,16 +97,17 @@ def comparisons(
     rows:list, # of `read_scores`
     scores=("dice", "surface_dice", "boundary_dice", "hd95"), # of SCORES, those that every case has
     pairs=(("eg", "matched"), ("eg", "bare"), ("bare_consistency", "bare"), ("eg_no_consistency", "bare"), ("eg", "bare_consistency")), # arms that are compared where both are there; arms with readings are compared with those without
+    primary:tuple|None=PRIMARY, # backbone, training cases, both arms and score of the comparison that was fixed beforehand; None: there is none
 )->list: # of dicts: "backbone", "train_cases", "a", "b", "score", "primary", "corrected" p, and those of `compare`
-    "Differences of arms, the primary one first, the p of all others after Holm's correction"
+    "Differences of arms, the primary one first, then by the number of cases; the p of all others after Holm's correction"
     have, out = {(r["backbone"], r["train_cases"], r["arm"]) for r in rows}, []
-    for backbone, n in sorted({h[:2] for h in have}):
+    for backbone, n in sorted({h[:2] for h in have}, key=lambda h: (h[0], np.inf if h[1] == "all" else int(h[1]))):
         ablations = [(a, a.split("+")[0]) for a in sorted({h[2] for h in have}) if "+" in a]
         for a, b in [*pairs, *ablations]:
             if not {(backbone, n, a), (backbone, n, b)} <= have: continue
             for s in scores:
                 key, of = (backbone, n, a, b, s), lambda arm: table_of(rows, s, backbone=backbone, train_cases=n, arm=arm)
-                out.append({"backbone": backbone, "train_cases": n, "a": a, "b": b, "score": s, "primary": key == PRIMARY, **compare(of(a), of(b))})
+                out.append({"backbone": backbone, "train_cases": n, "a": a, "b": b, "score": s, "primary": key == primary, **compare(of(a), of(b))})
     others = [c for c in out if not c["primary"]]
     for c, p in zip(others, holm([c["p"] for c in others])): c["corrected"] = float(p)
     return sorted(({"corrected": c["p"], **c} for c in out), key=lambda c: not c["primary"])

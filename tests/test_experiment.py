@@ -10,6 +10,7 @@ from tiny import ENV, children, dataset
 from egcnn_nb.core import BRATS, KITS
 from egcnn_nb.evaluation import read_scores
 from egcnn_nb.experiments import TABLE_1, TABLE_2, tables_of
+from egcnn_nb.report import PRIMARY, comparisons
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(p for p in (ROOT/"results").rglob("scores.csv") if (p.parent/"tables").is_dir())
@@ -54,10 +55,12 @@ def test_quick_writes_every_table_and_figure(quick, name, task, table, figure, p
         assert line["paper's mean"] == ("" if arm == "matched" else "{:.4f} ± {:.4f}".format(*mean.get("average", mean.get("composite"))))
 
 def test_quick_again_computes_nothing(quick):
+    table = quick[0]/"brats2019/tables/differences.md"; assert table.read_text().count("primary: Seg-Net, EG-CNN minus wider") == 1
     files = {f: f.stat().st_mtime_ns for f in quick[0].glob("*/*") if f.name == "scores.csv"} | {f: f.stat().st_mtime_ns for f in quick[0].glob("*/*/model.safetensors")}
-    done = subprocess.run(command(ROOT/"data_samples", "--out", quick[0], "--quick", "--cache", quick[0]/"cache"), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command(ROOT/"data_samples", "--out", quick[0], "--quick", "--cache", quick[0]/"cache", "--exploratory"), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "begun (" not in done.stderr and len(files) == 2+36, done.stderr[-2000:]
     assert files == {f: f.stat().st_mtime_ns for f in files}
+    assert "primary" not in table.read_text() and "All questions here are exploratory" in (quick[0]/"brats2019/report.html").read_text()
     done = subprocess.run(command(ROOT/"data_samples", "--out", quick[0], "--quick", "--width", 6, "--cache", quick[0]/"cache"), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "other flags for" in done.stderr.splitlines()[-1]
 
@@ -79,5 +82,6 @@ def test_a_stopped_experiment_goes_on(tmp_path):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=[p.parent.name for p in SHIPPED])
 def test_shipped_tables_come_from_the_shipped_scores(path):
-    for name, table in tables_of(read_scores(path)).items():
+    rows, about = read_scores(path), json.loads((path.parent/"experiment.json").read_text())
+    for name, table in tables_of(rows, comparisons(rows, primary=None if about.get("exploratory") else PRIMARY)).items():
         assert (path.parent/f"tables/{name}.md").read_text() == tabulate(table, "keys", "github", disable_numparse=True)+"\n"
