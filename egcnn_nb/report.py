@@ -140,7 +140,7 @@ def draw_differences(
         colour = COLOURS["edge" if c["primary"] else "prediction"]
         ax.plot([100*c["low"], 100*c["high"]], [y, y], color=colour, lw=2); ax.plot(100*c["difference"], y, "o", color=colour)
     names = [f"{c['question']}, {c['cases']} cases: {c['score']}" for c in comparison_table(found)]
-    ax.set_yticks(range(len(found)), names[::-1], fontsize=8); ax.axvline(0, color="gray", lw=1); ax.set_xlabel("difference in points, with 95 % interval"); ax.grid(axis="x", alpha=.3)
+    ax.set_yticks(range(len(found)), names[::-1], fontsize=8); ax.set_ylim(-.7, len(found)-.3); ax.axvline(0, color="gray", lw=1); ax.set_xlabel("difference in points, with 95 % interval"); ax.grid(axis="x", alpha=.3)
     return fig
 
 # %% ../nbs/11e_report.ipynb #f81f4d17
