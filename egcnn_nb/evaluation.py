@@ -26,14 +26,16 @@ from .cells import state
 
 # %% ../nbs/11d_evaluation.ipynb #1b60f121
 def edge_widths(
-    edges:np.ndarray, # predicted probability of an edge (E,D,H,W), one map a class
+    edges:np.ndarray, # predicted probability of an edge (E,D,H,W), one map a class, or one for all
     truth:np.ndarray, # true labels (D,H,W)
     task:Task, # what the dataset asks for
 )->float: # in voxels; NaN where no class has both a border and an edge near it
-    "Mean width of the predicted edges over the classes of a case (our choice)"
+    "Mean width of the predicted edges over the classes of a case; of one map for all, its width about the nearest border (our choice)"
     masks = to_target(torch.as_tensor(truth)[None].long(), task)[0, -len(task.classes):].bool().numpy()
-    expect(len(edges) == len(masks), "edges", f"{len(edges)} maps", f"{len(masks)}, one for each of {list(task.classes)}")
-    widths = [edge_width(e > .5, m) for e, m in zip(edges, masks) if m.any() and not m.all()]
+    expect(len(edges) in (1, len(masks)), "edges", f"{len(edges)} maps", f"{len(masks)}, one for each of {list(task.classes)}, or one for all")
+    bordered = [m.any() and not m.all() for m in masks]
+    if len(edges) < len(masks): return edge_width(edges[0] > .5, masks[bordered]) if any(bordered) else float("nan")
+    widths = [edge_width(e > .5, m) for e, m, b in zip(edges, masks, bordered) if b]
     return float(np.nanmean(widths)) if np.isfinite(widths).any() else float("nan")
 
 # %% ../nbs/11d_evaluation.ipynb #8dbdc69b

@@ -104,13 +104,14 @@ def boundary_dice(
 # %% ../nbs/08_metrics.ipynb #760f07f3
 def edge_width(
     edge:np.ndarray, # predicted edge, bool (D,H,W)
-    truth:np.ndarray, # mask whose edge it is, bool (D,H,W), neither empty nor full
+    truth:np.ndarray, # mask whose edge it is, bool (D,H,W), neither empty nor full; (C,D,H,W) if it is the edge of several
     reach:float=6., # voxels from the border beyond which an edge is a false alarm
 )->float: # in voxels; NaN where no edge is in reach
     "Width of a predicted edge, from the mean distance of its voxels to the true border (our choice)"
-    expect(edge.shape == truth.shape, "edge_width", f"shapes {edge.shape} and {truth.shape}", "one shape")
-    expect(truth.any() and not truth.all(), "truth", "a mask without a border", "one that is neither empty nor full")
-    distance = border_distance(truth)[edge.astype(bool)]
+    expect(edge.shape == truth.shape[-edge.ndim:], "edge_width", f"shapes {edge.shape} and {truth.shape}", "one shape")
+    masks = truth.reshape(-1, *edge.shape)
+    expect(len(masks) > 0 and all(m.any() and not m.all() for m in masks), "truth", "a mask without a border", "one that is neither empty nor full")
+    distance = np.min([border_distance(m) for m in masks], 0)[edge.astype(bool)]                     # to the nearest border
     distance = distance[distance < reach]
     return float(4*distance.mean()) if len(distance) else float("nan")
 

@@ -34,9 +34,11 @@ def make_peer(
 )->nn.Module:
     "MONAI's SegResNet or DynUNet, three-dimensional (our choice, for comparison)"
     nets = need("monai.networks.nets", f"the backbone {name!r}", "monai")
-    if name == "dynunet": return nets.DynUNet(3, in_channels, out_channels, [3]*levels, [1]+[2]*(levels-1), [2]*(levels-1), filters=[width*2**i for i in range(levels)])
     blocks = [1, 2, 2, 4, *[4]*max(levels-4, 0)][:levels]
-    return nets.SegResNet(3, width, in_channels, out_channels, norm=("GROUP", {"num_groups": gcd(8, width)}), blocks_down=tuple(blocks), blocks_up=(1,)*(levels-1))
+    net = nets.DynUNet(3, in_channels, out_channels, [3]*levels, [1]+[2]*(levels-1), [2]*(levels-1), filters=[width*2**i for i in range(levels)]) if name == "dynunet" \
+        else nets.SegResNet(3, width, in_channels, out_channels, norm=("GROUP", {"num_groups": gcd(8, width)}), blocks_down=tuple(blocks), blocks_up=(1,)*(levels-1))
+    net.multiple = 2**(levels-1)
+    return net
 
 # %% ../nbs/09c_networks.ipynb #25b8e61c
 _FIXED = {"self", "net", "example_input", "activation", "features", "decoder_entry", "head", "in_channels", "out_channels", "width", "levels", "dims", "args", "kwargs"}
@@ -73,9 +75,10 @@ def make_model(
     "The network of a run, its weights drawn from the seed"
     seed_everything(settings.seed)
     expect(settings.backbone in NETWORKS, "backbone", repr(settings.backbone), f"one of {list(NETWORKS)}")
-    make = maker_of(settings.backbone)
+    make = maker_of(settings.backbone); own = settings.backbone in BACKBONES
+    expect(own or all(p % 2**(settings.levels-1) == 0 for p in settings.patch_size or ()), "patch_size", settings.patch_size, f"multiples of {2**(settings.levels-1)}, which {settings.backbone} with {settings.levels} levels needs")
     net = make(len(task.channels), task.outputs, settings.width, settings.levels, **reading_for(make, settings))
-    example = None if settings.backbone in BACKBONES else torch.zeros(1, len(task.channels), *[2**settings.levels]*3)
+    example = None if own else torch.zeros(1, len(task.channels), *[2**settings.levels]*3)
     return EGCNN(net, example, task.activation, verbose=False, **reading_for(EGCNN, settings)) if settings.edge else net
 
 # %% ../nbs/09c_networks.ipynb #c4fbe7ca
@@ -143,12 +146,15 @@ def infer(
     answer=None, # function of (model, window (1,C,...)) -> maps (1,M,...); None: the logits
     tick=lambda n: None, # called with the number of windows just done
 )->Tensor: # float32 maps (M,D,H,W), by default logits (K,D,H,W), on the device of the model
-    "What a network says of a whole volume, at once or by a sliding window; a volume smaller than a window is filled up as in training (our choice)"
+    "What a network says of a whole volume, at once or by a sliding window; a volume smaller than a window is filled up as in training, one taken whole to what the network needs, `net.multiple` (our choice)"
     first = next(model.parameters()); device = first.device
     def maps(window):
         with autocast(precision, device): out = answer(model, window) if answer else model(window)
         return cast(Tensor, logits_of(out, window.dim()-2)).float()
-    x, inside = fill(x.to(first), patch_size); where = windows(x.shape[1:], patch_size, overlap)
+    multiple = max(getattr(m, "multiple", 1) for m in model.modules())
+    size = [max(v, p) for v, p in zip(x.shape[1:], patch_size)]
+    if len(windows(size, patch_size, overlap)) == 1: size = [-(-v//multiple)*multiple for v in size]
+    x, inside = fill(x.to(first), size); where = windows(x.shape[1:], patch_size, overlap)
     with evaluating(model): out = slide(maps, x, where, tick) if len(where) > 1 else maps(x[None])[0]
     if len(where) == 1: tick(1)
     return out[(slice(None), *inside)]
