@@ -15,6 +15,7 @@ from math import floor, sqrt
 from pathlib import Path
 from threading import current_thread, main_thread
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from .core import exit_on_error, expect, write_whole
@@ -84,15 +85,16 @@ def curves_of(
     out, # folder of the experiment
 )->Figure:
     "Validation Dice of every run against the epoch: whether they were trained until nothing changed"
-    fig, backbones = Figure(figsize=(9, 3), layout="constrained"), list(dict.fromkeys(c.backbone for c in cells))
-    axes, colours = fig.subplots(1, len(backbones), squeeze=False, sharey=True)[0], dict(zip(ARMS, ("bare", "prediction", "edge", "truth", "attention")))
-    lines = {arm: ("-", "--", ":", "-.")[k % 4] for base in ARMS for k, arm in enumerate(sorted({c.arm for c in cells if c.arm.split("+")[0] == base}))}
+    backbones, arms = (list(dict.fromkeys(getattr(c, of) for c in cells)) for of in ("backbone", "arm"))
+    fig = Figure(figsize=(9, 3+.22*((len(arms)-1)//4)), layout="constrained")
+    axes, own = fig.subplots(1, len(backbones), squeeze=False, sharey=True)[0], dict(zip(ARMS, ("bare", "prediction", "edge", "truth", "attention")))
+    style = {a: {"color": COLOURS[own[a]]} if a in own else {"color": colormaps["tab20"](k % 20), "linestyle": ("-", "--", ":", "-.")[k % 4]} for k, a in enumerate(arms)}      # arms with readings come in any number
     for cell in cells:
         dice = [r["dice_mean"] for r in read_metrics(Path(out)/cell.name)]
-        axes[backbones.index(cell.backbone)].plot(range(1, len(dice)+1), dice, lines[cell.arm], marker=".", color=COLOURS[colours[cell.arm.split("+")[0]]], lw=1, label=short(cell.arm))
+        axes[backbones.index(cell.backbone)].plot(range(1, len(dice)+1), dice, marker=".", lw=1, **style[cell.arm], label=short(cell.arm))
     for ax, b in zip(axes, backbones): ax.set(title=NAMES[b], xlabel="epoch"); ax.grid(alpha=.3); ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("validation Dice"); seen = {l: h for ax in axes for h, l in zip(*ax.get_legend_handles_labels())}
-    fig.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=len(seen), frameon=False, fontsize=8)
+    fig.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=min(len(seen), 4), frameon=False, fontsize=8)
     return fig
 
 def tried_table(
