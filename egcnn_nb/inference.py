@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from scipy.ndimage import binary_erosion, distance_transform_edt
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -95,7 +95,7 @@ def load_run(
                        "regions": {k: tuple(v) for k, v in t["regions"].items()}})
         model = make_model(settings, task)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e: raise InputError(f"{run/'config.json'}: found something else ({type(e).__name__}: {e}), expected the settings of a run, as egcnn_train wrote them") from e
-    try: model.load_state_dict(load((run/"model.safetensors").read_bytes()))
+    try: load_model(model, run/"model.safetensors")
     except (SafetensorError, RuntimeError) as e: raise InputError(f"{run/'model.safetensors'}: found weights that are broken or of another network ({str(e).splitlines()[0]}), expected those of config.json; copy them again") from e
     return model.eval(), settings, task
 
