@@ -6,6 +6,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+import tiny
+
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT/"data_samples"
 QUICK = "--epochs 10 --width 4 --levels 3 --patch_size 24 32 32 --batch_size 2 --precision fp32".split()
@@ -141,6 +143,19 @@ def test_a_patch_larger_than_the_volume_pads_and_says_so(tmp_path):
     done = command("train", SAMPLES/"kits2019", "--out", tmp_path/"run", *words)
     assert done.returncode == 0, done.stderr
     assert "patch (96, 64, 64) is larger than 4 of 4 training volumes: their borders are repeated" in (tmp_path/"run/log.txt").read_text()
+
+@pytest.mark.parametrize("peer, edge", [("segresnet", "off"), ("dynunet", "on")])
+def test_networks_of_monai_train_and_predict(peer, edge, tmp_path):
+    "Volumes of 18×17×16, taken whole, which their strides do not divide; DynUNet holds its weights under two names"
+    data, out = tiny.dataset(tmp_path/"data", 6), tmp_path/"run"
+    done = subprocess.run(tiny.command(data, out, "--backbone", peer, "--edge", edge, "--levels", 3, "--epochs", 2, "--cache", tmp_path/"cache"), capture_output=True, text=True, timeout=600, env=tiny.ENV)
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = predict(out, data/"scan00.nii.gz", "--out", tmp_path/"predicted")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (label,) = (tmp_path/"predicted").rglob("*.nii.gz")
+    assert nib.load(label).shape == (18, 17, 16)
+    done = subprocess.run(tiny.command(data, tmp_path/"other", "--backbone", peer, "--levels", 3, "--patch_size", 16, 16, 18, "--cache", tmp_path/"cache"), capture_output=True, text=True, timeout=600, env=tiny.ENV)
+    assert done.returncode == 2 and "expected multiples of 4" in done.stderr
 
 def test_the_demo_runs_to_its_picture(tmp_path):
     done = subprocess.run([sys.executable, ROOT/"tools/demo.py", "--epochs", "1", "--out", tmp_path/"demo"], capture_output=True, text=True, timeout=600)
