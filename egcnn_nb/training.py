@@ -11,7 +11,7 @@ from collections import deque
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_model
+from safetensors.torch import save
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -190,7 +190,8 @@ class Run:
     )->None:
         "A row of metrics.csv; weights, if they are the best so far; a checkpoint"
         self.rows.append({"epoch": len(self.rows), "lr": self.optimizer.param_groups[0]["lr"], **self.terms(), "skipped": self.skipped, **{f"dice_{k}": v for k, v in dice.items()}})
-        if dice["mean"] > self.best and ranks()[0] == 0: write_whole(Path(self.settings.out)/"model.safetensors", lambda p: save_model(self.whole, str(p)))
+        own = {name for name, _ in (*self.whole.named_parameters(), *self.whole.named_buffers())}                # each weight once, under one name
+        if dice["mean"] > self.best and ranks()[0] == 0: write_whole(Path(self.settings.out)/"model.safetensors", lambda p: p.write_bytes(save({n: t for n, t in self.whole.state_dict().items() if n in own})))
         self.best = max(self.best, dice["mean"]); self.begin_epoch(); self.save()
 
 # %% ../nbs/10_training.ipynb #d0ec76de
