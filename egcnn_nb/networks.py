@@ -76,7 +76,9 @@ def make_model(
     seed_everything(settings.seed)
     expect(settings.backbone in NETWORKS, "backbone", repr(settings.backbone), f"one of {list(NETWORKS)}")
     make = maker_of(settings.backbone); own = settings.backbone in BACKBONES
-    expect(own or all(p % 2**(settings.levels-1) == 0 for p in settings.patch_size or ()), "patch_size", settings.patch_size, f"multiples of {2**(settings.levels-1)}, which {settings.backbone} with {settings.levels} levels needs")
+    if not own:
+        multiple = 2**(min(settings.levels, 16)-1)                                # a broken config.json may ask for any number of levels
+        expect(all(p % multiple == 0 for p in settings.patch_size or ()), "patch_size", settings.patch_size, f"multiples of {multiple}, which {settings.backbone} with {settings.levels} levels needs")
     net = make(len(task.channels), task.outputs, settings.width, settings.levels, **reading_for(make, settings))
     example = None if own else torch.zeros(1, len(task.channels), *[2**settings.levels]*3)
     return EGCNN(net, example, task.activation, verbose=False, **reading_for(EGCNN, settings)) if settings.edge else net
