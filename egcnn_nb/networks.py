@@ -75,12 +75,10 @@ def make_model(
     "The network of a run, its weights drawn from the seed"
     seed_everything(settings.seed)
     expect(settings.backbone in NETWORKS, "backbone", repr(settings.backbone), f"one of {list(NETWORKS)}")
-    make = maker_of(settings.backbone); own = settings.backbone in BACKBONES
-    if not own:
-        multiple = 2**(min(settings.levels, 16)-1)                                # a broken config.json may ask for any number of levels
-        expect(all(p % multiple == 0 for p in settings.patch_size or ()), "patch_size", settings.patch_size, f"multiples of {multiple}, which {settings.backbone} with {settings.levels} levels needs")
-    net = make(len(task.channels), task.outputs, settings.width, settings.levels, **reading_for(make, settings))
-    example = None if own else torch.zeros(1, len(task.channels), *[2**settings.levels]*3)
+    make = maker_of(settings.backbone)
+    net = make(len(task.channels), task.outputs, settings.width, settings.levels, **reading_for(make, settings)); multiple = getattr(net, "multiple", 1)
+    expect(all(p % multiple == 0 for p in settings.patch_size or ()), "patch_size", settings.patch_size, f"multiples of {multiple}, which {settings.backbone} with {settings.levels} levels needs")
+    example = None if settings.backbone in BACKBONES else torch.zeros(1, len(task.channels), *[2**settings.levels]*3)
     return EGCNN(net, example, task.activation, verbose=False, **reading_for(EGCNN, settings)) if settings.edge else net
 
 # %% ../nbs/09c_networks.ipynb #c4fbe7ca
@@ -156,7 +154,7 @@ def infer(
     multiple = max(getattr(m, "multiple", 1) for m in model.modules())
     size = [max(v, p) for v, p in zip(x.shape[1:], patch_size)]
     if len(windows(size, patch_size, overlap)) == 1: size = [-(-v//multiple)*multiple for v in size]
-    x, inside = fill(x.to(first), size); where = windows(x.shape[1:], patch_size, overlap)
+    x, inside = fill(x.to(first), size); where = windows(size, patch_size, overlap)
     with evaluating(model): out = slide(maps, x, where, tick) if len(where) > 1 else maps(x[None])[0]
     if len(where) == 1: tick(1)
     return out[(slice(None), *inside)]

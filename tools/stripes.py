@@ -6,12 +6,12 @@ RUN is a folder written by egcnn_train; of the last one the predicted edges are 
 import sys
 
 import numpy as np
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from egcnn_nb.explorers import COLOURS
 from egcnn_nb.folders import find_dataset
 from egcnn_nb.inference import load_run
+from egcnn_nb.report import _overlay
 from egcnn_nb.scan import look_inside
 from egcnn_nb.volumes import read_labels
 
@@ -27,7 +27,7 @@ def main(data, case, png, credit, *runs):
             cut = np.take(m, at, axis).T; ax.set(xticks=[], yticks=[])
             if title == "its edges": ax.imshow(cut, cmap="inferno", vmin=0, vmax=1, origin="lower"); continue
             ax.imshow(np.take(last["image"], at, axis).T, cmap="gray", origin="lower")
-            for v in range(1, int(maps["truth"].max())+1): ax.imshow(np.ma.masked_not_equal(cut, v), cmap=ListedColormap([COLOURS[v]]), alpha=.6, origin="lower", interpolation="nearest")
+            _overlay(ax, cut, {v: COLOURS[v] for v in range(1, int(maps["truth"].max())+1)})
         row[0].set_ylabel(("D, H" if axis == 2 else "H, W")+f": plane {at} of "+"DHW"[axis], fontsize=9)
         if axis == 2:
             for ax, title in zip(row, maps): ax.set_title(title, fontsize=9)
