@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'arm_of', 'Cell', 'grid', 'capacity', 'matched_width', 'words', 'settings_of', 'state', 'progress',
-           'processors', 'run_cells', 'trials', 'trial_scores', 'tuned', 'costs_of', 'plan']
+           'run_cells', 'trials', 'trial_scores', 'tuned', 'costs_of', 'plan']
 
 # %% ../nbs/11b_cells.ipynb #75521647
 import json, os, pickle, subprocess, sys, time
@@ -21,7 +21,7 @@ from threading import Event
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import Task, expect, keep_memory, to_target, write_whole
+from .core import Task, expect, keep_memory, processors, to_target, write_whole
 from .losses import EGLoss
 from .egcnn import EGCNN
 from .settings import Settings, readings_of
@@ -160,10 +160,6 @@ def progress(
                       f"{count['done']} done, {count['running']} running, {count['left']} left; " + (f"{to_go:.1f} hours to go" if every else "hours to go: not known before the first epoch")])
 
 # %% ../nbs/11b_cells.ipynb #18718dc9
-def processors()->int: # at least 1
-    "Processor cores that this process may use, which a container or a scheduler may have limited"
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
 def _run(cell, line, out, epochs, threads, running, stop, tell):
     "One cell, if it is not done: None, or its last line of complaint"
     if stop.is_set() or state(cell, out, epochs)["state"] == "done": return None

@@ -25,7 +25,7 @@ from tqdm.contrib.concurrent import thread_map
 from .core import Task, bounding_box, write_whole
 from .layers import resize
 from .layouts import Case, expect_files, read_case
-from .settings import CACHE
+from .settings import default_cache
 from .volumes import Volume
 
 # %% ../nbs/09_datasets.ipynb #7925fa4a
@@ -190,7 +190,7 @@ def make_room(
 def prepared_cases(
     cases:list, # of Case, with labels
     task:Task, # what the dataset asks for
-    cache:Path|None=CACHE, # folder to keep them in; None: in memory alone
+    cache:Path|None=None, # folder to keep them in; None: in memory alone
     cache_gb:float=50., # size that the folder may reach; what does not fit stays in memory
     quiet:bool=False, # no progress bar
 )->list: # of Loaded, in the order of `cases`

@@ -13,13 +13,13 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import cast
 
-from .core import InputError, expect, write_whole
+from .core import InputError, expect, processors, write_whole
 from .layouts import find_dataset
 from .settings import Settings, readings_of
 from .patches import split_cases
 from .folders import prepare, read_names
 from .networks import windows
-from .cells import costs_of, matched_width, processors, progress, settings_of
+from .cells import costs_of, matched_width, progress, settings_of
 
 # %% ../nbs/11f_design.ipynb #2b58b9c5
 def datasets_in(

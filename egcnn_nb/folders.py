@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from .core import InputError, Task, expect
 from .layouts import find_dataset
-from .settings import CACHE, Settings
+from .settings import Settings, default_cache
 from .datasets import prepared_cases
 from .patches import split_cases
 from .checkpoints import lock_run, newest_checkpoint
@@ -35,7 +35,7 @@ def read_names(
 
 def _load(cases, task, settings, quiet):
     "Prepared cases; of several processes each prepares its share, then all map the same files"
-    cache, (rank, world) = None if settings.cache == "off" else Path(settings.cache or CACHE), ranks()
+    cache, (rank, world) = None if settings.cache == "off" else Path(settings.cache or default_cache()), ranks()
     if world > 1 and cache: prepared_cases(cases[rank::world], task, cache, settings.cache_gb, quiet); dist.barrier()
     return prepared_cases(cases, task, cache, settings.cache_gb, quiet)
 

@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
 
-from .settings import AUGMENTATIONS, CACHE, NETWORKS, Settings, readings_of, share_or_file
+from .settings import AUGMENTATIONS, NETWORKS, Settings, default_cache, readings_of, share_or_file, spacing_of
 
 # %% ../nbs/13_multi_gpu.ipynb #e35286b2
 LAUNCH = """one process, GPU if there is one:
@@ -41,7 +41,7 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--shard", action="store_true", help="spread weights and optimizer over the processes too (FSDP)")
     p.add_argument("--width", type=int, default=Settings.width, help="channels at the finest resolution")
     p.add_argument("--levels", type=int, default=Settings.levels, help="number of resolutions")
-    p.add_argument("--patch_size", type=int, nargs=3, metavar=("D", "H", "W"), help="voxels at 1 mm; default from the cases, at most 128")
+    p.add_argument("--patch_size", type=int, nargs=3, metavar=("D", "H", "W"), help="voxels at --spacing; default from the cases, at most 128")
     p.add_argument("--lr", type=float, default=Settings.lr, help="initial learning rate")
     p.add_argument("--seed", type=int, default=Settings.seed, help="of split, weights, order, patches and noise")
     p.add_argument("--workers", type=int, default=Settings.workers, help="loader processes; they change no result")
@@ -50,10 +50,14 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--exclude", metavar="FILE", help="names of cases to leave out, one a line")
     p.add_argument("--train_cases", type=int, metavar="N", help="use N of the training cases, each the more often, so that an epoch stays as long; default all")
     p.add_argument("--augment", nargs="*", choices=AUGMENTATIONS, default=Settings.augment, metavar="NAME", help=f"random changes of a patch, out of {' '.join(AUGMENTATIONS)}; none: --augment alone")
-    p.add_argument("--cache", metavar="DIR", help=f"folder of prepared cases, or off; default {CACHE}")
+    p.add_argument("--cache", metavar="DIR", help=f"folder of prepared cases, or off; default {default_cache()}")
     p.add_argument("--cache_gb", type=float, default=Settings.cache_gb, help="size that this folder may reach")
     p.add_argument("--reading", metavar="NAME=VALUE", action="append", default=[], help="a reading of the paper: an argument of EGCNN, EGLoss or SegNet, such as attention_relu=False; again for more")
     p.add_argument("--save_minutes", type=float, default=Settings.save_minutes, help="a checkpoint that often, besides the one after each epoch; 0: after each step")
+    p.add_argument("--spacing", nargs="+", default=Settings.spacing, metavar="MM", help="voxel size to which cases are resampled: three lengths in mm, one for all axes, or median for that of the training cases")
+    p.add_argument("--init", metavar="RUN", help="start from the trained weights of this run; layers whose classes or channels differ start anew")
+    p.add_argument("--no-self-check", dest="self_check", action="store_false", help="do not compare the gradients of every layer with float32 before a run in reduced precision")
+    p.add_argument("--readers", type=int, metavar="N", help="cases that are read at once; default as many as cores and memory allow")
     p.add_argument("--timeout", type=float, default=10., metavar="MINUTES", help="how long the processes wait for each other")
     p.add_argument("--resume", nargs="?", const="there", choices=["there", "if_there"], help="go on with the run in RUN; if_there: begin it where there is none, as schedulers need that start a job again")
     return p
@@ -63,7 +67,7 @@ def settings_from(
 )->Settings:
     "Settings of a run from its flags"
     values = {k: v for k, v in vars(args).items() if k not in ("resume", "reading", "timeout")}
-    return Settings(**{**values, "readings": readings_of(args.reading) or None, "edge": args.edge == "on", "augment": tuple(args.augment),
+    return Settings(**{**values, "readings": readings_of(args.reading) or None, "edge": args.edge == "on", "augment": tuple(args.augment), "spacing": spacing_of(args.spacing),
                        "patch_size": tuple(args.patch_size) if args.patch_size else None})
 
 # %% ../nbs/13_multi_gpu.ipynb #7dc43906

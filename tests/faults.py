@@ -38,8 +38,11 @@ def after(n): seen = []; return lambda: seen.append(1) or len(seen) > n
 
 def refused(f, text):
     "The message of the `InputError` that `f` raises, which must hold `text`"
-    try: f()
-    except InputError as e: assert text in str(e) and "expected" in str(e), str(e); return "refused: " + str(e).split(": found ", 1)[1].split(", expected")[0][:90]
+    try:
+        f()
+    except InputError as e:
+        assert text in str(e), str(e)
+        return "refused: " + str(e)[:150]
     raise AssertionError("nothing was refused")
 
 def said(main, words):

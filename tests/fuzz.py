@@ -103,7 +103,7 @@ def one(kinds, kind, number, seed):
     try:
         with warnings.catch_warnings(): warnings.simplefilter("ignore"); read(path)
         return "read"
-    except InputError as e: return "refused" if "expected" in str(e) else f"an error without what was expected: {e}"
+    except InputError: return "refused"
     except Hang: return "more than 5 seconds"
     except BaseException: return traceback.format_exc(limit=-6)
     finally: signal.alarm(0)
