@@ -104,10 +104,43 @@ def _is_bad(model, values):
     norm = getattr(norm, "full_tensor", lambda: norm)()               # weights spread over the processes
     return (~(norm.double()+values.sum()).isfinite()).double()
 
+def _total(terms, logits, loss):
+    "The loss of a part; where it leaves the fused output out, 0 times that, so that every weight has a gradient"
+    if loss.supervise != "main":
+        return terms["total"]
+    return terms["total"] + 0*logits.sum()
+
+def _tell_scaler(model, bad):
+    "Make every gradient NaN where the step is bad, so that the scaler finds it on each process"
+    factor = torch.where(bad > 0, torch.nan, 1.)
+    for p in model.parameters():
+        if p.grad is not None:
+            own = getattr(p.grad, "to_local", lambda grad=p.grad: grad)()
+            own.mul_(factor.to(own.dtype))
+
+def _decides_itself(optimizer, device):
+    "Whether the optimizer can leave out a step by `found_inf`, so that nobody has to wait for the device"
+    fused = isinstance(optimizer, torch.optim.Adam) and getattr(optimizer, "_step_supports_amp_scaling", False)
+    in_pieces = hasattr(optimizer.param_groups[0]["params"][0], "full_tensor")         # checkpoints need its state from the first step on
+    return fused and (device.type != "cpu" or in_pieces)
+
+def _step_unless(bad, optimizer, scaler):
+    "A step of the optimizer, or none at all where `bad` is 1: weights, moments and number of steps stay as they are"
+    if _decides_itself(optimizer, bad.device):
+        optimizer.found_inf = bad.float()
+        scaler.step(optimizer)
+        if hasattr(optimizer, "found_inf"):
+            del optimizer.found_inf
+    else:
+        scaler.unscale_(optimizer)
+        if not bad.item():
+            scaler.step(optimizer)
+    scaler.update()
+
 def train_step(
     model:nn.Module, # the network, or its DistributedDataParallel
     loss:EGLoss, # of the task
-    optimizer, # fused Adam
+    optimizer:torch.optim.Optimizer, # any; with fused Adam nothing waits for a GPU
     scaler, # GradScaler; does nothing but for fp16
     x:Tensor, # images (B,C,D,H,W): this process's share of the batch
     target:Tensor, # masks (B,K,D,H,W)
@@ -122,9 +155,10 @@ def train_step(
         with nullcontext() if i+1 == len(parts) else getattr(model, "no_sync", nullcontext)():
             with autocast(settings.precision, x.device): out = model(xs, return_main=True) if settings.edge else (model(xs), None, None)
             terms, part = loss(out[0], out[1], ts, out[2], keys[:len(xs)]), weight*len(xs)/len(x)
-            scaler.scale(part*terms["total"]).backward()
+            scaler.scale(part*_total(terms, out[0], loss)).backward()
         values, keys = values + part*torch.stack([terms[t].detach() for t in TERMS]).double(), keys[len(xs):]
     values = mean_over_ranks(cast(Tensor, values)); bad = _is_bad(model, values)
-    optimizer.found_inf = bad.float()
-    scaler.step(optimizer); scaler.update()
+    if scaler.is_enabled():
+        _tell_scaler(model, bad)
+    _step_unless(bad, optimizer, scaler)
     return torch.cat([values, bad[None]])
