@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'random_state', 'set_random_state', 'NewerFormat', 'checkpo
            'newest_checkpoint', 'save_sharded', 'lock_run']
 
 # %% ../nbs/09b_checkpoints.ipynb #844f9547
-import json, os, random, shutil, zipfile, zlib
+import errno, json, os, random, shutil, tempfile, warnings, zipfile, zlib
 from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from .core import InputError, expect, write_whole
 
@@ -125,14 +125,46 @@ def _read_sharded(path):
     return {**read_checkpoint(path/"state.pt"), "pieces": str(path)}
 
 # %% ../nbs/09b_checkpoints.ipynb #d12402a0
+def _has_locks(folder):
+    "Whether the file system of a folder has locks (`flock`): some of clusters answer that they do not"
+    try:
+        import fcntl
+    except ImportError:                                             # Windows has locks of another kind
+        return True
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            return e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+    return True
+
+def _lock_of(folder):
+    "A lock of the kind that a folder's file system has, not yet acquired, and how long to try"
+    if _has_locks(folder):
+        return FileLock(folder/"run.lock"), 0.
+    warnings.warn(f"{folder} is on a file system without locks. The file run.soft.lock marks it in their place.", stacklevel=3)
+    return SoftFileLock(folder/"run.soft.lock"), 1.                     # time to take over that of a process that is gone
+
 def lock_run(
     folder, # of a run, or of predictions
     command:str="egcnn_train", # which holds it
     sweep:bool=True, # remove half-written files
-)->FileLock: # hold on to it; it is released when the process ends
+)->BaseFileLock: # hold on to it; it is released when the process ends
     "Be the only one who writes into a folder, and sweep up what a killed process left; raises `InputError`"
-    lock = FileLock(Path(folder)/"run.lock")
-    try: lock.acquire(timeout=0)
-    except Timeout: raise InputError(f"{folder}: found another {command} that is writing there, expected a folder of one's own; wait for it, or choose another --out") from None
-    for part in Path(folder).glob(".part-*") if sweep else (): shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+    folder = Path(folder)
+    try:
+        lock, seconds = _lock_of(folder)
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        killed = ""
+        if (folder/"run.soft.lock").exists():
+            killed = f". If it was killed, remove {folder/'run.soft.lock'}"
+        raise InputError(f"{folder}: found another {command} that is writing there, expected a folder of one's own; wait for it, or choose another --out{killed}") from None
+    except OSError as e:
+        raise InputError(f"{folder} cannot be locked ({e.strerror or e}). Make sure that you may write there, or choose another --out.") from e
+    for part in folder.glob(".part-*") if sweep else ():
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
     return lock

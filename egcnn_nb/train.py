@@ -6,7 +6,7 @@
 __all__ = ['LAUNCH', 'arguments', 'settings_from', 'Lost', 'run', 'main']
 
 # %% ../nbs/13_multi_gpu.ipynb #fc6e9ef1
-import argparse, os, signal, sys, threading, time
+import argparse, os, signal, socket, sys, threading, time
 from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
@@ -90,36 +90,76 @@ def _meet(store, rank, world, minutes):
     return PrefixStore(mine, store)
 
 # %% ../nbs/13_multi_gpu.ipynb #ce46486d
-class Lost(RuntimeError):
+class Lost(Exception):
     "Another process, or a loader's, is gone"
 
 class _Asked:
-    "Whether a signal asked the run to stop: the first SIGTERM or Ctrl-C is noted, the second Ctrl-C ends at once"
+    "Whether a signal asked the run to stop: the first SIGTERM or Ctrl-C is noted, the second Ctrl-C ends at once. Leaving the `with` puts back the handlers that were there"
     def __init__(self):
-        self.signal = None
+        self.signal, self.before = None, {}
+
+    def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, self.note)
+            for s in (signal.SIGTERM, signal.SIGINT):
+                self.before[s] = signal.signal(s, self.note)
+        return self
+
+    def __exit__(self, *error):
+        for s, handler in self.before.items():
+            signal.signal(s, signal.SIG_DFL if handler is None else handler)           # None: it was not set by Python
 
     def note(self, number, frame):
         if self.signal == number == signal.SIGINT: raise KeyboardInterrupt
         self.signal = number
 
+def _is_of_connections(error):
+    "Whether an error of torch says that another process cannot be reached; those are RuntimeErrors of several kinds"
+    from torch.distributed import DistError
+    text = str(error).lower()
+    return isinstance(error, DistError) or any(word in text for word in ("peer", "timed out", "timeout"))
+
+_ADDRESS = ("On one machine add --local_addr=127.0.0.1 to torchrun's words. "
+            "On several set MASTER_ADDR, or --rdzv_endpoint, to an address that all of them reach.")
+
+def _check_own_name():
+    "Raise `InputError` at once where the processes are to meet at this machine, and it does not know its own name"
+    from egcnn_nb.core import InputError
+    host = os.environ.get("MASTER_ADDR", "")
+    if host not in (socket.gethostname(), socket.getfqdn()):
+        return                                                      # another machine's name may become known later
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        raise InputError(f"This machine's name {host} has no address, so its processes cannot meet. {_ADDRESS}") from None
+
+def _join(device, minutes):
+    "Meet the other processes; an error of one line when they do not come"
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+    _check_own_name()
+    wait = timedelta(minutes=minutes)
+    try:
+        store, rank, world = next(rendezvous("env://", timeout=wait))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=_meet(store, rank, world, minutes), rank=rank, world_size=world, timeout=wait)
+    except RuntimeError as e:
+        if not _is_of_connections(e):
+            raise
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise Lost(f"rank {os.environ['RANK']}: the {os.environ['WORLD_SIZE']} processes did not meet at {where} ({str(e).splitlines()[0][:150]}). {_ADDRESS}") from e
+
 def _together(args, fit):
     "`fit` with the other processes; when one of them is gone, an error of one line"
     import torch, torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda": torch.cuda.set_device(device)
     if "RANK" not in os.environ: return fit(device)
-    wait = timedelta(minutes=args.timeout)
     try:
-        store, rank, world = next(rendezvous("env://", timeout=wait))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=_meet(store, rank, world, args.timeout), rank=rank, world_size=world, timeout=wait)
+        _join(device, args.timeout)
         fit(device); dist.barrier()
-    except RuntimeError as e:                                       # torch's own errors of connections are RuntimeErrors
-        if isinstance(e, dist.DistError) or "peer" in str(e).lower() or "timed out" in str(e).lower() or "timeout" in str(e).lower():
-            raise Lost(f"rank {os.environ['RANK']}: found that another process of this run is gone or unreachable ({str(e).splitlines()[0][:150]}), expected {os.environ['WORLD_SIZE']} of them; the last checkpoint is safe, go on with --resume") from e
-        raise
+    except RuntimeError as e:
+        if not _is_of_connections(e):
+            raise
+        raise Lost(f"rank {os.environ['RANK']}: found that another process of this run is gone or unreachable ({str(e).splitlines()[0][:150]}), expected {os.environ['WORLD_SIZE']} of them; the last checkpoint is safe, go on with --resume") from e
     finally:
         if dist.is_initialized(): dist.destroy_process_group()
 
@@ -127,15 +167,18 @@ def run(
     args:argparse.Namespace, # of `arguments`
 )->int: # exit code
     "One process of a run: join the others if there are any, train, leave"
+    from egcnn_nb.core import worker_died
     from egcnn_nb.training import fit
-    asked = _Asked()
     again = args.resume == "if_there" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0                  # torchrun started this process again
     resume = args.resume == "there" or again and (Path(args.out)/"config.json").is_file()
-    try: _together(args, lambda device: fit(settings_from(args), resume, device, stop=lambda: asked.signal is not None))
-    except RuntimeError as e:
-        if "DataLoader worker" not in str(e): raise
-        reason = next((l for l in reversed(str(e).strip().splitlines()) if l.strip()), "")
-        raise Lost(f"a loader's process: found that it ended ({reason[:150]}), expected it to live; it may lack memory: fewer --workers; the last checkpoint is safe, go on with --resume") from e
+    with _Asked() as asked:
+        try:
+            _together(args, lambda device: fit(settings_from(args), resume, device, stop=lambda: asked.signal is not None))
+        except (MemoryError, RuntimeError) as e:
+            sentence = worker_died(e)
+            if sentence:
+                raise Lost(sentence) from e
+            raise
     return 130 if asked.signal == signal.SIGINT else 0
 
 def main(
@@ -145,6 +188,10 @@ def main(
     args = arguments().parse_args(argv)
     from egcnn_nb.core import exit_on_error
     try: return exit_on_error(lambda: run(args))
-    except Lost as e: print(f"error: {e}", file=sys.stderr, flush=True); os._exit(1)             # no waiting for connections that are dead
+    except Lost as e: error = e
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    if argv is None:                                                    # the command, not a notebook
+        os._exit(1)                                                     # no waiting for connections that are dead
+    return 1
 
 if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())
