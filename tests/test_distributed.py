@@ -1,5 +1,5 @@
-"Many processes: the same losses as one, whatever their number; sharded; elastic; two hosts."
-import csv, os, signal, subprocess, time
+"Many processes: the same losses as one, whatever their number; every reading; sharded; elastic; two hosts."
+import csv, inspect, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -47,6 +47,75 @@ def test_readings_over_the_batch_gather_what_they_need(data, runs):
     words = ["--precision", "fp64", "--batch_size", 5, "--reading", "reduce=batch", "--reading", "beta_over=batch"]
     for n in (1, 2): train(data, runs/f"batch{n}", *FIFTY, *words, processes=n)
     assert differ(runs/"batch2", runs/"batch1")[0] < 1e-9
+
+# --- every reading of the paper, on two processes as on one
+
+READINGS = {                                                       # argument -> all values but the default
+    "entry": ["decoder_up", "bottleneck"], "attention_channels": ["each"], "fuse": ["features", "probabilities"], "edge_classes": ["any"],
+    "attention_relu": [False], "last_block": [True], "norm_head": [False], "lambda1": [0., 2.], "lambda2": [0., 2.], "w_consistency": [0., 2.],
+    "tau": [.5], "hard": [True], "supervise": ["fused", "main"], "thickness": [1, 3], "eps_in": ["denominator"], "reduce": ["batch"],
+    "where": ["union"], "weight_negatives": [False], "beta_over": ["batch"], "consistency_alone": [True], "w_cross_entropy": [0., 1.],
+    "semantic": ["dice", "dice_ce"]}
+NO_READINGS = {"self", "args", "kwargs", "net", "example_input", "activation", "features", "decoder_entry", "head", "verbose"}
+NO_EDGE_LOSS = {"lambda1": 0., "lambda2": 0.}
+TOGETHER = [NO_EDGE_LOSS, {**NO_EDGE_LOSS, "w_consistency": 0.}, {**NO_EDGE_LOSS, "w_consistency": 0., "supervise": "main"},
+            {"supervise": "main", "fuse": "features"}, {"supervise": "main", "fuse": "probabilities", "last_block": True},
+            {"supervise": "fused", "w_consistency": 0.}, {"reduce": "batch", "beta_over": "batch", "supervise": "main"}]
+NETWORKS_ = [{"backbone": name, "edge": edge} for name in ("unet", "vnet", "segresnet", "dynunet") for edge in (True, False)]
+MAIN = [{"backbone": name, "readings": {"supervise": "main"}} for name in ("unet", "vnet")]
+BARE = [{"edge": False}, {"edge": False, "readings": {"consistency_alone": True}}, {"edge": False, "readings": {"supervise": "main"}},
+        {"accumulate": 2, "readings": {"supervise": "main"}}]
+
+def known_readings():
+    "Arguments of the network, the losses and the backbone"
+    from egcnn_nb.backbones import SegNet
+    from egcnn_nb.egcnn import EGCNN
+    from egcnn_nb.losses import EGLoss
+    return {name for kind in (EGCNN, EGLoss, SegNet) for name in inspect.signature(kind.__init__).parameters} - NO_READINGS
+
+def every_reading():
+    "What is set beside the defaults in each of the small runs"
+    known = known_readings()
+    single = [{"readings": {name: value}} for name, values in READINGS.items() if name in known for value in values]
+    return [{}, *single, *({"readings": r} for r in TOGETHER), *NETWORKS_, *MAIN, *BARE]
+
+def losses_of_every_reading(data):
+    "Loss terms of the three steps of one epoch, for each of `every_reading`, by this process and those beside it"
+    import torch
+    from egcnn_nb.folders import prepare
+    from egcnn_nb.settings import Settings
+    from egcnn_nb.training import Run
+    common = dict(width=4, levels=3, patch_size=(16, 16, 16), batch_size=4, lr=1e-2, validation=2, precision="fp64", cache="off", epochs=1)
+    task, train, val, _ = prepare(Settings(str(data), "", **common), quiet=True)
+    found = {}
+    for more in every_reading():
+        torch.manual_seed(0)
+        steps, run = [], Run(Settings(str(data), "", **{**common, **more}), task, train, val, torch.device("cpu"))
+        run.train_epoch(tick=lambda terms: steps.append(list(terms.values())))
+        found[json.dumps(more)] = [steps, run.skipped]
+    return found
+
+def test_the_list_of_readings_is_whole():
+    assert known_readings() <= set(READINGS)
+
+def test_every_reading_gives_the_losses_of_one_process_on_two(data, tmp_path):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, data, tmp_path/"two.json"]
+    two = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV)
+    one, error = losses_of_every_reading(data), two.communicate(timeout=300)[1]
+    assert two.returncode == 0, error[-3000:]
+    two = json.loads((tmp_path/"two.json").read_text())
+    assert list(one) == list(two)
+    for name, (steps, skipped) in one.items():
+        assert len(steps) == 3 and skipped == two[name][1] == 0, name
+        for a, b in zip(steps, two[name][0]):
+            assert a == pytest.approx(b, rel=1e-9, abs=1e-12), name
+
+def test_a_reading_without_loss_on_the_fused_output_in_pieces(data, runs):
+    words = ["--epochs", 2, "--precision", "fp64", "--reading", "supervise=main"]
+    train(data, runs/"main1", *words)
+    train(data, runs/"main2", *words, "--shard", processes=2)
+    losses, dice = differ(runs/"main2", runs/"main1")
+    assert losses < 1e-9 and dice < 1e-9
 
 # --- something is lost
 
@@ -116,3 +185,12 @@ def test_two_hosts_whose_link_is_cut(data, one, tmp_path, hosts):
     hosts_ = both("--resume"); errors = [p.communicate(timeout=200)[1] for p in hosts_]
     assert not any(p.returncode for p in hosts_), errors
     assert max(differ(out, one)) < 1e-9
+
+if __name__ == "__main__":                                         # started by torchrun in test_every_reading_...
+    import torch.distributed as dist
+    dist.init_process_group("gloo")
+    found = losses_of_every_reading(sys.argv[1])
+    if dist.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
