@@ -13,10 +13,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .core import expect, probabilities
+from .core import expect, probabilities, require
 from .backbones import crop
-from .gate import EdgeGate, ResidualBlock
-from .layers import conv, mix_channels, resize, resize_maps
+from .gate import RESIDUALS, EdgeGate, ResidualBlock
+from .layers import conv, mix_channels, norm, resize, resize_maps
 
 # %% ../nbs/07_egcnn.ipynb #c15b1128
 class EdgeStream(nn.Module):
@@ -25,21 +25,29 @@ class EdgeStream(nn.Module):
         entry_channels:int, # channels of the feature it begins with
         main_channels, # channels of the gated main features, deep to fine
         edge_classes:int, # number of edge maps to predict
-        rise_first:bool=False, # up-sample before the first gate (entry="decoder_up")
+        rise_first:bool=False, # up-sample before the first gate (entry="decoder_up" and "bottleneck_up")
         attention_relu:bool=True, # inner ReLU of eq. 1
         attention_channels:str="one", # "one" map a gate, or "each" feature its own
         last_block:bool=False, # a residual block after the last gate
         dims:int=3, # 2 or 3 spatial axes
+        gate_residual:str="none", # residual layer w_r inside each gate: "none", "layer" or "block"
+        edge_head:str="plain", # what the head reads: the "plain" feature, or after GroupNorm and ReLU: "norm"
+        entry_norm:bool=False, # GroupNorm of the feature it begins with
+        fixed_attention:float|None=None, # a constant in place of alpha; None: learned
     ):
         super().__init__()
-        c, self.blocks, self.halves, self.gates = entry_channels, nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.blocks, self.halves, self.gates = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.start = norm(entry_channels) if entry_norm else nn.Identity()
+        c = entry_channels
         for i, m in enumerate(main_channels):
             rises = i > 0 or rise_first
             self.blocks.append(ResidualBlock(c, dims))
             self.halves.append(conv(dims, c, max(c//2, 4), 1, bias=False) if rises else nn.Identity())
             c = max(c//2, 4) if rises else c
-            self.gates.append(EdgeGate(c, m, attention_relu, 1 if attention_channels == "one" else c, dims))
+            maps = 1 if attention_channels == "one" else c
+            self.gates.append(EdgeGate(c, m, attention_relu, maps, dims, gate_residual, fixed_attention))
         self.last = ResidualBlock(c, dims) if last_block else nn.Identity()
+        self.read = nn.Sequential(norm(c), nn.ReLU()) if edge_head == "norm" else nn.Identity()
         self.channels, self.head = c, conv(dims, c, edge_classes, 1)
 
     def forward(self,
@@ -47,7 +55,7 @@ class EdgeStream(nn.Module):
         features, # main features, deep to fine, each (B,C,d,h,w)
     )->tuple: # edge logits (B,E,D,H,W), edge feature (B,C,D,H,W), list of alpha deep to fine
         e, alphas = self.climb(entry, features)
-        e = self.last(e)
+        e = self.read(self.last(e))
         return self.head(e), e, alphas
 
     def rise(self,
@@ -62,22 +70,29 @@ class EdgeStream(nn.Module):
         features:list, # of the encoder, deep to fine
     )->tuple: # edge feature, list of alpha
         "Through the gates of `features`: edge feature and list of alpha"
-        alphas = []
+        e, alphas = self.start(e), []
         for i, m in enumerate(features):
             e, alpha = self.gates[i](resize(self.rise(e, i), m.shape[2:]), m, return_attention=True)
             alphas.append(alpha)
         return e, alphas
+
+    def _ends_pointwise(self):
+        "Whether all that follows the last up-sampling is 1×1×1 and one attention map, so that it commutes"
+        gate = cast(EdgeGate, self.gates[-1])
+        if gate.fixed_attention is not None or gate.conv_e.out_channels > 1:
+            return False
+        return all(isinstance(m, nn.Identity) for m in (gate.residual, self.last, self.read))
 
     def project(self,
         entry:Tensor, # feature it begins with (B,C,d,h,w)
         features, # main features, deep to fine, each (B,C,d,h,w)
         weight:Tensor, # kernel (N,C,1,1,1) of a 1×1×1 convolution of the edge feature
     )->tuple: # edge logits (B,E,D,H,W), convolved edge feature (B,N,D,H,W), list of alpha deep to fine
-        "As `forward`, with the edge feature convolved by `weight`, but without making that feature"
-        gate, edges = cast(EdgeGate, self.gates[-1]), self.head.out_channels
-        if gate.conv_e.out_channels > 1 or not isinstance(self.last, nn.Identity):              # these readings need it
+        "As `forward`, with the edge feature convolved by `weight`, but without making that feature where it can be avoided"
+        if not self._ends_pointwise():
             edge, e, alphas = self(entry, features)
             return edge, mix_channels(e, weight), alphas
+        gate, edges = cast(EdgeGate, self.gates[-1]), self.head.out_channels
         e, alphas = self.climb(entry, features[:-1])
         maps = mix_channels(self.rise(e, len(alphas)), torch.cat([gate.conv_e.weight, self.head.weight, weight]))
         of_e, edge, rest = resize_maps(maps, features[-1].shape[2:]).split([1, edges, len(weight)], 1)
@@ -193,8 +208,9 @@ def find_features(
             "sizes": {n: known[n][1] for n, _ in encoder}, "out_channels": out.shape[1], "dims": example_input.dim()-2}
 
 # %% ../nbs/07_egcnn.ipynb #a7d47d9b
-CHOICES = {"activation": ("softmax", "sigmoid"), "entry": ("decoder", "decoder_up", "bottleneck"), "attention_channels": ("one", "each"),
-           "fuse": ("logits", "features", "probabilities"), "edge_classes": ("each", "any")}
+CHOICES = {"activation": ("softmax", "sigmoid"), "entry": ("decoder", "decoder_up", "bottleneck", "bottleneck_up"), "attention_channels": ("one", "each"),
+           "fuse": ("logits", "features", "probabilities"), "fuse_by": ("correction", "concatenation"), "edge_classes": ("each", "any"),
+           "gate_residual": tuple(RESIDUALS), "edge_head": ("plain", "norm")}
 
 def _own_features(net):
     "Where our backbones keep their features: they say so themselves"
@@ -209,12 +225,17 @@ class EGCNN(nn.Module):
         net:nn.Module, # encoder-decoder; one of ours, or any other with `example_input`
         example_input:Tensor=None, # (B,C,D,H,W): lets the features of a foreign network be found
         activation:str="softmax", # "softmax": an edge map per foreground class (K-1); "sigmoid": per region (K)
-        entry:str="decoder", # where the edge stream begins: "decoder", "decoder_up", "bottleneck"
+        entry:str="decoder", # where the edge stream begins: "decoder", "decoder_up", "bottleneck", "bottleneck_up"
         attention_relu:bool=True, # inner ReLU of eq. 1
         attention_channels:str="one", # "one" attention map a gate, or "each" feature its own
         fuse:str="logits", # what is concatenated: main "logits", last "features", or "probabilities"
         edge_classes:str="each", # an edge map for "each" class, or one for "any"
         last_block:bool=False, # a residual block after the last gate
+        gate_residual:str="none", # residual layer w_r inside each gate (eq. 2): "none", "layer" or "block"
+        edge_head:str="plain", # what the edge head reads: the "plain" feature, or after GroupNorm and ReLU: "norm"
+        entry_norm:bool=False, # GroupNorm of the feature that the edge stream begins with
+        fixed_attention:float|None=None, # a constant in [0,1] in place of every alpha, as a control; None: learned
+        fuse_by:str="correction", # a "correction" added to the main logits, or the "concatenation" convolved, to the letter
         features=None, # names of the encoder's features, fine to deep, instead of those found
         decoder_entry:str=None, # name of the first up-sampled map, instead of the one found
         head:str=None, # name of the output layer, instead of the one found
@@ -222,21 +243,26 @@ class EGCNN(nn.Module):
     ):
         super().__init__()
         for name, choices in CHOICES.items(): expect(locals()[name] in choices, name, repr(locals()[name]), f"one of {choices}")
+        require(fixed_attention is None or 0 <= fixed_attention <= 1, f"fixed_attention={fixed_attention} is no attention. Give a number from 0 to 1.")
         f = _own_features(net) if example_input is None else find_features(net, example_input, features, decoder_entry, head)
         dims, k = f["dims"], f["out_channels"]
         edges = 1 if edge_classes == "any" else k - (activation == "softmax")
         expect(edges > 0, "net", f"{k} output channel", "a background and at least one class for softmax", "use activation='sigmoid'")
-        skip = {"bottleneck": 0, "decoder": 1, "decoder_up": 2}[entry]
+        skip = {"bottleneck": 0, "bottleneck_up": 1, "decoder": 1, "decoder_up": 2}[entry]
         gated = f["encoder"][::-1][skip:]
         expect(gated, "entry", f"{entry!r} with {len(f['encoder'])} resolutions", "at least one resolution left to gate", "use entry='decoder'")
         expect(fuse != "features" or f["head"][0], "net", f"no layer that puts out its {k} channels", "an output layer to take the last features from", "name the layer: head=...")
-        start = f["encoder"][-1] if entry == "bottleneck" else f["entry"]
+        start = f["encoder"][-1] if entry in ("bottleneck", "bottleneck_up") else f["entry"]
         self.main, self.activation, self.fuse, self.found, self.entry = net, activation, fuse, f, start[0]
+        self.fuse_by = fuse_by
         self.gated, self.head = [n for n, _ in gated], f["head"][0]
-        self.edge = EdgeStream(start[1], [c for _, c in gated], edges, entry == "decoder_up", attention_relu, attention_channels, last_block, dims)
+        self.edge = EdgeStream(start[1], [c for _, c in gated], edges, entry in ("decoder_up", "bottleneck_up"), attention_relu, attention_channels,
+                               last_block, dims, gate_residual, edge_head, entry_norm, fixed_attention)
         extra = {"logits": k + self.edge.channels, "features": f["head"][1] + self.edge.channels, "probabilities": k + edges}[fuse]
         self.fusion = conv(dims, extra, k, 1)
-        for p in self.fusion.parameters(): nn.init.zeros_(p)
+        if fuse_by == "correction":
+            for p in self.fusion.parameters():
+                nn.init.zeros_(p)
         self.edge.to(like := next(net.parameters())); self.fusion.to(like)                     # device and dtype of the network
         if verbose and example_input is not None: print(self.summary())
 
@@ -255,7 +281,8 @@ class EGCNN(nn.Module):
             w = self.fusion.weight                                        # the fusion, its two inputs apart
             edge, share, alphas = self.edge.project(seen[self.entry], gated, w[:, other.shape[1]:])
             edge, change = fit(edge), mix_channels(other, w[:, :other.shape[1]], self.fusion.bias) + fit(share)
-        return output, main, main + change, edge, alphas
+        logits = main + change if self.fuse_by == "correction" else change
+        return output, main, logits, edge, alphas
 
     def forward(self,
         x:Tensor, # image (B,C,D,H,W)
