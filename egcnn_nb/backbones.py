@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .core import expect
 from .gate import ResidualBlock
-from .layers import PReLU, conv, norm
+from .layers import PReLU, conv, conv_transpose, norm
 
 # %% ../nbs/06_backbones.ipynb #3b19c218
 def pad_to_multiple(
@@ -117,7 +117,7 @@ class UNet3d(EncoderDecoder):
         return nn.Sequential(nn.Identity() if first else pool(2), _layers(self.dims, before, channels, 2*depth, _relu))
 
     def rise(self, deep, channels):
-        return {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[self.dims](deep, channels, 2, stride=2)
+        return conv_transpose(self.dims, deep, channels, 2, stride=2)
 
     def merge(self, up, skip): return torch.cat([up, skip], 1)
     def join(self, channels): return _layers(self.dims, 2*channels, channels, 2, _relu)
@@ -149,7 +149,7 @@ class VNet(EncoderDecoder):
         return nn.Sequential(conv(self.dims, before, channels, 2, stride=2), norm(channels), PReLU(channels), stage)
 
     def rise(self, deep, channels):
-        up = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[self.dims](deep, channels, 2, stride=2)
+        up = conv_transpose(self.dims, deep, channels, 2, stride=2)
         return nn.Sequential(up, norm(channels), PReLU(channels))
 
     def merge(self, up, skip): return torch.cat([skip, up], 1)

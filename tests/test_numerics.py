@@ -1,0 +1,221 @@
+"Layers in half types, on maps of every size, and normalisation at every mean: compared with float64."
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from egcnn_nb.layers import (Conv2d, Conv3d, ConvTranspose2d, ConvTranspose3d, GroupNorm, PReLU, channels_last,
+                             conv_transpose, mix_channels, norm, resize_maps)
+
+BF16 = torch.bfloat16
+UNIT = 2**-8                                                       # bfloat16 rounds by no more than this share
+
+def litter():
+    "Leave huge numbers in memory that is free again, so that what is never written is seen"
+    for n in (64, 256, 1024, 4096, 16384, 65536):
+        torch.full((n,), 3e38)
+        torch.full((n,), 3e38, dtype=BF16)
+
+def passed(layer, x, grad):
+    "Output, and derivatives of x and of each parameter"
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    return [y.detach(), *torch.autograd.grad(y, (x, *layer.parameters()), grad.to(y.dtype))]
+
+def rounded(layer, kind=BF16):
+    "The layer's weights become what `kind` can hold"
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(p.to(kind))
+    return layer
+
+def off(found, truth):
+    "Error as a share of the truth, over all numbers"
+    found, truth = found.double(), truth.double()
+    return float((found-truth).norm()/truth.norm().clamp(min=1e-30))
+
+def judge_of(layer):
+    "torch's own layer in float64, which no library for half types computes"
+    for theirs in (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+        if isinstance(layer, theirs):
+            break
+    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    settings = {n: getattr(layer, n) for n in names}
+    judge = theirs(layer.in_channels, layer.out_channels, bias=layer.bias is not None, **settings).double()
+    judge.load_state_dict(layer.state_dict())
+    return judge
+
+def check(layer, size, batch=2, pure=False):
+    "Forward, input gradient and weight gradients of one layer on one size, within what the rounding of results explains"
+    rounded(layer)
+    judge = judge_of(layer)
+    x = torch.randn(batch, layer.in_channels, *size).to(BF16).float()
+    grad = torch.randn_like(judge(x.double())).to(BF16).float()
+    truth = passed(judge, x.double(), grad.double())
+    litter()
+    if pure:
+        found = passed(layer.to(BF16), x.to(BF16), grad)
+    else:
+        with torch.autocast("cpu", BF16):
+            found = passed(layer, x, grad)
+    assert found[0].dtype == BF16
+    thin = min(*size, *found[0].shape[2:]) < 8
+    allowed = UNIT if thin else 4*UNIT                             # some libraries round between the taps of a kernel
+    for what, u, v in zip(("output", "input gradient", "weight gradient", "bias gradient"), found, truth):
+        assert u.shape == v.shape
+        assert off(u, v) < allowed, (layer, size, batch, what, off(u, v))
+
+CUBES = [(n, n, n) for n in range(1, 9)]
+THIN = [tuple(n if axis == i else 9 for i in range(3)) for axis in range(3) for n in (1, 2, 3, 5, 7, 8)]
+PLATES = [(1, 2, 9), (2, 1, 9), (2, 9, 2), (9, 2, 2), (3, 2, 1), (4, 3, 2), (2, 4, 8), (8, 2, 4)]
+SIZES = [*CUBES, *THIN, *PLATES]
+
+def fits(size, kernel, padding):
+    return min(size)+2*padding >= kernel
+
+@pytest.mark.parametrize("kernel,stride,padding", [(1, 1, 0), (1, 2, 0), (2, 1, 0), (2, 2, 0), (3, 1, 1), (3, 2, 1), (3, 1, 0), (4, 2, 1)])
+def test_a_convolution_in_bfloat16_is_right_on_every_size(kernel, stride, padding):
+    torch.manual_seed(0)
+    for number, size in enumerate(SIZES):
+        if not fits(size, kernel, padding):
+            continue
+        channels = ((8, 16), (16, 32), (3, 8), (8, 4))[number % 4]
+        layer = Conv3d(*channels, kernel, stride, padding, bias=number % 3 == 0)
+        check(layer, size, batch=1+number % 2, pure=number % 5 == 0)
+
+@pytest.mark.parametrize("channels", [(8, 16), (16, 32), (8, 8), (1, 8)])
+def test_two_planes_have_right_weight_gradients(channels):
+    torch.manual_seed(1)
+    for size in ((2, 8, 8), (2, 16, 16), (1, 8, 8), (2, 2, 2), (8, 2, 8), (8, 8, 2), (2, 5, 16)):
+        check(Conv3d(*channels, 3, padding=1, bias=False), size)
+
+def test_pairs_of_voxels_are_right(monkeypatch):
+    monkeypatch.setattr("egcnn_nb.layers._LANES", 16)
+    torch.manual_seed(2)
+    for size in ((2, 4, 6), (8, 8, 8), (8, 8, 14), (8, 9, 16), (9, 8, 18)):
+        for channels in ((8, 8), (3, 4), (16, 8)):
+            rounded_twice = Conv3d(*channels, 3, padding=1, bias=False)
+            check(rounded_twice, size)
+
+@pytest.mark.parametrize("kernel,stride,padding", [(2, 2, 0), (3, 2, 1), (3, 1, 1), (4, 2, 1), (1, 1, 0)])
+def test_a_transposed_convolution_in_bfloat16_is_right_on_every_size(kernel, stride, padding):
+    torch.manual_seed(3)
+    for number, size in enumerate(SIZES[::2]):
+        if any((n-1)*stride-2*padding+kernel < 1 for n in size):
+            continue
+        layer = ConvTranspose3d(*((16, 8), (8, 3))[number % 2], kernel, stride, padding)
+        check(layer, size, batch=1+number % 2, pure=number % 5 == 0)
+
+def test_two_dimensions_in_bfloat16_are_right_on_every_size():
+    torch.manual_seed(4)
+    for number, size in enumerate(itertools.product((1, 2, 3, 5, 7, 8), repeat=2)):
+        check(Conv2d(8, 16, 3, 1+number % 2, 1), size)
+        check(ConvTranspose2d(8, 4, 2, 2), size, pure=number % 5 == 0)
+    assert isinstance(conv_transpose(2, 8, 4, 2), ConvTranspose2d)
+
+@pytest.mark.parametrize("odd", [{"groups": 2}, {"padding": "same"}, {"padding": "valid"}, {"padding": 2, "dilation": 2},
+                                 {"padding": 1, "padding_mode": "replicate"}, {"kernel_size": (1, 3, 3), "padding": (0, 1, 1)}])
+def test_whatever_else_a_convolution_can_do_is_right_in_bfloat16(odd):
+    torch.manual_seed(5)
+    for size in ((2, 8, 8), (3, 3, 3), (8, 2, 9), (9, 8, 8), (9, 10, 11)):
+        if odd.get("padding", "valid") == "valid" and min(size) < 3:
+            continue
+        check(Conv3d(8, 16, **{"kernel_size": 3, **odd}), size)
+
+def test_channels_are_mixed_and_maps_resized_rightly_in_bfloat16():
+    torch.manual_seed(6)
+    for size in SIZES:
+        x, w = torch.randn(2, 8, *size).to(BF16), torch.randn(5, 8, 1, 1, 1).to(BF16)
+        with torch.autocast("cpu", BF16):
+            mixed, larger = mix_channels(x, w), resize_maps(x[:, :3], [2*n for n in size])
+        assert mixed.dtype == larger.dtype == BF16
+        assert off(mixed, F.conv3d(x.double(), w.double())) < UNIT
+        truth = F.interpolate(x[:, :3].double(), scale_factor=2, mode="trilinear", align_corners=False)
+        assert off(larger, truth) < 2*UNIT                            # each of three products rounds
+
+def test_no_thin_map_is_convolved_in_a_half_type(monkeypatch):
+    "Whatever the processor: what torch's operations are given on this one"
+    seen = []
+    def noting(operation):
+        def call(x, weight, *args, **kwargs):
+            out = operation(x, weight, *args, **kwargs)
+            small = min(*x.shape[2:], *out.shape[2:])
+            seen.append((out.dtype, small))
+            return out
+        return call
+    for name in ("conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d"):
+        monkeypatch.setattr(F, name, noting(getattr(F, name)))
+    for kind in (BF16, torch.float16):
+        for size in SIZES:
+            with torch.autocast("cpu", kind), torch.no_grad():
+                for layer in (Conv3d(4, 9, 3, padding=1), Conv3d(4, 4, 3, 2, 1), ConvTranspose3d(4, 9, 2, 2), Conv3d(4, 4, 3, padding=1, bias=False)):
+                    assert layer(torch.randn(2, 4, *size)).dtype == kind
+    halves = [small for dtype, small in seen if dtype != torch.float32]
+    assert halves and min(halves) >= 8
+    assert any(small == 1 for dtype, small in seen if dtype == torch.float32)
+
+def normalised(layer, x):
+    "What GroupNorm makes of x in float64, in the order of memory in which torch's is exact"
+    weight, bias = (None if p is None else p.double() for p in (layer.weight, layer.bias))
+    return F.group_norm(x.double().contiguous(), layer.num_groups, weight, bias, layer.eps)
+
+def normed(f, layer, x, grad):
+    x = x.detach().requires_grad_()
+    y = f(x)
+    return [y.detach(), *torch.autograd.grad(y, (x, *layer.parameters()), grad.to(y.dtype))]
+
+@pytest.mark.parametrize("mean,deviation", [(0, .1), (0, 1), (100, .1), (100, 1), (1000, .1), (1000, 1), (-1000, .1), (3, 1)])
+@pytest.mark.parametrize("size", [(4, 5, 6), (2, 1, 3), (33, 32, 30), (6, 5), (130, 128)])
+def test_group_norm_keeps_its_digits_at_any_mean(mean, deviation, size):
+    torch.manual_seed(7)
+    channels = 12
+    flat, deep = torch.channels_last, torch.channels_last_3d
+    for groups, affine in ((1, True), (4, True), (12, True), (6, False)):
+        layer = GroupNorm(groups, channels, affine=affine)
+        for p in layer.parameters():
+            nn.init.normal_(p)
+        for order in (torch.contiguous_format, deep if len(size) == 3 else flat):
+            x = (mean + deviation*torch.randn(2, channels, *size)).contiguous(memory_format=order)
+            grad = torch.randn_like(x)
+            for kind, allowed in ((torch.float32, 3e-6), (BF16, UNIT)):
+                given, g = x.to(kind), grad.to(kind)
+                found = normed(layer, layer, given, g)
+                truth = normed(lambda t: normalised(layer, t), layer, given, g)
+                slabs = len(size) == 3 and x.numel() > 1 << 17     # channels last, whatever was given
+                assert found[0].dtype == kind
+                assert found[0].is_contiguous(memory_format=deep if slabs else order)
+                for u, v in zip(found, truth):
+                    assert off(u, v) < allowed, (groups, order, kind, off(u, v))
+
+def test_groups_of_different_means_do_not_disturb_each_other():
+    torch.manual_seed(8)
+    means = torch.tensor([0., 0, 1000, 1000, -300, -300, .01, 100]).view(-1, 1, 1, 1)
+    layer = norm(8)
+    for size in ((5, 6, 7), (33, 32, 30)):
+        x = channels_last(means+.1*torch.randn(2, 8, *size))
+        grad = torch.randn_like(x)
+        for groups in (8, 4, 2):
+            layer = GroupNorm(groups, 8)
+            found = normed(layer, layer, x, grad)
+            for u, v in zip(found, normed(lambda t: normalised(layer, t), layer, x, grad)):
+                assert off(u, v) < 3e-6, (size, groups, off(u, v))
+
+def test_group_norm_of_bfloat16_weights_is_right():
+    torch.manual_seed(9)
+    layer = norm(8).to(BF16)
+    for size in ((4, 5, 6), (33, 32, 34)):
+        x = channels_last(5+torch.randn(2, 8, *size)).to(BF16)
+        found, truth = layer(x).detach(), normalised(layer, x).detach()
+        assert found.dtype == BF16 and off(found, truth) < UNIT
+
+def test_slopes_in_bfloat16_are_right_on_every_size():
+    torch.manual_seed(10)
+    layer = rounded(PReLU(8))
+    for size in SIZES:
+        x, grad = torch.randn(2, 8, *size).to(BF16), torch.randn(2, 8, *size).to(BF16)
+        with torch.autocast("cpu", BF16):
+            found = passed(layer, x, grad)
+        truth = passed(nn.PReLU(8).double(), x.double(), grad.double())
+        assert off(found[0], truth[0]) < UNIT and off(found[1], truth[1]) < UNIT and off(found[2], truth[2]) < 4*UNIT
