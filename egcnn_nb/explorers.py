@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'Picture', 'Keys', 'to_png', 'framed', 'swatches', 'close_
            'slice_rgb']
 
 # %% ../nbs/01b_explorers.ipynb #5225f660
-import asyncio, base64, hashlib, html, io, threading
+import asyncio, base64, hashlib, html, inspect, io, threading
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from .core import expect
+from .core import expect, require
 
 # %% ../nbs/01b_explorers.ipynb #dc6b4216
 COLOURS = {"truth": "#009E73", "prediction": "#0072B2", "edge": "#E69F00", "attention": "#CC79A7", "bare": "#D55E00",
@@ -206,20 +206,50 @@ class Explorer(widgets.VBox):
         return (data, *rest) if rest else data
 
 # %% ../nbs/01b_explorers.ipynb #ec2f877c
+def _defaults(draw):
+    "Default values of the arguments of anything that can be called, and whether it takes any name"
+    try:
+        arguments = inspect.signature(draw).parameters.values()
+    except (TypeError, ValueError):                               # some built-in functions do not tell
+        return {}, None
+    starts = {a.name: a.default for a in arguments if a.default is not a.empty}
+    named = {a.name for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY)}
+    return starts, None if any(a.kind == a.VAR_KEYWORD for a in arguments) else named
+
+def _start(name, control, value):
+    "Put a control at the default of its argument"
+    try:
+        control.value = value
+    except traitlets.TraitError:
+        if value is None:                                         # a default that means: whatever
+            return
+    kept = control.value == value or (isinstance(value, float) and np.isclose(control.value, value))
+    require(np.all(kept), f"The default {name}={value!r} of the drawing function is not among the values of its control. Widen the range, or change the default.")
+
 def explore(
     draw, # function of keyword arguments -> matplotlib figure or uint8 RGB array
     alt:str="", # text for those who cannot see the picture
     tell=None, # function of the same arguments -> HTML text below the picture, such as a number
-    **controls, # argument=(low, high[, step]), list of choices, or bool; start values are draw's defaults
+    **controls, # argument=(low, high[, step]), list of choices, bool or a widget; start values are draw's defaults
 )->Explorer:
     "Sliders around a drawing function (our choice: one base for every interactive view)"
-    made = {c.description: c for c in cast(list[Any], widgets.interactive(lambda **_: None, **controls).children[:-1])}
-    starts = {**dict(zip(draw.__code__.co_varnames, draw.__defaults__ or ()))}
-    for name, c in made.items():
-        if name in starts: c.value = starts[name]
-        c.description, c.style.description_width = name.replace("_", " "), "9em"
-        if hasattr(c, "continuous_update"): c.layout.width = "32em"
+    starts, named = _defaults(draw)
+    odd = sorted(set(controls) - named) if named is not None else []
+    require(not odd, f"The drawing function has no argument {', '.join(odd)}. Name controls after its arguments {sorted(named or ())}.")
+    made = {}
+    for control in cast(list[Any], widgets.interactive(_anything, **controls).kwargs_widgets):
+        name = control._kwarg
+        made[name] = control
+        if name in starts and not isinstance(controls[name], widgets.Widget):
+            _start(name, control, starts[name])
+        control.description = name.replace("_", " ")
+        control.style.description_width = "9em"
+        if hasattr(control, "continuous_update"):
+            control.layout.width = "32em"
     return Explorer(draw, made, alt, tell=tell)
+
+def _anything(**values):
+    "A function of any arguments, from which ipywidgets makes controls"
 
 # %% ../nbs/01b_explorers.ipynb #59528c62
 def cut_plane(
@@ -255,7 +285,8 @@ def slice_rgb(
     size:tuple=None, # (height, width) in pixels; None: a pixel a voxel
 )->np.ndarray: # uint8 (H',W',3)
     "One plane of a volume in grey with label, prediction and edge over it"
-    low, high = window if window is not None else np.percentile(volume, (2, 98))
+    seen = volume[np.isfinite(volume)] if window is None else volume
+    low, high = window if window is not None else np.percentile(seen, (2, 98)) if seen.size else (0, 1)
     grey = np.clip((np.nan_to_num(cut_plane(volume, axis, index, size).astype(np.float32))-low)*(255/max(high-low, 1e-9)), 0, 255)
     rgb = np.repeat(grey[..., None], 3, -1)
     def paint(where, colour, strength): rgb[where] = (1-strength)*rgb[where] + strength*255*np.array(to_rgb(colour), np.float32)
