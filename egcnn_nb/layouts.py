@@ -61,8 +61,8 @@ def is_run(
     folder:Path, # any folder
 )->bool:
     "Whether `egcnn_train` wrote a folder: it is no data set and no case"
-    trained = any(folder.glob("model*.safetensors")) or any(folder.glob("checkpoint-*.pt"))
-    return (folder/"config.json").is_file() and trained
+    begun = ("model*.safetensors", "checkpoint-*.pt", "metrics.csv")
+    return (folder/"config.json").is_file() and any(any(folder.glob(name)) for name in begun)
 
 def _visible(folder):
     "What lies in a folder, without hidden files, ordered by name; nothing where there is no folder"
@@ -240,6 +240,8 @@ def _expect_labels(declared):
     require(not ignored, "labels declares 'ignore', and ignore labels are not supported. Give these voxels a class of their own or leave these cases out, and remove 'ignore' from labels.")
     below = {n: v for n, v in declared.items() if min(v) < 0}
     require(not below, f"labels declares {below}, and values below 0 are not supported. Use values of 0 or more.")
+    large = {n: v for n, v in declared.items() if max(v) >= 2**31}
+    require(not large, f"labels declares {large}, and values of 2,147,483,648 and more are not supported. Use smaller ones.")
     require((0,) in declared.values(), f"labels has no background: {list(declared)}. Add \"background\": 0.")
     single = [v for v in declared.values() if len(v) == 1]
     twice = sorted({v[0] for v in single if single.count(v) > 1})
@@ -386,9 +388,10 @@ def _ending_of(root, info):
     return ending
 
 def _with_ending(folder, ending):
-    "NIfTI files with an ending in upper or lower case, and sentences on the others"
+    "NIfTI files with an ending in upper or lower case, and sentences on other images"
     fits = [p for p in _images(folder) if p.name[len(name_of(p)):].lower() == ending]
-    others = [p.name for p in _visible(folder) if p.is_file() and p not in fits]
+    images = [p for p in _visible(folder) if p.name.lower().endswith((".nii", ".nii.gz", ".mha", ".mhd", ".nrrd"))]
+    others = [p.name for p in images if p not in fits]
     if not others:
         return fits, []
     return fits, [f"{folder} holds {len(others)} files that do not end in {ending}, the file_ending of dataset.json, such as {others[:3]}. Convert or remove them."]
@@ -592,7 +595,7 @@ def _found(root):
         return found
     below = _below(root)
     hint = f"Name one of {below}" if below else _hint(root.resolve())
-    raise InputError(f"{root} has no known layout, out of {list(LAYOUTS)}. {hint}.")
+    raise InputError(f"{root}: found no known layout, out of {list(LAYOUTS)}. {hint}.")
 
 def find_dataset(
     root, # folder
