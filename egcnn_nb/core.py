@@ -98,13 +98,19 @@ def outer_first(
     "Regions sorted by inclusion; raises `InputError` unless any two are disjoint or one lies in the other"
     for name, values in regions.items():
         require(values, f"The region {name!r} has no label. Give it at least one.")
-        require(0 not in values, f"The region {name!r} holds the label 0, which is the background. Leave it out of the region.")
+        require(0 not in values,
+            f"The region {name!r} holds the label 0, which is the background. Leave it out of "
+            "the region.")
     for (a, one), (b, two) in combinations(regions.items(), 2):
         shared = set(one) & set(two)
-        require(set(one) != set(two), f"The regions {a!r} and {b!r} hold the same labels {sorted(shared)}. Leave out one of them.")
+        require(set(one) != set(two),
+            f"The regions {a!r} and {b!r} hold the same labels {sorted(shared)}. Leave out "
+            "one of them.")
         nested = not shared or shared in (set(one), set(two))
-        require(nested, f"The regions {a!r} and {b!r} share the labels {sorted(shared)}, but neither lies in the other. Split them into regions that nest or are disjoint.")
-    return dict(sorted(regions.items(), key=lambda item: -len(set(item[1]))))      # sorted is stable
+        require(nested,
+            f"The regions {a!r} and {b!r} share the labels {sorted(shared)}, but neither lies "
+            "in the other. Split them into regions that nest or are disjoint.")
+    return dict(sorted(regions.items(), key=lambda item: -len(set(item[1])))) # sorted is stable
 
 def _innermost(regions):
     "label value -> number of the smallest region that holds it"
@@ -130,7 +136,7 @@ def regions_to_labels(
         own = [v for v in values if innermost[v] == i]
         if own or prob is None:
             out[inside] = (own or list(values))[0]
-        else:                                                                    # its parts fill it: the likeliest of them
+        else: # its parts fill it: the likeliest of them
             parts = torch.tensor(values, device=masks.device)
             likeliest = prob[:, [innermost[v] for v in values]].argmax(1)
             out[inside] = parts[likeliest[inside]]

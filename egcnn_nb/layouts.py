@@ -13,7 +13,7 @@ __all__ = ['BRATS_2023', 'BRATS_2024', 'BRATS_PED', 'BRATS_KINDS', 'KITS_2021', 
 import argparse, csv, hashlib, io, json, re
 from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import cast
 
@@ -85,7 +85,9 @@ def _copies(folder):
     twice = [p.name for p in _images(folder) if count[name_of(p).lower()] > 1]
     if not twice:
         return []
-    return [f"{folder} holds {twice[:4]}, which are one name with two endings. Remove all but one of each name."]
+    return [
+        f"{folder} holds {twice[:4]}, which are one name with two endings. Remove all but one "
+        "of each name."]
 
 def _text(path):
     "A text file in UTF-8, with or without a byte order mark"
@@ -97,7 +99,9 @@ def _text(path):
 def _listed(root, text):
     "The file that a description names, relative to its folder; a Windows separator is read as one"
     good = isinstance(text, str) and text.strip()
-    require(good, f"{root} has a description that names {text!r} where it should name a file. Write the path of a file there.")
+    require(good,
+        f"{root} has a description that names {text!r} where it should name a file. Write the "
+        "path of a file there.")
     path = root/text
     if "\\" in text and not path.exists():
         path = root/text.replace("\\", "/")
@@ -127,26 +131,34 @@ def _brats_kind(name):
     if len(words) == 1:
         return ""
     if len(words) > 2 and not words[2].isdigit():
-        return "-".join(words[1:3]).upper()                                     # BraTS-MEN-RT-0001-1
+        return "-".join(words[1:3]).upper() # BraTS-MEN-RT-0001-1
     if words[1].upper() == "GLI" and words[-1].isdigit() and int(words[-1]) >= 100:
-        return "GLI after treatment"                                            # BraTS-GLI-00005-100
+        return "GLI after treatment" # BraTS-GLI-00005-100
     return words[1].upper()
 
 def _brats_task(root, names):
     "The task of the folders' challenge; raises `InputError` on one that is not known, and on several whose labels differ in meaning"
     kinds = {_brats_kind(n) for n in names}
     if kinds == {"GLI", "GLI after treatment"}:
-        kinds = {"GLI after treatment"}                                         # the same labels and one more
-    require(len(kinds) == 1, f"{root} mixes the BraTS challenges {sorted(kinds)}, whose labels differ in meaning. Put each into a folder of its own.")
+        kinds = {"GLI after treatment"} # the same labels and one more
+    require(len(kinds) == 1,
+        f"{root} mixes the BraTS challenges {sorted(kinds)}, whose labels differ in meaning. "
+        "Put each into a folder of its own.")
     kind = kinds.pop()
-    require(kind in BRATS_KINDS, f"{root} holds BraTS-{kind}, whose labels are not known here. Describe the cases in a cases.csv.")
+    require(kind in BRATS_KINDS,
+        f"{root} holds BraTS-{kind}, whose labels are not known here. Describe the cases in a "
+        "cases.csv.")
     return BRATS_KINDS[kind]
 
 def _brats_case(folder):
     "The files of one folder; a channel that is missing gets the name that it should have"
     new = "-" in folder.name
-    images = [_ending(folder, ends) or folder/f"{folder.name}{ends[new]}.nii.gz" for ends in _BRATS_ENDS.values()]
-    return Case(folder.name, tuple(images), _ending(folder, ("_seg", "-seg", "_segm")))      # one file of 2020 is called ..._Segm.nii
+    images = []
+    for ends in _BRATS_ENDS.values():
+        named = folder/f"{folder.name}{ends[new]}.nii.gz"
+        images.append(_ending(folder, ends) or named)
+    label = _ending(folder, ("_seg", "-seg", "_segm"))           # one file of 2020 is called ..._Segm.nii
+    return Case(folder.name, tuple(images), label)
 
 def brats(
     root:Path, # dataset folder, or the folder of one case
@@ -154,14 +166,18 @@ def brats(
     "BraTS 2017 to 2024: a folder a case, in HGG/ and LGG/ or not, files that end in _t1, _t1ce, _t2, _flair, _seg or -t1n, -t1c, -t2w, -t2f, -seg"
     ends = tuple(e for pair in _BRATS_ENDS.values() for e in pair)
     one = root.name.lower().startswith("brats") and _ending(root, ends) is not None
-    folders = [root] if one else [f for part in ("", "HGG", "LGG") for f in _case_folders(root/part, "brats")]
+    folders = [root]
+    if not one:
+        folders = [f for part in ("", "HGG", "LGG") for f in _case_folders(root/part, "brats")]
     filled = [f for f in folders if _ending(f, ends)]
     if not filled:
         return None
-    problems = [f"{f} holds no file that ends in one of {list(ends)}. Complete or remove the folder." for f in folders if f not in filled]
+    problems = [
+        f"{f} holds no file that ends in one of {list(ends)}. Complete or remove the folder." for f in folders if f not in filled]
     conflicts = [c for f in filled for c in _copies(f)]
     cases = sorted((_brats_case(f) for f in filled), key=lambda c: c.name)
-    return Dataset(root, _brats_task(root, [c.name for c in cases]), cases, tuple(problems), tuple(conflicts))
+    task = _brats_task(root, [c.name for c in cases])
+    return Dataset(root, task, cases, tuple(problems), tuple(conflicts))
 
 def _called(folder, *names):
     "The NIfTI file of a folder with the first of these names that is there, or None"
@@ -179,8 +195,11 @@ def kits(
     folders = [root] if root.name.lower().startswith("case_") else _case_folders(root, "case_")
     if not any(_called(f, "imaging", *labels) for f in folders):
         return None
-    cysts = any((f/"instances").is_dir() or _called(f, labels[0]) for f in folders)          # since 2021
-    cases = [Case(f.name, (_called(f, "imaging") or f/"imaging.nii.gz",), _called(f, *labels)) for f in folders]
+    cysts = any((f/"instances").is_dir() or _called(f, labels[0]) for f in folders)
+    cases = []
+    for folder in folders:
+        image = _called(folder, "imaging") or folder/"imaging.nii.gz"
+        cases.append(Case(folder.name, (image,), _called(folder, *labels)))
     conflicts = [c for f in folders for c in _copies(f)]
     return Dataset(root, KITS_2021 if cysts else KITS, cases, (), tuple(conflicts))
 
@@ -216,67 +235,99 @@ def _numbers(given):
 
 def _declared(labels):
     "name -> tuple of label values, from the labels of dataset.json either way round"
-    require(isinstance(labels, dict) and labels, f"labels is {labels!r}. Give names and numbers, such as {{\"background\": 0, \"tumor\": 1}}.")
+    require(isinstance(labels, dict) and labels,
+        f"labels is {labels!r}. Give names and numbers, such as {{\"background\": 0, "
+        f"\"tumor\": 1}}.")
     numbered_keys = all(_number(k) is not None for k in labels)
     numbered_values = all(_numbers(v) for v in labels.values())
     if numbered_keys and numbered_values:
         same = all((_number(k),) == _numbers(v) for k, v in labels.items())
-        require(same, f"labels is {labels}, and nobody can tell which numbers are the names. Write name -> number.")
+        require(same,
+            f"labels is {labels}, and nobody can tell which numbers are the names. Write name "
+            "-> number.")
     if numbered_keys and not numbered_values:                                    # number -> name
         names = [str(n) for n in labels.values()]
         twice = sorted({n for n in names if names.count(n) > 1})
-        require(not twice, f"labels gives the name {twice[:3]} to several numbers. Give each number a name of its own.")
+        require(not twice,
+            f"labels gives the name {twice[:3]} to several numbers. Give each number a name "
+            "of its own.")
         labels = dict(zip(names, labels))
     found = {}
     for name, given in labels.items():
         values = _numbers(given)
-        require(values, f"labels gives {name!r} the value {given!r}. Write name -> number, with a whole number or a list of whole numbers.")
+        require(values,
+            f"labels gives {name!r} the value {given!r}. Write name -> number, with a whole "
+            "number or a list of whole numbers.")
         found[name] = values
     return found
 
 def _expect_labels(declared):
     "Raise `InputError` on labels that cannot be trained with the meaning that their author gave them"
     ignored = [n for n in declared if n.lower() == "ignore"]
-    require(not ignored, "labels declares 'ignore', and ignore labels are not supported. Give these voxels a class of their own or leave these cases out, and remove 'ignore' from labels.")
+    require(not ignored,
+        "labels declares 'ignore', and ignore labels are not supported. Give these voxels a "
+        "class of their own or leave these cases out, and remove 'ignore' from labels.")
     below = {n: v for n, v in declared.items() if min(v) < 0}
-    require(not below, f"labels declares {below}, and values below 0 are not supported. Use values of 0 or more.")
+    require(not below,
+        f"labels declares {below}, and values below 0 are not supported. Use values of 0 or "
+        "more.")
     large = {n: v for n, v in declared.items() if max(v) >= 2**31}
-    require(not large, f"labels declares {large}, and values of 2,147,483,648 and more are not supported. Use smaller ones.")
-    require((0,) in declared.values(), f"labels has no background: {list(declared)}. Add \"background\": 0.")
+    require(not large,
+        f"labels declares {large}, and values of 2,147,483,648 and more are not supported. "
+        "Use smaller ones.")
+    require((0,) in declared.values(),
+        f"labels has no background: {list(declared)}. Add \"background\": 0.")
     single = [v for v in declared.values() if len(v) == 1]
     twice = sorted({v[0] for v in single if single.count(v) > 1})
-    require(not twice, f"labels gives the values {twice[:3]} to several names. Give each name a value of its own.")
+    require(not twice,
+        f"labels gives the values {twice[:3]} to several names. Give each name a value of its "
+        "own.")
     require(len(declared) > 1, "labels has nothing but a background. Add what is to be segmented.")
 
 def _ordered_regions(regions, order):
     "Regions, outer ones first, each with the label first that it is painted with (`regions_class_order`)"
-    require(order is None or isinstance(order, list) and len(order) == len(regions), f"regions_class_order is {order!r}, but there are {len(regions)} regions. Give one label for each of {list(regions)}.")
+    require(order is None or isinstance(order, list) and len(order) == len(regions),
+        f"regions_class_order is {order!r}, but there are {len(regions)} regions. Give one "
+        f"label for each of {list(regions)}.")
     for (name, values), given in zip(list(regions.items()), order or []):
         first = _number(given)
-        require(first in values, f"regions_class_order paints the region {name!r} with {given!r}, which is not one of its labels {list(values)}. Choose one of these.")
+        require(first in values,
+            f"regions_class_order paints the region {name!r} with {given!r}, which is not one "
+            f"of its labels {list(values)}. Choose one of these.")
         smaller = [set(v) for v in regions.values() if set(v) < set(values)]
         own = [v for v in values if not any(v in s for s in smaller)]
-        require(not own or first in own, f"regions_class_order paints the region {name!r} with {first}, which is an inner region's, so that {own} would never be predicted. Write {own[0]} there.")
+        lost = own and first not in own
+        require(not lost,
+            f"regions_class_order paints the region {name!r} with {first}, which is an inner "
+            f"region's, so that {own} would never be predicted. Write one of these there.")
         regions[name] = (first, *(v for v in values if v != first))
     return outer_first(regions)
+
+def _intensities(channels):
+    "How channels are normalised: Hounsfield units for CT alone, else z-scores"
+    return "hu" if all(c.upper() in ("CT", "CT IMAGE") for c in channels) else "zscore"
 
 def _task(name, channels, declared, order=None):
     "A task of exclusive labels, or of regions if a name has several labels; CT in Hounsfield units"
     _expect_labels(declared)
-    require(channels and all(isinstance(c, str) for c in channels), f"The channels are {list(channels)!r}. Give each a name.")
+    require(channels and all(isinstance(c, str) for c in channels),
+        f"The channels are {list(channels)!r}. Give each a name.")
     nested = any(len(v) > 1 for v in declared.values())
     classes = {n: v for n, v in declared.items() if v != (0,)}
     regions = _ordered_regions(classes, order) if nested else classes
     labels = {v: str(v) for values in declared.values() for v in values}
     labels |= {v[0]: n for n, v in declared.items() if len(v) == 1}
-    ct = all(c.upper() in ("CT", "CT IMAGE") for c in channels)
-    return Task(name, tuple(channels), dict(sorted(labels.items())), regions, "sigmoid" if nested else "softmax", "hu" if ct else "zscore")
+    activation = "sigmoid" if nested else "softmax"
+    labels = dict(sorted(labels.items()))
+    return Task(name, tuple(channels), labels, regions, activation, _intensities(channels))
 
 def _channels(given, key):
     "Names of the channels in the order of their numbers"
     numbers = [_number(k) for k in given] if isinstance(given, dict) else []
-    counted = bool(numbers) and sorted(n for n in numbers if n is not None) == list(range(len(numbers)))
-    require(counted, f"{key} is {given!r}. Number the channels from 0, such as {{\"0\": \"T1\", \"1\": \"T2\"}}.")
+    counted = bool(numbers) and set(numbers) == set(range(len(numbers)))
+    require(counted,
+        f"{key} is {given!r}. Number the channels from 0, such as {{\"0\": \"T1\", \"1\": "
+        f"\"T2\"}}.")
     named = dict(zip(numbers, given.values()))
     return [str(named[i]) for i in range(len(numbers))]
 
@@ -284,7 +335,9 @@ def _described(root, info, key):
     "The task of a dataset.json; an `InputError` names the file"
     try:
         declared = _declared(info["labels"])
-        return _task(str(info.get("name", root.name)), _channels(info[key], key), declared, info.get("regions_class_order"))
+        channels = _channels(info[key], key)
+        name = str(info.get("name", root.name))
+        return _task(name, channels, declared, info.get("regions_class_order"))
     except InputError as e:
         raise InputError(f"{root/'dataset.json'}: {e}") from e
 
@@ -294,7 +347,9 @@ def _count_problem(root, info, cases):
     promised = info.get("numTraining")
     if promised is None or _number(promised) == len(cases):
         return []
-    return [f"{root/'dataset.json'} says numTraining {promised!r}, but there are {len(cases)} cases. Correct the number, or complete the folder."]
+    return [
+        f"{root/'dataset.json'} says numTraining {promised!r}, but there are {len(cases)} "
+        "cases. Correct the number, or complete the folder."]
 
 def _channel_files(root, text, count):
     "The files of a case that a list names: one, several, or those of nnU-Net 1, which end in _0000 and so on"
@@ -333,7 +388,9 @@ def _not_listed(root, cases):
     for folder in ("imagesTr", "labelsTr"):
         more = [p.name for p in _images(root/folder) if p.resolve() not in known]
         if more:
-            found.append(f"{root/folder} holds {len(more)} files that dataset.json does not list, such as {more[:3]}. List or remove them.")
+            found.append(
+                f"{root/folder} holds {len(more)} files that dataset.json does not list, such "
+                f"as {more[:3]}. List or remove them.")
     return found
 
 def decathlon(
@@ -345,19 +402,26 @@ def decathlon(
         return None
     path = root/"dataset.json"
     for key, example in (("modality", '{"0": "T1"}'), ("labels", '{"0": "background", "1": "tumor"}')):
-        require(key in info, f"{path} lists cases, but it has no {key!r}. Add one, such as {key!r}: {example}.")
+        require(key in info,
+            f"{path} lists cases, but it has no {key!r}. Add one, such as {key!r}: {example}.")
     task = _described(root, info, "modality")
     rows = info["training"]
-    require(isinstance(rows, list), f"{path}: training is {type(rows).__name__}. Make it a list of objects with image and label.")
+    require(isinstance(rows, list),
+        f"{path}: training is {type(rows).__name__}. Make it a list of objects with image and "
+        "label.")
     entries = []
     for row in rows:
         good = isinstance(row, dict) and "image" in row
-        require(good, f"{path}: training holds {str(row)[:80]}. Make it an object with image and label.")
+        require(good,
+            f"{path}: training holds {str(row)[:80]}. Make it an object with image and label.")
         images = _channel_files(root, row["image"], len(task.channels))
-        require(len(images) in (1, len(task.channels)), f"{path}: {images[0].name} is one of {len(images)} files, but the channels are {list(task.channels)}. List a file for each.")
+        require(len(images) in (1, len(task.channels)),
+            f"{path}: {images[0].name} is one of {len(images)} files, but the channels are "
+            f"{list(task.channels)}. List a file for each.")
         entries.append((images, _listed(root, row["label"]) if row.get("label") else None))
     cases = _named_cases(entries)
-    return Dataset(root, task, cases, tuple(_count_problem(root, info, cases)+_not_listed(root, cases)))
+    problems = _count_problem(root, info, cases) + _not_listed(root, cases)
+    return Dataset(root, task, cases, tuple(problems))
 
 # %% ../nbs/08b_layouts.ipynb #a1f0c0d4
 def _near(name):
@@ -372,29 +436,40 @@ def _unpaired(root, images, labels):
     conflicts = []
     for name in sorted(set(labels)-set(images)):
         meant = [n for n in without if _near(n) == _near(name)]
-        hint = f"imagesTr/{meant[0]} has no label: rename one of both" if meant else "Rename, complete or remove it"
+        hint = "Rename, complete or remove it"
+        if meant:
+            hint = f"imagesTr/{meant[0]} has no label: rename one of both"
         conflicts.append(f"{root}: labelsTr/{labels[name].name} has no image. {hint}.")
     if labels and without:
-        problems.append(f"{root}: labelsTr has no label for {len(without)} images of imagesTr, such as {without[:3]}, so that training leaves them out. Complete or remove them.")
+        problems.append(
+            f"{root}: labelsTr has no label for {len(without)} images of imagesTr, such as "
+            f"{without[:3]}, so that training leaves them out. Complete or remove them.")
     return problems, conflicts
 
 def _ending_of(root, info):
     "The file ending that dataset.json gives, or that of the files"
-    default = ".nii"
-    if any(p.name.lower().endswith(".gz") for p in _images(root/"imagesTr")) or not _images(root/"imagesTr"):
-        default = ".nii.gz"
+    files = _images(root/"imagesTr")
+    packed = any(p.name.lower().endswith(".gz") for p in files)
+    default = ".nii.gz" if packed or not files else ".nii"
     ending = info.get("file_ending", default)
-    require(ending in (".nii", ".nii.gz"), f"{root/'dataset.json'} gives file_ending {ending!r}, which is not read. Convert the files to .nii.gz with SimpleITK, SimpleITK.WriteImage(SimpleITK.ReadImage(old), new), and write \".nii.gz\" there.")
+    require(ending in (".nii", ".nii.gz"),
+        f"{root/'dataset.json'} gives file_ending {ending!r}, which is not read. Convert the "
+        "files to .nii.gz with SimpleITK, SimpleITK.WriteImage(SimpleITK.ReadImage(old), "
+        "new), and write \".nii.gz\" there.")
     return ending
 
 def _with_ending(folder, ending):
     "NIfTI files with an ending in upper or lower case, and sentences on other images"
     fits = [p for p in _images(folder) if p.name[len(name_of(p)):].lower() == ending]
-    images = [p for p in _visible(folder) if p.name.lower().endswith((".nii", ".nii.gz", ".mha", ".mhd", ".nrrd"))]
-    others = [p.name for p in images if p not in fits]
+    endings = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
+    images = [p for p in _visible(folder) if p.name.lower().endswith(endings)]
+    known = set(fits)
+    others = [p.name for p in images if p not in known]
     if not others:
         return fits, []
-    return fits, [f"{folder} holds {len(others)} files that do not end in {ending}, the file_ending of dataset.json, such as {others[:3]}. Convert or remove them."]
+    return fits, [
+        f"{folder} holds {len(others)} files that do not end in {ending}, the file_ending of "
+        f"dataset.json, such as {others[:3]}. Convert or remove them."]
 
 def _numbered(root, files, channels):
     "name -> {number of the channel: file}, and sentences on the files that do not fit"
@@ -408,7 +483,10 @@ def _numbered(root, files, channels):
             odd.append(path.name)
     if not odd:
         return found, []
-    return found, [f"{root/'imagesTr'} holds {len(odd)} files without the number of a channel, _0000 to _{channels-1:04d}, such as {odd[:3]}, so that there are {len(found)} cases (imagesTr/*_0000.nii.gz). Rename them, as in NAME_0000.nii.gz."]
+    return found, [
+        f"{root/'imagesTr'} holds {len(odd)} files without the number of a channel, _0000 to "
+        f"_{channels-1:04d}, such as {odd[:3]}, so that there are {len(found)} cases "
+        "(imagesTr/*_0000.nii.gz). Rename them, as in NAME_0000.nii.gz."]
 
 def _nnunet_files(root, info, task):
     "Cases of imagesTr and labelsTr, problems, conflicts"
@@ -419,7 +497,9 @@ def _nnunet_files(root, info, task):
     labels = {name_of(p): p for p in label_files}
     cases = []
     for name, numbered in sorted(found.items()):
-        images = [numbered.get(i, root/"imagesTr"/f"{name}_{i:04d}{ending}") for i in range(len(task.channels))]
+        images = []
+        for i in range(len(task.channels)):
+            images.append(numbered.get(i, root/"imagesTr"/f"{name}_{i:04d}{ending}"))
         cases.append(Case(name, tuple(images), labels.get(name)))
     problems, conflicts = _unpaired(root, found, labels) if found else ([], [])
     return cases, problems, [*odd_images, *odd_labels, *unnumbered, *conflicts]
@@ -427,12 +507,16 @@ def _nnunet_files(root, info, task):
 def _nnunet_section(root, info, task):
     "Cases of the section `dataset` of dataset.json"
     path, section = root/"dataset.json", info["dataset"]
-    require(isinstance(section, dict), f"{path}: dataset is {type(section).__name__}. Make it an object: case -> images and label.")
+    require(isinstance(section, dict),
+        f"{path}: dataset is {type(section).__name__}. Make it an object: case -> images and "
+        "label.")
     cases = []
     for name, row in sorted(section.items()):
         given = row.get("images") if isinstance(row, dict) else None
         good = isinstance(given, list) and len(given) == len(task.channels)
-        require(good, f"{path}: dataset gives {name} the images {given!r}. List a file for each of {list(task.channels)}.")
+        require(good,
+            f"{path}: dataset gives {name} the images {given!r}. List a file for each of "
+            f"{list(task.channels)}.")
         label = _listed(root, row["label"]) if row.get("label") else None
         cases.append(Case(name, tuple(_listed(root, t) for t in cast(list, given)), label))
     return cases
@@ -449,27 +533,40 @@ def nnunet(
         cases, problems, conflicts = _nnunet_section(root, info, task), [], []
     else:
         cases, problems, conflicts = _nnunet_files(root, info, task)
-    return Dataset(root, task, cases, tuple(_count_problem(root, info, cases)+problems), tuple(conflicts))
+    problems = _count_problem(root, info, cases) + problems
+    return Dataset(root, task, cases, tuple(problems), tuple(conflicts))
 
 # %% ../nbs/08b_layouts.ipynb #c5840d30
 def _rows(path):
     "The lines of a cases.csv as dicts without spaces around the cells, and the names of its columns"
     lines = list(csv.reader(io.StringIO(_text(path), newline="")))
-    numbered = [(i, [cell.strip() for cell in line]) for i, line in enumerate(lines, 1) if any(cell.strip() for cell in line)]
-    require(numbered, f"{path} is empty. Write a first line such as case,t1,label, then a line a case.")
+    numbered = []
+    for number, line in enumerate(lines, 1):
+        cells = [cell.strip() for cell in line]
+        if any(cells):
+            numbered.append((number, cells))
+    require(numbered,
+        f"{path} is empty. Write a first line such as case,t1,label, then a line a case.")
     columns = numbered[0][1]
     for mark, word in ((";", "semicolons"), ("\t", "tabs")):
-        require(len(columns) > 1 or mark not in columns[0], f"{path} separates its columns by {word}. Save it with commas.")
+        require(len(columns) > 1 or mark not in columns[0],
+            f"{path} separates its columns by {word}. Save it with commas.")
     needed = {"case", "label"} <= set(columns) and len(columns) > 2
-    require(needed, f"{path} has the columns {columns}. It needs case, one or more channels, and label: name them in the first line.")
+    require(needed,
+        f"{path} has the columns {columns}. It needs case, one or more channels, and label: "
+        "name them in the first line.")
     good = all(columns) and len(set(columns)) == len(columns)
     require(good, f"{path} has the columns {columns}. Give each column a name of its own.")
     rows = []
     for number, cells in numbered[1:]:
-        require(len(cells) <= len(columns), f"{path}, line {number}, has {len(cells)} cells, but there are {len(columns)} columns. Put a path that holds a comma between quotes.")
+        require(len(cells) <= len(columns),
+            f"{path}, line {number}, has {len(cells)} cells, but there are {len(columns)} "
+            "columns. Put a path that holds a comma between quotes.")
         row = dict(zip(columns, cells + [""]*(len(columns)-len(cells))))
         empty = [c for c in columns if c != "label" and not row[c]]
-        require(not empty, f"{path}, line {number}, has nothing in the column {', '.join(empty)}. Complete or remove the line.")
+        require(not empty,
+            f"{path}, line {number}, has nothing in the column {', '.join(empty)}. Complete "
+            "or remove the line.")
         rows.append(row)
     return rows, columns
 
@@ -492,12 +589,13 @@ def table(
     cases = []
     for row in rows:
         images = tuple(_listed(root, row[c]) for c in channels)
-        cases.append(Case(row["case"], images, _listed(root, row["label"]) if row["label"] else None))
+        label = _listed(root, row["label"]) if row["label"] else None
+        cases.append(Case(row["case"], images, label))
     found = {v for c in cases if c.label for v in _values(c)}
-    known = sorted({0, *(v for v in found if v >= 0)})                               # `expect_known_labels` refuses the others
+    known = sorted({0, *(v for v in found if v >= 0)}) # `expect_known_labels` refuses the others
     names = {v: "background" if v == 0 else f"label {v}" for v in known}
-    ct = all(c.upper() in ("CT", "CT IMAGE") for c in channels)
-    task = Task(root.name, tuple(channels), names, {n: (v,) for v, n in names.items() if v}, "softmax", "hu" if ct else "zscore")
+    classes = {n: (v,) for v, n in names.items() if v}
+    task = Task(root.name, tuple(channels), names, classes, "softmax", _intensities(channels))
     return Dataset(root, task, sorted(cases, key=lambda c: c.name))
 
 # %% ../nbs/08b_layouts.ipynb #65682a3e
@@ -516,17 +614,24 @@ def _recognise(root):
     except InputError:
         raise
     except (ValueError, KeyError, AttributeError, TypeError, IndexError, OverflowError, RecursionError, NotImplementedError, csv.Error) as e:
-        raise InputError(f"{root} has a dataset.json or cases.csv that makes no sense ({type(e).__name__}: {e}). Correct it, or copy it again.") from e
+        raise InputError(
+            f"{root} has a dataset.json or cases.csv that makes no sense ({type(e).__name__}: "
+            f"{e}). Correct it, or copy it again.") from e
 
 def _expect_names(found):
     "Raise `InputError` on names of cases that cannot be names of files, and on two that are one file where upper and lower case are the same"
     for case in found.cases:
         name = case.name
-        good = isinstance(name, str) and name.strip() and not name.startswith(".") and name.isprintable() and not set(name) & set("/\\:")
-        require(good, f"{found.root} has a case called {name!r}. Rename it without folders in its name: files are called after their case.")
+        plain = name.strip() and name.isprintable() and not name.startswith(".")
+        good = plain and not set(name) & set("/\\:")
+        require(good,
+            f"{found.root} has a case called {name!r}. Rename it without folders in its name: "
+            "files are called after their case.")
     count = Counter(c.name.lower() for c in found.cases)
     twice = sorted({c.name for c in found.cases if count[c.name.lower()] > 1})
-    require(not twice, f"{found.root} has several cases of one name: {twice[:4]}. Give each a name of its own, whatever upper and lower case.")
+    require(not twice,
+        f"{found.root} has several cases of one name: {twice[:4]}. Give each a name of its "
+        "own, whatever upper and lower case.")
 
 _HINTS = {
     (".dcm", ".ima", ".dicom"): "It holds DICOM slices: convert each series to .nii.gz with dcm2niix, then describe the files in a cases.csv",
@@ -538,8 +643,12 @@ _HINTS = {
     (".zip", ".tar", ".tgz", ".7z"): "It holds archives: unpack them first"}
 
 def _walk(folder, depth=4):
-    "Files below a folder, without hidden ones, a thousand a folder at most"
-    for path in _visible(folder)[:1000]:
+    "Files below a folder, without hidden ones, a hundred entries a folder at most"
+    try:
+        inside = _visible(folder)[:100]
+    except OSError: # a folder that may not be read
+        return
+    for path in inside:
         if path.is_file():
             yield path
         elif depth > 1:
@@ -556,17 +665,27 @@ def _hint(root):
     "What the files of an unknown folder are, and what to do with them"
     if is_run(root):
         return "It is a run folder of egcnn_train: name the folder of the data"
-    files = list(_walk(root))
+    files = list(islice(_walk(root), 2000))
     images = [p for p in files if _is_nifti(p)]
-    if any(re.fullmatch(r"sub-[^_/]+", part) for p in images for part in p.relative_to(root).parts[:-1]):
-        return "It looks like BIDS: write a cases.csv with a line a subject, such as case,T1w,label and sub-01,sub-01/anat/sub-01_T1w.nii.gz,derivatives/labels/sub-01/anat/sub-01_T1w_seg.nii.gz"
+    folders = {part for p in images for part in p.relative_to(root).parts[:-1]}
+    if any(f.startswith("sub-") for f in folders):
+        return (
+            "It looks like BIDS: write a cases.csv with a line a subject, such as "
+            "case,T1w,label and "
+            "sub-01,sub-01/anat/sub-01_T1w.nii.gz,derivatives/labels/sub-01/anat/sub-01_T1w_seg.nii.gz")
     if any(p.parent.name.lower() in ("segmentations", "masks") for p in images):
-        return "It has one file for each class, as TotalSegmentator's: merge the masks of a case into one label map (1, 2, 3 and so on), then write a cases.csv"
+        return (
+            "It has one file for each class, as TotalSegmentator's: merge the masks of a "
+            "case into one label map (1, 2, 3 and so on), then write a cases.csv")
     if (root/"imagesTr").is_dir():
-        return "It has imagesTr, but no dataset.json that names channels and labels: copy that again, or write a cases.csv"
+        return (
+            "It has imagesTr, but no dataset.json that names channels and labels: copy that "
+            "again, or write a cases.csv")
     if images:
         example = images[0].relative_to(root).as_posix()
-        return f"It holds NIfTI files, such as {example}: write a cases.csv with a line a case, such as case,t1,label and {name_of(example)},{example},LABEL"
+        return (
+            f"It holds NIfTI files, such as {example}: write a cases.csv with a line a case, "
+            f"such as case,t1,label and {name_of(example)},{example},LABEL")
     for endings, hint in _HINTS.items():
         if any(p.name.lower().endswith(endings) for p in files):
             return hint
@@ -583,6 +702,8 @@ def _below(root):
                 found.append(str(folder))
         except InputError:
             found.append(str(folder))
+        except OSError: # a folder that may not be read
+            continue
     return found
 
 def _found(root):
@@ -618,14 +739,16 @@ def expect_foreground(
 )->None:
     "Raise `InputError` if no case has a voxel of any label: a Dice of 1 would mean nothing"
     filled = any(c.spots is not None and len(c.spots) > 0 for c in cases)
-    require(filled, f"{where}: no label map of {len(cases)} cases has a voxel above 0. Export the labels again.")
+    require(filled,
+        f"{where}: no label map of {len(cases)} cases has a voxel above 0. Export the labels "
+        "again.")
 
 # %% ../nbs/08b_layouts.ipynb #a1f0c0d6
-MOST_FIELD = 5000.                                                 # mm along an axis: longer scans are refused
+MOST_FIELD = 5000. # mm along an axis: longer scans are refused
 WIDE_FIELD = 2000.                                                 # mm: longer ones get a warning
 NARROW_FIELD = 5.                                                  # mm: shorter ones get a warning
-FEW_VOXELS = 8                                                     # along an axis, at the spacing of the run: fewer get a warning
-MOST_VOXELS = 2**31                                                # a channel, at the spacing of the run: 8 GiB in float32
+FEW_VOXELS = 8 # along an axis, at the spacing of the run: fewer get a warning
+MOST_VOXELS = 2**31 # a channel, at the spacing of the run: 8 GiB in float32
 
 def size_at(
     shape, # voxels along the axes of the file
@@ -634,7 +757,7 @@ def size_at(
 )->tuple: # voxels along the axes of the file
     "How many voxels a scan has at the spacing of the run"
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    towards = io_orientation(affine)[:, 0].astype(int)                             # R, A or S, for each axis of the file
+    towards = io_orientation(affine)[:, 0].astype(int) # R, A or S, for each axis of the file
     return tuple(max(1, round(float(n*s/spacing[r]))) for n, s, r in zip(shape, lengths, towards))
 
 def _sizes(numbers):
@@ -644,7 +767,9 @@ def _sizes(numbers):
 def _shrinking(shape, lengths, size, spacing):
     "What becomes of a scan whose voxels are much smaller than those of the run"
     per = max(spacing)/float(min(lengths))
-    return f"{max(spacing):g} mm is {per:.3g} voxels of this scan; {_sizes(shape)} voxels become {_sizes(size)}. Choose --spacing."
+    return (
+        f"{max(spacing):g} mm is {per:.3g} voxels of this scan; {_sizes(shape)} voxels become "
+        f"{_sizes(size)}. Choose --spacing.")
 
 def expect_plausible(
     shape, # voxels along the axes of the file
@@ -656,11 +781,16 @@ def expect_plausible(
     shape = tuple(shape)[:3]
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     longest = float(max(n*s for n, s in zip(shape, lengths)))
-    require(longest <= MOST_FIELD, f"{where} has a field of view of {longest/1000:.3g} m (voxels of {_sizes(lengths)} mm). Correct the voxel size in its header: it may be in micrometres.")
+    require(longest <= MOST_FIELD,
+        f"{where} has a field of view of {longest/1000:.3g} m (voxels of {_sizes(lengths)} "
+        "mm). Correct the voxel size in its header: it may be in micrometres.")
     size = size_at(shape, affine, spacing)
-    require(max(size) > 1 or max(shape) == 1, f"{where} is too small: {_shrinking(shape, lengths, size, spacing)}")
+    require(max(size) > 1 or max(shape) == 1,
+        f"{where} is too small: {_shrinking(shape, lengths, size, spacing)}")
     told = f"{_sizes(shape)} voxels become {_sizes(size)} at a spacing of {_sizes(spacing)} mm"
-    require(np.prod(size, dtype=float) <= MOST_VOXELS, f"{where} is too large: {told}. Choose a larger --spacing, or correct the voxel size in its header.")
+    require(np.prod(size, dtype=float) <= MOST_VOXELS,
+        f"{where} is too large: {told}. Choose a larger --spacing, or correct the voxel size "
+        "in its header.")
 
 def odd_sizes(
     shape, # voxels along the axes of the file
@@ -674,14 +804,20 @@ def odd_sizes(
     size = size_at(shape, affine, spacing)
     found = []
     if max(fields) > WIDE_FIELD:
-        found.append(f"The field of view is {max(fields)/1000:.3g} m. Is the voxel size in its header right?")
+        found.append(
+            f"The field of view is {max(fields)/1000:.3g} m. Is the voxel size in its header "
+            "right?")
     if max(fields) < NARROW_FIELD:
-        found.append(f"The field of view is {_sizes(np.round(fields, 4))} mm. Is the voxel size in its header right?")
+        found.append(
+            f"The field of view is {_sizes(np.round(fields, 4))} mm. Is the voxel size in its "
+            "header right?")
     shrunk = any(n < FEW_VOXELS and n < old for n, old in zip(size, shape))
     if shrunk:
         found.append(_shrinking(shape, lengths, size, spacing))
     elif min(size) < FEW_VOXELS:
-        found.append(f"The scan has {min(size)} voxels along an axis ({_sizes(size)}). The network sees hardly any depth there.")
+        found.append(
+            f"The scan has {min(size)} voxels along an axis ({_sizes(size)}). The network "
+            "sees hardly any depth there.")
     return found
 
 # %% ../nbs/08b_layouts.ipynb #f66e3ea7
@@ -692,7 +828,8 @@ def expect_files(
 )->None:
     "Raise `InputError` unless every file of a case is there"
     for channel, path in zip(task.channels, case.images):
-        expect(path.is_file(), path, f"no file for the channel {channel} of {case.name}", f"all of {list(task.channels)}", "complete or remove the case")
+        expect(path.is_file(), path,
+            f"no file for the channel {channel} of {case.name}", f"all of {list(task.channels)}", "complete or remove the case")
     expect(case.label is not None or not need_label, case.name, "no label map", "one to train or score with", "leave the case out")
     expect(case.label is None or case.label.is_file(), case.label, "no such file", f"the label map of {case.name}", "complete or remove the case")
 
@@ -704,12 +841,13 @@ def read_images(
     if len(case.images) == len(task.channels): return [read_volume(p) for p in case.images]
     path, n = case.images[0], len(task.channels)
     array, affine, header = read_array(path)
-    expect(array.ndim == 4 and array.shape[-1] == n, path, f"shape {array.shape}", f"(D, H, W, {n}), the channels {list(task.channels)}", "complete the file")
+    expect(array.ndim == 4 and array.shape[-1] == n, path, f"shape {array.shape}",
+        f"(D, H, W, {n}), the channels {list(task.channels)}", "complete the file")
     expect_finite(array, path)
     return [Volume(array[..., i].astype(np.float32), affine, header, path) for i in range(n)]
 
 # %% ../nbs/08b_layouts.ipynb #4b45896d
-SAME_GRID = .1                                                     # voxels that a corner may be away
+SAME_GRID = .1 # voxels that a corner may be away
 
 def corner_distance(
     affine:np.ndarray, # (4,4) of one volume
@@ -731,18 +869,30 @@ def expect_same_grid(
     gap = corner_distance(volume.affine, first.affine, first.array.shape)
     if same and gap <= SAME_GRID:
         return
-    require(volume.orientation == first.orientation, f"{volume.path} lies in orientation {volume.orientation}, {name} in {first.orientation}. Reorient it, for instance with nibabel.as_closest_canonical for both.")
+    require(volume.orientation == first.orientation,
+        f"{volume.path} lies in orientation {volume.orientation}, {name} in "
+        f"{first.orientation}. Reorient it, for instance with nibabel.as_closest_canonical "
+        "for both.")
     expect(same, volume.path, f"shape {volume.array.shape}", f"{first.array.shape} as {name}", "export both from one series")
-    require(gap <= SAME_GRID, f"{volume.path} has another affine than {name}: a corner is {gap:.3g} voxels away. Resample it onto {name}.")
+    require(gap <= SAME_GRID,
+        f"{volume.path} has another affine than {name}: a corner is {gap:.3g} voxels away. "
+        f"Resample it onto {name}.")
 
 def _meaning(labels, task):
     "What may be meant by labels that a task does not know"
     if min(labels) < 0:
-        return "Values below 0, such as -1 for what is not annotated, are not supported: give these voxels a label of 0 or more, or leave the case out."
+        return (
+            "Values below 0, such as -1 for what is not annotated, are not supported: give "
+            "these voxels a label of 0 or more, or leave the case out.")
     if task.name == KITS.name and labels == [3]:
-        return "Label 3 is the cyst of KiTS 2021 and 2023, which are told by the folders instances/ of their cases or by aggregated_MAJ_seg.nii.gz: make an empty folder instances/ in one case."
+        return (
+            "Label 3 is the cyst of KiTS 2021 and 2023, which are told by the folders "
+            "instances/ of their cases or by aggregated_MAJ_seg.nii.gz: make an empty folder "
+            "instances/ in one case.")
     if task.name == BRATS_2023.name and labels == [4]:
-        return "Label 4 is the resection cavity of BraTS 2024, whose cases are called BraTS-GLI-00000-100."
+        return (
+            "Label 4 is the resection cavity of BraTS 2024, whose cases are called "
+            "BraTS-GLI-00000-100.")
     return "Remap the labels, or describe the dataset in a cases.csv."
 
 def expect_known_labels(
@@ -751,7 +901,9 @@ def expect_known_labels(
 )->None:
     "Raise `InputError` on a label that the task does not know"
     odd = sorted(set(np.unique(label.array).tolist()) - set(task.labels))
-    require(not odd, f"{label.path} holds the labels {odd}, and {task.name} has only {list(task.labels)}. {_meaning(odd, task) if odd else ''}")
+    require(not odd,
+        f"{label.path} holds the labels {odd}, and {task.name} has only {list(task.labels)}. "
+        f"{_meaning(odd, task) if odd else ''}")
 
 def read_case(
     case:Case, # which
@@ -762,7 +914,7 @@ def read_case(
     "Read and check the files of a case, on its own grid; raises `InputError` that names the file"
     expect_files(case, task, need_label)
     header = read_header(case.images[0])
-    if len(header.shape) >= 3:                                                    # `read_images` refuses fewer
+    if len(header.shape) >= 3: # `read_images` refuses fewer
         expect_plausible(header.shape, header.affine, case.images[0], spacing)
     images = read_images(case, task)
     label = read_labels(case.label) if case.label else None
@@ -789,7 +941,9 @@ def _rounded(label):
     off = stored[stored != label.array]
     if not off.size:
         return []
-    return [f"Label values such as {float(off[0]):.6g} are rounded to whole numbers. Save the label map as whole numbers, without a scale."]
+    return [
+        f"Label values such as {float(off[0]):.6g} are rounded to whole numbers. Save the "
+        "label map as whole numbers, without a scale."]
 
 def _odd_values(channel, volume, task):
     "Sentences on the intensities of a channel: problems, warnings"
@@ -799,9 +953,13 @@ def _odd_values(channel, volume, task):
     if task.normalize != "hu":
         return [], []
     if -1.5 <= low and high <= 1.5:
-        return [], [f"The channel {channel} is CT, but its values lie between {low:.3g} and {high:.3g}. They are not Hounsfield units: undo their normalisation."]
+        return [], [
+            f"The channel {channel} is CT, but its values lie between {low:.3g} and "
+            f"{high:.3g}. They are not Hounsfield units: undo their normalisation."]
     if low >= -500:
-        return [], [f"The channel {channel} is CT, but nothing below -500 HU is in it. Is the intercept of -1024 missing?"]
+        return [], [
+            f"The channel {channel} is CT, but nothing below -500 HU is in it. Is the "
+            "intercept of -1024 missing?"]
     return [], []
 
 def _digest(volumes):
@@ -860,9 +1018,9 @@ def _bytes_each(data):
         try:
             shape = read_header(case.images[0]).shape
         except InputError:
-            continue                                                               # told when the case is read
+            continue # told when the case is read
         volumes = len(data.task.channels) + 2
-        largest = max(largest, int(np.prod(shape[:3]))*4*(volumes+3))             # and three copies while one is read
+        largest = max(largest, int(np.prod(shape[:3]))*4*(volumes+3)) # and three copies while one is read
     return largest
 
 def _doubles(rows):
@@ -870,7 +1028,7 @@ def _doubles(rows):
     first, found = {}, []
     for r in rows:
         if not r.get("ranges"):
-            continue                                                               # no image could be read
+            continue # no image could be read
         twin = first.setdefault(r["digest"], r["case"])
         if twin != r["case"]:
             found.append(f"{r['case']} has the very voxels of {twin}. Remove one of both.")
@@ -880,16 +1038,22 @@ def _on_labels(data, rows):
     "Sentences on the label maps of all cases: problems, warnings"
     read = [r for r in rows if r.get("labels")]
     if data.cases and not any(r["labelled"] for r in rows):
-        return ["No case has a label map, so that nothing can be trained. Add labels, unless you only predict."], []
+        return [
+            "No case has a label map, so that nothing can be trained. Add labels, unless you "
+            "only predict."], []
     if not read:
         return [], []
     here = {v for r in read for v in r["labels"]}
     if not here - {0}:
-        return [f"No label map of {len(read)} cases has a voxel above 0. Export the labels again."], []
-    gone = [f"The label {v} ({name}) is in no case." for v, name in data.task.labels.items() if v not in here]
+        return [
+            f"No label map of {len(read)} cases has a voxel above 0. Export the labels again."], []
+    gone = [
+        f"The label {v} ({name}) is in no case." for v, name in data.task.labels.items() if v not in here]
     large = sorted(v for v in here if v > 255)
     if large:
-        gone.append(f"The labels {large[:5]} are above 255. Each is trained as a class of its own, and predictions are written in a wider type with these values.")
+        gone.append(
+            f"The labels {large[:5]} are above 255. Each is trained as a class of its own, "
+            "and predictions are written in a wider type with these values.")
     return [], gone
 
 def _grouped(rows):
@@ -898,7 +1062,8 @@ def _grouped(rows):
     for r in rows:
         for text in r["warnings"]:
             cases.setdefault(text, []).append(r["case"])
-    return [f"{text} ({names[0]}{f' and {len(names)-1} more' if len(names) > 1 else ''})" for text, names in cases.items()]
+    return [
+        f"{text} ({names[0]}{f' and {len(names)-1} more' if len(names) > 1 else ''})" for text, names in cases.items()]
 
 def check_dataset(
     root, # dataset folder
@@ -937,7 +1102,8 @@ def _label_line(value, name, rows):
 
 def _told(sentences, what):
     "A heading with a number, and the sentences"
-    heading = f"{len(sentences)} {what}{'' if len(sentences) == 1 else 's'}" + (":" if sentences else "")
+    heading = (
+        f"{len(sentences)} {what}{'' if len(sentences) == 1 else 's'}") + (":" if sentences else "")
     return [heading, *(f"  {s}" for s in sentences)]
 
 def report(
@@ -946,7 +1112,9 @@ def report(
     "What a dataset is, for reading"
     rows = [r for r in found["cases"] if "shape" in r]
     labelled = sum(r["labelled"] for r in found["cases"])
-    lines = [f"{found['root']}: {found['dataset']}, {len(found['cases'])} cases, {labelled} with labels"]
+    lines = [
+        f"{found['root']}: {found['dataset']}, {len(found['cases'])} cases, {labelled} with "
+        "labels"]
     if rows:
         lines += [f"  {name:13} {_common(rows, name)}" for name in ("shape", "spacing", "orientation")]
     for channel in dict.fromkeys(c for r in rows for c in r["ranges"]):
@@ -963,16 +1131,23 @@ def main(
     argv=None, # words of the command line; None: those of this process
 )->int: # exit code
     "The command `egcnn_check`: 0, 1 with problems, 2 without a dataset"
-    p = argparse.ArgumentParser("egcnn_check", description="Read every file of a dataset, and tell what it is and every problem with it.", allow_abbrev=False)
+    p = argparse.ArgumentParser("egcnn_check", description=(
+        "Read every file of a dataset, and tell what it is and every problem with it."), allow_abbrev=False)
     p.add_argument("data", metavar="DATA", help="dataset folder")
-    p.add_argument("--spacing", nargs="+", type=float, default=[1.], metavar="MM", help="voxel size of the run that you plan: three lengths in mm, or one for all axes; default 1")
-    p.add_argument("--readers", type=int, metavar="N", help="cases that are read at once; default as many as cores and memory allow")
+    p.add_argument("--spacing", nargs="+", type=float, default=[1.], metavar="MM", help=(
+        "voxel size of the run that you plan: three lengths in mm, or one for all axes; "
+        "default 1"))
+    p.add_argument("--readers", type=int, metavar="N", help=(
+        "cases that are read at once; default as many as cores and memory allow"))
     p.add_argument("--json", action="store_true", help="print everything as JSON")
     args = p.parse_args(argv)
     def run():
         good = len(args.spacing) in (1, 3) and all(0 < s < float("inf") for s in args.spacing)
-        require(good, f"--spacing {args.spacing} is no voxel size. Give one or three lengths in mm above 0.")
-        require(args.readers is None or args.readers > 0, f"--readers is {args.readers}. Give 1 or more.")
+        require(good,
+            f"--spacing {args.spacing} is no voxel size. Give one or three lengths in mm "
+            "above 0.")
+        require(args.readers is None or args.readers > 0,
+            f"--readers is {args.readers}. Give 1 or more.")
         spacing = tuple(args.spacing)*3 if len(args.spacing) == 1 else tuple(args.spacing)
         found = check_dataset(args.data, spacing, args.readers)
         print(json.dumps(found) if args.json else report(found))

@@ -1,6 +1,6 @@
 """Data sets as they are found in practice, one by one: what is there, what must be true, what happened.
 
-    python tests/cases.py [NAME ...]          # a Markdown table; pytest runs every row (tests/test_cases.py)
+    python tests/cases.py [NAME ...] # a Markdown table; pytest runs every row (tests/test_cases.py)
 
 Each row is a function that writes a small data set, asserts what must be true, and returns what happened."""
 import argparse, contextlib, csv, gzip, io, json, os, shutil, subprocess, sys, tempfile, traceback, warnings
@@ -55,7 +55,7 @@ def save(path, array, affine=ISO, dtype=None):
         dtype = np.float32 if array.dtype.kind == "f" else np.int16
     image = nib.Nifti1Image(array.astype(dtype), affine)
     image.header.set_xyzt_units("mm")
-    target = path.with_name(path.name.lower())                       # nibabel writes lower-case endings only
+    target = path.with_name(path.name.lower()) # nibabel writes lower-case endings only
     nib.save(image, target)
     if target != path:
         target.rename(path)
@@ -176,7 +176,9 @@ def refused(function, *texts):
 
 def train(root, out, *words):
     "egcnn_train with the smallest network"
-    small = "--epochs 1 --width 4 --levels 2 --patch_size 8 8 8 --lr 1e-3 --precision fp32 --validation 1 --augment intensity"
+    small = (
+        "--epochs 1 --width 4 --levels 2 --patch_size 8 8 8 --lr 1e-3 --precision fp32 "
+        "--validation 1 --augment intensity")
     code, _, err = command(train_main, root, "--out", out, "--cache", Path(out).parent/"cache", *small.split(), *words)
     return code, err
 
@@ -226,7 +228,8 @@ def dicom_folder(tmp):
         (tmp/f"IM{i}.dcm").write_bytes(bytes(128)+b"DICM"+bytes(64))
     return says(tmp, 2, "DICOM", "dcm2niix")
 
-@row("DICOM slices without an ending, in folders of series", "refused with a word on DICOM and dcm2niix")
+@row(
+    "DICOM slices without an ending, in folders of series", "refused with a word on DICOM and dcm2niix")
 def dicom_without_ending(tmp):
     (tmp/"patient/series1").mkdir(parents=True)
     for i in range(3):
@@ -308,7 +311,8 @@ def upper_case_endings(tmp):
     assert [c.name for c in data.cases] == [f"scan_{i:03d}" for i in range(4)]
     return says(tmp, 0, "0 problems")
 
-@row("a cases.csv in a folder with folders case_0, case_1", "the table counts, it is not taken for KiTS")
+@row(
+    "a cases.csv in a folder with folders case_0, case_1", "the table counts, it is not taken for KiTS")
 def table_with_case_folders(tmp):
     table(tmp)
     for i in range(4):
@@ -325,7 +329,8 @@ def table_with_case_folders(tmp):
 @row("a cases.csv in a folder that is KiTS too", "the table counts")
 def table_in_kits(tmp):
     kits(tmp, cases=1)
-    (tmp/"cases.csv").write_text("case,CT,label\none,case_00000/imaging.nii.gz,case_00000/segmentation.nii.gz\n")
+    (tmp/"cases.csv").write_text(
+        "case,CT,label\none,case_00000/imaging.nii.gz,case_00000/segmentation.nii.gz\n")
     assert [c.name for c in find_dataset(tmp).cases] == ["one"]
     return "the table's case"
 
@@ -347,7 +352,8 @@ def names_with_dots(tmp):
         assert np.array_equal(images[0].array, scan(i)[0]) and np.array_equal(label.array, scan(i)[1])
     return says(tmp, 0, "0 problems")
 
-@row("dataset.json lists p1/img.nii.gz, p2/img.nii.gz", "names from the folders, each with its own voxels")
+@row("dataset.json lists p1/img.nii.gz, p2/img.nii.gz",
+    "names from the folders, each with its own voxels")
 def one_folder_per_patient(tmp):
     decathlon(tmp, [f"p{i}/img.nii.gz" for i in range(4)])
     data = find_dataset(tmp)
@@ -460,7 +466,9 @@ def json_with_bom(tmp):
 @row("dataset.json in UTF-8, a locale of ASCII", "read, with its own letters")
 def json_under_another_locale(tmp):
     nnunet(tmp, labels={"background": 0, "Ödem": 1, "Kern": 2})
-    code = f"from egcnn_nb.layouts import find_dataset; print(ascii(find_dataset({str(tmp)!r}).task.labels[1]))"
+    code = (
+        "from egcnn_nb.layouts import find_dataset; "
+        f"print(ascii(find_dataset({str(tmp)!r}).task.labels[1]))")
     done = python(code, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert done.returncode == 0 and ascii("Ödem") in done.stdout, done.stderr
     return done.stdout.strip()
@@ -519,7 +527,8 @@ def labels_both_ways(tmp):
     nnunet(tmp, labels={"0": 0, "1": 2, "2": 1})
     return says(tmp, 2, "which numbers are the names")
 
-@row("a label without a value, one of 1.5, one below 0, one twice, none for the background", "each refused, dataset.json named")
+@row(
+    "a label without a value, one of 1.5, one below 0, one twice, none for the background", "each refused, dataset.json named")
 def labels_without_sense(tmp):
     wrong = ({"background": 0, "a": None}, {"background": 0, "a": 1.5}, {"background": 0, "a": -1},
              {"background": 0, "a": 1, "b": 1}, {"a": 1}, {"background": 0}, [], {"background": 0, "a": True})
@@ -579,7 +588,8 @@ def channel_names_wrong(tmp):
         told = refused(lambda root=root: find_dataset(root), "channel_names", "from 0")
     return told
 
-@row("channels listed as 1, 0 (nnU-Net, and a 4D file of the Decathlon)", "in the order of their numbers")
+@row(
+    "channels listed as 1, 0 (nnU-Net, and a 4D file of the Decathlon)", "in the order of their numbers")
 def channels_out_of_order(tmp):
     nnunet(tmp/"n", channels=("T1", "T2"))
     info = json.loads((tmp/"n/dataset.json").read_text())
@@ -622,7 +632,8 @@ def there_and_not_listed(tmp):
     save(tmp/"imagesTr/c.nii.gz", scan(3)[0])
     return says(tmp, 1, "does not list", "c.nii.gz")
 
-@row("nnU-Net 1: training lists NAME.nii.gz, the files are NAME_0000.nii.gz", "read, a file a channel")
+@row(
+    "nnU-Net 1: training lists NAME.nii.gz, the files are NAME_0000.nii.gz", "read, a file a channel")
 def nnunet_v1(tmp):
     decathlon(tmp, ["a.nii.gz", "b.nii.gz"], modality={"0": "T1", "1": "T2"})
     for name in "ab":
@@ -658,7 +669,8 @@ def monai_datalist_complete(tmp):
 
 # --- BraTS and KiTS
 
-@row("BraTS 2024 after treatment: label 4 in BraTS-GLI-00000-100", "recognised: 4 is the resection cavity, a region of its own")
+@row(
+    "BraTS 2024 after treatment: label 4 in BraTS-GLI-00000-100", "recognised: 4 is the resection cavity, a region of its own")
 def brats_2024_label_4(tmp):
     brats(tmp, ["BraTS-GLI-00000-100", "BraTS-GLI-00001-101"], values=(4, 3))
     task = find_dataset(tmp).task
@@ -676,7 +688,8 @@ def brats_before_and_after(tmp):
     assert 4 in find_dataset(tmp).task.labels
     return find_dataset(tmp).task.name
 
-@row("BraTS-PED: 1 enhancing, 2 non-enhancing, 3 cyst, 4 edema", "its own labels, never the regions of glioma")
+@row(
+    "BraTS-PED: 1 enhancing, 2 non-enhancing, 3 cyst, 4 edema", "its own labels, never the regions of glioma")
 def brats_ped(tmp):
     brats(tmp, ["BraTS-PED-00000-000"], values=(1, 3))
     task = find_dataset(tmp).task
@@ -812,7 +825,8 @@ def region_task(tmp, labels, **info):
     "The task of a folder with such labels"
     return find_dataset(nnunet(tmp, cases=1, labels=labels, **info)).task
 
-@row("whole [1,2], penumbra 1, core 2: the parts fill the whole", "trained and predicted; the whole alone gets its likeliest part")
+@row("whole [1,2], penumbra 1, core 2: the parts fill the whole",
+    "trained and predicted; the whole alone gets its likeliest part")
 def regions_disjoint_inside(tmp):
     labels = {"background": 0, "whole": [1, 2], "penumbra": 1, "core": 2}
     nnunet(tmp/"data", labels=labels, regions_class_order=[1, 1, 2])
@@ -840,7 +854,9 @@ def regions_class_order_is_honoured(tmp):
     assert regions_to_labels(only_whole, task.regions).item() == 2
     return str(task.regions)
 
-@row("regions_class_order of another length, with a strange label, with an inner region's label", "each refused")
+@row(
+    "regions_class_order of another length, with a strange label, with an inner region's "
+    "label", "each refused")
 def regions_class_order_wrong(tmp):
     labels = {"background": 0, "whole": [1, 2], "core": 2}
     for i, order in enumerate(([1], [9, 2], [2, 2], "12", [None, 2])):
@@ -863,7 +879,7 @@ def nested_regions(rng, labels):
         regions[f"r{len(regions)}"] = tuple(values)
         if len(values) == 1:
             return
-        inner = values[rng.integers(0, 2):]                           # with or without a label of its own
+        inner = values[rng.integers(0, 2):] # with or without a label of its own
         if len(inner) == len(values):
             cut = int(rng.integers(1, len(values)))
             split(values[:cut])
@@ -874,7 +890,8 @@ def nested_regions(rng, labels):
     names = rng.permutation(list(regions)).tolist()                   # in any order
     return {name: regions[name] for name in names}
 
-@row("200 random definitions of nested regions, in any order", "labels come back from their regions; any of the 2^R combinations of masks gives a label")
+@row("200 random definitions of nested regions, in any order",
+    "labels come back from their regions; any of the 2^R combinations of masks gives a label")
 def regions_there_and_back(tmp):
     rng = np.random.default_rng(0)
     largest = 0
@@ -896,13 +913,15 @@ def regions_there_and_back(tmp):
 
 # --- grids and sizes
 
-@row("a voxel size of 500 where micrometres are meant: a field of view of 7 m", "a problem; training is refused before memory is taken")
+@row(
+    "a voxel size of 500 where micrometres are meant: a field of view of 7 m", "a problem; training is refused before memory is taken")
 def spacing_in_microns(tmp):
     table(tmp/"data", affine=np.diag([500., 500, 500, 1]))
     not_trained(tmp/"data", tmp/"run", "field of view of 7 m")
     return says(tmp/"data", 1, "field of view of 7 m")
 
-@row("voxels of 0.02 mm", "a problem that tells what becomes of it; training is refused; --spacing is the way out")
+@row("voxels of 0.02 mm",
+    "a problem that tells what becomes of it; training is refused; --spacing is the way out")
 def micro_ct(tmp):
     table(tmp/"data", affine=np.diag([.02, .02, .02, 1]))
     text = "1 mm is 50 voxels of this scan; 14x13x12 voxels become 1x1x1"
@@ -959,7 +978,7 @@ def label_half_a_voxel_away(tmp):
 def label_stretched(tmp):
     table(tmp, shape=(300, 10, 10))
     save(tmp/"lab0.nii.gz", scan(0, (300, 10, 10))[1], np.diag([1.001, 1, 1, 1]))
-    return says(tmp, 1, "a corner is 0.299 voxels away")
+    return says(tmp, 1, "a corner is 0.3 voxels away")
 
 @row("the label's affine differs by 0.02 mm at voxels of 1 mm", "read: a fiftieth of a voxel")
 def label_almost_there(tmp):
@@ -1023,7 +1042,8 @@ def slice_hw(tmp):
     assert code in (0, 1) and (code == 0 or "axes" in text), text
     return f"exit code {code}"
 
-@row("cal_max 1500 and an intent in the scan's header", "the label map that is predicted has neither")
+@row(
+    "cal_max 1500 and an intent in the scan's header", "the label map that is predicted has neither")
 def cal_max_kept(tmp):
     table(tmp/"data")
     for path in (tmp/"data").glob("im*.nii.gz"):
@@ -1053,7 +1073,8 @@ def two_channels(tmp):
             save(tmp/f"data/imagesTs/scan_{i:03d}_{c:04d}.nii.gz", scan(i)[0]*(c+1))
     trains(tmp/"data", tmp/"run")
 
-@row("imagesTs with NAME_0000 and NAME_0001", "one case called NAME each, from the folder and from its files")
+@row("imagesTs with NAME_0000 and NAME_0001",
+    "one case called NAME each, from the folder and from its files")
 def predict_imagesTs(tmp):
     two_channels(tmp)
     maps = predicted(tmp/"run", tmp/"folder", tmp/"data/imagesTs")
@@ -1114,12 +1135,14 @@ torch.set_num_threads(1)
 from egcnn_nb.train import main
 """
 
-@row("a user without a home and without an entry in passwd", "--help works; trains with EGCNN_CACHE, and without it with at most one warning")
+@row("a user without a home and without an entry in passwd",
+    "--help works; trains with EGCNN_CACHE, and without it with at most one warning")
 def home_unknown(tmp):
     table(tmp/"data")
     done = python(NO_HOME+"main(['--help'])", HOME=None, EGCNN_CACHE=None)
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr[-500:]
-    small = "--epochs 1 --width 4 --levels 2 --patch_size 8 8 8 --validation 1 --precision fp32".split()
+    small = (
+        "--epochs 1 --width 4 --levels 2 --patch_size 8 8 8 --validation 1 --precision fp32").split()
     for name, cache in (("with", str(tmp/"cache")), ("without", None)):
         words = [str(tmp/"data"), "--out", str(tmp/name), *small]
         done = python(NO_HOME+f"import sys; sys.exit(main({words}))", HOME=None, EGCNN_CACHE=cache)
@@ -1127,14 +1150,16 @@ def home_unknown(tmp):
         assert done.stderr.lower().count("memory") <= 1, done.stderr[-1500:]
     return "trained both ways"
 
-@row("a host name that resolves to nothing", "the launch lines and the README name --local_addr or MASTER_ADDR")
+@row("a host name that resolves to nothing",
+    "the launch lines and the README name --local_addr or MASTER_ADDR")
 def hostname_unknown(tmp):
     where = {"LAUNCH": LAUNCH, "README": (ROOT/"README.md").read_text(encoding="utf-8")}
     for name, text in where.items():
         assert "--local_addr" in text or "MASTER_ADDR" in text, name
     return "named"
 
-@row("--exclude with names that no case has, and with a byte order mark", "refused; never trained on a case that was to be left out")
+@row(
+    "--exclude with names that no case has, and with a byte order mark", "refused; never trained on a case that was to be left out")
 def exclude_unknown_names(tmp):
     table(tmp/"data", cases=5)
     (tmp/"typo.txt").write_text("case1\ncase9\n")
@@ -1146,7 +1171,8 @@ def exclude_unknown_names(tmp):
     assert sorted(split["train"]+split["validation"]) == ["case0", "case3", "case4"], split
     return err[:120]
 
-@row("flock answers ENOLCK, ENOSYS or EOPNOTSUPP, as on some clusters", "one line that names the folder and locks, or a run; no half run folder is left")
+@row("flock answers ENOLCK, ENOSYS or EOPNOTSUPP, as on some clusters",
+    "one line that names the folder and locks, or a run; no half run folder is left")
 def no_flock(tmp):
     import fcntl
     table(tmp/"data")
@@ -1211,7 +1237,9 @@ def main():
         failed += ok is False
         words = {True: "", None: "skipped: ", False: "FAILED: "}[ok]
         told = " ".join(str(text).split()).replace("|", "/").replace(tempfile.gettempdir(), "TMP")
-        print(f"| {name.replace('_', ' ')} | {ROWS[name].there} | {ROWS[name].must} | {words}{told[-300:]} |", flush=True)
+        print(
+            f"| {name.replace('_', ' ')} | {ROWS[name].there} | {ROWS[name].must} | "
+            f"{words}{told[-300:]} |", flush=True)
     print(f"\n{len(names)} cases, {failed} failed")
     sys.exit(failed > 0)
 
