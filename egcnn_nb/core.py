@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['BRATS_REGIONS', 'KITS_REGIONS', 'BRATS', 'KITS', 'InputError', 'require', 'expect', 'worker_died', 'exit_on_error',
-           'need', 'one_hot', 'region_masks', 'regions_to_labels', 'Task', 'probabilities', 'to_target', 'to_labels',
-           'keyed_generator', 'seed_everything', 'write_whole', 'bounding_box', 'keep_memory', 'processors',
-           'free_memory', 'readers']
+           'need', 'one_hot', 'region_masks', 'outer_first', 'regions_to_labels', 'Task', 'probabilities', 'to_target',
+           'to_labels', 'keyed_generator', 'seed_everything', 'write_whole', 'bounding_box', 'keep_memory',
+           'processors', 'free_memory', 'readers']
 
 # %% ../nbs/00_core.ipynb #b54b45e6
 import ctypes, os, random, sys
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import combinations
 from pathlib import Path
 from uuid import uuid4
 
@@ -131,15 +132,54 @@ def region_masks(
     return torch.stack(masks, 1).float()
 
 # %% ../nbs/00_core.ipynb #acd47c0f
+def outer_first(
+    regions:dict, # name -> label values of the region
+)->dict: # the same regions, outer ones before those that lie in them
+    "Regions sorted by inclusion; raises `InputError` unless any two are disjoint or one lies in the other"
+    for name, values in regions.items():
+        require(values, f"The region {name!r} has no label. Give it at least one.")
+        require(0 not in values,
+            f"The region {name!r} holds the label 0, which is the background. Leave it out of "
+            "the region.")
+    for (a, one), (b, two) in combinations(regions.items(), 2):
+        shared = set(one) & set(two)
+        require(set(one) != set(two),
+            f"The regions {a!r} and {b!r} hold the same labels {sorted(shared)}. Leave out "
+            "one of them.")
+        nested = not shared or shared in (set(one), set(two))
+        require(nested,
+            f"The regions {a!r} and {b!r} share the labels {sorted(shared)}, but neither lies "
+            "in the other. Split them into regions that nest or are disjoint.")
+    return dict(sorted(regions.items(), key=lambda item: -len(set(item[1])))) # sorted is stable
+
+def _innermost(regions):
+    "label value -> number of the smallest region that holds it"
+    found = {}
+    for i, values in enumerate(regions.values()):
+        for v in values:
+            if v not in found or len(values) < len(list(regions.values())[found[v]]):
+                found[v] = i
+    return found
+
 def regions_to_labels(
-    masks:Tensor, # {0,1} or bool (B,R,D,H,W), outer regions first
+    masks:Tensor, # {0,1} or bool (B,R,D,H,W), one channel a region
     regions:dict, # name -> label values, in the order of the channels
+    prob:Tensor|None=None, # probabilities (B,R,D,H,W), for regions that consist of other regions
 )->Tensor: # int64 (B,D,H,W)
-    "Label map from nested region masks, painted from outside in (our choice: an inner region implies the outer ones)"
-    names, out = list(regions), torch.zeros_like(masks[:, 0], dtype=torch.int64)
-    for i, name in enumerate(names):
-        inner = {v for n in names[i+1:] for v in regions[n]}
-        out[masks[:, i].bool()] = next(v for v in regions[name] if v not in inner)
+    "Label map from region masks, painted from outside in (our choice: an inner region implies the outer ones)"
+    sizes = [len(values) for values in regions.values()]
+    innermost = _innermost(regions)
+    out = torch.zeros_like(masks[:, 0], dtype=torch.int64)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        values = list(regions.values())[i]
+        inside = masks[:, i].bool()
+        own = [v for v in values if innermost[v] == i]
+        if own or prob is None:
+            out[inside] = (own or list(values))[0]
+        else: # its parts fill it: the likeliest of them
+            parts = torch.tensor(values, device=masks.device)
+            likeliest = prob[:, [innermost[v] for v in values]].argmax(1)
+            out[inside] = parts[likeliest[inside]]
     return out
 
 # %% ../nbs/00_core.ipynb #16ad9ce4
@@ -185,7 +225,8 @@ def to_labels(
     task:Task, # what the dataset asks for
 )->Tensor: # int64 (B,D,H,W), values of the dataset
     "Label map from probabilities: the likeliest label, or nested regions above one half (our choice)"
-    if task.activation == "sigmoid": return regions_to_labels(prob > 0.5, task.regions)
+    if task.activation == "sigmoid":
+        return regions_to_labels(prob > 0.5, task.regions, prob)
     return torch.tensor(list(task.labels), device=prob.device)[prob.argmax(1)]
 
 # %% ../nbs/00_core.ipynb #1d270e66

@@ -91,8 +91,8 @@ def poke(value):
 BAD_CASES = {
     "image missing": (lambda d: (d/"imaging.nii.gz").unlink(), "no file for the channel ct"),
     "other shape": (edit("segmentation.nii.gz", lambda a, m: (a[:-1], m)), "found shape (27, 72, 80), expected (28, 72, 80)"),
-    "other affine": (edit("segmentation.nii.gz", lambda a, m: (a, m @ np.diag([1, 1, 2, 1]))), "found an affine that differs"),
-    "strange label": (edit("segmentation.nii.gz", lambda a, m: (np.where(a == 2, 9, a).astype(np.uint8), m)), "found the labels [9]"),
+    "other affine": (edit("segmentation.nii.gz", lambda a, m: (a, m @ np.diag([1, 1, 2, 1]))), "has another affine than imaging.nii.gz"),
+    "strange label": (edit("segmentation.nii.gz", lambda a, m: (np.where(a == 2, 9, a).astype(np.uint8), m)), "holds the labels [9]"),
     "NaN": (edit("imaging.nii.gz", poke(np.nan)), "1 voxels that are NaN or infinite"),
     "infinite": (edit("imaging.nii.gz", poke(np.inf)), "1 voxels that are NaN or infinite"),
     "empty file": (lambda d: (d/"imaging.nii.gz").write_bytes(b""), "found an empty file"),
@@ -103,7 +103,7 @@ BAD_CASES = {
 def refused(done, text, out):
     assert done.returncode == 2, done.stderr
     line = done.stderr.strip().splitlines()[-1].split("\r")[-1]
-    assert text in line and "expected" in line, line
+    assert text in line, line
     assert "Traceback" not in done.stderr and not out.exists()
 
 @pytest.mark.parametrize("name", BAD_CASES)
@@ -119,7 +119,8 @@ def test_a_missing_modality_is_refused(tmp_path):
 def test_bad_folders_and_splits_are_refused(tmp_path):
     out = tmp_path/"run"
     refused(command("train", tmp_path/"none", "--out", out), "no such folder", out)
-    (tmp_path/"other").mkdir(); refused(command("train", tmp_path/"other", "--out", out), "no known layout", out)
+    (tmp_path/"other").mkdir()
+    refused(command("train", tmp_path/"other", "--out", out), "no known layout", out)
     refused(command("train", SAMPLES, "--out", out), "kits2019", out)
     refused(command("train", SAMPLES/"kits2019", "--out", out, "--validation", 5), "so that some train", out)
     refused(command("train", SAMPLES/"kits2019", "--out", out, "--exclude", tmp_path/"no.txt"), "no such file", out)
