@@ -37,14 +37,20 @@ def split_cases(
 
 # %% ../nbs/09a_patches.ipynb #0dd8c375
 def fill(
-    x:Tensor, # (C,D,H,W), of a float type
+    x:Tensor, # (C,D,H,W), of any type
     patch_size, # voxels along D, H, W
 )->tuple: # x, at least as large as a patch (C,D',H',W'); slices along D', H', W' where it lies in there
     "Repeat the border of a volume that is smaller than a patch (our choice)"
     missing = [max(p-n, 0) for p, n in zip(patch_size, x.shape[1:])]
     inside = tuple(slice(m//2, m//2+n) for m, n in zip(missing, x.shape[1:]))
-    pads = [v for m in reversed(missing) for v in (m//2, m-m//2)]
-    return F.pad(x[None], pads, mode="replicate")[0] if any(pads) else x, inside
+    if x.is_floating_point():
+        pads = [v for m in reversed(missing) for v in (m//2, m-m//2)]
+        return F.pad(x[None], pads, mode="replicate")[0] if any(pads) else x, inside
+    for axis, (m, n) in enumerate(zip(missing, x.shape[1:]), 1):
+        if m > 0: # torch pads floats alone, which do not hold every whole number
+            nearest = (torch.arange(n+m, device=x.device) - m//2).clamp(0, n-1)
+            x = x.index_select(axis, nearest)
+    return x, inside
 
 def cut_patch(
     x:Tensor, # (C,D,H,W)
@@ -64,7 +70,7 @@ def cut_patch(
     where = (..., *[slice(a, a+p) for a, p in zip(start, patch_size)])
     x, labels = x[where], labels[where]
     if labels.shape == tuple(patch_size): return x, labels
-    return fill(x, patch_size)[0], fill(labels[None].float(), patch_size)[0][0].to(labels.dtype)
+    return fill(x, patch_size)[0], fill(labels[None], patch_size)[0][0]
 
 # %% ../nbs/09a_patches.ipynb #7f469c5c
 def _flip(x, labels, generator):
@@ -90,10 +96,15 @@ def _monai(name):
 def _by_monai(name, x, labels, generator):
     "One of MONAI's transforms, its draws taken from `generator`"
     floor, threads = x.amin((1, 2, 3), keepdim=True) if name == "bias" else 0, torch.get_num_threads()
+    values, numbers = labels, labels
+    if labels.dtype == torch.int32: # MONAI moves labels as float32, which does not hold every number of 32 bits: move their places in a list
+        values, numbers = labels.unique(return_inverse=True)
     torch.set_num_threads(1)                                       # as in a loader's worker: the last bits depend on the number of threads
-    try: out = _monai(name).set_random_state(int(torch.randint(2**31, (), generator=generator)))({"x": x-floor, "labels": labels[None]})
+    try: out = _monai(name).set_random_state(int(torch.randint(2**31, (), generator=generator)))({"x": x-floor, "labels": numbers[None]})
     finally: torch.set_num_threads(threads)
-    return torch.as_tensor(out["x"]).as_subclass(Tensor).float()+floor, torch.as_tensor(out["labels"])[0].as_subclass(Tensor).to(labels.dtype)
+    moved = torch.as_tensor(out["labels"])[0].as_subclass(Tensor)
+    moved = values[moved.long()] if labels.dtype == torch.int32 else moved.to(labels.dtype)
+    return torch.as_tensor(out["x"]).as_subclass(Tensor).float()+floor, moved
 
 def augment(
     x:Tensor, # (C,D,H,W)
@@ -123,7 +134,7 @@ class Patches(torch.utils.data.Dataset):
 
     def __getitem__(self,
         key:tuple, # (epoch, number of the sample, index of the case)
-    )->tuple: # x (C,D,H,W), labels uint8 (D,H,W), number of the sample
+    )->tuple: # x (C,D,H,W), labels (D,H,W) in the type of the case, number of the sample
         epoch, sample, index = key
         g, case = keyed_generator(self.seed, 1, epoch, sample), self.cases[index]
         x, labels = cut_patch(case.x, case.labels, self.patch_size, g, spots=case.spots)
