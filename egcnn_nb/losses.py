@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['dice_loss', 'balanced_bce', 'edge_loss', 'gumbel_noise', 'gumbel_softmax_probs', 'consistency_loss', 'edge_box',
-           'mask_cross_entropy', 'EGLoss']
+           'mask_cross_entropy', 'cross_entropy_weight', 'EGLoss']
 
 # %% ../nbs/05_losses.ipynb #1e04c8be
+from math import isfinite
+from numbers import Real
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import bounding_box, expect, keyed_generator, probabilities
+from .core import bounding_box, expect, keyed_generator, probabilities, require
 from .sobel import edge_target, flat_face, sobel_magnitude
 
 # %% ../nbs/05_losses.ipynb #20da0fad
@@ -184,6 +187,41 @@ def mask_cross_entropy(
     return F.cross_entropy(logits, target) if activation == "softmax" else F.binary_cross_entropy_with_logits(logits, target)
 
 # %% ../nbs/05_losses.ipynb #11651481
+_CHOICES = {
+    "activation": ("softmax", "sigmoid"),
+    "semantic": ("dice_ce", "dice"),
+    "supervise": ("both", "fused", "main"),
+    "edge_classes": ("each", "any"),
+    "eps_in": ("both", "denominator"),
+    "reduce": ("case", "batch"),
+    "where": ("truth", "union"),
+    "beta_over": ("case", "batch"),
+}
+
+def _one_of(name, value, choices):
+    "Refuse a value that is none of the choices"
+    quoted = [repr(c) for c in choices]
+    offered = ", ".join(quoted[:-1])+" or "+quoted[-1]
+    require(isinstance(value, str) and value in choices, f"{name} is {value!r}. Choose {offered}.")
+
+def _weight(name, value):
+    "Refuse a value that is no finite number of 0 or more"
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    require(number and isfinite(value) and value >= 0, f"{name} is {value!r}. Give a finite number, 0 or more.")
+
+def cross_entropy_weight(
+    semantic:str, # "dice_ce" or "dice"
+    weight:float|None, # as given; None: not given
+)->float: # 0 where there is no cross entropy
+    "Weight of the cross entropy in the semantic loss; raises `InputError` where Dice alone is given one"
+    if weight is not None:
+        _weight("w_cross_entropy", weight)
+    if semantic == "dice":
+        fix = "Choose semantic='dice_ce', or leave w_cross_entropy out."
+        require(not weight, f"semantic='dice' has no cross entropy, but w_cross_entropy is {weight!r}. {fix}")
+        return 0.
+    return 1. if weight is None else float(weight)
+
 class EGLoss(nn.Module):
     "Semantic, edge and consistency loss, each by name, and their total (eq. 3)"
     def __init__(self,
@@ -202,14 +240,23 @@ class EGLoss(nn.Module):
         weight_negatives:bool=True, # see `balanced_bce`
         beta_over:str="case", # see `balanced_bce`
         consistency_alone:bool=False, # the consistency loss where there is no edge stream too: which is the control of `12a_hippocampus`
-        w_cross_entropy:float=0.0, # weight of `mask_cross_entropy` in the semantic loss, beside its Dice
+        semantic:str="dice_ce", # Dice with the cross entropy of the masks, or "dice" alone, as the paper's eq. 4
+        w_cross_entropy:float|None=None, # weight of that cross entropy; None: 1, or none where `semantic` is "dice"
     ):
         super().__init__()
-        expect(activation in ("softmax", "sigmoid"), "activation", repr(activation), "'softmax' or 'sigmoid'")
-        expect(supervise in ("both", "fused", "main"), "supervise", repr(supervise), "'both', 'fused' or 'main'")
+        given = dict(locals())
+        for name, choices in _CHOICES.items():
+            _one_of(name, given[name], choices)
+        for name in ("lambda1", "lambda2", "w_consistency", "tau"):
+            _weight(name, given[name])
+        for name in ("hard", "weight_negatives", "consistency_alone"):
+            require(isinstance(given[name], bool), f"{name} is {given[name]!r}. Give True or False.")
+        require(tau > 0, f"tau is {tau!r}. Give a temperature above 0.")
+        whole = isinstance(thickness, int) and not isinstance(thickness, bool)
+        require(whole and thickness >= 1, f"thickness is {thickness!r}. Give a whole number of voxels, 1 or more.")
         self.activation, self.lambda1, self.lambda2, self.w_consistency = activation, lambda1, lambda2, w_consistency
         self.tau, self.hard, self.supervise, self.where, self.consistency_alone = tau, hard, supervise, where, consistency_alone
-        self.w_cross_entropy = w_cross_entropy
+        self.w_cross_entropy = cross_entropy_weight(semantic, w_cross_entropy)
         self.edge:dict = dict(edge_classes=edge_classes, thickness=thickness)
         self.dice:dict = dict(eps_in=eps_in, reduce=reduce)
         self.bce:dict = dict(weight_negatives=weight_negatives, beta_over=beta_over)
@@ -232,7 +279,7 @@ class EGLoss(nn.Module):
         logits:Tensor, # (B,K,D,H,W)
         target:Tensor, # one-hot or region masks, same shape
     )->Tensor: # scalar
-        "Dice of the classes, without the background (eq. 4), and cross entropy where it is asked for"
+        "Dice of the classes, without the background (eq. 4), and the weighted cross entropy unless its weight is 0"
         dice = dice_loss(probabilities(_float(logits), self.activation), target, **self.dice, skip=int(self.activation == "softmax"))
         return dice + self.w_cross_entropy*mask_cross_entropy(logits, target, self.activation) if self.w_cross_entropy else dice
 
