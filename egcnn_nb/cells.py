@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'arm_of', 'Cell', 'grid', 'capacity', 'matched_width', 'words', 'settings_of', 'state', 'progress',
-           'run_cells', 'trials', 'trial_scores', 'tuned', 'costs_of', 'plan']
+           'check_readings', 'run_cells', 'trials', 'trial_scores', 'tuned', 'costs_of', 'plan']
 
 # %% ../nbs/11b_cells.ipynb #75521647
 import json, os, pickle, subprocess, sys, time
@@ -21,10 +21,11 @@ from threading import Event
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import Task, expect, keep_memory, processors, to_target, write_whole
+from .core import Task, expect, keep_memory, processors, require, to_target, write_whole
 from .losses import EGLoss
 from .egcnn import EGCNN
 from .settings import Settings, readings_of
+from .folders import read_config, readings_in_force, settings_of_config
 from .steps import train_step
 from .networks import infer, make_model, maker_of, reading_for
 
@@ -97,6 +98,8 @@ def matched_width(
 def _arm_with(arm, recipe):
     "`arm_of`, with the readings that all cells share; the arm's own come first"
     edge, own = arm_of(arm)
+    if own.get("w_cross_entropy") and "semantic" not in own:
+        own = {"semantic": "dice_ce", **own} if "semantic" in recipe.get("readings", {}) else own        # an arm that weights the cross entropy has one
     return edge, {**recipe.get("readings", {}), **own}
 
 def words(
@@ -124,7 +127,8 @@ def settings_of(
     "What decides the network of an arm and its cost"
     edge, readings = _arm_with(arm, recipe)
     width = widths[backbone] if arm == "matched" else recipe["width"]
-    return Settings("", "", backbone, edge, width=width, levels=recipe["levels"], patch_size=tuple(recipe["patch_size"]), batch_size=recipe["batch_size"], precision=recipe["precision"], readings=readings or None)
+    return Settings("", "", backbone, edge, width=width, levels=recipe["levels"], patch_size=tuple(recipe["patch_size"]), batch_size=recipe["batch_size"], precision=recipe["precision"],
+                    spacing=tuple(recipe.get("spacing", Settings.spacing)), readings=readings or None)
 
 # %% ../nbs/11b_cells.ipynb #2c4992f1
 def state(
@@ -172,9 +176,40 @@ def _run(cell, line, out, epochs, threads, running, stop, tell):
     return None if done else f"{cell.name}: stopped before its end"
 
 def _flags(line):
-    "What makes a cell what it is: its command without folders and files"
+    "What makes a cell what it is: its command without folders and files, the kind of its semantic loss always named"
     at = {i for i, w in enumerate(line) if w in ("--cache", "--exclude")}
-    return [w for i, w in enumerate(line[4:], 4) if not {i, i-1} & at]
+    flags = [w for i, w in enumerate(line[4:], 4) if not {i, i-1} & at]
+    return _with_semantic(flags, "dice_ce")
+
+def _with_semantic(flags, default):
+    "Flags that name the kind of the semantic loss, in the order of their names"
+    readings = [w for before, w in zip(flags, flags[1:]) if before == "--reading"]
+    rest = [w for i, w in enumerate(flags) if w != "--reading" and (i == 0 or flags[i-1] != "--reading")]
+    given = readings_of(readings)
+    if "semantic" not in given:
+        readings.append(f"semantic={'dice_ce' if given.get('w_cross_entropy') else default}")
+    return rest + [w for reading in sorted(readings) for w in ("--reading", reading)]
+
+def check_readings(
+    cells:list, # of Cell
+    out, # folder of the experiment
+    recipe:dict, # see `words`
+)->None:
+    "Raise `InputError` on a cell that is begun or done with other readings, such as the defaults of 0.1, than this command would give it"
+    for cell in cells:
+        run = Path(out)/cell.name
+        if not (run/"config.json").is_file():
+            continue
+        edge, readings = _arm_with(cell.arm, recipe)
+        want = readings_in_force(Settings("", "", cell.backbone, edge, readings=readings or None))
+        have = settings_of_config(read_config(run), run/"config.json")[0].readings
+        differ = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
+        if "semantic" in differ:
+            differ = [k for k in differ if k != "w_cross_entropy"]               # follows from it
+        found = ", ".join(f"{k}={have.get(k)}" for k in differ)
+        expected = ", ".join(f"{k}={want.get(k)}" for k in differ)
+        fix = " ".join(f"--reading {k}={have.get(k)}" for k in differ)
+        require(not differ, f"{run} was trained with {found}, and this command gives it {expected}, so their results cannot be compared. Add {fix} to go on with this experiment, or begin another one in another folder.")
 
 def run_cells(
     cells:list, # of Cell
@@ -186,10 +221,12 @@ def run_cells(
     tell=print, # called with a line when a cell begins or ends
 )->None:
     "Run the cells that are not done; raises `InputError` that names those that failed"
+    check_readings(cells, out, recipe)
     lines = {c.name: words(c, data, out, recipe, widths) for c in cells}
     record = Path(out)/"cells.json"
     flags = {name: _flags(line) for name, line in lines.items()}
     old = json.loads(record.read_text()) if record.is_file() else {}
+    old = {name: _with_semantic(f, "dice") for name, f in old.items()}              # 0.1 did not name it
     changed = sorted(n for n in flags if old.get(n, flags[n]) != flags[n])
     expect(not changed, record, f"other flags for {changed[:5]}", "the flags that the experiment began with", "choose another folder for another recipe")
     Path(out).mkdir(parents=True, exist_ok=True); write_whole(record, lambda p: p.write_text(json.dumps({**old, **flags}, indent=1)))

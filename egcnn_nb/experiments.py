@@ -25,7 +25,7 @@ from .settings import AUGMENTATIONS, Settings, share_or_file
 from .checkpoints import lock_run
 from .steps import read_metrics
 from .inference import load_run
-from .cells import ARMS, grid, plan, run_cells, state, trial_scores, trials, tuned
+from .cells import ARMS, check_readings, grid, plan, run_cells, state, trial_scores, trials, tuned
 from .evaluation import evaluate, read_scores, robustness
 from .report import NAMES, PRIMARY, PRIMARY_TEXT, comparison_table, comparisons, dice_table, draw_cases, draw_differences, draw_robustness, draw_sizes, maps_of_case, number, pick_cases, png, score_table, short, show_table, title, write_report, write_tables
 from .design import datasets_in, design, live_table
@@ -221,6 +221,7 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--credit", default="", metavar="TEXT", help="source and licence of the images, for the figures")
     for name in ("epochs", "width", "levels", "batch_size"): p.add_argument(f"--{name}", type=int, default=getattr(Settings, name), help="as in egcnn_train")
     p.add_argument("--patch_size", type=int, nargs=3, metavar=("D", "H", "W"), help="as in egcnn_train")
+    p.add_argument("--spacing", nargs="+", metavar="MM", help="as in egcnn_train; median: that of the training cases of one split, for all runs")
     p.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="as in egcnn_train")
     p.add_argument("--validation", type=share_or_file, default=Settings.validation, metavar="N|FILE", help="share or number of the cases that are no test cases, or a file with their names; without a file each seed has a split of its own")
     p.add_argument("--augment", nargs="*", choices=AUGMENTATIONS, metavar="NAME", help="as in egcnn_train")
@@ -252,6 +253,7 @@ def _run_steps(data, out, args):
         if args.plan: return
         with live_table(likely, out, args.epochs, args.jobs) as tell: run_cells(*here(tries), tell)
     lrs = tuned(tries, out, args.epochs); cells = every(lrs)
+    check_readings([*tries, *cells], out, d["recipe"])
     if not args.test or args.quick:
         with live_table(list(dict.fromkeys([*tries, *cells])), out, args.epochs, args.jobs) as tell: run_cells(*here(cells), tell)
     if not (args.test or args.quick): print(f"All {len({*tries, *cells})} runs are done. The last step, once: the same command with --test"); return

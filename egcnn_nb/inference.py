@@ -82,17 +82,16 @@ def predict(
     return resize(prob[None], size)[0]
 
 # %% ../nbs/11_inference.ipynb #84a41281
+from .folders import read_config, settings_of_config
+
 def load_run(
     run, # folder written by egcnn_train
 )->tuple: # model in evaluation mode, settings, task
     "The network of a run with its best weights; raises `InputError` if the folder is no run, or a broken one"
     run = Path(run)
     for name in ("config.json", "model.safetensors"): expect((run/name).is_file(), run, f"no {name}", "a run folder", "train with egcnn_train first")
+    settings, task = settings_of_config(read_config(run), run/"config.json")
     try:
-        config = json.loads((run/"config.json").read_text())
-        settings, t = Settings(**config["settings"]), config["task"]
-        task = Task(**{**t, "channels": tuple(t["channels"]), "labels": {int(k): v for k, v in t["labels"].items()},
-                       "regions": {k: tuple(v) for k, v in t["regions"].items()}})
         model = make_model(settings, task)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e: raise InputError(f"{run/'config.json'}: found something else ({type(e).__name__}: {e}), expected the settings of a run, as egcnn_train wrote them") from e
     try: load_model(model, run/"model.safetensors")

@@ -62,7 +62,7 @@ def _expect_size(backbone, width, levels):
     require(deepest <= 8192, f"A width of {width} with {levels} levels makes {deepest:,} channels at the deepest. Choose a smaller --width or fewer --levels, so that there are at most 8,192.")
 
 # %% ../nbs/09c_networks.ipynb #25b8e61c
-_FIXED = {"self", "net", "example_input", "activation", "features", "decoder_entry", "head", "in_channels", "out_channels", "width", "levels", "dims", "args", "kwargs"}
+_FIXED = {"self", "net", "example_input", "activation", "features", "decoder_entry", "head", "in_channels", "out_channels", "width", "levels", "dims", "verbose", "args", "kwargs"}
 
 def _arguments(cls):
     "Names of the readings that a class, or a function, takes"
@@ -83,7 +83,7 @@ def reading_for(
     known = own | _arguments(EGCNN) | _arguments(EGLoss)
     odd = sorted(set(readings) - known)
     expect(not odd, "readings", odd, f"names out of {sorted(known)} for {settings.backbone}")
-    alone = {*own, "eps_in", "reduce", "consistency_alone", "w_cross_entropy", *(("w_consistency", "tau", "hard", "where") if readings.get("consistency_alone") else ())}
+    alone = {*own, "eps_in", "reduce", "consistency_alone", "semantic", "w_cross_entropy", *(("w_consistency", "tau", "hard", "where") if readings.get("consistency_alone") else ())}
     idle = sorted(set(readings) - alone)
     expect(settings.edge or not idle, "readings", idle, f"those that a bare backbone or its loss listens to, {sorted(alone)}", "use --edge on")
     return {k: v for k, v in readings.items() if k in _arguments(cls)}
