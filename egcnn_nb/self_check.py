@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WrongLayer', 'wrong_layers', 'compute_in_float32', 'describe_check']
 
-# %% ../nbs/09f_self_check.ipynb #376600e7
+# %% ../nbs/09f_self_check.ipynb #089b267c
 import copy, platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from .networks import autocast
 from .settings import Settings
 from .steps import ranks
 
-# %% ../nbs/09f_self_check.ipynb #cfae99b0
+# %% ../nbs/09f_self_check.ipynb #c77067ae
 _ALLOWED = 8                                                       # roundings, by which a result may be off
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def _off(found, truth, scale):
     size = max(float(truth.norm()), 1e-6*scale)
     return float((found-truth).norm())/max(size, 1e-30)
 
-# %% ../nbs/09f_self_check.ipynb #234dce9f
+# %% ../nbs/09f_self_check.ipynb #25bae9be
 class _Enter(torch.autograd.Function):
     "Round what enters a layer; when its gradient comes back, let the layer be compared"
     @staticmethod
@@ -119,7 +119,7 @@ class _Call:
         self.compared = True
         del self.x, self.out, self.grad                            # memory for the layers that follow
 
-# %% ../nbs/09f_self_check.ipynb #4780d2c1
+# %% ../nbs/09f_self_check.ipynb #1b9f2a1d
 def _watch(layer, precision, kind):
     "Handles of hooks that note each call of a layer, and the list that they fill"
     calls = []
@@ -220,7 +220,7 @@ def wrong_layers(
     found = [WrongLayer(n, e, allowed) for n, e in errors.items() if e > allowed]
     return _of_all_processes(found)
 
-# %% ../nbs/09f_self_check.ipynb #4f9e9f12
+# %% ../nbs/09f_self_check.ipynb #7523f926
 class _InFloat32:
     "Stands in for the forward of one layer; can be copied and pickled with it"
     def __init__(self, layer):
