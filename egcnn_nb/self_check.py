@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['WrongLayer', 'wrong_layers', 'compute_in_float32', 'describe_check']
 
-# %% ../nbs/09f_self_check.ipynb #92f65a51
+# %% ../nbs/09f_self_check.ipynb #2df6ea62
 import copy, platform
 from dataclasses import dataclass
+from math import inf, isfinite
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from .networks import autocast
 from .settings import Settings
 from .steps import ranks
 
-# %% ../nbs/09f_self_check.ipynb #03a8827c
+# %% ../nbs/09f_self_check.ipynb #81ae7e1d
 _ALLOWED = 8                                                       # roundings, by which a result may be off
 
 @dataclass(frozen=True)
@@ -39,17 +40,20 @@ def _allowed(kind):
     "Relative error that rounding explains"
     return _ALLOWED*torch.finfo(kind).eps/2
 
+def _norm(x):
+    "Square root of the sum of squares, summed in float64"
+    return float(torch.linalg.vector_norm(x.detach(), dtype=torch.float64))
+
 def _off(found, truth, scale):
     "Relative error; a truth below a millionth of `scale` is what is left of sums that cancel"
-    found, truth = found.detach().double(), truth.detach().double()
-    if not bool(truth.isfinite().all()):
+    size, error = _norm(truth), _norm(found.detach().to(truth.dtype)-truth.detach())
+    if not isfinite(size):
         return 0.                                                  # float32 has no answer either
-    if not bool(found.isfinite().all()):
-        return float("inf")
-    size = max(float(truth.norm()), 1e-6*scale)
-    return float((found-truth).norm())/max(size, 1e-30)
+    if not isfinite(error):
+        return inf
+    return error/max(size, 1e-6*scale, 1e-30)
 
-# %% ../nbs/09f_self_check.ipynb #1082ba77
+# %% ../nbs/09f_self_check.ipynb #470a2a18
 class _Enter(torch.autograd.Function):
     "Round what enters a layer; when its gradient comes back, let the layer be compared"
     @staticmethod
@@ -113,13 +117,13 @@ class _Call:
             out, (dx, *self.found) = self.alone(scale)
             if all(bool(g.isfinite().all()) for g in (dx, *self.found)):
                 break
-        x, grad = float(self.x.norm()), float(self.grad.norm())
+        x, grad = _norm(self.x), _norm(self.grad)
         self.error = max(_off(out, self.out, x), _off(dx, grad_x, grad))
         self.scale = x*grad
         self.compared = True
         del self.x, self.out, self.grad                            # memory for the layers that follow
 
-# %% ../nbs/09f_self_check.ipynb #7b2e278b
+# %% ../nbs/09f_self_check.ipynb #bb000d52
 def _watch(layer, precision, kind):
     "Handles of hooks that note each call of a layer, and the list that they fill"
     calls = []
@@ -220,7 +224,7 @@ def wrong_layers(
     found = [WrongLayer(n, e, allowed) for n, e in errors.items() if e > allowed]
     return _of_all_processes(found)
 
-# %% ../nbs/09f_self_check.ipynb #fe2cb55b
+# %% ../nbs/09f_self_check.ipynb #51b1105a
 class _InFloat32:
     "Stands in for the forward of one layer; can be copied and pickled with it"
     def __init__(self, layer):

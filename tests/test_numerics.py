@@ -1,13 +1,19 @@
-"Layers in half types, on maps of every size, and normalisation at every mean: compared with float64."
-import itertools
+"Layers in half types, on maps of every size, and normalisation at every mean: compared with float64. Then the check of a run."
+import copy, itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from egcnn_nb.core import KITS, to_target
 from egcnn_nb.layers import (Conv2d, Conv3d, ConvTranspose2d, ConvTranspose3d, GroupNorm, PReLU, channels_last,
                              conv_transpose, mix_channels, norm, resize_maps)
+from egcnn_nb.losses import EGLoss
+from egcnn_nb.networks import make_model
+from egcnn_nb.self_check import WrongLayer, compute_in_float32, describe_check, wrong_layers
+from egcnn_nb.settings import Settings
 
 BF16 = torch.bfloat16
 UNIT = 2**-8                                                       # bfloat16 rounds by no more than this share
@@ -219,3 +225,85 @@ def test_slopes_in_bfloat16_are_right_on_every_size():
             found = passed(layer, x, grad)
         truth = passed(nn.PReLU(8).double(), x.double(), grad.double())
         assert off(found[0], truth[0]) < UNIT and off(found[1], truth[1]) < UNIT and off(found[2], truth[2]) < 4*UNIT
+
+class WrongWeights(Conv3d):
+    "A convolution whose weight gradient is garbage within autocast"
+    def forward(self, x):
+        y = super().forward(x)
+        return Garbage.apply(y, self.weight) if torch.is_autocast_enabled("cpu") else y
+
+class Garbage(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, weight):
+        ctx.shape = weight.shape
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, torch.full(ctx.shape, .1)
+
+def halved(layer, args, out):
+    "A hook that makes an output wrong within autocast"
+    return out/2 if torch.is_autocast_enabled("cpu") else None
+
+def small_run(backbone, edge=True, levels=3):
+    "Settings, network, loss and one batch"
+    run = Settings("", "", backbone, edge, width=4, levels=levels, precision="bf16")
+    labels = torch.zeros(2, 16, 16, 16, dtype=torch.int64)
+    labels[:, 3:12, 4:12, 5:13] = 1
+    labels[:, 6:9, 6:10, 7:11] = 2
+    x = labels[:, None]+.5*torch.randn(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    return run, make_model(run, KITS), EGLoss(KITS.activation), x, to_target(labels, KITS)
+
+@pytest.mark.parametrize("backbone", ["segnet", "unet", "vnet", "segresnet", "dynunet"])
+def test_no_layer_of_ours_or_of_monai_is_found_wrong(backbone):
+    for edge in (True, False):
+        run, model, loss, x, target = small_run(backbone, edge, levels=3 if backbone == "dynunet" else 2)  # its least
+        assert wrong_layers(model, loss, x, target, run) == []
+
+def test_exactly_the_wrong_layers_are_found_and_then_gone():
+    run, model, loss, x, target = small_run("vnet")
+    wrong = ["main.stem", "main.decoder.0.layers.3", "edge.blocks.1.conv1"]
+    for name in wrong[1:]:
+        model.get_submodule(name).__class__ = WrongWeights
+    model.get_submodule(wrong[0]).register_forward_hook(halved)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    model.eval()
+    found = wrong_layers(model, loss, x, target, run)
+    assert not model.training and sorted(f.name for f in found) == sorted(wrong)
+    assert all(isinstance(f, WrongLayer) and f.error > 10*f.allowed for f in found)
+    lines = describe_check(found)
+    assert len(lines) == 3 and all(f.name in line for f, line in zip(found, lines))
+    compute_in_float32(model, [f.name for f in found])
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[n], before[n]) for n in before)
+    assert [f.name for f in wrong_layers(model, loss, x, target, run)] == [wrong[0]]       # a hook lies outside of the layer
+
+def test_the_check_leaves_running_statistics_gradients_and_random_numbers_as_they_are():
+    run, _, loss, x, target = small_run("segnet", False)
+    model = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(inplace=True), nn.Dropout(.5), nn.Conv3d(4, 3, 1))
+    model(x).sum().backward()
+    buffers = [b.clone() for b in model.buffers()]
+    grads = [p.grad.clone() for p in model.parameters()]
+    random = torch.get_rng_state()
+    assert wrong_layers(model, loss, x, target, run) == []
+    assert all(map(torch.equal, buffers, model.buffers()))
+    assert all(torch.equal(g, p.grad) for g, p in zip(grads, model.parameters()))
+    assert torch.equal(random, torch.get_rng_state())
+
+def test_a_layer_in_float32_trains_with_ddp(tmp_path):
+    run, model, loss, x, target = small_run("segnet")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        network = nn.parallel.DistributedDataParallel(model)
+        compute_in_float32(network, ["main.encoder.0.0.conv1"])
+        assert wrong_layers(network, loss, x, target, run) == []
+        with torch.autocast("cpu", BF16):
+            out = network(x, return_main=True)
+        loss(out[0], out[1], target, out[2])["total"].backward()
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+    finally:
+        dist.destroy_process_group()
+    twin = copy.deepcopy(model)
+    layer = twin.get_submodule("main.encoder.0.0.conv1")
+    assert layer.forward.layer is layer
