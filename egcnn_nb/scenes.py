@@ -15,11 +15,15 @@ from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .core import expect, need
+from .core import expect, need, require
 from .explorers import COLOURS, Explorer, close_widget, swatches
 from .viewers import colour_of, labelled_slider, plane_layout, read_scene, sample_values
 
 # %% ../nbs/02b_scenes.ipynb #f749191c
+def _slope(depth, axis):
+    "How depth changes from pixel to pixel along an axis; 0 where there is only one"
+    return np.gradient(depth, axis=axis) if depth.shape[axis] > 1 else np.zeros(depth.shape)
+
 def surface_picture(
     mask, # bool or {0,1} (D,H,W)
     axis:int=1, # direction of sight
@@ -29,9 +33,12 @@ def surface_picture(
 )->np.ndarray: # uint8 (H',W',3), white where there is no surface
     "A mask seen along `axis`, lit by the slope of its surface"
     mask = np.asarray(mask, bool)
+    require(mask.ndim == 3 and mask.size, f"The mask has the shape {mask.shape}. Give it three axes (D, H, W) and at least one voxel.")
+    given = mask.shape if values is None else np.shape(values)
+    require(given == mask.shape, f"The values have the shape {given} and the mask {mask.shape}. Give both one shape.")
     first = mask.argmax(axis)
     depth = np.where(mask.any(axis), first, np.nan).T[::-1]
-    dy, dx = np.gradient(depth)
+    dy, dx = _slope(depth, 0), _slope(depth, 1)
     light = np.nan_to_num((1 + .5*dx - .35*dy)/np.sqrt(1.4*(1+dx**2+dy**2)), nan=.35).clip(.15, 1)
     paint = np.array(to_rgb(colour))
     if values is not None: paint = plt.get_cmap(cmap)(np.take_along_axis(np.asarray(values), np.expand_dims(first, axis), axis).squeeze(axis).T[::-1])[..., :3]
@@ -42,6 +49,16 @@ def _nifti(array, mm):
     "NIfTI file in memory, which is how the browser's viewer receives a volume"
     kind = np.uint8 if array.dtype.kind in "iu" and array.min() >= 0 and array.max() < 256 else np.float32
     return gzip.compress(nib.Nifti1Image(np.ascontiguousarray(array, kind), np.diag([*mm, 1.])).to_bytes(), 1)
+
+def _numbered(label, names):
+    "A label map and its colours for niivue, whose colour table has a row for each value up to the largest"
+    values = list(names)
+    if not values or (values[-1] < 256 and label.min() >= 0):
+        return np.maximum(label, 0), {v: colour_of(v) for v in values}
+    out = np.zeros(label.shape, np.uint16)                          # values are sorted: 1 for the first, 2 for the second
+    for number, value in enumerate(values, 1):
+        out[label == value] = number
+    return out, {number: colour_of(value) for number, value in enumerate(values, 1)}
 
 def _lut(colours):
     "Colour table of niivue for label values 0, 1, 2, ...: transparent where there is none"
@@ -126,7 +143,11 @@ def _itk_images(s):
     to_ngff_image = need("ngff_zarr", "backend='itk'", "itk").to_ngff_image
     image = lambda a, kind: to_ngff_image(np.ascontiguousarray(a.T, kind), ("z", "y", "x"), dict(zip("xyz", map(float, s.mm))))
     mask = s.overlays.get("label", s.overlays.get("edge"))
-    return {"image": image(s.volume[0], np.float32)} | ({} if mask is None else {"label_image": image(mask, np.uint8)})
+    if mask is None:
+        return {"image": image(s.volume[0], np.float32)}
+    mask = np.maximum(mask, 0)
+    smallest = np.min_scalar_type(int(mask.max()))                  # uint8 up to 255, uint16 beyond
+    return {"image": image(s.volume[0], np.float32), "label_image": image(mask, smallest)}
 
 def _itk(s):
     "The scene in itkwidgets"
@@ -136,7 +157,9 @@ def _itk(s):
 
 def _layer(name, a, mm):
     "A mask, edge or heat as a volume of niivue"
-    if name == "heat": return {"data": _nifti(np.nan_to_num(a).clip(0), mm), "name": "heat.nii.gz", "colormap": HEAT, "opacity": .7, "cal_min": 1e-3*_top(a), "cal_max": _top(a)}
+    if name == "heat":
+        shown = np.nan_to_num(a, posinf=_top(a)).clip(0)
+        return {"data": _nifti(shown, mm), "name": "heat.nii.gz", "colormap": HEAT, "opacity": .7, "cal_min": 1e-3*_top(a), "cal_max": _top(a)}
     return {"data": _nifti(a if name == "label" else (a > 0).astype(np.uint8), mm), "name": f"{name}.nii.gz", "opacity": .7}
 
 def _niivue(s, title, height, heat_name):
@@ -145,9 +168,11 @@ def _niivue(s, title, height, heat_name):
     viewer = NiiVue(slice_type=SliceType.RENDER, back_color=(1, 1, 1, 1), height=height, is_colorbar=False, show_3d_crosshair=False)
     low, high = np.percentile(sample_values(s.volume[0]), (2, 99))
     layers = [{"data": _nifti(s.volume[0], s.mm), "name": "volume.nii.gz", "colormap": "gray", "cal_min": float(low), "cal_max": float(max(high, low+1e-6))}]
-    layers += [_layer(n, a, s.mm) for n, a in s.overlays.items()]
+    shown, tables = dict(s.overlays), {"edge": {1: COLOURS["edge"]}}
+    if "label" in shown:
+        shown["label"], tables["label"] = _numbered(shown["label"], s.names)
+    layers += [_layer(n, a, s.mm) for n, a in shown.items()]
     viewer.set_clip_plane_color((1, 1, 1, 0)); viewer.load_volumes(layers)
-    tables = {"label": {v: colour_of(v) for v in s.names}, "edge": {1: COLOURS["edge"]}}
     for volume, name in zip(viewer.volumes[1:], s.overlays):
         if name in tables: volume.set_colormap_label(_lut(tables[name]))
     controls = {"volume": labelled_slider("volume", .6, 0., 1., .05), **{n: labelled_slider(heat_name if n == "heat" else n, .7, 0., 1., .05) for n in s.overlays},

@@ -20,17 +20,27 @@ from nibabel.orientations import inv_ornt_aff
 from nibabel.spatialimages import SpatialImage
 from PIL import Image, ImageDraw, ImageFont
 
-from .core import expect
-from .volumes import Volume, read_array
+from .core import expect, require
+from .nifti import mm_per_unit
+from .volumes import Volume, read_array, whole_numbers
 from .explorers import COLOURS, Explorer, cut_plane, slice_rgb, swatches
 
 # %% ../nbs/02_viewers.ipynb #f42806f9
+def _read_image(image):
+    "Array and affine in mm of a nibabel image, its axes as `read_array` has them"
+    affine = np.diag([mm_per_unit(image.header)]*3 + [1]) @ image.affine
+    shape = (*image.shape, 1, 1)[:3] + tuple(n for n in image.shape[3:] if n > 1)
+    return np.asanyarray(image.dataobj).reshape(shape), affine
+
 def _read(a:Any, name):
     "Array (C,D,H,W) and affine (None: unknown) of anything that can be viewed"
     affine = None
-    if isinstance(a, (str, Path)): a, affine, _ = read_array(a)
-    elif isinstance(a, Volume): a, affine = a.array, a.affine
-    elif isinstance(a, SpatialImage): a, affine = np.asanyarray(a.dataobj), a.affine
+    if isinstance(a, (str, Path)):
+        a, affine, _ = read_array(a)
+    elif isinstance(a, Volume):
+        a, affine = a.array, a.affine
+    elif isinstance(a, SpatialImage):
+        a, affine = _read_image(a)
     a = np.asarray(a.detach().cpu() if hasattr(a, "detach") else a)
     a = a.view(np.uint8) if a.dtype == bool else a
     expect(a.dtype.kind in "iuf", name, f"values of type {a.dtype}", "real numbers", "take .real, or the absolute value")
@@ -43,12 +53,17 @@ def _turn(a, affine):
     if affine is None: return a
     return np.moveaxis(nib.apply_orientation(np.moveaxis(a, 0, -1), nib.io_orientation(affine)), -1, 0)
 
+_LABELS = ("label", "pred", "other")                                                # overlays of whole numbers
+
 def _overlay(a, name, volume, affine):
     "A label, edge or prediction (D,H,W), turned as its volume"
     if a is None: return None
     a, own = _read(a, name)
     expect(a.shape[1:] == volume.shape[1:] and len(a) == 1, name, f"shape {a.shape if len(a) > 1 else a.shape[1:]}", f"{volume.shape[1:]} as the volume")
     expect(own is None or affine is None or np.allclose(own, affine, atol=1e-2), name, "another affine", "the affine of the volume", "resample it onto the volume")
+    if name in _LABELS and a.dtype.kind == "f":
+        require(np.isfinite(a).all(), f"The {name} has values that are NaN or infinite. Label maps hold whole numbers.")
+        a, _ = whole_numbers(a, name)
     return _turn(a, affine)[0]
 
 # %% ../nbs/02_viewers.ipynb #490bcf33

@@ -17,6 +17,7 @@ from egcnn_nb.inference import load_run
 from egcnn_nb.layouts import expect_files, find_dataset
 from egcnn_nb.nifti import read_array
 
+MM = {0: 1, 1: 1000, 2: 1, 3: .001}                               # code of a unit -> mm
 HURT = [b"\x00", b"\xff", b"\x7f", b"\x80", b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\xff\xff\xff\x7f", b"\x00\x00\x00\x80", b"\xff\xff", b"\x00\x80", b"\xff\xff\xff\xff\xff\xff\xff\x7f"]
 WORDS = ["null", "-1", "0", "1e999", "NaN", '""', "[]", "{}", "[[[[", "true", "99999999999999999999", '"../x"', '"\\u0000"', "\x00", ",", '"', "\n", "é", "'", "[0, [1]]", '{"a": {"b": []}}']
 
@@ -47,24 +48,46 @@ def header_mutated(data, rng):
     return bytes(data)
 
 def nifti(path):
+    "Read a NIfTI file, and compare its voxels and its affine in mm with nibabel's"
     array, affine, header = read_array(path)
-    try: theirs = nib.load(path); voxels = np.asanyarray(theirs.dataobj)
-    except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError): return              # nibabel is stricter with fields that say nothing of the voxels
-    assert np.allclose(np.asarray(array).reshape(theirs.shape), np.asarray(voxels).astype(array.dtype), rtol=1e-6, equal_nan=True), "other voxels than nibabel's"
-    assert np.allclose(affine, theirs.affine), "another affine than nibabel's"
+    try:
+        theirs = nib.load(path)
+        voxels = np.asanyarray(theirs.dataobj)
+    except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError):
+        return                                  # nibabel is stricter with fields that say nothing of the voxels
+    ours = np.asarray(array).reshape(theirs.shape)
+    expected = np.asarray(voxels).astype(array.dtype)
+    assert np.allclose(ours, expected, rtol=1e-6, equal_nan=True), "other voxels than nibabel's"
+    unit = MM[int(theirs.header["xyzt_units"]) & 7]
+    in_mm = np.diag([unit, unit, unit, 1]) @ theirs.affine      # nibabel hands out the numbers in the file's unit
+    assert np.allclose(affine, in_mm, atol=1e-8*unit), "another affine than nibabel's"
+    assert np.allclose(header.get_best_affine(), in_mm, rtol=1e-5, atol=1e-4), "a header of another place"
 
 def description(path):
     found = find_dataset(path.parent)
     for case in found.cases[:2]: expect_files(case, found.task)
 
+def honest_volumes(path):
+    "Volumes of several types, forms and units, as bytes"
+    rng = np.random.default_rng(0)
+    kinds = [(dtype, slope, "both", "unknown", 1) for dtype, slope in ((np.int16, 1), (np.float32, 1), (np.uint8, .5))]
+    kinds += [(np.int16, 1, form, unit, per_mm) for form in ("qform", "neither", "both") for unit, per_mm in (("mm", 1), ("meter", .001), ("micron", 1000), ("unknown", 1))]
+    found = []
+    for dtype, slope, form, unit, per_mm in kinds:
+        voxels = rng.integers(0, 3, (3, 4, 5)).astype(dtype)
+        image = nib.Nifti1Image(voxels, np.diag([per_mm, per_mm, 2*per_mm, 1]))
+        image.set_qform(image.affine, 1 if form in ("both", "qform") else 0)
+        image.set_sform(image.affine, 2 if form == "both" else 0)
+        image.header.set_xyzt_units(unit)
+        image.header.set_slope_inter(slope, 0)
+        nib.save(image, path)
+        found.append(path.read_bytes())
+    return found
+
 class Inputs:
     "The honest files, and what reads their mutations"
     def __init__(self, tmp):
-        rng = np.random.default_rng(0)
-        def volume(dtype, slope=1, order="<"):
-            image = nib.Nifti1Image(rng.integers(0, 3, (3, 4, 5)).astype(dtype), np.diag([1, 1, 2, 1])); image.header.set_slope_inter(slope, 0); image.set_qform(image.affine, 1)
-            nib.save(image, tmp/"x.nii"); return (tmp/"x.nii").read_bytes()
-        volumes = [volume(np.int16), volume(np.float32), volume(np.uint8, .5)]
+        volumes = honest_volumes(tmp/"x.nii")
         for folder in ("decathlon", "nnunet", "table", "run", "scan"): (tmp/folder).mkdir()
         for folder, names in (("decathlon", ("a.nii", "al.nii")), ("table", ("a.nii", "al.nii"))): [(tmp/folder/n).write_bytes(volumes[0]) for n in names]
         (tmp/"nnunet/imagesTr").mkdir(); (tmp/"nnunet/imagesTr/a_0000.nii").write_bytes(volumes[0])
