@@ -220,7 +220,7 @@ def kits(
 
 # %% ../nbs/08b_layouts.ipynb #2abb6711
 def _json(root, *keys):
-    "dataset.json of a folder if it has `keys`, else None; raises `InputError` on one that is no JSON"
+    "dataset.json of a folder if it has `keys`, else None; raises `InputError` if it is no JSON"
     path = root/"dataset.json"
     if not path.is_file():
         return None
@@ -803,7 +803,7 @@ def expect_plausible(
     where, # file or case
     spacing=(1., 1., 1.), # voxel size of the run in mm along R, A, S
 )->None:
-    "Raise `InputError` on a scan of more than 5 m, on one that becomes a single voxel, and on one too large"
+    "Raise `InputError` on a scan of more than 5 m, one too large, and one that becomes one voxel"
     shape = tuple(shape)[:3]
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     longest = float(max(n*s for n, s in zip(shape, lengths)))
