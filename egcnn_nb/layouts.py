@@ -21,7 +21,8 @@ import numpy as np
 from nibabel.orientations import io_orientation
 from tqdm.contrib.concurrent import thread_map
 
-from .core import BRATS, KITS, InputError, Task, exit_on_error, expect, outer_first, readers, require
+from .core import BRATS, KITS, InputError, Task, exit_on_error, expect, outer_first
+from .core import readers, require
 from .nifti import read_header
 from .volumes import Volume, expect_finite, read_array, read_labels, read_volume
 
@@ -108,17 +109,29 @@ def _listed(root, text):
     return path
 
 # %% ../nbs/08b_layouts.ipynb #f4c8ab28
-BRATS_2023 = replace(BRATS, name="BraTS 2023", labels={0: "background", 1: "necrosis", 2: "edema", 3: "enhancing"},
-                     regions={"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)})
-BRATS_2024 = replace(BRATS_2023, name="BraTS 2024 GLI", labels={**BRATS_2023.labels, 4: "resection cavity"},
-                     regions={**BRATS_2023.regions, "RC": (4,)})
-BRATS_PED = replace(BRATS, name="BraTS-PED", regions={"WT": (1, 2, 3, 4), "TC": (1, 2, 3), "ET": (1,), "CC": (3,)},
-                    labels={0: "background", 1: "enhancing", 2: "non-enhancing", 3: "cyst", 4: "edema"})
-BRATS_KINDS = {"": BRATS, "GLI": BRATS_2023, "GLI after treatment": BRATS_2024, "PED": BRATS_PED,
-               **{kind: replace(BRATS_2023, name=f"BraTS-{kind}") for kind in ("MEN", "MET", "SSA", "GOAT")}}
-KITS_2021 = replace(KITS, name="KiTS 2021", labels={**KITS.labels, 3: "cyst"}, regions={"kidneys": (1, 2, 3), "masses": (2, 3), "tumor": (2,)})
+BRATS_2023 = replace(
+    BRATS, name="BraTS 2023",
+    labels={0: "background", 1: "necrosis", 2: "edema", 3: "enhancing"},
+    regions={"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)})
+BRATS_2024 = replace(
+    BRATS_2023, name="BraTS 2024 GLI",
+    labels={**BRATS_2023.labels, 4: "resection cavity"},
+    regions={**BRATS_2023.regions, "RC": (4,)})
+BRATS_PED = replace(
+    BRATS, name="BraTS-PED",
+    labels={0: "background", 1: "enhancing", 2: "non-enhancing", 3: "cyst", 4: "edema"},
+    regions={"WT": (1, 2, 3, 4), "TC": (1, 2, 3), "ET": (1,), "CC": (3,)})
+BRATS_KINDS = {"": BRATS, "GLI": BRATS_2023, "GLI after treatment": BRATS_2024, "PED": BRATS_PED}
+for _kind in ("MEN", "MET", "SSA", "GOAT"):                      # the labels of 2023
+    BRATS_KINDS[_kind] = replace(BRATS_2023, name=f"BraTS-{_kind}")
+KITS_2021 = replace(
+    KITS, name="KiTS 2021",
+    labels={**KITS.labels, 3: "cyst"},
+    regions={"kidneys": (1, 2, 3), "masses": (2, 3), "tumor": (2,)})
 
-_BRATS_ENDS = {"t1": ("_t1", "-t1n"), "t1ce": ("_t1ce", "-t1c"), "t2": ("_t2", "-t2w"), "flair": ("_flair", "-t2f")}
+_BRATS_ENDS = {                                                  # up to 2021, and since 2023
+    "t1": ("_t1", "-t1n"), "t1ce": ("_t1ce", "-t1c"),
+    "t2": ("_t2", "-t2w"), "flair": ("_flair", "-t2f")}
 
 def _ending(folder, endings):
     "The NIfTI file of a folder whose name ends so, or None"
@@ -137,7 +150,7 @@ def _brats_kind(name):
     return words[1].upper()
 
 def _brats_task(root, names):
-    "The task of the folders' challenge; raises `InputError` on one that is not known, and on several whose labels differ in meaning"
+    "The task of a challenge; raises `InputError` on an unknown one, and on several in one folder"
     kinds = {_brats_kind(n) for n in names}
     if kinds == {"GLI", "GLI after treatment"}:
         kinds = {"GLI after treatment"} # the same labels and one more
@@ -157,13 +170,13 @@ def _brats_case(folder):
     for ends in _BRATS_ENDS.values():
         named = folder/f"{folder.name}{ends[new]}.nii.gz"
         images.append(_ending(folder, ends) or named)
-    label = _ending(folder, ("_seg", "-seg", "_segm"))           # one file of 2020 is called ..._Segm.nii
+    label = _ending(folder, ("_seg", "-seg", "_segm")) # one file of 2020 is called ..._Segm.nii
     return Case(folder.name, tuple(images), label)
 
 def brats(
     root:Path, # dataset folder, or the folder of one case
 )->Dataset|None:
-    "BraTS 2017 to 2024: a folder a case, in HGG/ and LGG/ or not, files that end in _t1, _t1ce, _t2, _flair, _seg or -t1n, -t1c, -t2w, -t2f, -seg"
+    "BraTS 2017 to 2024: a folder a case, in HGG/ and LGG/ or not, with NAME_t1 or NAME-t1n, ..."
     ends = tuple(e for pair in _BRATS_ENDS.values() for e in pair)
     one = root.name.lower().startswith("brats") and _ending(root, ends) is not None
     folders = [root]
@@ -172,8 +185,10 @@ def brats(
     filled = [f for f in folders if _ending(f, ends)]
     if not filled:
         return None
-    problems = [
-        f"{f} holds no file that ends in one of {list(ends)}. Complete or remove the folder." for f in folders if f not in filled]
+    problems = []
+    for folder in folders:
+        if folder not in filled:
+            problems.append(f"{folder} holds no image of BraTS. Complete or remove the folder.")
     conflicts = [c for f in filled for c in _copies(f)]
     cases = sorted((_brats_case(f) for f in filled), key=lambda c: c.name)
     task = _brats_task(root, [c.name for c in cases])
@@ -190,7 +205,7 @@ def _called(folder, *names):
 def kits(
     root:Path, # dataset folder, or the folder of one case
 )->Dataset|None:
-    "KiTS 2019, 2021, 2023: case_00000/imaging.nii.gz with segmentation.nii.gz, or aggregated_MAJ_seg.nii.gz (2021)"
+    "KiTS 2019, 2021, 2023: case_00000/imaging.nii.gz and its segmentation"
     labels = ("aggregated_MAJ_seg", "segmentation")
     folders = [root] if root.name.lower().startswith("case_") else _case_folders(root, "case_")
     if not any(_called(f, "imaging", *labels) for f in folders):
@@ -205,7 +220,7 @@ def kits(
 
 # %% ../nbs/08b_layouts.ipynb #2abb6711
 def _json(root, *keys):
-    "dataset.json of a folder as a dict if it has `keys`, else None; raises `InputError` on one that is no JSON"
+    "dataset.json of a folder if it has `keys`, else None; raises `InputError` if it is no JSON"
     path = root/"dataset.json"
     if not path.is_file():
         return None
@@ -262,7 +277,7 @@ def _declared(labels):
     return found
 
 def _expect_labels(declared):
-    "Raise `InputError` on labels that cannot be trained with the meaning that their author gave them"
+    "Raise `InputError` on labels that would be trained with another meaning than their author's"
     ignored = [n for n in declared if n.lower() == "ignore"]
     require(not ignored,
         "labels declares 'ignore', and ignore labels are not supported. Give these voxels a "
@@ -285,7 +300,7 @@ def _expect_labels(declared):
     require(len(declared) > 1, "labels has nothing but a background. Add what is to be segmented.")
 
 def _ordered_regions(regions, order):
-    "Regions, outer ones first, each with the label first that it is painted with (`regions_class_order`)"
+    "Regions, outer ones first; each begins with the label that it is painted with"
     require(order is None or isinstance(order, list) and len(order) == len(regions),
         f"regions_class_order is {order!r}, but there are {len(regions)} regions. Give one "
         f"label for each of {list(regions)}.")
@@ -352,7 +367,7 @@ def _count_problem(root, info, cases):
         "cases. Correct the number, or complete the folder."]
 
 def _channel_files(root, text, count):
-    "The files of a case that a list names: one, several, or those of nnU-Net 1, which end in _0000 and so on"
+    "The files of a case: one, several, or those of nnU-Net 1, which end in _0000 and so on"
     if isinstance(text, list):
         return tuple(_listed(root, t) for t in text)
     path = _listed(root, text)
@@ -396,12 +411,13 @@ def _not_listed(root, cases):
 def decathlon(
     root:Path, # dataset folder
 )->Dataset|None:
-    "Medical Segmentation Decathlon, nnU-Net 1 and lists of MONAI: a dataset.json with modality, labels and training, which lists the files"
+    "Decathlon, nnU-Net 1, lists of MONAI: a dataset.json with modality, labels and training"
     info = _json(root, "training")
     if info is None:
         return None
     path = root/"dataset.json"
-    for key, example in (("modality", '{"0": "T1"}'), ("labels", '{"0": "background", "1": "tumor"}')):
+    examples = {"modality": '{"0": "T1"}', "labels": '{"0": "background", "1": "tumor"}'}
+    for key, example in examples.items():
         require(key in info,
             f"{path} lists cases, but it has no {key!r}. Add one, such as {key!r}: {example}.")
     task = _described(root, info, "modality")
@@ -425,7 +441,7 @@ def decathlon(
 
 # %% ../nbs/08b_layouts.ipynb #a1f0c0d4
 def _near(name):
-    "A name without what people write in different ways: leading zeros, upper case, separators, a number of a channel"
+    "A name without leading zeros, upper case, separators and the number of a channel"
     name = re.sub(r"_0\d{3}$", "", name.lower())
     return re.sub(r"[^a-z0-9]", "", re.sub(r"(?<!\d)0+(?=\d)", "", name))
 
@@ -524,7 +540,7 @@ def _nnunet_section(root, info, task):
 def nnunet(
     root:Path, # dataset folder
 )->Dataset|None:
-    "nnU-Net raw: dataset.json with channel_names and labels, imagesTr/NAME_0000.nii.gz, labelsTr/NAME.nii.gz, or a section dataset that names the files"
+    "nnU-Net raw: dataset.json with channel_names and labels, imagesTr/NAME_0000.nii.gz, labelsTr/"
     info = _json(root, "channel_names", "labels")
     if info is None:
         return None
@@ -538,7 +554,7 @@ def nnunet(
 
 # %% ../nbs/08b_layouts.ipynb #c5840d30
 def _rows(path):
-    "The lines of a cases.csv as dicts without spaces around the cells, and the names of its columns"
+    "The lines of a cases.csv as dicts, and the names of its columns"
     lines = list(csv.reader(io.StringIO(_text(path), newline="")))
     numbered = []
     for number, line in enumerate(lines, 1):
@@ -571,7 +587,7 @@ def _rows(path):
     return rows, columns
 
 def _values(case):
-    "The values of a label map that can be read; what is wrong with another is told when the case is read"
+    "The values of a label map; none if it cannot be read, which is told when the case is read"
     try:
         return np.unique(read_labels(case.label).array).tolist()
     except InputError:
@@ -599,10 +615,15 @@ def table(
     return Dataset(root, task, sorted(cases, key=lambda c: c.name))
 
 # %% ../nbs/08b_layouts.ipynb #65682a3e
-LAYOUTS = {"cases.csv": table, "nnU-Net": nnunet, "BraTS": brats, "KiTS": kits, "Decathlon": decathlon}
+LAYOUTS = {
+    "cases.csv": table, "nnU-Net": nnunet, "BraTS": brats, "KiTS": kits, "Decathlon": decathlon}
+
+_SENSELESS = ( # what Python raises on a description that makes no sense
+    ValueError, KeyError, AttributeError, TypeError, IndexError, OverflowError, RecursionError,
+    NotImplementedError, csv.Error)
 
 def _recognise(root):
-    "The dataset of a folder in the first layout that fits, or None; whatever a description makes Python raise becomes an `InputError`"
+    "The dataset of a folder in the first layout that fits, or None"
     if is_run(root) and not (root/"cases.csv").is_file() and not (root/"dataset.json").is_file():
         return None
     try:
@@ -613,13 +634,13 @@ def _recognise(root):
         return None
     except InputError:
         raise
-    except (ValueError, KeyError, AttributeError, TypeError, IndexError, OverflowError, RecursionError, NotImplementedError, csv.Error) as e:
+    except _SENSELESS as e:
         raise InputError(
             f"{root} has a dataset.json or cases.csv that makes no sense ({type(e).__name__}: "
             f"{e}). Correct it, or copy it again.") from e
 
 def _expect_names(found):
-    "Raise `InputError` on names of cases that cannot be names of files, and on two that are one file where upper and lower case are the same"
+    "Raise `InputError` on names that cannot be files, or that are one file on some file systems"
     for case in found.cases:
         name = case.name
         plain = name.strip() and name.isprintable() and not name.startswith(".")
@@ -634,11 +655,16 @@ def _expect_names(found):
         "own, whatever upper and lower case.")
 
 _HINTS = {
-    (".dcm", ".ima", ".dicom"): "It holds DICOM slices: convert each series to .nii.gz with dcm2niix, then describe the files in a cases.csv",
-    (".mha", ".mhd", ".nrrd", ".nhdr"): "It holds MetaImage or NRRD files: convert them to .nii.gz with SimpleITK, SimpleITK.WriteImage(SimpleITK.ReadImage(old), new)",
+    (".dcm", ".ima", ".dicom"): 
+        "It holds DICOM slices: convert each series to .nii.gz with dcm2niix, "
+        "then describe the files in a cases.csv",
+    (".mha", ".mhd", ".nrrd", ".nhdr"): 
+        "It holds MetaImage or NRRD files: convert them to .nii.gz with SimpleITK, "
+        "SimpleITK.WriteImage(SimpleITK.ReadImage(old), new)",
     (".hdr", ".img"): "It holds pairs of .hdr and .img: convert them to .nii.gz with nibabel",
     (".mgz", ".mgh"): "It holds FreeSurfer files: convert them to .nii.gz with nibabel",
-    (".png", ".jpg", ".tif", ".tiff", ".bmp"): "It holds pictures: stack them into volumes and save these as .nii.gz",
+    (".png", ".jpg", ".tif", ".tiff", ".bmp"): 
+        "It holds pictures: stack them into volumes and save these as .nii.gz",
     (".npy", ".npz", ".h5"): "It holds arrays: save them as .nii.gz with their voxel size",
     (".zip", ".tar", ".tgz", ".7z"): "It holds archives: unpack them first"}
 
@@ -721,7 +747,7 @@ def _found(root):
 def find_dataset(
     root, # folder
 )->Dataset:
-    "Recognise the layout of a folder; raises `InputError` if there is none, names datasets one level below, and refuses a dataset without cases"
+    "Recognise the layout of a folder; raises `InputError` if there is none, or no case in it"
     found = _found(root)
     told = [*found.conflicts, *found.problems, "Complete the folder."]
     require(found.cases, f"{root} has no cases. {told[0]}")
@@ -730,7 +756,7 @@ def find_dataset(
 def expect_paired(
     data:Dataset, # to train on
 )->None:
-    "Raise `InputError` on labels without an image, files with another ending and doubles, which training would leave out without a word"
+    "Raise `InputError` on labels without an image and on files that no case takes"
     require(not data.conflicts, data.conflicts[0] if data.conflicts else "")
 
 def expect_foreground(
@@ -777,7 +803,7 @@ def expect_plausible(
     where, # file or case
     spacing=(1., 1., 1.), # voxel size of the run in mm along R, A, S
 )->None:
-    "Raise `InputError` on a field of view of more than `MOST_FIELD`, on a scan of several voxels that becomes a single one, and on one too large for memory"
+    "Raise `InputError` on a scan of more than 5 m, one too large, and one that becomes one voxel"
     shape = tuple(shape)[:3]
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     longest = float(max(n*s for n, s in zip(shape, lengths)))
@@ -980,10 +1006,11 @@ def check_case(
     case:Case, # which
     task:Task, # what the dataset asks for
     spacing=(1., 1., 1.), # voxel size of the run in mm along R, A, S
-)->dict: # case, shape, spacing, orientation, ranges, labels {value: (voxels, ml)}, digest, problems, warnings
+)->dict: # case, shape, spacing, orientation, ranges, labels {value: (voxels, ml)}, problems, ...
     "All there is to know of a case, and every problem with it"
     problems, warnings = [], []
-    row = {"case": case.name, "labelled": case.label is not None, "problems": problems, "warnings": warnings}
+    labelled = case.label is not None
+    row = {"case": case.name, "labelled": labelled, "problems": problems, "warnings": warnings}
     if len(case.images) == len(task.channels):
         images = [_attempt(problems, read_volume, p) for p in case.images]
     else:                                                                          # one 4D file
@@ -1006,9 +1033,11 @@ def check_case(
         problems += bad
         warnings += odd
     ml = float(np.prod(first.spacing))/1000
-    return {**row, "shape": first.array.shape, "spacing": [round(s, 6) for s in first.spacing], "orientation": first.orientation,
-            "ranges": {c: (float(v.array.min()), float(v.array.max())) for c, v in channels.items()},
-            "labels": _label_counts(label, ml), "digest": _digest(channels.values())}
+    ranges = {c: (float(v.array.min()), float(v.array.max())) for c, v in channels.items()}
+    return {
+        **row, "shape": first.array.shape, "orientation": first.orientation, "ranges": ranges,
+        "spacing": [round(s, 6) for s in first.spacing], "labels": _label_counts(label, ml),
+        "digest": _digest(channels.values())}
 
 # %% ../nbs/08b_layouts.ipynb #3abf497c
 def _bytes_each(data):
@@ -1020,7 +1049,8 @@ def _bytes_each(data):
         except InputError:
             continue # told when the case is read
         volumes = len(data.task.channels) + 2
-        largest = max(largest, int(np.prod(shape[:3]))*4*(volumes+3)) # and three copies while one is read
+        copies = 3 # of a volume while it is read
+        largest = max(largest, int(np.prod(shape[:3]))*4*(volumes+copies))
     return largest
 
 def _doubles(rows):
@@ -1047,8 +1077,10 @@ def _on_labels(data, rows):
     if not here - {0}:
         return [
             f"No label map of {len(read)} cases has a voxel above 0. Export the labels again."], []
-    gone = [
-        f"The label {v} ({name}) is in no case." for v, name in data.task.labels.items() if v not in here]
+    gone = []
+    for value, name in data.task.labels.items():
+        if value not in here:
+            gone.append(f"The label {value} ({name}) is in no case.")
     large = sorted(v for v in here if v > 255)
     if large:
         gone.append(
@@ -1062,8 +1094,11 @@ def _grouped(rows):
     for r in rows:
         for text in r["warnings"]:
             cases.setdefault(text, []).append(r["case"])
-    return [
-        f"{text} ({names[0]}{f' and {len(names)-1} more' if len(names) > 1 else ''})" for text, names in cases.items()]
+    told = []
+    for text, names in cases.items():
+        more = f" and {len(names)-1} more" if len(names) > 1 else ""
+        told.append(f"{text} ({names[0]}{more})")
+    return told
 
 def check_dataset(
     root, # dataset folder
@@ -1116,7 +1151,8 @@ def report(
         f"{found['root']}: {found['dataset']}, {len(found['cases'])} cases, {labelled} with "
         "labels"]
     if rows:
-        lines += [f"  {name:13} {_common(rows, name)}" for name in ("shape", "spacing", "orientation")]
+        columns = ("shape", "spacing", "orientation")
+        lines += [f"  {name:13} {_common(rows, name)}" for name in columns]
     for channel in dict.fromkeys(c for r in rows for c in r["ranges"]):
         ends = [r["ranges"][channel] for r in rows if channel in r["ranges"]]
         low = min(a for a, _ in ends)
@@ -1132,7 +1168,8 @@ def main(
 )->int: # exit code
     "The command `egcnn_check`: 0, 1 with problems, 2 without a dataset"
     p = argparse.ArgumentParser("egcnn_check", description=(
-        "Read every file of a dataset, and tell what it is and every problem with it."), allow_abbrev=False)
+        "Read every file of a dataset, and tell what it is and every problem with it."),
+        allow_abbrev=False)
     p.add_argument("data", metavar="DATA", help="dataset folder")
     p.add_argument("--spacing", nargs="+", type=float, default=[1.], metavar="MM", help=(
         "voxel size of the run that you plan: three lengths in mm, or one for all axes; "
