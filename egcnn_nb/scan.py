@@ -53,7 +53,10 @@ def _ml(prob, labels, task, spacing):
     ml, found = float(np.prod(spacing))/1000, {}
     channel = {v: i for i, v in enumerate(task.labels)}
     for i, (name, values) in enumerate(task.regions.items()):
-        region = prob[i] if task.activation == "sigmoid" else sum(prob[channel[v]] for v in values)
+        parts = [i] if task.activation == "sigmoid" else [channel[v] for v in values]
+        region = torch.zeros(())
+        for part in parts:
+            region = region + prob[part]
         voxels = np.isin(labels, values).sum(), (region > .75).sum(), (region > .25).sum()
         found[name] = tuple(float(v)*ml for v in voxels)
     return found
