@@ -26,7 +26,7 @@ from .layouts import find_dataset
 from .settings import Settings
 from .training import fit
 from .steps import draw_curves, read_metrics
-from .networks import autocast
+from .networks import autocast, best_device, home_of
 from .patches import fill
 
 # %% ../nbs/10b_dashboard.ipynb #5fc7c44a
@@ -41,7 +41,7 @@ def snapshot(
     middle = spots.median(0).values if len(spots) else torch.tensor(case.labels.shape)/2
     patch_size = cast(tuple, settings.patch_size)
     where = tuple(slice(s := max(0, min(int(c)-p//2, n-p)), s+p) for c, p, n in zip(middle, patch_size, case.labels.shape))
-    x, inside = fill(case.x[(slice(None), *where)], patch_size); x = x[None].to(next(model.parameters()).device)
+    x, inside = fill(case.x[(slice(None), *where)], patch_size); x = x[None].to(home_of(model).device)
     with torch.no_grad(), evaluating(model), autocast(settings.precision, x.device): logits, *edges = model(x, return_attention=True) if settings.edge else (model(x),)
     shown = {"image": x[0, -1], "prediction": to_labels(probabilities(logits.float(), task.activation), task)[0]}
     if edges: shown |= {"edge": edges[0][0].float().sigmoid().amax(0), "attention": resize(edges[1][-1].float(), x.shape[2:])[0].mean(0)}
@@ -137,7 +137,7 @@ class Dashboard(Explorer):
         self.message, self.mark = "reading cases", time.time()
         try:
             self.task = find_dataset(self.settings.data).task
-            rows = fit(self.settings, self.resume, on_step=self._step, on_epoch=self._epoch, quiet=True, stop=self.stopped.is_set)
+            rows = fit(self.settings, self.resume, best_device(), on_step=self._step, on_epoch=self._epoch, quiet=True, stop=self.stopped.is_set)
             self.message = "finished" if len(rows) == self.settings.epochs else f"stopped; all of it is safe in {self.settings.out}, start goes on from there"
         except InputError as e: self.message = str(e)
         except Exception as e: self.message = f"{type(e).__name__}: {e}"; raise                # the rest of the story goes to the log of the kernel

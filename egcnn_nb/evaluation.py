@@ -22,6 +22,7 @@ from .layouts import find_dataset
 from .datasets import place
 from .steps import write_csv
 from .inference import case_maps, label_map, load_run
+from .networks import best_device
 from .cells import state
 
 # %% ../nbs/11d_evaluation.ipynb #1b60f121
@@ -42,18 +43,22 @@ def edge_widths(
 SCORES = ("dice", "hd95", "surface_dice", "boundary_dice", "volume_error", "edge_width")
 
 def score_run(
-    run:tuple, # of `load_run`
+    run:tuple, # of `load_run`; its network is moved to the GPU if there is one
     cases:list, # of Case with labels
     tick=lambda: None, # called after each case
     change=None, # see `case_maps`
 )->list: # of dicts: "case", "region" ("mean" too) and SCORES; the edge's width stands with the mean, NaN for a bare network
     "Scores of every case and region"
-    rows, (_, settings, task) = [], run
+    rows, (model, settings, task) = [], run
+    run = model.to(best_device()), settings, task
     for case in cases:
         maps, loaded = case_maps([run], case, inside=settings.edge, change=change)
         truth = read_labels(case.label).array.astype(np.int64)
         scores = score_case(label_map(maps, loaded, task).astype(np.int64), truth, task, loaded.grid.spacing)
-        width = edge_widths(np.stack([place(m.numpy(), loaded) for m in maps[task.outputs:-1]]), truth, task) if settings.edge else float("nan")
+        width = float("nan")
+        if settings.edge:
+            edges = [place(maps[i].numpy(), loaded) for i in range(task.outputs, len(maps)-1)]
+            width = edge_widths(np.stack(edges), truth, task)
         rows += [{"case": case.name, "region": r, **s, "edge_width": width if r == "mean" else float("nan")} for r, s in scores.items()]
         tick()
     return rows
@@ -124,15 +129,23 @@ def changed(
     kind:str, # of CHANGES
     strength:int, # 1 to 5
     seed:int=0, # of the noise
+    spacing=(1, 1, 1), # voxel size of `x` in mm, since a blur is as wide in mm whatever the voxels are
 )->Tensor: # same shape, mean and spread of each channel
     "An image as a worse scanner would have taken it (our choice)"
     T = need("monai.transforms", f"the change {kind!r}", "monai")
     expect(kind in CHANGES, "change", repr(kind), f"one of {list(CHANGES)}")
     mean, spread, base = x.mean((1, 2, 3), keepdim=True), x.std((1, 2, 3), keepdim=True), x-x.amin((1, 2, 3), keepdim=True)
     if kind == "noise": y = x+.15*strength*spread*torch.randn(x.shape, generator=keyed_generator(seed, strength))
-    else: y = torch.as_tensor({"blur": lambda x: gaussian_filter(x.numpy(), (0, *[.3*strength]*3), mode="nearest"), "bias": T.RandBiasField(coeff_range=(.02*strength, .02*strength), prob=1), "gamma": T.AdjustContrast(1+.25*strength)}[kind](base))
+    else: y = torch.as_tensor({"blur": lambda x: gaussian_filter(x.numpy(), (0, *[.3*strength/s for s in spacing]), mode="nearest"), "bias": T.RandBiasField(coeff_range=(.02*strength, .02*strength), prob=1), "gamma": T.AdjustContrast(1+.25*strength)}[kind](base))
     y = (y-y.mean((1, 2, 3), keepdim=True))/y.std((1, 2, 3), keepdim=True).clamp_min(1e-6)*spread+mean
     return torch.where(x == 0, 0., y)
+
+def _changed_rows(cell, run, cases, kind, strength, tick):
+    "Rows of `robustness` of one run, change and strength"
+    def change(x): return changed(x, kind, strength, spacing=run[1].spacing)
+    scores = score_run(run, cases, tick, change)
+    about = {**_columns(cell, run), "change": kind, "strength": strength}
+    return [{**about, **row} for row in scores if row["region"] == "mean"]
 
 def robustness(
     cells:list, # of Cell
@@ -147,7 +160,11 @@ def robustness(
     with tqdm(total=len(cells)*len(cases)*len(grid), unit="case", desc="changed cases", leave=False) as bar:
         for cell in cells:
             own, run = path.parent/cell.name/"robustness.csv", load_run(path.parent/cell.name)
-            if not own.exists(): write_csv(own, [{**_columns(cell, run), "change": kind, "strength": s, **r} for kind, s in grid for r in score_run(run, cases, bar.update, lambda x: changed(x, kind, s)) if r["region"] == "mean"])
+            if not own.exists():
+                found = []
+                for kind, strength in grid:
+                    found += _changed_rows(cell, run, cases, kind, strength, bar.update)
+                write_csv(own, found)
             rows += read_scores(own)
     write_csv(path, rows)
     return path

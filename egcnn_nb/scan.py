@@ -15,26 +15,51 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor, nn
 
-from .core import InputError, Task, expect, region_masks, to_labels
+from .core import InputError, Task, expect, to_labels
 from .volumes import write_volume
 from .explorers import Explorer
-from .layers import resize
 from .anatomy import PRETRAINED
 from .layouts import Case
 from .settings import Settings
 from .datasets import place
 from .dashboard import draw_snapshot, label_legend
-from .inference import case_maps, find_inputs, label_map, load_run
+from .inference import BoxMaps, case_maps, find_inputs, label_map, load_run
+from .networks import best_device
 
 # %% ../nbs/11a_scan.ipynb #5c512c6c
+def _uncertainty(channels, activation, classes):
+    "Entropy of probabilities that come one channel after the other"
+    def bits(p): return -torch.xlogy(p, p)
+    out = None
+    for p in channels:
+        own = bits(p) if activation == "softmax" else bits(p)+bits(1-p)
+        if out is None:
+            out = own
+        elif activation == "softmax":
+            out += own
+        else:
+            torch.maximum(out, own, out=out)
+    return out/np.log(classes if activation == "softmax" else 2)
+
 def entropy(
     prob:Tensor, # probabilities (B,K,D,H,W)
     activation:str, # "softmax" or "sigmoid"
 )->Tensor: # (B,D,H,W) in [0,1]
     "Uncertainty of a prediction: entropy over the classes, or of the least certain region (our choice)"
-    bits = lambda p: -torch.xlogy(p, p)
-    if activation == "softmax": return bits(prob).sum(1)/np.log(prob.shape[1])
-    return ((bits(prob)+bits(1-prob))/np.log(2)).amax(1)
+    return _uncertainty(prob.unbind(1), activation, prob.shape[1])
+
+def _ml(prob, labels, task, spacing):
+    "`region_ml` of probabilities that are taken one channel at a time, and the labels made of them"
+    ml, found = float(np.prod(spacing))/1000, {}
+    channel = {v: i for i, v in enumerate(task.labels)}
+    for i, (name, values) in enumerate(task.regions.items()):
+        parts = [i] if task.activation == "sigmoid" else [channel[v] for v in values]
+        region = torch.zeros(())
+        for part in parts:
+            region = region + prob[part]
+        voxels = np.isin(labels, values).sum(), (region > .75).sum(), (region > .25).sum()
+        found[name] = tuple(float(v)*ml for v in voxels)
+    return found
 
 def region_ml(
     prob:Tensor, # probabilities (K,D,H,W)
@@ -42,25 +67,28 @@ def region_ml(
     spacing, # voxel size in mm
 )->dict: # region -> (ml, ml of the voxels above 3/4, ml of those above 1/4)
     "Volume of each region in millilitres, with a range (our choice)"
-    channel = {v: i for i, v in enumerate(task.labels)}
-    region = prob if task.activation == "sigmoid" else torch.stack([prob[[channel[v] for v in values]].sum(0) for values in task.regions.values()])
-    masks, ml = region_masks(to_labels(prob[None], task), task.regions)[0], float(np.prod(spacing))/1000
-    return {r: tuple(float(m.sum())*ml for m in (masks[i], region[i] > .75, region[i] > .25)) for i, r in enumerate(task.regions)}
+    return _ml(prob, to_labels(prob[None], task)[0].cpu().numpy(), task, spacing)
 
 # %% ../nbs/11a_scan.ipynb #2a02081b
 def look_inside(
-    model:nn.Module, # of `load_run`
+    model:nn.Module, # of `load_run`; it is moved to the GPU if there is one
     settings:Settings, # of `load_run`
     task:Task, # of `load_run`
     case:Case, # which
 )->dict: # "image", "labels", "uncertainty", "grid", "ml", and with an edge stream "edge", "attention"; maps (D,H,W) on the scan's own grid
     "All that a network says about a scan (eq. 1 for the attention)"
-    maps, loaded = case_maps([(model, settings, task)], case, inside=settings.edge)
-    prob, k, air = maps[:task.outputs], task.outputs, -1 if task.normalize == "hu" else 0
-    inner = {"image": resize(loaded.x[None], loaded.box_size)[0, -1], "uncertainty": entropy(prob[None], task.activation)[0]}
-    if settings.edge: inner |= {"edge": maps[k:-1].amax(0), "attention": maps[-1]}
-    out = {n: place(t.numpy(), loaded, air if n == "image" else 0) for n, t in inner.items()}
-    return {**out, "labels": label_map(maps, loaded, task), "grid": loaded.grid, "ml": region_ml(prob, task, loaded.grid.spacing)}
+    maps, loaded = case_maps([(model.to(best_device()), settings, task)], case, inside=settings.edge)
+    k, air = task.outputs, -1 if task.normalize == "hu" else 0
+    image = BoxMaps(loaded.x, loaded.box_size)[-1]
+    out = {"image": place(image.numpy(), loaded, air)}
+    out["uncertainty"] = place(_uncertainty((maps[i] for i in range(k)), task.activation, k).numpy(), loaded)
+    if settings.edge:
+        edge = maps[k]
+        for i in range(k+1, len(maps)-1):
+            edge = torch.maximum(edge, maps[i])
+        out["edge"], out["attention"] = place(edge.numpy(), loaded), place(maps[len(maps)-1].numpy(), loaded)
+    labels = label_map(maps, loaded, task)
+    return {**out, "labels": labels, "grid": loaded.grid, "ml": _ml(maps, labels, task, loaded.grid.spacing)}
 
 # %% ../nbs/11a_scan.ipynb #9c56bbe9
 class ScanExplorer(Explorer):
@@ -115,5 +143,5 @@ class ScanExplorer(Explorer):
         maps = {n: self.seen[n] for n in ("labels", "edge", "attention", "uncertainty") if n in self.seen}
         files = {n: self.case.images[0].parent/f"{self.case.name}_predicted_{n}.nii.gz" for n in maps}
         for f in files.values(): expect(not f.exists(), f, "a file that is already there", "a new name", "remove it first")
-        for n, f in files.items(): write_volume(f, maps[n].astype(np.uint8 if n == "labels" else np.float32), self.seen["grid"])
+        for n, f in files.items(): write_volume(f, maps[n] if n == "labels" else maps[n].astype(np.float32), self.seen["grid"])
         self.message = f"saved {', '.join(f.name for f in files.values())} in {self.case.images[0].parent}"; self.redraw(); return list(files.values())
