@@ -18,6 +18,8 @@ LAUNCH = """one process, GPU if there is one:
     egcnn_train DATA --out RUN
 one machine with eight GPUs (or CPU processes):
     torchrun --standalone --nproc_per_node=8 -m egcnn_nb.train DATA --out RUN
+the same where the machine's own name has no address, as on some laptops and in containers:
+    torchrun --standalone --local_addr=127.0.0.1 --nproc_per_node=8 -m egcnn_nb.train DATA --out RUN
 two machines, the same line on both:
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 -m egcnn_nb.train DATA --out RUN
 one or two machines, begun again by itself from the last checkpoint when a process or a machine is lost:
@@ -25,7 +27,11 @@ one or two machines, begun again by itself from the last checkpoint when a proce
 """
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    "Defaults shown, launch lines as they are"
+    "Defaults shown where there are any, launch lines as they are"
+    def _get_help_string(self, action):
+        if action.default is None:
+            return action.help
+        return super()._get_help_string(action)
 
 def arguments()->argparse.ArgumentParser:
     "The flags of `egcnn_train`, with the defaults of `Settings`"
@@ -50,7 +56,7 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--exclude", metavar="FILE", help="names of cases to leave out, one a line")
     p.add_argument("--train_cases", type=int, metavar="N", help="use N of the training cases, each the more often, so that an epoch stays as long; default all")
     p.add_argument("--augment", nargs="*", choices=AUGMENTATIONS, default=Settings.augment, metavar="NAME", help=f"random changes of a patch, out of {' '.join(AUGMENTATIONS)}; none: --augment alone")
-    p.add_argument("--cache", metavar="DIR", help=f"folder of prepared cases, or off; default {default_cache()}")
+    p.add_argument("--cache", metavar="DIR", help=f"folder of prepared cases, or off; default {default_cache() or 'off, since no home folder is known'}")
     p.add_argument("--cache_gb", type=float, default=Settings.cache_gb, help="size that this folder may reach")
     p.add_argument("--reading", metavar="NAME=VALUE", action="append", default=[], help="a reading of the paper: an argument of EGCNN, EGLoss or SegNet, such as attention_relu=False; again for more")
     p.add_argument("--save_minutes", type=float, default=Settings.save_minutes, help="a checkpoint that often, besides the one after each epoch; 0: after each step")
