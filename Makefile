@@ -17,6 +17,7 @@ demo: install
 	$(BIN)/python tools/demo.py
 
 test: install
+	$(BIN)/python tools/browser.py    # a Chromium, downloaded where there is none
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test    # two notebooks run side by side: one thread each
 	$(BIN)/pytest tests
 

@@ -269,10 +269,15 @@ def main(
     if "--quick" in given: p.set_defaults(**QUICK)
     args = p.parse_args(given); args.command = shlex.join(["egcnn_experiment", *given])
     def stopped(*_): raise SystemExit(0)                            # the runs are told, and save
-    if current_thread() is main_thread(): signal.signal(signal.SIGTERM, stopped)
+    own = current_thread() is main_thread()
+    before = signal.signal(signal.SIGTERM, stopped) if own else None
     def run():
         found = datasets_in(args.data)
         for folder in found: run_experiment(folder, Path(args.out)/folder.name if found != [Path(args.data)] else Path(args.out), args)
-    return exit_on_error(run)
+    try:
+        return exit_on_error(run)
+    finally:
+        if own:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())

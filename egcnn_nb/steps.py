@@ -104,11 +104,11 @@ def _is_bad(model, values):
     norm = getattr(norm, "full_tensor", lambda: norm)()               # weights spread over the processes
     return (~(norm.double()+values.sum()).isfinite()).double()
 
-def _total(terms, logits, loss):
-    "The loss of a part; where it leaves the fused output out, 0 times that, so that every weight has a gradient"
-    if loss.supervise != "main":
+def _total(terms, loss, logits, main):
+    "The loss of a part; where it leaves an output out, 0 times that too, so that every weight has a gradient"
+    if loss.supervise == "both" or main is None:
         return terms["total"]
-    return terms["total"] + 0*logits.sum()
+    return terms["total"] + 0*(logits.sum()+main.sum())
 
 def _tell_scaler(model, bad):
     "Make every gradient NaN where the step is bad, so that the scaler finds it on each process"
@@ -155,7 +155,7 @@ def train_step(
         with nullcontext() if i+1 == len(parts) else getattr(model, "no_sync", nullcontext)():
             with autocast(settings.precision, x.device): out = model(xs, return_main=True) if settings.edge else (model(xs), None, None)
             terms, part = loss(out[0], out[1], ts, out[2], keys[:len(xs)]), weight*len(xs)/len(x)
-            scaler.scale(part*_total(terms, out[0], loss)).backward()
+            scaler.scale(part*_total(terms, loss, out[0], out[2])).backward()
         values, keys = values + part*torch.stack([terms[t].detach() for t in TERMS]).double(), keys[len(xs):]
     values = mean_over_ranks(cast(Tensor, values)); bad = _is_bad(model, values)
     if scaler.is_enabled():

@@ -1,12 +1,13 @@
 "Fixtures that several files share: one Chromium for all of them (Playwright starts once a process), and a copy of the notebooks."
-import os, shutil
+import os, shutil, sys
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parents[1]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+sys.path.insert(0, str(ROOT/"tools"))
+import browser
 FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist",
          "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
 
@@ -25,8 +26,9 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chromium():
-    assert CHROMIUM, "no Chromium found: install it, for example by apt-get install chromium"
+    path = browser.find()
+    assert path, "There is no Chromium on this machine. Get one by python tools/browser.py."
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
+        started = p.chromium.launch(executable_path=path, args=FLAGS)
+        yield started
+        started.close()

@@ -51,7 +51,8 @@ def test_readings_over_the_batch_gather_what_they_need(data, runs):
 # --- every reading of the paper, on two processes as on one
 
 READINGS = {                                                       # argument -> all values but the default
-    "entry": ["decoder_up", "bottleneck"], "attention_channels": ["each"], "fuse": ["features", "probabilities"], "edge_classes": ["any"],
+    "entry": ["decoder_up", "bottleneck", "bottleneck_up"], "attention_channels": ["each"], "fuse": ["features", "probabilities"], "edge_classes": ["any"],
+    "fuse_by": ["concatenation"], "gate_residual": ["layer", "block"], "edge_head": ["norm"], "entry_norm": [True], "fixed_attention": [0., .5],
     "attention_relu": [False], "last_block": [True], "norm_head": [False], "lambda1": [0., 2.], "lambda2": [0., 2.], "w_consistency": [0., 2.],
     "tau": [.5], "hard": [True], "supervise": ["fused", "main"], "thickness": [1, 3], "eps_in": ["denominator"], "reduce": ["batch"],
     "where": ["union"], "weight_negatives": [False], "beta_over": ["batch"], "consistency_alone": [True], "w_cross_entropy": [0., 1.],
@@ -60,10 +61,10 @@ NO_READINGS = {"self", "args", "kwargs", "net", "example_input", "activation", "
 NO_EDGE_LOSS = {"lambda1": 0., "lambda2": 0.}
 TOGETHER = [NO_EDGE_LOSS, {**NO_EDGE_LOSS, "w_consistency": 0.}, {**NO_EDGE_LOSS, "w_consistency": 0., "supervise": "main"},
             {"supervise": "main", "fuse": "features"}, {"supervise": "main", "fuse": "probabilities", "last_block": True},
-            {"supervise": "fused", "w_consistency": 0.}, {"reduce": "batch", "beta_over": "batch", "supervise": "main"}]
+            {"supervise": "fused", "w_consistency": 0.}, {"supervise": "fused", "fuse": "features", "fuse_by": "concatenation"}, {"reduce": "batch", "beta_over": "batch", "supervise": "main"}]
 NETWORKS_ = [{"backbone": name, "edge": edge} for name in ("unet", "vnet", "segresnet", "dynunet") for edge in (True, False)]
 MAIN = [{"backbone": name, "readings": {"supervise": "main"}} for name in ("unet", "vnet")]
-BARE = [{"edge": False}, {"edge": False, "readings": {"consistency_alone": True}}, {"edge": False, "readings": {"supervise": "main"}},
+BARE = [{"edge": False}, {"edge": False, "readings": {"consistency_alone": True}}, {"edge": False, "readings": {"reduce": "batch"}},
         {"accumulate": 2, "readings": {"supervise": "main"}}]
 
 def known_readings():
@@ -85,7 +86,7 @@ def losses_of_every_reading(data):
     from egcnn_nb.folders import prepare
     from egcnn_nb.settings import Settings
     from egcnn_nb.training import Run
-    common = dict(width=4, levels=3, patch_size=(16, 16, 16), batch_size=4, lr=1e-2, validation=2, precision="fp64", cache="off", epochs=1)
+    common = dict(width=4, levels=3, patch_size=(8, 8, 8), batch_size=4, lr=1e-2, validation=2, precision="fp64", cache="off", epochs=1)
     task, train, val, _ = prepare(Settings(str(data), "", **common), quiet=True)
     found = {}
     for more in every_reading():
@@ -96,7 +97,10 @@ def losses_of_every_reading(data):
     return found
 
 def test_the_list_of_readings_is_whole():
+    from egcnn_nb.egcnn import CHOICES
     assert known_readings() <= set(READINGS)
+    for name in set(CHOICES)-NO_READINGS:
+        assert set(CHOICES[name][1:]) == set(READINGS[name]), name
 
 def test_every_reading_gives_the_losses_of_one_process_on_two(data, tmp_path):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, data, tmp_path/"two.json"]
