@@ -19,7 +19,7 @@ from .settings import Settings, readings_of, spacing_of
 from .patches import split_cases
 from .folders import check_settings, known_names, prepare, read_names
 from .networks import windows
-from .cells import arm_of, costs_of, matched_width, progress, settings_of
+from .cells import arm_with, costs_of, matched_width, progress, settings_of
 
 # %% ../nbs/11f_design.ipynb #2b58b9c5
 def datasets_in(
@@ -69,8 +69,7 @@ def check_arms(
     if args.spacing:
         shared["spacing"] = spacing_of(args.spacing)
     for backbone, arm, lr, cases in product(args.backbones, args.arms, args.lr, args.train_cases):
-        edge, own = arm_of(arm)
-        readings = {**readings_of(args.reading), **own}
+        edge, readings = arm_with(arm, readings_of(args.reading))
         check_settings(Settings("", "", backbone, edge, lr=lr, train_cases=cases, readings=readings or None, **shared))
 
 def design(
@@ -79,7 +78,6 @@ def design(
     args:argparse.Namespace, # of `arguments`
 )->dict: # "task", "names" of the test cases, "recipe", "widths", "excess" of the matched networks, "costs", "steps" of an epoch, "windows" of validation
     "What is fixed before anything is trained"
-    check_arms(args)
     names = freeze_test_cases(data, out, args.test_cases)
     spacing = spacing_of(args.spacing) if args.spacing else Settings.spacing
     settings = Settings(str(data), "", patch_size=args.patch_size, validation=args.validation, exclude=str(Path(out)/"test_cases.txt"), cache=args.cache, spacing=spacing)

@@ -28,7 +28,7 @@ from .inference import load_run
 from .cells import ARMS, check_readings, grid, plan, run_cells, state, trial_scores, trials, tuned
 from .evaluation import evaluate, read_scores, robustness
 from .report import NAMES, PRIMARY, PRIMARY_TEXT, comparison_table, comparisons, dice_table, draw_cases, draw_differences, draw_robustness, draw_sizes, maps_of_case, number, pick_cases, png, score_table, short, show_table, title, write_report, write_tables
-from .design import datasets_in, design, live_table
+from .design import check_arms, datasets_in, design, live_table
 
 # %% ../nbs/12_experiments.ipynb #f12b2fd2
 # Tables 1 and 2 as printed: (backbone, whether with EG-CNN) -> column -> (mean Dice, what stands behind the ±)
@@ -235,6 +235,7 @@ def run_experiment(
     args:argparse.Namespace, # of `arguments`
 )->None:
     "One dataset: plan, or train what is missing, or test; `--quick` does both; raises `InputError` where another process is at it"
+    check_arms(args)
     expect(1 <= args.tune_seeds <= args.seeds, "--tune_seeds", args.tune_seeds, f"1 to {args.seeds}, the number of seeds")
     Path(out).mkdir(parents=True, exist_ok=True); lock = None if args.plan else lock_run(out, "egcnn_experiment")
     try: _run_steps(data, out, args)

@@ -242,6 +242,63 @@ def nothing_but_nan(tmp):
     try: return refused(lambda: fit(tmp, epochs=9), "10 steps in a row that are not finite, the last of case")
     finally: folders.prepare = real
 
+def relabelled(tmp, change):
+    "Change every label map of the data set"
+    for path in sorted((tmp/"data").glob("label*.nii.gz")):
+        image = nib.load(path)
+        labels = change(np.asarray(image.dataobj))
+        nib.save(nib.Nifti1Image(labels.astype(np.uint8), image.affine), path)
+
+@row()
+def label_maps_without_foreground(tmp):
+    "every label map is empty -> refused before anything is written"
+    relabelled(tmp, np.zeros_like)
+    told = refused(lambda: fit(tmp), "no foreground in any of 10 label maps")
+    assert not (tmp/"run").exists()
+    return told
+
+@row()
+def a_class_that_is_not_learned(tmp):
+    "one class is a single voxel, where it cannot be learned -> the log says so once, with a remedy, even after an interruption"
+    def shrunk(labels):
+        labels = np.minimum(labels, 1)
+        labels[0, 0, 0] = 2
+        return labels
+    relabelled(tmp, shrunk)
+    fit(tmp, epochs=10, stop=after(17))
+    fit(tmp, epochs=10, resume=True)
+    lines = [line for line in (tmp/"run/log.txt").read_text().splitlines() if line.startswith("label 2 is not learned")]
+    assert len(lines) == 1 and "below 0.1 for 2 epochs, and 10 of 10 training cases have it. Try a lower --lr" in lines[0], lines
+    training.fit(Settings(str(tmp/"data"), str(tmp/"dice"), cache=str(tmp/"cache"), **{**QUICK, "readings": {"semantic": "dice"}}), quiet=True)
+    assert "label 2 is not learned" in (told := (tmp/"dice/log.txt").read_text()) and "Train with --reading semantic=dice_ce" in told
+    return lines[0]
+
+@row()
+def a_name_to_leave_out_that_is_misspelt(tmp):
+    "--exclude names case3, a case with its ending, or is saved as UTF-16 -> refused; with a byte-order mark it is read"
+    path = tmp/"out.txt"
+    for text, why in (("case3\n", "does not have: case3"), ("case03.nii.gz\n", "Write case03 without the ending")):
+        path.write_text(text)
+        told = refused(lambda: fit(tmp, exclude=str(path)), why)
+    path.write_bytes("case03".encode("utf-16"))
+    refused(lambda: fit(tmp, exclude=str(path)), "no text in UTF-8")
+    assert not (tmp/"run").exists()
+    path.write_text("case03\n", encoding="utf-8-sig")
+    fit(tmp, exclude=str(path))
+    assert "case03" not in (tmp/"run/config.json").read_text()
+    return told
+
+@row()
+def settings_that_cannot_work(tmp):
+    "-3 epochs, a learning rate of nan, a batch of 0, a temperature of 0 and others -> one line, exit code 2, nothing is read or written"
+    shutil.rmtree(tmp/"data")
+    wrong = "--epochs -3|--epochs 0|--lr nan|--lr inf|--lr 0|--batch_size 0|--width 0|--width 100000000|--levels 0|--levels 99|--patch_size 16 0 16|--workers -1|--cache_gb nan|--cache_gb -1|--save_minutes -1|--save_minutes nan|--seed -1|--seed 99999999999999|--validation nan|--validation 2.5|--train_cases 0|--accumulate 9|--accumulate 0|--readers 0"
+    wrong += "".join(f"|--reading {r}" for r in ("tau=0", "lambda1=nan", "thickness=0", "supervise=3", "hard=1", "entry=top", "attention_relu=3", "norm_head=no", "semantic=ce", "w_cross_entropy=-1", "verbose=True"))
+    for flags in wrong.split("|"):
+        code, err = said(train_main, [*words(tmp), *flags.split()])
+        assert code == 2 and len(err.strip().splitlines()) == 1 and "data" not in err and not (tmp/"run").exists(), (flags, err)
+    return err.strip()
+
 @row()
 def an_infinite_gradient(tmp):
     "one gradient is infinite in one step -> that step is skipped, the next one is not"

@@ -1,5 +1,5 @@
 "egcnn_experiment as a user runs it, and the tables that it leaves, computed once more from the scores."
-import csv, json, re, shlex, signal, subprocess, sys, time
+import csv, json, re, shlex, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +79,56 @@ def test_a_stopped_experiment_goes_on(tmp_path):
     assert done.returncode == 0 and "with --test" in done.stdout and log.read_text().count("epoch 1/40") == 1, done.stderr
     done = subprocess.run([*line, "--test"], capture_output=True, text=True, env=ENV, timeout=300)
     assert done.returncode == 0 and "All questions here are exploratory" in (out/"report.html").read_text(), done.stderr
+
+def as_0_1_left_it(run):
+    "Change a run folder and the record of its experiment into what 0.1 would have written with Dice alone"
+    path = run/"config.json"
+    config = json.loads(path.read_text())
+    assert config["settings"]["readings"]["semantic"] == "dice"
+    for name in ("spacing", "init", "self_check", "readers"):
+        del config["settings"][name]
+    del config["versions"]["egcnn_nb"]
+    config["settings"]["readings"] = None
+    path.write_text(json.dumps(config))
+
+def test_cells_of_0_1_are_not_mixed_with_those_of_today(tmp_path):
+    data, out = dataset(tmp_path/"data"), tmp_path/"out"
+    line = command(data, "--out", out, *"--backbones segnet --arms bare eg --seeds 1 --lr 1e-3 --epochs 2 --width 4 --levels 2 --patch_size 16 16 16 --precision fp32 --validation 2 --test_cases 3".split(), "--cache", tmp_path/"cache")
+    as_dice = [*line, "--reading", "semantic=dice"]
+    def run(words):
+        done = subprocess.run(words, capture_output=True, text=True, env=ENV, timeout=300)
+        return done.returncode, done.stderr.strip().splitlines()[-1] if done.stderr.strip() else ""
+    assert run(as_dice)[0] == 0
+    first, second = out/"segnet-bare-all-0-lr0.001", out/"segnet-eg-all-0-lr0.001"
+    rows = (second/"metrics.csv").read_text()
+    record = json.loads((out/"cells.json").read_text())
+    assert all(flags[-2:] == ["--reading", "semantic=dice"] for flags in record.values())
+    (out/"cells.json").write_text(json.dumps({name: flags[:-2] for name, flags in record.items()}))
+    as_0_1_left_it(first)                                            # done
+    shutil.rmtree(second)                                            # left
+    code, told = run(line)
+    assert code == 2 and not second.exists() and "semantic=dice, and this command gives it semantic=dice_ce" in told and "Add --reading semantic=dice to go on" in told
+    code, told = run([*line, "--test"])
+    assert code == 2 and not (out/"scores.csv").exists()
+    assert run(as_dice)[0] == 0
+    assert (second/"metrics.csv").read_text() == rows and "semantic=dice" in (out/"cells.json").read_text()
+    as_0_1_left_it(second)                                           # begun: its log has one epoch
+    log = (second/"log.txt").read_text()
+    (second/"log.txt").write_text(log[:log.index("epoch 2/2")])
+    assert run(line)[0] == 2 and (second/"log.txt").read_text() == log[:log.index("epoch 2/2")]
+    assert run(as_dice)[0] in (0, 2) and "resumed after epoch 2" in (second/"log.txt").read_text()
+
+def test_an_experiment_takes_one_spacing_and_refuses_bad_settings(tmp_path):
+    data, out = dataset(tmp_path/"data"), tmp_path/"out"
+    words = ["--out", out, *"--backbones segnet --arms eg --seeds 1 --lr 1e-3 --epochs 1 --width 4 --levels 2 --validation 2 --test_cases 3 --patch_size 8 8 8 --precision fp32".split(), "--cache", tmp_path/"cache"]
+    done = subprocess.run(command(data, *words, "--spacing", "2"), capture_output=True, text=True, env=ENV, timeout=300)
+    assert done.returncode == 0, done.stderr
+    flags = json.loads((out/"cells.json").read_text())["segnet-eg-all-0-lr0.001"]
+    assert flags[flags.index("--spacing"):][:4] == ["--spacing", "2.0", "2.0", "2.0"]
+    assert json.loads((out/"segnet-eg-all-0-lr0.001/config.json").read_text())["settings"]["spacing"] == [2., 2., 2.]
+    for bad, told in (("--epochs 0", "epochs is 0"), ("--lr nan", "lr is nan"), ("--jobs 0", "--jobs is 0"), ("--reading tau=0", "tau is 0"), ("--spacing 0", "is no voxel size"), ("--train_cases -2", "train_cases is -2")):
+        done = subprocess.run(command(tmp_path/"nowhere", *words, "--out", tmp_path/"other", *bad.split()), capture_output=True, text=True, env=ENV, timeout=100)
+        assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1 and not (tmp_path/"other").exists(), done.stderr
 
 @pytest.mark.parametrize("path", SHIPPED, ids=[p.parent.name for p in SHIPPED])
 def test_shipped_tables_come_from_the_shipped_scores(path):
