@@ -272,6 +272,7 @@ def main(
     def stopped(*_): raise SystemExit(0)                            # the runs are told, and save
     if current_thread() is main_thread(): signal.signal(signal.SIGTERM, stopped)
     def run():
+        check_arms(args)
         found = datasets_in(args.data)
         for folder in found: run_experiment(folder, Path(args.out)/folder.name if found != [Path(args.data)] else Path(args.out), args)
     return exit_on_error(run)
