@@ -273,6 +273,7 @@ def main(
     own = current_thread() is main_thread()
     before = signal.signal(signal.SIGTERM, stopped) if own else None
     def run():
+        check_arms(args)
         found = datasets_in(args.data)
         for folder in found: run_experiment(folder, Path(args.out)/folder.name if found != [Path(args.data)] else Path(args.out), args)
     try:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from . import __version__
+import egcnn_nb
 from .core import InputError, Task, expect, require
 from .losses import EGLoss, cross_entropy_weight
 from .egcnn import CHOICES, EGCNN
@@ -324,7 +324,7 @@ def describe(
     values = {**asdict(settings), "readings": readings_in_force(settings)}
     split = {"train": list(dict.fromkeys(c.name for c in train)), "validation": [c.name for c in val]}
     versions = {name: version(name) for name in ("torch", "numpy", "monai") if find_spec(name)}
-    return {"settings": values, "task": asdict(task), "split": split, "versions": {"egcnn_nb": __version__, **versions}}
+    return {"settings": values, "task": asdict(task), "split": split, "versions": {"egcnn_nb": egcnn_nb.__version__, **versions}}
 
 def read_config(
     out:Path, # run folder
