@@ -195,7 +195,7 @@ def load_case(
     expect_files(case, task, need_label)
     _expect_memory(case, reading_bytes(case, task, spacing)[0])
     with enough_memory(case.name):
-        images, label = read_case(case, task, need_label)
+        images, label = read_case(case, task, need_label, spacing)
         return _prepared(case, task, images, label, spacing)
 
 def _prepared(case, task, images, label, spacing):

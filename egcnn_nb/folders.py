@@ -26,12 +26,12 @@ import egcnn_nb
 from .core import InputError, Task, expect, require
 from .losses import EGLoss, cross_entropy_weight
 from .egcnn import CHOICES, EGCNN
-from .layouts import find_dataset
+from .layouts import expect_foreground, expect_paired, find_dataset
 from .settings import AUGMENTATIONS, NETWORKS, Settings, default_cache
 from .datasets import median_spacing, prepared_cases
 from .patches import split_cases
 from .checkpoints import lock_run, newest_checkpoint
-from .networks import make_model, maker_of, reading_for
+from .networks import expect_network, make_model, maker_of, reading_for
 from .steps import ranks
 
 # %% ../nbs/09e_folders.ipynb #5e771c02
@@ -57,8 +57,6 @@ def _check_counts(settings):
         bounds = f"from {least} to {most}" if name in _MOST else f"of {least} or more"
         inside = _whole(value) and least <= cast(int, value) <= most
         require(inside, f"{name} is {value!r}. Give a whole number {bounds}.")
-    enough = settings.backbone != "dynunet" or settings.levels >= 3
-    require(enough, f"levels is {settings.levels}, but MONAI's DynUNet has at least 3. Give 3 or more, or another backbone.")
     parts, batch = settings.accumulate, settings.batch_size
     require(parts <= batch, f"accumulate is {parts}, but a batch has only {batch} cases. Give at most {batch} parts.")
     patch = settings.patch_size
@@ -116,6 +114,7 @@ def check_settings(
     _check_counts(settings)
     _check_numbers(settings)
     _check_readings(settings)
+    expect_network(settings)
 
 # %% ../nbs/09e_folders.ipynb #fed63b7f
 def read_names(
@@ -188,16 +187,18 @@ def prepare(
 )->tuple: # task, training cases, validation cases (Loaded), messages
     "Find, check, split and load the cases; raises `InputError` before anything is written"
     dataset = find_dataset(settings.data)
+    expect_paired(dataset)
     task = dataset.task
     train, val, length, notes = _split(dataset, settings)
     if settings.spacing == "median":
         settings.spacing = tuple(float(v) for v in median_spacing(train, task))
     if tuple(settings.spacing) != (1, 1, 1):
         notes.append("voxels of " + " × ".join(f"{v:g}" for v in settings.spacing) + " mm")
+    if settings.cache is None and default_cache() is None:
+        notes.append("no folder for prepared cases is known, so they stay in memory: name one by --cache or EGCNN_CACHE")
     loaded = _load(train+val, task, settings, quiet)
     train, val = loaded[:len(train)], loaded[len(train):]
-    empty = all(len(c.spots) == 0 for c in train)
-    require(not empty, f"{settings.data}: there is no foreground in any of {len(train)} label maps for training. Check that the label maps belong to these images and hold the classes.")
+    expect_foreground(train, settings.data)
     notes += _fill_in(settings, train)
     return task, [train[i % len(train)] for i in range(length)], val, notes
 
@@ -207,6 +208,7 @@ READINGS_0_1 = {
     "entry": "decoder", "attention_relu": True, "attention_channels": "one", "fuse": "logits", "edge_classes": "each", "last_block": False,
     "lambda1": 1., "lambda2": .5, "w_consistency": 1., "tau": 1., "hard": False, "supervise": "both", "thickness": 2, "eps_in": "both", "reduce": "case",
     "where": "truth", "weight_negatives": True, "beta_over": "case", "consistency_alone": False, "semantic": "dice", "w_cross_entropy": 0., "norm_head": True,
+    "gate_residual": "none", "edge_head": "plain", "entry_norm": False, "fixed_attention": None, "fuse_by": "correction",
 }
 
 def defaults_of_0_1(

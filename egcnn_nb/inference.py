@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .core import InputError, Task, exit_on_error, expect, keep_memory, probabilities, regions_to_labels, require, write_whole
 from .volumes import read_shape, write_volume
 from .layers import resize
-from .layouts import Case, find_dataset
+from .layouts import Case, find_dataset, name_of
 from .datasets import Loaded, enough_memory, label_dtype, load_case, place, target_size
 from .checkpoints import lock_run
 from .settings import Settings
@@ -196,10 +196,9 @@ _WAYS = "Give a NIfTI file, a folder of NIfTI files, a case folder or a dataset 
 
 def _stem(path):
     "Name of a NIfTI file without its ending, other dots kept"
-    for end in (".nii.gz", ".nii"):
-        if path.name.lower().endswith(end):
-            return path.name[:-len(end)]
-    raise InputError(f"{path} is no NIfTI file. Choose one whose name ends in .nii or .nii.gz.")
+    nifti = path.name.lower().endswith((".nii", ".nii.gz"))
+    require(nifti, f"{path} is no NIfTI file. Choose one whose name ends in .nii or .nii.gz.")
+    return name_of(path)
 
 def _scans_in(folder):
     "The NIfTI files of a folder; hidden ones, such as the ._NAME that macOS leaves, are none"

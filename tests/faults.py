@@ -253,7 +253,7 @@ def relabelled(tmp, change):
 def label_maps_without_foreground(tmp):
     "every label map is empty -> refused before anything is written"
     relabelled(tmp, np.zeros_like)
-    told = refused(lambda: fit(tmp), "no foreground in any of 10 label maps")
+    told = refused(lambda: fit(tmp), "no label map of 10 cases has a voxel above 0")
     assert not (tmp/"run").exists()
     return told
 
@@ -435,14 +435,14 @@ sys.exit(main({[str(w) for w in words(tmp)]!r}))"""
 def a_loader_worker_killed(tmp):
     "SIGKILL to a loader's process -> one line, exit code 1, the last checkpoint verifies"
     process = started(tmp, "--workers", 1); os.kill(children(process.pid)[0], signal.SIGKILL); err = process.communicate(timeout=60)[1].strip().splitlines()[-1]
-    assert process.returncode == 1 and err.startswith("error: a loader's process: found that it ended") and newest_checkpoint(tmp/"run")[0]; return err[:110]
+    assert process.returncode == 1 and err.startswith("error: A data-loader worker died") and newest_checkpoint(tmp/"run")[0]; return err[:110]
 
 @row()
 def a_loader_worker_out_of_memory(tmp):
     "a loader's process may have no more memory -> one line, exit code 1, the last checkpoint verifies"
     process = started(tmp, "--workers", 1, "--augment", "flip", "noise"); pid = children(process.pid)[0]; resource.prlimit(pid, resource.RLIMIT_AS, (1 << 20, 1 << 20))
     err = process.communicate(timeout=120)[1].strip().splitlines()[-1]
-    assert process.returncode == 1 and err.startswith("error: a loader's process"), err; assert newest_checkpoint(tmp/"run")[0]; return err[:110]
+    assert process.returncode == 1 and err.startswith("error: A data-loader worker died"), err; assert newest_checkpoint(tmp/"run")[0]; return err[:110]
 
 def two_ranks(tmp, *more, epochs=2):
     return subprocess.Popen(command(tmp/"data", tmp/"run", "--epochs", epochs, "--cache", tmp/"cache", *more, processes=2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
