@@ -14,9 +14,10 @@ from pathlib import Path
 GOAL, PATCH, VALIDATION = .85, (40, 56, 40), 28
 RATES, EPOCHS = (1e-3, 3e-3), {False: (6, 12), True: (12, 20)}                        # tried by each side; learning takes longer where patches are mirrored
 COLUMNS = ["side", "seed", "lr", "epochs", "mirror", "precision", "threads", "seconds", "epochs run", "reached", "best dice", "curve"]
-ENTROPY, CONSISTENT, PLAIN = ["--reading", "w_cross_entropy=1"], ["--edge", "off", "--reading", "consistency_alone=True"], ["--reading", "norm_head=False"]
-OURS = {"EG-CNN": ["--edge", "on"], "EG-CNN + cross entropy": ["--edge", "on", *ENTROPY], "Seg-Net + consistency loss + cross entropy": [*CONSISTENT, *ENTROPY],
-        "EG-CNN, plain head": ["--edge", "on", *PLAIN], "Seg-Net + cross entropy, plain head": ["--edge", "off", *ENTROPY, *PLAIN], "Seg-Net + consistency loss + cross entropy, plain head": [*CONSISTENT, *ENTROPY, *PLAIN]}
+DICE, ENTROPY = ["--reading", "semantic=dice"], ["--reading", "semantic=dice_ce"]
+CONSISTENT, PLAIN = ["--edge", "off", "--reading", "consistency_alone=True"], ["--reading", "norm_head=False"]
+OURS = {"EG-CNN": ["--edge", "on", *DICE], "EG-CNN + cross entropy": ["--edge", "on", *ENTROPY], "Seg-Net + consistency loss + cross entropy": [*CONSISTENT, *ENTROPY],
+        "EG-CNN, plain head": ["--edge", "on", *DICE, *PLAIN], "Seg-Net + cross entropy, plain head": ["--edge", "off", *ENTROPY, *PLAIN], "Seg-Net + consistency loss + cross entropy, plain head": [*CONSISTENT, *ENTROPY, *PLAIN]}
 BEST = {"EG-CNN": (3e-3, 6), "EG-CNN + cross entropy": (3e-3, 12), "Seg-Net + consistency loss + cross entropy": (1e-3, 12), "MONAI SegResNet": (3e-3, 6), "MONAI UNet": (3e-3, 6),
         "EG-CNN, plain head": (1e-3, 12), "Seg-Net + cross entropy, plain head": (1e-3, 6), "Seg-Net + consistency loss + cross entropy, plain head": (1e-3, 6)}       # the fastest of its four, not mirrored
 

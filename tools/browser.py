@@ -2,13 +2,12 @@
 
     python tools/browser.py     # says what it does; exit code 1 and one sentence where there is none to be had
 """
-import os, shutil, signal, subprocess, sys, urllib.error, urllib.request
+import os, shutil, signal, subprocess, sys
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PLACES = ("/Applications/Chromium.app/Contents/MacOS/Chromium",
           "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
-HOST = os.environ.get("PLAYWRIGHT_DOWNLOAD_HOST") or "https://cdn.playwright.dev"
 MINUTES = 10                                                       # for a download
 APT = ("apt-get", "-q", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=20",
        "-o", "Acquire::https::Timeout=20", "-o", "DPkg::Lock::Timeout=120")
@@ -57,25 +56,12 @@ def find():
         return str(own)
     return None
 
-def reachable(url):
-    "Whether anything answers there, so that nobody waits for a download that is blocked"
-    try:
-        urllib.request.urlopen(url, timeout=15).close()
-    except urllib.error.HTTPError:
-        return True                                                # an answer, though no page
-    except (OSError, ValueError):
-        return False
-    return True
-
 def is_root():
     "Whether this may install packages"
     return hasattr(os, "geteuid") and os.geteuid() == 0
 
 def from_playwright():
     "Playwright's Chromium, and as root the system libraries that it needs: path, or None"
-    if not reachable(HOST):
-        print(f"{HOST} does not answer", flush=True)
-        return None
     if run(sys.executable, "-m", "playwright", "install", "chromium")[0]:
         return None
     path = find()
