@@ -11,7 +11,6 @@ from collections import deque
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save
 from torch import nn
 from tqdm.auto import tqdm
@@ -122,11 +121,8 @@ class Run:
         self._into_float32(state.get("float32", []))
         if self.float32:
             self.notes.append(f"computed in float32, as before: {', '.join(self.float32)}")
-        found, told = self._self_check() if ranks()[0] == 0 else ([], [])
-        shared = [found]
-        if ranks()[1] > 1:
-            dist.broadcast_object_list(shared)
-        self._into_float32(shared[0])
+        found, told = self._self_check()                                 # the same on every process
+        self._into_float32(found)
         self.notes += told
 
     def _into_float32(self, names):
@@ -151,7 +147,7 @@ class Run:
         found = wrong_layers(self.model, self.loss, x, target, self.settings, keys=keys)
         set_random_state(random)
         self.model.zero_grad(set_to_none=True)
-        return [layer.name for layer in found], describe_check(found)
+        return [layer.name for layer in found], describe_check(found, self.device)
 
     def _first_batch(self):
         "What the first step will compute with: images, masks, names of the noise; None where no step is left"
@@ -162,8 +158,7 @@ class Run:
         if batches.epoch >= self.settings.epochs:
             return None
         samples = [self.patches[key] for key in next(iter(batches))]
-        part = samples[:-(-len(samples)//self.settings.accumulate)]
-        return self._on_device(*torch.utils.data.default_collate(part))
+        return self._on_device(*torch.utils.data.default_collate(samples))
 
     def begin_epoch(self)->None:
         "Position: steps taken in this epoch, sums of their terms, steps skipped"

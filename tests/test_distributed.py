@@ -48,6 +48,13 @@ def test_readings_over_the_batch_gather_what_they_need(data, runs):
     for n in (1, 2): train(data, runs/f"batch{n}", *FIFTY, *words, processes=n)
     assert differ(runs/"batch2", runs/"batch1")[0] < 1e-9
 
+@pytest.mark.parametrize("more", [[], ["--shard"], ["--accumulate", 2]])
+def test_processes_check_their_layers_together(data, runs, more):
+    out = runs/f"half{''.join(map(str, more))}"
+    over_batch = [] if "--accumulate" in more else ["--reading", "reduce=batch"]
+    train(data, out, "--epochs", 1, "--precision", "bf16", "--batch_size", 5, *over_batch, *more, processes=2)
+    assert len(table(out)) == 1 and "self-check" not in (out/"log.txt").read_text()
+
 # --- every reading of the paper, on two processes as on one
 
 READINGS = {                                                       # argument -> all values but the default
