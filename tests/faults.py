@@ -217,7 +217,7 @@ def a_hundred_thousand_files_in_the_folder(tmp):
 def image_and_label_differ_only_in_sform(tmp):
     "the label has the image's qform and another sform -> refused, since the sform counts"
     image = nib.load(tmp/"data/label04.nii.gz"); image.set_qform(np.eye(4), 1); image.set_sform(np.diag([1, 1, 1.5, 1]), 1); nib.save(image, tmp/"data/label04.nii.gz")
-    return refused(lambda: fit(tmp), "affine that differs")
+    return refused(lambda: fit(tmp), "has another affine")
 
 @row()
 def a_poisoned_case(tmp):
