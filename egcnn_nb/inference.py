@@ -21,7 +21,7 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import InputError, Task, exit_on_error, expect, keep_memory, probabilities, regions_to_labels, require, write_whole
+from .core import InputError, Task, exit_on_error, expect, keep_memory, probabilities, require, write_whole
 from .volumes import read_shape, write_volume
 from .layers import resize
 from .layouts import Case, find_dataset, name_of
@@ -152,24 +152,29 @@ def case_maps(
         maps = averaged(members, x, task.activation, flips, inside, bar)
     return BoxMaps(maps, loaded.box_size), loaded
 
-def _likeliest(maps, task):
-    "Labels of the largest of the maps, of which two are in memory at a time"
-    values = np.array(list(task.labels), label_dtype(task))
-    best = maps[0].clone()
+def _likeliest(maps, channels, values):
+    "The value whose channel is largest, of which two are in memory at a time"
+    best = maps[channels[0]].clone()
     labels = np.full(tuple(best.shape), values[0])
-    for i in range(1, task.outputs):
-        current = maps[i]
-        np.copyto(labels, values[i], where=(current > best).numpy())
+    for channel, value in zip(channels[1:], values[1:]):
+        current = maps[channel]
+        np.copyto(labels, value, where=(current > best).numpy())
         torch.maximum(best, current, out=best)
     return labels
 
 def _painted(maps, task):
-    "Labels of nested regions, one after the other as `regions_to_labels` paints them"
-    alone = torch.eye(task.outputs).view(task.outputs, task.outputs, 1, 1, 1) # region i by itself
-    values = regions_to_labels(alone, task.regions).flatten().tolist()
-    labels = np.zeros(tuple(maps[0].shape), label_dtype(task))
-    for i, value in enumerate(values):
-        np.copyto(labels, value, where=(maps[i] > .5).numpy())
+    "Labels of nested regions, from outside in as `to_labels` paints them, one map at a time"
+    regions, kind = list(task.regions.values()), label_dtype(task)
+    outside_in = sorted(range(len(regions)), key=lambda i: -len(regions[i]))
+    innermost = {v: i for i in outside_in for v in regions[i]}
+    labels = np.zeros(tuple(maps[0].shape), kind)
+    for i in outside_in:
+        own = [v for v in regions[i] if innermost[v] == i]
+        painted = np.array((own or regions[i])[:1], kind)
+        if not own: # its parts fill it: the likeliest of them
+            parts = [innermost[v] for v in regions[i]]
+            painted = _likeliest(maps, parts, np.array(regions[i], kind))
+        np.copyto(labels, painted, where=(maps[i] > .5).numpy())
     return labels
 
 def label_map(
@@ -178,7 +183,10 @@ def label_map(
     task:Task, # of the run
 )->np.ndarray: # labels (D,H,W) on the scan's own grid, in the dataset's values and the type of `label_dtype`
     "The likeliest label of each voxel, or nested regions above one half"
-    labels = _painted(maps, task) if task.activation == "sigmoid" else _likeliest(maps, task)
+    if task.activation == "sigmoid":
+        labels = _painted(maps, task)
+    else:
+        labels = _likeliest(maps, range(task.outputs), np.array(list(task.labels), label_dtype(task)))
     return place(labels, loaded)
 
 def predict_case(

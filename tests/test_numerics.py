@@ -307,3 +307,14 @@ def test_a_layer_in_float32_trains_with_ddp(tmp_path):
     twin = copy.deepcopy(model)
     layer = twin.get_submodule("main.encoder.0.0.conv1")
     assert layer.forward.layer is layer
+
+def test_large_logits_in_half_do_not_make_the_loss_infinite():
+    "An output that is left out of the loss counts 0 times its sum, and the sum of a volume of halves exceeds 65504"
+    from egcnn_nb.steps import _total
+    logits = torch.zeros(1, 2, 8, 8, 8, requires_grad=True)
+    main = torch.full((1, 2, 64, 64, 64), 3., dtype=torch.float16, requires_grad=True)
+    loss = EGLoss(supervise="fused")
+    total = _total({"total": logits.sum()+1.5}, loss, logits, main)
+    total.backward()
+    assert total.item() == 1.5 and total.dtype == torch.float32
+    assert main.grad is not None and not main.grad.any()
