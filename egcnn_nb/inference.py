@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.ndimage import binary_erosion, distance_transform_edt
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -103,6 +103,13 @@ def predict(
 
 # %% ../nbs/11_inference.ipynb #84a41281
 from .folders import read_config, settings_of_config
+from .self_check import compute_in_float32
+
+def _float32_layers(path):
+    "Names of the layers that the self-check of a run found to be wrong in reduced precision"
+    with safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+    return json.loads(about.get("float32", "[]"))
 
 def load_run(
     run, # folder written by egcnn_train
@@ -114,7 +121,9 @@ def load_run(
     try:
         model = make_model(settings, task)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e: raise InputError(f"{run/'config.json'}: found something else ({type(e).__name__}: {e}), expected the settings of a run, as egcnn_train wrote them") from e
-    try: load_model(model, run/"model.safetensors")
+    try:
+        load_model(model, run/"model.safetensors")
+        compute_in_float32(model, _float32_layers(run/"model.safetensors"))
     except (SafetensorError, RuntimeError) as e: raise InputError(f"{run/'model.safetensors'}: found weights that are broken or of another network ({str(e).splitlines()[0]}), expected those of config.json; copy them again") from e
     return model.eval(), settings, task
 
