@@ -5,7 +5,6 @@
 A BraTS-sized case (240x240x155, 4 channels, 1 mm) and a KiTS-sized CT (512x512x300, 0.8x0.8x1 mm), made of phantoms;
 EG-CNN on Seg-Net, width 8, 4 levels, windows of 128^3, random weights (the cost does not depend on them)."""
 import argparse, json, os, subprocess, sys, tempfile, time
-from dataclasses import asdict
 from pathlib import Path
 
 import nibabel as nib
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 
 from egcnn_nb.core import BRATS, KITS
 from egcnn_nb.settings import Settings
+from egcnn_nb.folders import describe
 from egcnn_nb.networks import make_model
 from egcnn_nb.volumes import abdomen, brain
 
@@ -39,7 +39,7 @@ def kits_case(folder):
 def run_folder(folder, task, precision, edge):
     "A run as egcnn_train writes it, never trained"
     settings = Settings("", str(folder), edge=edge, precision=precision, patch_size=(128,)*3)
-    folder.mkdir(); (folder/"config.json").write_text(json.dumps({"settings": asdict(settings), "task": asdict(task)}))
+    folder.mkdir(); (folder/"config.json").write_text(json.dumps(describe(settings, task, [], [])))
     save_file(make_model(settings, task).state_dict(), folder/"model.safetensors")
     return folder
 

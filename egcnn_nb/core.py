@@ -305,6 +305,12 @@ def processors()->int: # at least 1
     require(not asked or asked.isdigit() and int(asked) > 0, f"EGCNN_WORKERS is {asked!r}. Set it to a whole number of 1 or more.")
     return max(min(allowed, int(asked or allowed)), 1)
 
+def _files_in_memory():
+    "Bytes of files that this process's control group keeps in memory, and gives up when memory is needed"
+    words = _cgroup("memory.stat")
+    counts = dict(zip(words[::2], words[1::2]))
+    return int(counts.get("active_file", 0)) + int(counts.get("inactive_file", 0))
+
 def free_memory()->int: # bytes
     "Memory that this process may still take: what the machine has left, and what its container has"
     free = 8 << 30 # where the system does not tell
@@ -315,7 +321,7 @@ def free_memory()->int: # bytes
         pass
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")
     if limit and used and limit[0] != "max":
-        free = min(free, int(limit[0])-int(used[0]))
+        free = min(free, int(limit[0])-int(used[0])+_files_in_memory())
     return max(free, 0)
 
 def readers(

@@ -324,6 +324,7 @@ def describe(
 )->dict:
     "What config.json holds"
     values = {**asdict(settings), "readings": readings_in_force(settings)}
+    values = {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
     split = {"train": list(dict.fromkeys(c.name for c in train)), "validation": [c.name for c in val]}
     versions = {name: version(name) for name in ("torch", "numpy", "monai") if find_spec(name)}
     return {"settings": values, "task": asdict(task), "split": split, "versions": {"egcnn_nb": egcnn_nb.__version__, **versions}}

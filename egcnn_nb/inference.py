@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.ndimage import binary_erosion, distance_transform_edt
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import InputError, Task, exit_on_error, expect, keep_memory, probabilities, regions_to_labels, require, write_whole
+from .core import InputError, Task, exit_on_error, expect, keep_memory, probabilities, require, write_whole
 from .volumes import read_shape, write_volume
 from .layers import resize
 from .layouts import Case, find_dataset, name_of
@@ -103,6 +103,13 @@ def predict(
 
 # %% ../nbs/11_inference.ipynb #84a41281
 from .folders import read_config, settings_of_config
+from .self_check import compute_in_float32
+
+def _float32_layers(path):
+    "Names of the layers that the self-check of a run found to be wrong in reduced precision"
+    with safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+    return json.loads(about.get("float32", "[]"))
 
 def load_run(
     run, # folder written by egcnn_train
@@ -114,7 +121,9 @@ def load_run(
     try:
         model = make_model(settings, task)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e: raise InputError(f"{run/'config.json'}: found something else ({type(e).__name__}: {e}), expected the settings of a run, as egcnn_train wrote them") from e
-    try: load_model(model, run/"model.safetensors")
+    try:
+        load_model(model, run/"model.safetensors")
+        compute_in_float32(model, _float32_layers(run/"model.safetensors"))
     except (SafetensorError, RuntimeError) as e: raise InputError(f"{run/'model.safetensors'}: found weights that are broken or of another network ({str(e).splitlines()[0]}), expected those of config.json; copy them again") from e
     return model.eval(), settings, task
 
@@ -152,24 +161,29 @@ def case_maps(
         maps = averaged(members, x, task.activation, flips, inside, bar)
     return BoxMaps(maps, loaded.box_size), loaded
 
-def _likeliest(maps, task):
-    "Labels of the largest of the maps, of which two are in memory at a time"
-    values = np.array(list(task.labels), label_dtype(task))
-    best = maps[0].clone()
+def _likeliest(maps, channels, values):
+    "The value whose channel is largest, of which two are in memory at a time"
+    best = maps[channels[0]].clone()
     labels = np.full(tuple(best.shape), values[0])
-    for i in range(1, task.outputs):
-        current = maps[i]
-        np.copyto(labels, values[i], where=(current > best).numpy())
+    for channel, value in zip(channels[1:], values[1:]):
+        current = maps[channel]
+        np.copyto(labels, value, where=(current > best).numpy())
         torch.maximum(best, current, out=best)
     return labels
 
 def _painted(maps, task):
-    "Labels of nested regions, one after the other as `regions_to_labels` paints them"
-    alone = torch.eye(task.outputs).view(task.outputs, task.outputs, 1, 1, 1) # region i by itself
-    values = regions_to_labels(alone, task.regions).flatten().tolist()
-    labels = np.zeros(tuple(maps[0].shape), label_dtype(task))
-    for i, value in enumerate(values):
-        np.copyto(labels, value, where=(maps[i] > .5).numpy())
+    "Labels of nested regions, from outside in as `to_labels` paints them, one map at a time"
+    regions, kind = list(task.regions.values()), label_dtype(task)
+    outside_in = sorted(range(len(regions)), key=lambda i: -len(regions[i]))
+    innermost = {v: i for i in outside_in for v in regions[i]}
+    labels = np.zeros(tuple(maps[0].shape), kind)
+    for i in outside_in:
+        own = [v for v in regions[i] if innermost[v] == i]
+        painted = np.array((own or regions[i])[:1], kind)
+        if not own: # its parts fill it: the likeliest of them
+            parts = [innermost[v] for v in regions[i]]
+            painted = _likeliest(maps, parts, np.array(regions[i], kind))
+        np.copyto(labels, painted, where=(maps[i] > .5).numpy())
     return labels
 
 def label_map(
@@ -178,7 +192,10 @@ def label_map(
     task:Task, # of the run
 )->np.ndarray: # labels (D,H,W) on the scan's own grid, in the dataset's values and the type of `label_dtype`
     "The likeliest label of each voxel, or nested regions above one half"
-    labels = _painted(maps, task) if task.activation == "sigmoid" else _likeliest(maps, task)
+    if task.activation == "sigmoid":
+        labels = _painted(maps, task)
+    else:
+        labels = _likeliest(maps, range(task.outputs), np.array(list(task.labels), label_dtype(task)))
     return place(labels, loaded)
 
 def predict_case(

@@ -108,7 +108,8 @@ def _total(terms, loss, logits, main):
     "The loss of a part; where it leaves an output out, 0 times that too, so that every weight has a gradient"
     if loss.supervise == "both" or main is None:
         return terms["total"]
-    return terms["total"] + 0*(logits.sum()+main.sum())
+    total = terms["total"]
+    return total + 0*(logits.sum(dtype=total.dtype)+main.sum(dtype=total.dtype))         # a sum of halves may be infinite
 
 def _tell_scaler(model, bad):
     "Make every gradient NaN where the step is bad, so that the scaler finds it on each process"

@@ -6,7 +6,7 @@
 __all__ = ['poly_lr', 'not_learned', 'Run', 'fit']
 
 # %% ../nbs/10_training.ipynb #c48f93c6
-import copy, multiprocessing.queues, os, signal, sys, time
+import copy, json, multiprocessing.queues, os, signal, sys, time
 from collections import deque
 from pathlib import Path
 
@@ -271,7 +271,10 @@ class Run:
         "A row of metrics.csv; weights, if they are the best so far; a checkpoint"
         self.rows.append({"epoch": len(self.rows), "lr": self.optimizer.param_groups[0]["lr"], **self.terms(), "skipped": self.skipped, **{f"dice_{k}": v for k, v in dice.items()}})
         own = {name for name, _ in (*self.whole.named_parameters(), *self.whole.named_buffers())}                # each weight once, under one name
-        if dice["mean"] > self.best and ranks()[0] == 0: write_whole(Path(self.settings.out)/"model.safetensors", lambda p: p.write_bytes(save({n: t for n, t in self.whole.state_dict().items() if n in own})))
+        if dice["mean"] > self.best and ranks()[0] == 0:
+            weights = {n: t for n, t in self.whole.state_dict().items() if n in own}
+            about = {"float32": json.dumps(self.float32)} if self.float32 else None                               # `load_run` computes them so too
+            write_whole(Path(self.settings.out)/"model.safetensors", lambda p: p.write_bytes(save(weights, about)))
         self.best = max(self.best, dice["mean"]); self.begin_epoch(); self.save()
 
     def complaints(self)->list: # of strings for the log

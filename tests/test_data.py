@@ -89,3 +89,39 @@ def test_the_wheel_brings_what_the_package_reads(wheel, tmp_path):
     assert json.loads((shipped/"config.json").read_text())["task"]["name"] == "BraTS 2019"
     done = subprocess.run([*PREDICT, str(shipped), str(BRAINS/"HGG/BraTS19_PHANTOM_001_1"), "--out", str(tmp_path/"out")], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and (tmp_path/"out/BraTS19_PHANTOM_001_1.nii.gz").is_file(), done.stderr
+
+def test_files_in_memory_count_as_free(monkeypatch):
+    "A container's memory.current holds the files that were read, which the kernel gives up at once"
+    from egcnn_nb import core
+    gib = 1 << 30
+    told = {"memory.max": [str(2*gib)], "memory.current": [str(2*gib)],
+            "memory.stat": ["anon", str(gib), "inactive_file", str(gib//2), "active_file", str(gib//4)]}
+    machine = core.free_memory()
+    monkeypatch.setattr(core, "_cgroup", lambda name: told.get(name, []))
+    assert core.free_memory() == min(3*gib//4, machine)
+    told["memory.stat"] = []
+    assert core.free_memory() == 0
+
+def test_a_label_map_is_that_of_validation_where_regions_fill_a_region():
+    "`label_map` takes one map at a time, `to_labels` all at once: both choose the likeliest part"
+    import torch
+    from egcnn_nb.core import Task, to_labels
+    from egcnn_nb.datasets import Loaded
+    from egcnn_nb.inference import label_map
+    from egcnn_nb.volumes import Volume
+    grid = Volume(np.zeros((0, 0, 0), np.float32), np.eye(4), nib.Nifti1Header(), "none.nii")
+    loaded = Loaded("case", torch.zeros(1, 9, 8, 7), None, None, grid, (9, 8, 7), (slice(0, 9), slice(0, 8), slice(0, 7)))
+    labels = {0: "background", 1: "core", 2: "edema", 300: "rim"}
+    for regions in ({"whole": (1, 2, 300), "inner": (1, 2), "core": (1,), "edema": (2,), "rim": (300,)},
+                    {"whole": (1, 2, 300), "inner": (1, 300), "rim": (300,)}):
+        task = Task("parts", ("t1",), labels, regions, "sigmoid")
+        prob = torch.rand(len(regions), 9, 8, 7, generator=torch.Generator().manual_seed(0))
+        assert np.array_equal(label_map(prob, loaded, task), to_labels(prob[None], task)[0].numpy())
+
+def test_a_run_of_python_whose_files_are_paths_is_described_in_json():
+    from egcnn_nb.core import BRATS
+    from egcnn_nb.folders import describe, settings_of_config
+    from egcnn_nb.settings import Settings
+    settings = Settings(Path("data"), Path("out"), validation=Path("names.txt"), patch_size=(16, 16, 16))
+    config = json.loads(json.dumps(describe(settings, BRATS, [], [])))
+    assert config["settings"]["validation"] == "names.txt" and settings_of_config(config)[0].out == "out"

@@ -307,3 +307,35 @@ def test_a_layer_in_float32_trains_with_ddp(tmp_path):
     twin = copy.deepcopy(model)
     layer = twin.get_submodule("main.encoder.0.0.conv1")
     assert layer.forward.layer is layer
+
+def test_large_logits_in_half_do_not_make_the_loss_infinite():
+    "An output that is left out of the loss counts 0 times its sum, and the sum of a volume of halves exceeds 65504"
+    from egcnn_nb.steps import _total
+    logits = torch.zeros(1, 2, 8, 8, 8, requires_grad=True)
+    main = torch.full((1, 2, 64, 64, 64), 3., dtype=torch.float16, requires_grad=True)
+    loss = EGLoss(supervise="fused")
+    total = _total({"total": logits.sum()+1.5}, loss, logits, main)
+    total.backward()
+    assert total.item() == 1.5 and total.dtype == torch.float32
+    assert main.grad is not None and not main.grad.any()
+
+def test_a_trained_run_predicts_with_the_float32_layers_of_its_training(tmp_path):
+    "They are named in model.safetensors, whose weights were chosen by a validation that computed them so"
+    import json
+    from safetensors.torch import save_file
+    from egcnn_nb.folders import describe
+    from egcnn_nb.inference import load_run
+    settings = Settings("", "", width=4, levels=2, precision="bf16", patch_size=(16, 16, 16))
+    model, name = make_model(settings, KITS), "main.encoder.0.0.conv1"
+    (tmp_path/"config.json").write_text(json.dumps(describe(settings, KITS, [], [])))
+    for about, names in (({"float32": json.dumps([name])}, [name]), (None, [])):
+        save_file(model.state_dict(), tmp_path/"model.safetensors", about)
+        loaded = load_run(tmp_path)[0]
+        assert [n for n, m in loaded.named_modules() if "forward" in vars(m)] == names
+        layer = dict(loaded.named_modules())[name]
+        x = torch.randn(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(1, layer.in_channels, 1, 1, 1)
+        with torch.no_grad(), torch.autocast("cpu", BF16):
+            found = layer(x)
+        with torch.no_grad():
+            exact = layer(x)
+        assert torch.equal(found, exact.to(BF16)) == bool(names)          # rounded once, at the end
