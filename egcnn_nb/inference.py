@@ -124,7 +124,7 @@ def load_run(
     try:
         load_model(model, run/"model.safetensors")
         compute_in_float32(model, _float32_layers(run/"model.safetensors"))
-    except (SafetensorError, RuntimeError) as e: raise InputError(f"{run/'model.safetensors'}: found weights that are broken or of another network ({str(e).splitlines()[0]}), expected those of config.json; copy them again") from e
+    except (SafetensorError, RuntimeError, ValueError, TypeError) as e: raise InputError(f"{run/'model.safetensors'}: found weights that are broken or of another network ({str(e).splitlines()[0]}), expected those of config.json; copy them again") from e
     return model.eval(), settings, task
 
 # %% ../nbs/11_inference.ipynb #13303c64
