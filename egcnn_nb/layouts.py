@@ -609,6 +609,8 @@ def _rows(path):
         rows.append(row)
     return rows, columns
 
+_MANY = 20 # values of label maps without background that are believed
+
 def _expect_files_in(path, rows, channels):
     "Raise `InputError` on a column that names no file at all, such as an age"
     for channel in channels:
@@ -645,7 +647,12 @@ def table(
     names = {v: "background" if v == 0 else f"label {v}" for v in known}
     classes = {n: (v,) for v, n in names.items() if v}
     task = Task(root.name, tuple(channels), names, classes, "softmax", _intensities(channels))
-    return Dataset(root, task, sorted(cases, key=lambda c: c.name))
+    conflicts = []
+    if len(found) > _MANY and 0 not in found:
+        conflicts.append(
+            f"{path} names label maps with {len(found)} values, and none of them is 0. Check the "
+            "column label: it seems to name the images.")
+    return Dataset(root, task, sorted(cases, key=lambda c: c.name), (), tuple(conflicts))
 
 # %% ../nbs/08b_layouts.ipynb #65682a3e
 LAYOUTS = {

@@ -1264,6 +1264,14 @@ def predict_one_name(tmp):
     assert len(find_inputs([tmp/"a"], KITS)) == 2
     return refused(lambda: find_inputs(files, KITS), "more than once")
 
+@row("images and label maps exchanged in cases.csv, both whole numbers", "a problem; training is refused")
+def csv_exchanged(tmp):
+    root = table(tmp/"data", image=lambda x: np.rint(x).astype(np.int16))
+    text = (root/"cases.csv").read_text()
+    (root/"cases.csv").write_text(text.replace("case,t1,label", "case,label,t1"))
+    says(root, 1, "seems to name the images")
+    return not_trained(root, tmp/"run", "seems to name the images")
+
 @row("--spacing 0, --spacing 1 2, --readers 0", "refused in one line")
 def check_with_wrong_words(tmp):
     table(tmp)
