@@ -42,7 +42,10 @@ def normalize(
     inside = x != 0 if how == "zscore_nonzero" else np.ones_like(x, bool)
     if not inside.any(): return np.zeros_like(x)
     values = x[inside].astype(np.float64)
-    return np.where(inside, (x-values.mean())/max(values.std(), 1e-8), 0).astype(np.float32)
+    spread = values.std()
+    rounding = 1e-8*np.abs(values).max()                           # less than float32 can tell apart
+    if spread <= rounding: return np.zeros_like(x)
+    return np.where(inside, (x-values.mean())/spread, 0).astype(np.float32)
 
 # %% ../nbs/09_datasets.ipynb #7da3ff5b
 def target_size(

@@ -167,6 +167,8 @@ def _split(dataset, settings):
     if used < length:
         train = random.Random(settings.seed).sample(train, used)
     notes = [f"{dataset.task.name}: {len(train)} case{'' if len(train) == 1 else 's'} for training, {len(val)} for validation"]
+    if settings.exclude is not None and not out:
+        notes.append(f"{settings.exclude} names no case, so that none is left out")
     if len(known) < len(dataset.cases):
         notes.append(f"{len(dataset.cases)-len(known)} cases left out by {settings.exclude}")
     if len(labelled) < len(known):

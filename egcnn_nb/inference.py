@@ -219,7 +219,8 @@ def _stem(path):
 
 def _scans_in(folder):
     "The NIfTI files of a folder; hidden ones, such as the ._NAME that macOS leaves, are none"
-    shown = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
+    there = [f for f in folder.iterdir() if f.is_file() or f.is_symlink() and not f.exists()] # a link to a file that is gone is told
+    shown = sorted(f for f in there if not f.name.startswith("."))
     return [f for f in shown if f.name.lower().endswith((".nii", ".nii.gz"))]
 
 def _dataset_cases(folder, task):
@@ -293,7 +294,7 @@ def find_inputs(
         else:
             cases += found
     cases += _file_cases(files, task)
-    twice = sorted({c.name for c in cases if sum(d.name == c.name for d in cases) > 1})
+    twice = sorted({c.name for c in cases if sum(d.name.lower() == c.name.lower() for d in cases) > 1})
     expect(not twice, "INPUT", f"the name {twice} more than once", "one output name an input", "predict them into separate folders")
     return cases
 

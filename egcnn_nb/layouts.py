@@ -75,10 +75,15 @@ def _images(folder):
     "NIfTI files in a folder, without hidden ones"
     return [p for p in _visible(folder) if _is_nifti(p)]
 
+def _is_case_folder(path):
+    "Whether it is a folder and no run, or a link to a folder that is gone, which is a case that lacks its files"
+    gone = path.is_symlink() and not path.exists() and not _is_nifti(path)
+    return gone or path.is_dir() and not is_run(path)
+
 def _case_folders(root, prefix):
     "Folders whose name begins with `prefix` in upper or lower case, without run folders"
     found = [p for p in _visible(root) if p.name.lower().startswith(prefix)]
-    return [p for p in found if p.is_dir() and not is_run(p)]
+    return [p for p in found if _is_case_folder(p)]
 
 def _copies(folder):
     "Sentences on files of one name with two endings, such as a.nii and a.nii.gz"
@@ -219,15 +224,24 @@ def kits(
     return Dataset(root, KITS_2021 if cysts else KITS, cases, (), tuple(conflicts))
 
 # %% ../nbs/08b_layouts.ipynb #2abb6711
+def _once(pairs):
+    "A dict of the names and values of a JSON object; raises `InputError` on a name that is there twice"
+    count = Counter(name for name, _ in pairs)
+    twice = [name for name in count if count[name] > 1]
+    require(not twice,
+        f"The name {twice[:3]} is there several times in one object. Give each a name of its own.")
+    return dict(pairs)
+
 def _json(root, *keys):
     "dataset.json of a folder if it has `keys`, else None; raises `InputError` if it is no JSON"
     path = root/"dataset.json"
     if not path.is_file():
         return None
     try:
-        info = json.loads(_text(path))
-    except InputError:
-        raise
+        text = _text(path)
+        info = json.loads(text, object_pairs_hook=_once)
+    except InputError as e:
+        raise InputError(f"{path}: {e}" if str(path) not in str(e) else str(e)) from e
     except ValueError as e:
         raise InputError(f"{path} is no JSON ({e}). Correct it, or copy it again.") from e
     return info if isinstance(info, dict) and all(k in info for k in keys) else None
@@ -468,6 +482,10 @@ def _ending_of(root, info):
     packed = any(p.name.lower().endswith(".gz") for p in files)
     default = ".nii.gz" if packed or not files else ".nii"
     ending = info.get("file_ending", default)
+    if isinstance(ending, str):
+        ending = ending.lower()
+    require(ending not in ("nii", "nii.gz"),
+        f"{root/'dataset.json'} gives file_ending {ending!r}. Write it with its dot, \".{ending}\".")
     require(ending in (".nii", ".nii.gz"),
         f"{root/'dataset.json'} gives file_ending {ending!r}, which is not read. Convert the "
         "files to .nii.gz with SimpleITK, SimpleITK.WriteImage(SimpleITK.ReadImage(old), "
@@ -553,6 +571,8 @@ def nnunet(
     return Dataset(root, task, cases, tuple(problems), tuple(conflicts))
 
 # %% ../nbs/08b_layouts.ipynb #c5840d30
+_FILES = (".gz", ".nii", ".mha", ".mhd", ".nrrd", ".dcm", ".hdr", ".img", ".mgz") # endings of images
+
 def _rows(path):
     "The lines of a cases.csv as dicts, and the names of its columns"
     lines = list(csv.reader(io.StringIO(_text(path), newline="")))
@@ -578,6 +598,9 @@ def _rows(path):
         require(len(cells) <= len(columns),
             f"{path}, line {number}, has {len(cells)} cells, but there are {len(columns)} "
             "columns. Put a path that holds a comma between quotes.")
+        require(not any("\n" in cell for cell in cells),
+            f"{path}, line {number}, has a quote that is not closed, so that it goes on over "
+            "the lines below it. Close or remove the quote.")
         row = dict(zip(columns, cells + [""]*(len(columns)-len(cells))))
         empty = [c for c in columns if c != "label" and not row[c]]
         require(not empty,
@@ -585,6 +608,17 @@ def _rows(path):
             "or remove the line.")
         rows.append(row)
     return rows, columns
+
+_MANY = 20 # values of label maps without background that are believed
+
+def _expect_files_in(path, rows, channels):
+    "Raise `InputError` on a column that names no file at all, such as an age"
+    for channel in channels:
+        cells = [row[channel] for row in rows]
+        files = any(Path(cell).suffix.lower() in _FILES for cell in cells)
+        require(files or not cells,
+            f"{path} has the column {channel!r} with cells such as {cells[:2]}, which are no "
+            "files. Remove the column: each one besides case and label is a channel.")
 
 def _values(case):
     "The values of a label map; none if it cannot be read, which is told when the case is read"
@@ -602,6 +636,7 @@ def table(
         return None
     rows, columns = _rows(path)
     channels = [c for c in columns if c not in ("case", "label")]
+    _expect_files_in(path, rows, channels)
     cases = []
     for row in rows:
         images = tuple(_listed(root, row[c]) for c in channels)
@@ -612,7 +647,12 @@ def table(
     names = {v: "background" if v == 0 else f"label {v}" for v in known}
     classes = {n: (v,) for v, n in names.items() if v}
     task = Task(root.name, tuple(channels), names, classes, "softmax", _intensities(channels))
-    return Dataset(root, task, sorted(cases, key=lambda c: c.name))
+    conflicts = []
+    if len(found) > _MANY and 0 not in found:
+        conflicts.append(
+            f"{path} names label maps with {len(found)} values, and none of them is 0. Check the "
+            "column label: it seems to name the images.")
+    return Dataset(root, task, sorted(cases, key=lambda c: c.name), (), tuple(conflicts))
 
 # %% ../nbs/08b_layouts.ipynb #65682a3e
 LAYOUTS = {

@@ -58,6 +58,15 @@ def _first_bytes(path, n):
     with _unpacked(path) as f:
         return f.read(n)
 
+def _check_packed(path):
+    "Refuse a .gz that gzip did not pack, where its first bytes are those of a NIfTI header"
+    if not _gzipped(path):
+        return
+    with open(path, "rb") as f:
+        first = f.read(4)
+    sizes = {int.from_bytes(first, order) for order in ("little", "big")}
+    require(not sizes & {348, 540}, f"{path} is not packed by gzip, but its name says so. Rename it to end in .nii.")
+
 class _unpacked:
     "A file opened for reading, unpacked if it is a .gz; what goes wrong while it is read becomes an `InputError`"
     def __init__(self, path):
@@ -65,6 +74,7 @@ class _unpacked:
 
     def __enter__(self):
         try:
+            _check_packed(self.path)
             self.file = gzip.open(self.path) if _gzipped(self.path) else open(self.path, "rb")
         except OSError as e:
             self.__exit__(type(e), e, None)

@@ -73,10 +73,13 @@ def expect_finite(
     most = float(np.abs(array).max(initial=0))
     require(most <= float(np.finfo(np.float32).max), f"{path} has values up to {most:.3g}, which float32 cannot hold. Divide the image by a constant.")
 
-def _read_three_axes(path, scaled):
+_SPLIT = "split a series into one file a channel"
+_MERGE = "merge the masks of a case into one label map, with a number for each class"
+
+def _read_three_axes(path, scaled, fix=_SPLIT):
     "Array of three axes, affine and header of a file"
     array, affine, header = read_array(path, scaled)
-    expect(array.ndim == 3 and array.size, path, f"shape {array.shape}", "three axes (D, H, W)", "split a series into one file a channel")
+    expect(array.ndim == 3 and array.size, path, f"shape {array.shape}", "three axes (D, H, W)", fix)
     expect_finite(array, path)
     return array, affine, header
 
@@ -121,7 +124,7 @@ def read_labels(
     path, # a .nii or .nii.gz file
 )->Volume: # array int32 (D,H,W), and in `rounded` how many voxels were not exactly whole
     "Read one label map; raises `InputError` as `read_volume` does, and as `whole_numbers` on its values"
-    array, affine, header = _read_three_axes(path, np.float64)
+    array, affine, header = _read_three_axes(path, np.float64, _MERGE)
     labels, rounded = whole_numbers(array, path)
     return Volume(labels, affine, header, Path(path), rounded)
 

@@ -1196,6 +1196,82 @@ def no_flock(tmp):
 
 # --- the command
 
+@row("a name twice in one object of dataset.json", "refused: JSON would keep the last without a word")
+def json_name_twice(tmp):
+    nnunet(tmp)
+    path = tmp/"dataset.json"
+    path.write_text(path.read_text().replace('"0": "T1"', '"0": "T1", "0": "T2"'))
+    return says(tmp, 2, "several times", "dataset.json")
+
+@row("file_ending .NII.GZ, and nii.gz without its dot", "read, and refused: the dot is told")
+def file_ending_spelled(tmp):
+    nnunet(tmp)
+    path = tmp/"dataset.json"
+    text = path.read_text()
+    path.write_text(text.replace('".nii.gz"', '".NII.GZ"'))
+    says(tmp, 0, "0 problems")
+    path.write_text(text.replace('".nii.gz"', '"nii.gz"'))
+    return says(tmp, 2, "with its dot")
+
+@row("a BraTS case is a link to a folder that is gone", "a problem, not left out without a word")
+def brats_link_gone(tmp):
+    brats(tmp, ["BraTS-GLI-00000-000"], values=(1, 3))
+    (tmp/"BraTS-GLI-00009-000").symlink_to(tmp/"gone")
+    return says(tmp, 1, "BraTS-GLI-00009-000")
+
+@row("a quote in cases.csv that is not closed", "refused: the quote is told")
+def csv_open_quote(tmp):
+    table(tmp)
+    path = tmp/"cases.csv"
+    path.write_text(path.read_text().replace("im1.nii.gz", '"im1.nii.gz'))
+    return says(tmp, 2, "quote", "line")
+
+@row("a column `age` in cases.csv", "refused: a column is a channel")
+def csv_age(tmp):
+    table(tmp)
+    path = tmp/"cases.csv"
+    lines = path.read_text().split()
+    path.write_text("\n".join([lines[0]+",age", *(line+",41" for line in lines[1:])]))
+    return says(tmp, 2, "age", "Remove the column")
+
+@row("a label map of 4 axes, a mask for each class", "refused: merge the masks")
+def label_of_four_axes(tmp):
+    table(tmp, label=lambda y: np.stack([y == 1, y == 2], -1))
+    return says(tmp, 1, "merge the masks")
+
+@row("a file of NIfTI that gzip did not pack, called .nii.gz", "refused: how to rename it")
+def gz_not_packed(tmp):
+    table(tmp)
+    path = tmp/"im0.nii.gz"
+    path.write_bytes(gzip.decompress(path.read_bytes()))
+    return says(tmp, 1, "end in .nii.")
+
+@row("intensities of 1e-30, by a small slope", "normalised like any others")
+def tiny_intensities(tmp):
+    from egcnn_nb.datasets import normalize
+    x = scan(0)[0]
+    same = np.allclose(normalize(x*np.float32(1e-30), "zscore"), normalize(x, "zscore"), atol=1e-3)
+    assert same and not normalize(x*0+np.float32(.1), "zscore").any()
+    return "the same z-scores"
+
+@row("predict scan.nii.gz and SCAN.nii.gz, and a link to a file that is gone", "refused; told")
+def predict_one_name(tmp):
+    from egcnn_nb.core import KITS
+    from egcnn_nb.inference import find_inputs
+    x = scan(0)[0]
+    files = [save(tmp/"a/scan.nii.gz", x), save(tmp/"b/SCAN.nii.gz", x)]
+    (tmp/"a/gone.nii.gz").symlink_to(tmp/"nowhere")
+    assert len(find_inputs([tmp/"a"], KITS)) == 2
+    return refused(lambda: find_inputs(files, KITS), "more than once")
+
+@row("images and label maps exchanged in cases.csv, both whole numbers", "a problem; training is refused")
+def csv_exchanged(tmp):
+    root = table(tmp/"data", image=lambda x: np.rint(x).astype(np.int16))
+    text = (root/"cases.csv").read_text()
+    (root/"cases.csv").write_text(text.replace("case,t1,label", "case,label,t1"))
+    says(root, 1, "seems to name the images")
+    return not_trained(root, tmp/"run", "seems to name the images")
+
 @row("--spacing 0, --spacing 1 2, --readers 0", "refused in one line")
 def check_with_wrong_words(tmp):
     table(tmp)
