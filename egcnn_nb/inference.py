@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import InputError, Task, exit_on_error, expect, keep_memory, probabilities, require, write_whole
+from .nifti import read_array
 from .volumes import read_shape, write_volume
 from .layers import resize
 from .layouts import Case, find_dataset, name_of
@@ -369,8 +370,18 @@ def _begun(out, record, resume):
     try: write_whole(path, lambda p: p.write_text(json.dumps(record, indent=1))); yield
     finally: lock.release()
 
+def _labels_alone(path, task):
+    "Whether the voxels of a file are labels of the task and nothing else, two of them at least"
+    array = read_array(path)[0]
+    if array.min() < 0 or array.max() > max(task.labels):
+        return False
+    values = set(np.unique(array).tolist())
+    return len(values) > 1 and values <= set(task.labels)
+
 def _predict_one(runs, case, files, save, flips, bar):
-    "Predict one case; its label map is written last"
+    "Predict one case; its label map is written last; raises `InputError` where the case is a label map"
+    mask = all(_labels_alone(path, runs[0][2]) for path in case.images)
+    require(not mask, f"{case.images[0]} holds only labels of {runs[0][2].name}. It is a label map and no scan: leave it out.")
     task, inside = runs[0][2], bool(set(save)-{"probabilities"})
     maps, loaded = case_maps(runs, case, flips, inside, bar)
     k, background = task.outputs, [float(task.activation == "softmax")] + [0.]*len(maps)

@@ -1085,6 +1085,18 @@ def predict_imagesTs(tmp):
     assert np.array_equal(np.asarray(one["scan_006"].dataobj), np.asarray(maps["scan_006"].dataobj))
     return "two label maps"
 
+@row("a folder of scans with their label maps beside them, predicted", "the scans are predicted, each label map is left out by name")
+def predict_label_maps_beside_scans(tmp):
+    decathlon(tmp/"data", ["a.nii.gz", "b.nii.gz", "c.nii.gz"])
+    trains(tmp/"data", tmp/"run")
+    for folder, name in (("imagesTr", "a"), ("labelsTr", "a_seg")):
+        (tmp/"mixed").mkdir(exist_ok=True)
+        shutil.copy(tmp/"data"/folder/"a.nii.gz", tmp/"mixed"/f"{name}.nii.gz")
+    code, _, err = command(predict_main, tmp/"run", tmp/"mixed", "--out", tmp/"out")
+    assert code == 2 and "a_seg.nii.gz holds only labels" in err, err
+    assert [p.name for p in (tmp/"out").glob("*.nii.gz")] == ["a.nii.gz"]
+    return "a is predicted, a_seg is left out"
+
 @row("six scans whose names are UIDs, predicted", "six label maps under their own names")
 def predict_names_with_dots(tmp):
     uids = [f"1.2.{i}" for i in range(4)]
