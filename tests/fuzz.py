@@ -101,7 +101,7 @@ class Inputs:
         from egcnn_nb.settings import Settings
         from egcnn_nb.networks import make_model
         s = Settings("d", "r", width=2, levels=2, patch_size=(8, 8, 8)); save_file(make_model(s, KITS).state_dict(), tmp/"run/model.safetensors")
-        config, weights = json.dumps({"settings": asdict(s), "task": asdict(KITS)}).encode(), (tmp/"run/model.safetensors").read_bytes()
+        config, weights = json.dumps({"settings": asdict(s), "task": asdict(KITS), "split": {"train": [], "validation": []}}).encode(), (tmp/"run/model.safetensors").read_bytes()
         (tmp/"run/config.json").write_bytes(config)
         # kind: share of all inputs, honest files, the place they go to, the mutator, what reads them
         text = lambda d, r: mutate(d, r, text=True)
