@@ -23,7 +23,7 @@ from tqdm.contrib.concurrent import thread_map
 
 from .core import BRATS, KITS, InputError, Task, exit_on_error, expect, outer_first
 from .core import readers, require
-from .nifti import read_header
+from .nifti import WIDEST, read_header
 from .volumes import Volume, expect_finite, read_array, read_labels, read_volume
 
 # %% ../nbs/08b_layouts.ipynb #c81ae07e
@@ -810,7 +810,7 @@ def expect_foreground(
         "again.")
 
 # %% ../nbs/08b_layouts.ipynb #a1f0c0d6
-MOST_FIELD = 5000. # mm along an axis: longer scans are refused
+MOST_FIELD = WIDEST # mm along an axis: longer scans are refused
 WIDE_FIELD = 2000.                                                 # mm: longer ones get a warning
 NARROW_FIELD = 5.                                                  # mm: shorter ones get a warning
 FEW_VOXELS = 8 # along an axis, at the spacing of the run: fewer get a warning
