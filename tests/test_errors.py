@@ -133,7 +133,7 @@ def test_a_browser_is_found_where_there_is_one(tmp_path, monkeypatch):
 
 def test_without_a_browser_to_be_had_there_is_one_sentence(monkeypatch, capfd):
     monkeypatch.setattr(browser, "find", lambda: None)
-    monkeypatch.setattr(browser, "HOST", "http://127.0.0.1:9")         # nothing answers there
+    monkeypatch.setenv("PLAYWRIGHT_DOWNLOAD_HOST", "http://127.0.0.1:9")               # nothing answers there
     monkeypatch.setattr(browser, "is_root", lambda: False)
     assert browser.main() == 1 and browser.SENTENCE in capfd.readouterr().err
 
