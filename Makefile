@@ -19,7 +19,7 @@ demo: install
 test: install
 	$(BIN)/python tools/browser.py    # a Chromium, downloaded where there is none
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test    # two notebooks run side by side: one thread each
-	$(BIN)/pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests    # and two files of tests
 
 lab: install
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev,itk]'
