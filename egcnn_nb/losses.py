@@ -45,6 +45,25 @@ def _over_batch(x):
     x = x.sum(0)
     return _SumOverRanks.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
+_CHOICES = {
+    "activation": ("softmax", "sigmoid"),
+    "semantic": ("dice_ce", "dice"),
+    "supervise": ("both", "fused", "main"),
+    "edge_classes": ("each", "any"),
+    "eps_in": ("both", "denominator"),
+    "reduce": ("case", "batch"),
+    "where": ("truth", "union", "all"),
+    "consistency_reduce": ("mean", "sum"),
+    "consistency": ("masks", "both"),
+    "beta_over": ("case", "batch"),
+}
+
+def _one_of(name, value, choices):
+    "Refuse a value that is none of the choices"
+    quoted = [repr(c) for c in choices]
+    offered = ", ".join(quoted[:-1])+" or "+quoted[-1]
+    require(isinstance(value, str) and value in choices, f"{name} is {value!r}. Choose {offered}.")
+
 # %% ../nbs/05_losses.ipynb #c7254aa1
 class _Overlap(torch.autograd.Function):
     "Numerator and denominator of Dice without a volume between: 2 Σ pq and Σ p² + Σ q², each (B,C)"
@@ -135,21 +154,55 @@ def gumbel_softmax_probs(
     return decided + soft - soft.detach() if hard else soft
 
 # %% ../nbs/05_losses.ipynb #352c4299
+def _voxels_compared(prob, target, magnitude, where):
+    "The voxels e+ of eq. 7, as 0 and 1"
+    if where == "all":
+        return torch.ones_like(prob)
+    edge = edge_target(target, magnitude=magnitude)
+    if where == "union":
+        edge = torch.maximum(edge, edge_target((prob > 0.5).float()))
+    return edge
+
+def _over_voxels(difference, voxels, reduce):
+    "Sum or mean over the voxels compared for each case and class, and the mean of these numbers"
+    axes = _space(difference)
+    result = (difference*voxels).sum(axes)
+    if reduce == "mean":
+        result = result/voxels.sum(axes).clamp_min(1)
+    return result.mean()
+
+def _edge_mismatch(edge_logits, magnitude, voxels, reduce):
+    "L1 between the edge stream's probabilities and the gradient magnitude of the masks, cut at 1"
+    face = flat_face(magnitude.dim()-2)
+    gradient = (magnitude/face).clamp(max=1)
+    if edge_logits.shape[1] == 1:                                 # one map for all classes
+        gradient = gradient.amax(1, keepdim=True)
+        voxels = voxels.amax(1, keepdim=True)
+    edge_logits, gradient = _pair(edge_logits, gradient, "consistency_loss, edge_logits")
+    difference = (torch.sigmoid(edge_logits) - gradient).abs()
+    return _over_voxels(difference, voxels, reduce)
+
 def consistency_loss(
     prob:Tensor, # decided probabilities (B,C,D,H,W), see `gumbel_softmax_probs`
     target:Tensor, # masks {0,1}, same shape, without background
-    where:str="truth", # voxels compared: edges of the "truth", or the "union" with the prediction's
+    where:str="truth", # voxels: edges of the "truth", their "union" with the prediction's, or "all"
     magnitude:Tensor=None, # `sobel_magnitude` of the target, where it is known already
+    consistency_reduce:str="mean", # "mean" over these voxels, or their "sum" (eq. 7)
+    edge_logits:Tensor=None, # edge stream's scores (B,C,D,H,W), or (B,1,D,H,W) for any class
 )->Tensor: # scalar ≥ 0
-    "L1 between gradient magnitudes on edge voxels, a flat face counting 1 (eq. 7)"
-    expect(where in ("truth", "union"), "where", repr(where), "'truth' or 'union'")
+    "L1 of gradient magnitudes, a flat face counting 1 (eq. 7); a sum is the mean times the voxels compared"
+    _one_of("where", where, _CHOICES["where"])
+    _one_of("consistency_reduce", consistency_reduce, _CHOICES["consistency_reduce"])
     prob, target = _pair(prob, target, "consistency_loss")
-    if magnitude is None: magnitude = sobel_magnitude(target)
-    edge = edge_target(target, magnitude=magnitude)
-    if where == "union": edge = torch.maximum(edge, edge_target((prob > 0.5).float()))
-    difference = (sobel_magnitude(prob) - magnitude).abs()/flat_face(prob.dim()-2)
-    axes = _space(prob)
-    return ((difference*edge).sum(axes)/edge.sum(axes).clamp_min(1)).mean()
+    if magnitude is None:
+        magnitude = sobel_magnitude(target)
+    voxels = _voxels_compared(prob, target, magnitude, where)
+    predicted = sobel_magnitude(prob)
+    difference = (predicted - magnitude).abs()/flat_face(prob.dim()-2)
+    loss = _over_voxels(difference, voxels, consistency_reduce)
+    if edge_logits is not None:
+        loss = loss + _edge_mismatch(edge_logits, predicted, voxels, consistency_reduce)
+    return loss
 
 # %% ../nbs/05_losses.ipynb #30ddcb5e
 def edge_box(
@@ -186,23 +239,6 @@ def mask_cross_entropy(
     return F.cross_entropy(logits, target) if activation == "softmax" else F.binary_cross_entropy_with_logits(logits, target)
 
 # %% ../nbs/05_losses.ipynb #11651481
-_CHOICES = {
-    "activation": ("softmax", "sigmoid"),
-    "semantic": ("dice_ce", "dice"),
-    "supervise": ("both", "fused", "main"),
-    "edge_classes": ("each", "any"),
-    "eps_in": ("both", "denominator"),
-    "reduce": ("case", "batch"),
-    "where": ("truth", "union"),
-    "beta_over": ("case", "batch"),
-}
-
-def _one_of(name, value, choices):
-    "Refuse a value that is none of the choices"
-    quoted = [repr(c) for c in choices]
-    offered = ", ".join(quoted[:-1])+" or "+quoted[-1]
-    require(isinstance(value, str) and value in choices, f"{name} is {value!r}. Choose {offered}.")
-
 def _weight(name, value):
     "Refuse a value that is no finite number of 0 or more"
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -241,6 +277,8 @@ class EGLoss(nn.Module):
         consistency_alone:bool=False, # the consistency loss where there is no edge stream too: which is the control of `12a_hippocampus`
         semantic:str="dice_ce", # Dice with the cross entropy of the masks, or "dice" alone, as the paper's eq. 4
         w_cross_entropy:float|None=None, # weight of that cross entropy; None: 1, or none where `semantic` is "dice"
+        consistency_reduce:str="mean", # see `consistency_loss`; "sum" needs a small `w_consistency`
+        consistency:str="masks", # outputs in eq. 7: the "masks" alone, or "both", the edge stream's too
     ):
         super().__init__()
         given = dict(locals())
@@ -253,8 +291,12 @@ class EGLoss(nn.Module):
         require(tau > 0, f"tau is {tau!r}. Give a temperature above 0.")
         whole = isinstance(thickness, int) and not isinstance(thickness, bool)
         require(whole and thickness >= 1, f"thickness is {thickness!r}. Give a whole number of voxels, 1 or more.")
+        wide = f"consistency='both' compares edges two voxels wide, but thickness is {thickness}."
+        require(consistency == "masks" or thickness == 2, f"{wide} Choose thickness=2 or consistency='masks'.")
         self.activation, self.lambda1, self.lambda2, self.w_consistency = activation, lambda1, lambda2, w_consistency
         self.tau, self.hard, self.supervise, self.where, self.consistency_alone = tau, hard, supervise, where, consistency_alone
+        self.consistency_reduce = consistency_reduce
+        self.joint = consistency == "both"
         self.w_cross_entropy = cross_entropy_weight(semantic, w_cross_entropy)
         self.edge:dict = dict(edge_classes=edge_classes, thickness=thickness)
         self.dice:dict = dict(eps_in=eps_in, reduce=reduce)
@@ -282,23 +324,36 @@ class EGLoss(nn.Module):
         dice = dice_loss(probabilities(_float(logits), self.activation), target, **self.dice, skip=int(self.activation == "softmax"))
         return dice + self.w_cross_entropy*mask_cross_entropy(logits, target, self.activation) if self.w_cross_entropy else dice
 
+    def _noise(self, logits, keys):
+        "Gumbel noise for the logits (1,K,D,H,W) of one case in training, else None"
+        if not self.training:
+            return None
+        if self.activation == "softmax":
+            return gumbel_noise(logits.shape, keys, logits.device)
+        return gumbel_noise((1, 2, *logits.shape[1:]), keys, logits.device)[0].unsqueeze(1)
+
     def consistency(self,
         outputs:list, # logits (B,K,D,H,W)
         masks:Tensor, # truth without background (B,C,D,H,W)
         magnitude:Tensor, # `sobel_magnitude` of the masks
         keys:list|None, # names of the noise, one a case
+        edge_logits:Tensor|None=None, # of the edge stream, compared too; None: the masks alone
     )->Tensor: # scalar
-        "Consistency loss of the decided outputs, case by case in the box of its edges; noise in training only (eq. 7-8)"
-        cases, double = [], (2,) if self.activation == "sigmoid" else ()
-        boxes = [(slice(b, b+1), slice(None), *(edge_box(m) if self.where == "truth" else ())) for b, m in enumerate(magnitude)]
-        for b, (box, *inside) in enumerate(zip(boxes, *(_Cut.apply(z, boxes) for z in outputs))):
-            noise = None
-            if self.training:
-                noise = gumbel_noise((1, *double, *inside[0].shape[1:]), keys and keys[b:b+1], inside[0].device)
-                if double: noise = noise[0].unsqueeze(1)
-            for z in inside:
-                prob = self.foreground(gumbel_softmax_probs(z, self.tau, self.hard, self.activation, noise))
-                cases.append(consistency_loss(prob, masks[box], self.where, magnitude[box]))
+        "Consistency loss of the decided outputs, case by case; noise in training only (eq. 7-8)"
+        boxes = []
+        for b, of_case in enumerate(magnitude):
+            place = edge_box(of_case) if self.where == "truth" else ()        # elsewhere every voxel may count
+            boxes.append((slice(b, b+1), slice(None), *place))
+        pieces = [_Cut.apply(z, boxes) for z in outputs]
+        edges = [None]*len(boxes) if edge_logits is None else _Cut.apply(edge_logits, boxes)
+        cases = []
+        for b, box in enumerate(boxes):
+            noise = self._noise(pieces[0][b], keys and keys[b:b+1])
+            for piece in pieces:
+                decided = gumbel_softmax_probs(piece[b], self.tau, self.hard, self.activation, noise)
+                prob = self.foreground(decided)
+                cases.append(consistency_loss(prob, masks[box], self.where, magnitude[box],
+                                              self.consistency_reduce, edges[b]))
         return torch.stack(cases).mean()
 
     def forward(self,
@@ -308,6 +363,8 @@ class EGLoss(nn.Module):
         main_logits:Tensor=None, # main stream's own output (B,K,D,H,W)
         keys=None, # names of the noise, one tuple per case
     )->dict: # name -> scalar: total, semantic, edge_dice, edge_bce, consistency
+        missing = "consistency='both' compares the output of an edge stream, but there is none."
+        require(not self.joint or edge_logits is not None, f"{missing} Choose consistency='masks'.")
         outputs, masks = self.supervised(logits, main_logits), self.foreground(target)
         terms = {"semantic": torch.stack([self.semantic(z, target) for z in outputs]).mean()}
         terms["edge_dice"] = terms["edge_bce"] = terms["consistency"] = terms["semantic"].new_zeros(())
@@ -317,7 +374,9 @@ class EGLoss(nn.Module):
             edges = edge_target(masks, **self.edge, magnitude=magnitude)
             terms["edge_dice"] = dice_loss(_float(edge_logits).sigmoid(), edges, **self.dice)
             terms["edge_bce"] = balanced_bce(edge_logits, edges, **self.bce)
-        if consistent: terms["consistency"] = self.consistency(outputs, masks, magnitude, keys)
+        if consistent:
+            edges = edge_logits if self.joint else None
+            terms["consistency"] = self.consistency(outputs, masks, magnitude, keys, edges)
         total = (terms["semantic"] + self.w_consistency*terms["consistency"]
                  + self.lambda1*terms["edge_dice"] + self.lambda2*terms["edge_bce"])
         return {"total": total, **terms}
