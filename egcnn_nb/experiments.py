@@ -209,7 +209,7 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--robust", action="store_true", help="with --test: also noise, blur, bias field and gamma in five strengths, twenty times as long")
     p.add_argument("--exploratory", action="store_true", help="with --test: no comparison is the primary one, for an experiment that asks again what another was made to answer")
     p.add_argument("--plan", action="store_true", help="print runs, hours and disk, and start nothing")
-    p.add_argument("--quick", action="store_true", help="tiny runs and the test step at once, to see every table and figure within minutes; no evidence")
+    p.add_argument("--quick", action="store_true", help="tiny runs and the test step at once, to see every table and figure within minutes; no evidence. What a preset sets stays")
     p.add_argument("--backbones", nargs="+", choices=list(NAMES), default=["unet", "vnet", "segnet"], help="main streams; segresnet and dynunet are MONAI's")
     p.add_argument("--arms", nargs="+", default=["bare", "matched", "eg"], metavar="ARM", help=f"what is compared: {', '.join(ARMS)}, or one of them with readings of the paper, such as eg+supervise=main")
     p.add_argument("--seeds", type=int, default=5, help="runs of each")
