@@ -15,7 +15,7 @@ from typing import cast
 
 from .core import InputError, expect, processors, require, write_whole
 from .layouts import find_dataset
-from .settings import Settings, readings_of, spacing_of
+from .settings import Settings, preset_values, readings_of, spacing_of
 from .patches import split_cases
 from .folders import check_settings, known_names, prepare, read_names
 from .networks import windows
@@ -57,20 +57,25 @@ def freeze_test_cases(
     return names
 
 # %% ../nbs/11f_design.ipynb #04dd391a
+def _shared_readings(args):
+    "Readings of every arm: those of the preset that a bare backbone has too, then those that are given; each cell adds the rest of the preset's"
+    return preset_values(args.preset, False, readings_of(args.reading))["readings"]
+
 def check_arms(
     args:argparse.Namespace, # of `arguments`
 )->None:
     "Raise `InputError` on a setting of the experiment that cannot work, before anything is read"
     for name in ("jobs", "seeds"):
         require(getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}. Give a whole number of 1 or more.")
-    shared = {k: getattr(args, k) for k in ("epochs", "width", "levels", "batch_size", "precision", "validation", "patch_size", "cache")}
+    readings = _shared_readings(args)
+    shared = {k: getattr(args, k) for k in ("preset", "epochs", "width", "levels", "batch_size", "precision", "validation", "patch_size", "cache")}
     if args.augment is not None:
         shared["augment"] = tuple(args.augment)
     if args.spacing:
         shared["spacing"] = spacing_of(args.spacing)
     for backbone, arm, lr, cases in product(args.backbones, args.arms, args.lr, args.train_cases):
-        edge, readings = arm_with(arm, readings_of(args.reading))
-        check_settings(Settings("", "", backbone, edge, lr=lr, train_cases=cases, readings=readings or None, **shared))
+        edge, own = arm_with(arm, readings)
+        check_settings(Settings("", "", backbone, edge, lr=lr, train_cases=cases, readings=own or None, **shared))
 
 def design(
     data, # dataset folder
@@ -86,7 +91,9 @@ def design(
     if args.cache: recipe["cache"] = args.cache
     if args.spacing: recipe["spacing"] = list(settings.spacing)                # the median of one split, for all cells
     if args.augment is not None: recipe["augment"] = args.augment
-    if args.reading: recipe["readings"] = readings_of(args.reading)
+    readings = _shared_readings(args)
+    if readings: recipe["readings"] = readings
+    if args.preset != "default": recipe["preset"] = args.preset
     matched = {b: matched_width(settings_of(b, "eg", recipe, {}), task, settings.patch_size) for b in args.backbones}
     d = {"task": task, "names": names, "cases": (len(train), len(val)), "recipe": recipe, "widths": {b: w for b, (w, *_) in matched.items()}, "excess": {b: e for b, (_, *e) in matched.items()},
          "steps": -(-len(train)//args.batch_size), "windows": sum(len(windows(c.x.shape[1:], settings.patch_size)) for c in val)}

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from .core import exit_on_error, expect, write_whole
 from .explorers import COLOURS
 from .layouts import find_dataset
-from .settings import AUGMENTATIONS, Settings, share_or_file
+from .settings import AUGMENTATIONS, PresetParser, Settings, preset_note, preset_values, readings_of, share_or_file, spacing_of
 from .checkpoints import lock_run
 from .steps import read_metrics
 from .inference import load_run
@@ -201,15 +201,15 @@ def _number_or_all(word):
 
 def arguments()->argparse.ArgumentParser:
     "The flags of `egcnn_experiment`"
-    p = argparse.ArgumentParser("egcnn_experiment", description="Train every backbone bare, wider and with EG-CNN, by one recipe and with several seeds; then, as a step of its own, compare them on test cases that nothing has seen.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p = PresetParser("egcnn_experiment", description="Train every backbone bare, wider and with EG-CNN, by one recipe and with several seeds; then, as a step of its own, compare them on test cases that nothing has seen.",
+                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     p.add_argument("data", metavar="DATA", help="dataset folder, or a folder of such folders")
     p.add_argument("--out", required=True, metavar="DIR", help="folder of the experiment; the same command goes on with what was begun")
     p.add_argument("--test", action="store_true", help="the last step: score every run on the test cases, once, and write tables, figures and report.html; refused while a run is missing")
     p.add_argument("--robust", action="store_true", help="with --test: also noise, blur, bias field and gamma in five strengths, twenty times as long")
     p.add_argument("--exploratory", action="store_true", help="with --test: no comparison is the primary one, for an experiment that asks again what another was made to answer")
     p.add_argument("--plan", action="store_true", help="print runs, hours and disk, and start nothing")
-    p.add_argument("--quick", action="store_true", help="tiny runs and the test step at once, to see every table and figure within minutes; no evidence")
+    p.add_argument("--quick", action="store_true", help="tiny runs and the test step at once, to see every table and figure within minutes; no evidence. What a preset sets stays")
     p.add_argument("--backbones", nargs="+", choices=list(NAMES), default=["unet", "vnet", "segnet"], help="main streams; segresnet and dynunet are MONAI's")
     p.add_argument("--arms", nargs="+", default=["bare", "matched", "eg"], metavar="ARM", help=f"what is compared: {', '.join(ARMS)}, or one of them with readings of the paper, such as eg+supervise=main")
     p.add_argument("--seeds", type=int, default=5, help="runs of each")
@@ -228,6 +228,14 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--reading", metavar="NAME=VALUE", action="append", default=[], help="as in egcnn_train, for every arm; again for more")
     p.add_argument("--cache", metavar="DIR", help="as in egcnn_train")
     return p
+
+def _tell_preset(args):
+    "Print the preset, and what is not the preset's value, before anything is trained"
+    if args.preset == "default":
+        return
+    values = {"batch_size": args.batch_size, "lr": args.lr, "augment": args.augment, "spacing": spacing_of(args.spacing)}
+    readings = preset_values(args.preset, True, readings_of(args.reading))["readings"]
+    print(preset_note(args.preset, {**values, **readings}), flush=True)
 
 def run_experiment(
     data, # dataset folder
@@ -274,6 +282,7 @@ def main(
     before = signal.signal(signal.SIGTERM, stopped) if own else None
     def run():
         check_arms(args)
+        _tell_preset(args)
         found = datasets_in(args.data)
         for folder in found: run_experiment(folder, Path(args.out)/folder.name if found != [Path(args.data)] else Path(args.out), args)
     try:

@@ -83,7 +83,7 @@ def reading_for(
     known = own | _arguments(EGCNN) | _arguments(EGLoss)
     odd = sorted(set(readings) - known)
     expect(not odd, "readings", odd, f"names out of {sorted(known)} for {settings.backbone}")
-    alone = {*own, "eps_in", "reduce", "consistency_alone", "semantic", "w_cross_entropy", *(("w_consistency", "tau", "hard", "where") if readings.get("consistency_alone") else ())}
+    alone = {*own, "eps_in", "reduce", "consistency_alone", "semantic", "w_cross_entropy", *(("w_consistency", "tau", "hard", "where", "consistency_reduce") if readings.get("consistency_alone") else ())}
     idle = sorted(set(readings) - alone)
     expect(settings.edge or not idle, "readings", idle, f"those that a bare backbone or its loss listens to, {sorted(alone)}", "use --edge on")
     return {k: v for k, v in readings.items() if k in _arguments(cls)}

@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
 
-from .settings import AUGMENTATIONS, NETWORKS, Settings, default_cache, readings_of, share_or_file, spacing_of
+from .settings import AUGMENTATIONS, NETWORKS, PresetParser, Settings, default_cache, preset_values, readings_of, share_or_file, spacing_of
 
 # %% ../nbs/13_multi_gpu.ipynb #e35286b2
 LAUNCH = """one process, GPU if there is one:
@@ -35,8 +35,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 def arguments()->argparse.ArgumentParser:
     "The flags of `egcnn_train`, with the defaults of `Settings`"
-    p = argparse.ArgumentParser("egcnn_train", description="Train EG-CNN, or a bare backbone, on BraTS, KiTS, a Decathlon task, an nnU-Net folder or a table of cases.",
-                                formatter_class=_Help, epilog=LAUNCH, allow_abbrev=False)
+    p = PresetParser("egcnn_train", description="Train EG-CNN, or a bare backbone, on BraTS, KiTS, a Decathlon task, an nnU-Net folder or a table of cases.",
+                     formatter_class=_Help, epilog=LAUNCH, allow_abbrev=False)
     p.add_argument("data", metavar="DATA", help="dataset folder")
     p.add_argument("--out", required=True, metavar="RUN", help="run folder to write")
     p.add_argument("--backbone", choices=NETWORKS, default="segnet", help="main stream; segresnet and dynunet are MONAI's")
@@ -73,7 +73,9 @@ def settings_from(
 )->Settings:
     "Settings of a run from its flags"
     values = {k: v for k, v in vars(args).items() if k not in ("resume", "reading", "timeout")}
-    return Settings(**{**values, "readings": readings_of(args.reading) or None, "edge": args.edge == "on", "augment": tuple(args.augment), "spacing": spacing_of(args.spacing),
+    edge = args.edge == "on"
+    readings = preset_values(args.preset, edge, readings_of(args.reading))["readings"]
+    return Settings(**{**values, "readings": readings, "edge": edge, "augment": tuple(args.augment), "spacing": spacing_of(args.spacing),
                        "patch_size": tuple(args.patch_size) if args.patch_size else None})
 
 # %% ../nbs/13_multi_gpu.ipynb #7dc43906

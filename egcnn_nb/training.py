@@ -19,12 +19,12 @@ from .core import Task, expect, keep_memory, need, require, to_target, write_who
 from .gate import ResidualBlock
 from .losses import EGLoss
 from .backbones import BACKBONES
-from .settings import Settings
+from .settings import Settings, check_preset, preset_note
 from .patches import EpochBatches, Patches
 from .checkpoints import random_state, save_checkpoint, save_sharded, set_random_state
 from .networks import best_precision, make_model, reading_for
 from .steps import TERMS, mean_over_ranks, plot_curves, ranks, train_step, validate, write_csv
-from .folders import begin, check_settings, read_config, start_from
+from .folders import begin, check_settings, read_config, readings_in_force, start_from
 
 # %% ../nbs/10_training.ipynb #22657917
 def poly_lr(
@@ -306,6 +306,7 @@ def _logger(out, bar):
 
 def _checked(settings, resume, device):
     "Fill in the precision, and refuse what cannot work, before anything is read"
+    check_preset(settings.preset)
     check_settings(settings)
     own, out, world = best_precision(device), Path(settings.out), ranks()[1]
     require(settings.batch_size >= world, f"batch_size is {settings.batch_size} over {world} processes. Give at least one case for each of them.")
@@ -318,6 +319,12 @@ def _checked(settings, resume, device):
     over_batch = sorted(k for k, v in reading_for(EGLoss, settings).items() if v == "batch")
     expect(not over_batch or settings.accumulate == 1, "readings", f"{over_batch} over the batch, which is cut into {settings.accumulate} parts", "--accumulate 1")
     return ["this CPU computes bfloat16 by emulation: --precision fp32 is several times faster"]*(settings.precision == "bf16" != own)
+
+def _preset_notes(settings):
+    "A line for the log about the preset of a run, if it has one"
+    if settings.preset == "default":
+        return []
+    return [preset_note(settings.preset, {**vars(settings), **readings_in_force(settings)})]
 
 def fit(
     settings:Settings, # of the run
@@ -337,7 +344,7 @@ def fit(
     if state: run.load(state)
     bar = tqdm(total=settings.epochs*len(run.batches), initial=run.steps, desc="training", disable=quiet or rank > 0)
     log = _logger(out, bar) if rank == 0 else lambda text: None
-    for note in [*notes, f"precision {settings.precision}", *emulated, *run.notes, *([f"resumed after epoch {len(run.rows)}, step {run.step}"] if state else [])]: log(note)
+    for note in [*_preset_notes(settings), *notes, f"precision {settings.precision}", *emulated, *run.notes, *([f"resumed after epoch {len(run.rows)}, step {run.step}"] if state else [])]: log(note)
     if rank == 0: write_csv(out/"metrics.csv", run.rows)                          # a run may have been killed between a checkpoint and its table
     saved, done = time.monotonic(), True
     def due():

@@ -1,12 +1,18 @@
 "The commands as a user runs them: in processes of their own."
-import csv, os, shutil, signal, subprocess, sys, time
+import csv, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 import tiny
+from egcnn_nb.core import InputError
+from egcnn_nb.folders import check_settings, prepare
+from egcnn_nb.settings import Settings
+from egcnn_nb.train import arguments, settings_from
+from egcnn_nb.training import Run, fit
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT/"data_samples"
@@ -162,3 +168,133 @@ def test_the_demo_runs_to_its_picture(tmp_path):
     done = subprocess.run([sys.executable, ROOT/"tools/demo.py", "--epochs", "1", "--out", tmp_path/"demo"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "bare   EG-CNN" in done.stdout and (tmp_path/"demo/demo.png").stat().st_size > 20_000
+
+# --- the preset `paper`
+
+PAPER = {                                                           # section 3.2 of the paper, and eq. 4 to 6
+    "batch_size": 8,                                                # "We used a batch size of 8"
+    "lr": 0.0001,                                                   # "initial learning rate of 0.0001"
+    "spacing": (1, 1, 1),                                           # "resampled to 1 x 1 x 1 mm isotropic resolution"
+    "augment": (),                                                  # no word about augmentation
+}
+PAPER_READINGS = {
+    "semantic": "dice",                                             # "we use the Dice loss", eq. 4
+    "lambda1": 1,                                                   # "lambda_1 = 1, lambda_2 = 0.5"
+    "lambda2": 0.5,
+    "weight_negatives": True,                                       # (1-beta) in eq. 6
+}
+
+def flags(words):
+    "Settings from the flags of egcnn_train"
+    return settings_from(arguments().parse_args(["DATA", "--out", "RUN", *words.split()]))
+
+def test_the_preset_has_the_values_of_the_paper():
+    found = flags("--preset paper")
+    assert {name: getattr(found, name) for name in PAPER} == PAPER
+    assert found.readings == PAPER_READINGS and found.preset == "paper"
+    others = {name: value for name, value in vars(found).items() if name not in {*PAPER, "readings", "preset"}}
+    assert others == {name: getattr(Settings("DATA", "RUN"), name) for name in others}      # the paper names none of them
+    assert found == Settings.from_preset("paper", "DATA", "RUN")
+    assert flags("--preset default") == flags("") == Settings("DATA", "RUN")
+
+@pytest.mark.parametrize("words, name, value", [
+    ("--batch_size 2", "batch_size", 2),                            # a default, but given
+    ("--lr 1e-3", "lr", 1e-3),
+    ("--augment flip intensity", "augment", ("flip", "intensity")),
+    ("--spacing median", "spacing", "median"),
+    ("--spacing 1 1 3", "spacing", (1, 1, 3)),
+    ("--epochs 7", "epochs", 7),
+])
+def test_a_flag_that_is_given_wins_over_the_preset(words, name, value):
+    expected = Settings.from_preset("paper", "DATA", "RUN", **{name: value})
+    assert getattr(expected, name) == value
+    assert flags(f"--preset paper {words}") == flags(f"{words} --preset=paper") == expected
+
+@pytest.mark.parametrize("words, readings", [
+    ("--reading semantic=dice_ce", {**PAPER_READINGS, "semantic": "dice_ce"}),
+    ("--reading lambda2=1 --reading tau=0.5", {**PAPER_READINGS, "lambda2": 1, "tau": 0.5}),
+    ("--reading weight_negatives=False", {**PAPER_READINGS, "weight_negatives": False}),
+    ("--reading w_cross_entropy=0.5", {**PAPER_READINGS, "semantic": "dice_ce", "w_cross_entropy": 0.5}),
+    ("--edge off", {"semantic": "dice"}),                           # a bare backbone has no edge loss
+])
+def test_a_reading_that_is_given_wins_over_the_preset(words, readings):
+    found = flags(f"--preset paper {words}")
+    assert found.readings == readings
+    check_settings(found)
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory):
+    "An epoch by the preset on the tiny data set, and the words that began it"
+    folder = tmp_path_factory.mktemp("paper")
+    small = "--preset paper --epochs 1 --width 4 --levels 2 --patch_size 16 16 16 --precision fp32 --validation 2".split()
+    words = [tiny.dataset(folder/"data"), "--out", folder/"run", *small, "--cache", folder/"cache"]
+    done = command("train", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder/"run", words, done
+
+def test_a_run_by_the_preset_records_its_values(paper):
+    run, _, done = paper
+    config = json.loads((run/"config.json").read_text())["settings"]
+    assert config["preset"] == "paper"
+    assert {name: config[name] for name in PAPER} == {**PAPER, "spacing": [1, 1, 1], "augment": []}
+    assert {name: config["readings"][name] for name in PAPER_READINGS} == PAPER_READINGS
+    log = (run/"log.txt").read_text()
+    assert log.startswith("preset paper\n") and "preset paper\n" in done.stdout and "epoch 1/1" in log
+
+def test_a_value_other_than_the_presets_is_printed_and_recorded(paper, tmp_path):
+    words = [tmp_path/"run" if word == paper[0] else word for word in paper[1]]
+    given = "--batch_size 2 --augment flip intensity --reading semantic=dice_ce".split()
+    done = command("train", *words, *given, "--init", paper[0])
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = "preset paper, but batch_size 2 in place of 8, augment flip intensity in place of none, semantic dice_ce in place of dice"
+    assert line in done.stdout and line in (tmp_path/"run/log.txt").read_text()
+    config = json.loads((tmp_path/"run/config.json").read_text())["settings"]
+    assert (config["preset"], config["batch_size"], config["augment"]) == ("paper", 2, ["flip", "intensity"])
+    assert config["readings"]["semantic"] == "dice_ce" and config["readings"]["lambda2"] == 0.5
+
+def test_a_run_is_resumed_with_its_own_preset(paper):
+    run, words, _ = paper
+    assert command("train", *words, "--resume").returncode == 0
+    at = words.index("--preset")
+    done = command("train", *words[:at], *words[at+2:], "--resume")
+    assert done.returncode == 2 and "preset paper" in done.stderr and "expected batch_size 2" in done.stderr
+
+def test_an_unknown_preset_is_refused(tmp_path):
+    done = command("train", SAMPLES/"kits2019", "--out", tmp_path/"run", "--preset", "papers")
+    assert done.returncode == 2 and "argument --preset: invalid choice: 'papers'" in done.stderr
+    with pytest.raises(InputError, match="The preset 'papers' is not known. Choose one of default, paper."):
+        Settings.from_preset("papers", "DATA", str(tmp_path/"run"))
+    with pytest.raises(InputError, match="The preset 'papers' is not known"):
+        fit(Settings(str(SAMPLES/"kits2019"), str(tmp_path/"run"), preset="papers"))
+    assert not (tmp_path/"run").exists()
+
+def adam(weights, gradients, rates):
+    "Adam by hand (Kingma and Ba, algorithm 1), without weight decay"
+    first, second = np.zeros_like(weights), np.zeros_like(weights)
+    for step, (gradient, rate) in enumerate(zip(gradients, rates), 1):
+        first = 0.9*first + 0.1*gradient
+        second = 0.999*second + 0.001*gradient**2
+        corrected = first/(1-0.9**step), second/(1-0.999**step)
+        weights = weights - rate*corrected[0]/(np.sqrt(corrected[1])+1e-8)
+    return weights
+
+def test_the_preset_steps_as_adam_with_polynomial_decay(tmp_path):
+    small = dict(epochs=3, width=4, levels=2, patch_size=(16, 16, 16), precision="fp64", validation=2., cache="off")
+    settings = Settings.from_preset("paper", str(tiny.dataset(tmp_path/"data")), str(tmp_path/"run"), **small)
+    task, train, val, _ = prepare(settings, quiet=True)
+    run = Run(settings, task, train, val, torch.device("cpu"))
+    def flat(tensors): return torch.cat([t.detach().flatten() for t in tensors]).numpy().copy()
+    parameters = list(run.model.parameters())
+    gradients = []
+    run.optimizer.register_step_pre_hook(lambda *_: gradients.append(flat([p.grad for p in parameters])))
+    begun = flat(parameters)
+    for _ in range(3):
+        assert run.train_epoch()[0]
+        run.rows.append({})
+        run.begin_epoch()
+    assert len(gradients) == 6 and train[0].x.shape[1:] == (18, 17, 16)         # 10 cases in batches of 8 and 2
+    rates = [1e-4*(1-epoch/3)**0.9 for epoch in (0, 0, 1, 1, 2, 2)]             # eq. 9
+    np.testing.assert_allclose(flat(parameters), adam(begun, gradients, rates), rtol=0, atol=1e-12)
+    assert type(run.optimizer) is torch.optim.Adam and np.abs(flat(parameters)-begun).max() > 1e-4
+    constant = adam(begun, gradients, [1e-4]*6)
+    assert np.abs(flat(parameters)-constant).max() > 1e-6                       # another schedule would be seen

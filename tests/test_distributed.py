@@ -62,16 +62,20 @@ READINGS = {                                                       # argument ->
     "fuse_by": ["concatenation"], "gate_residual": ["layer", "block"], "edge_head": ["norm"], "entry_norm": [True], "fixed_attention": [0., .5],
     "attention_relu": [False], "last_block": [True], "norm_head": [False], "lambda1": [0., 2.], "lambda2": [0., 2.], "w_consistency": [0., 2.],
     "tau": [.5], "hard": [True], "supervise": ["fused", "main"], "thickness": [1, 3], "eps_in": ["denominator"], "reduce": ["batch"],
-    "where": ["union"], "weight_negatives": [False], "beta_over": ["batch"], "consistency_alone": [True], "w_cross_entropy": [0., 1.],
+    "where": ["union", "all"], "consistency_reduce": ["sum"], "consistency": ["both"],
+    "weight_negatives": [False], "beta_over": ["batch"], "consistency_alone": [True], "w_cross_entropy": [0., 1.],
     "semantic": ["dice", "dice_ce"]}
 NO_READINGS = {"self", "args", "kwargs", "net", "example_input", "activation", "features", "decoder_entry", "head", "verbose"}
 NO_EDGE_LOSS = {"lambda1": 0., "lambda2": 0.}
 TOGETHER = [NO_EDGE_LOSS, {**NO_EDGE_LOSS, "w_consistency": 0.}, {**NO_EDGE_LOSS, "w_consistency": 0., "supervise": "main"},
             {"supervise": "main", "fuse": "features"}, {"supervise": "main", "fuse": "probabilities", "last_block": True},
-            {"supervise": "fused", "w_consistency": 0.}, {"supervise": "fused", "fuse": "features", "fuse_by": "concatenation"}, {"reduce": "batch", "beta_over": "batch", "supervise": "main"}]
+            {"supervise": "fused", "w_consistency": 0.}, {"supervise": "fused", "fuse": "features", "fuse_by": "concatenation"}, {"reduce": "batch", "beta_over": "batch", "supervise": "main"},
+            {"consistency": "both", "edge_classes": "any", "where": "all"}, {**NO_EDGE_LOSS, "consistency": "both", "supervise": "main"},
+            {"consistency": "both", "where": "union", "consistency_reduce": "sum", "hard": True}]
 NETWORKS_ = [{"backbone": name, "edge": edge} for name in ("unet", "vnet", "segresnet", "dynunet") for edge in (True, False)]
 MAIN = [{"backbone": name, "readings": {"supervise": "main"}} for name in ("unet", "vnet")]
 BARE = [{"edge": False}, {"edge": False, "readings": {"consistency_alone": True}}, {"edge": False, "readings": {"reduce": "batch"}},
+        {"edge": False, "readings": {"consistency_alone": True, "where": "all", "consistency_reduce": "sum"}},
         {"accumulate": 2, "readings": {"supervise": "main"}}]
 
 def known_readings():

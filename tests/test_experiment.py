@@ -7,6 +7,7 @@ import pytest
 from tabulate import tabulate
 from tiny import ENV, children, dataset
 
+from egcnn_nb import experiments
 from egcnn_nb.core import BRATS, KITS
 from egcnn_nb.evaluation import read_scores
 from egcnn_nb.experiments import TABLE_1, TABLE_2, tables_of
@@ -85,7 +86,7 @@ def as_0_1_left_it(run):
     path = run/"config.json"
     config = json.loads(path.read_text())
     assert config["settings"]["readings"]["semantic"] == "dice"
-    for name in ("spacing", "init", "self_check", "readers"):
+    for name in ("spacing", "init", "self_check", "readers", "preset"):
         del config["settings"][name]
     del config["versions"]["egcnn_nb"]
     config["settings"]["readings"] = None
@@ -135,3 +136,48 @@ def test_shipped_tables_come_from_the_shipped_scores(path):
     rows, about = read_scores(path), json.loads((path.parent/"experiment.json").read_text())
     for name, table in tables_of(rows, comparisons(rows, primary=None if about.get("exploratory") else PRIMARY)).items():
         assert (path.parent/f"tables/{name}.md").read_text() == tabulate(table, "keys", "github", disable_numparse=True)+"\n"
+
+def seen_by(monkeypatch, tmp_path, *words):
+    "Arguments with which egcnn_experiment begins, and what it prints"
+    found = []
+    monkeypatch.setattr(experiments, "run_experiment", lambda data, out, args: found.append(args))
+    assert experiments.main([ROOT/"data_samples/kits2019", "--out", tmp_path/"out", *words]) == 0
+    return found[0]
+
+def test_an_experiment_takes_the_values_of_the_preset(monkeypatch, tmp_path, capsys):
+    args = seen_by(monkeypatch, tmp_path, "--preset", "paper")
+    assert (args.batch_size, args.lr, tuple(args.spacing), tuple(args.augment)) == (8, [0.0001], (1, 1, 1), ())
+    assert (args.epochs, args.width, args.levels, args.patch_size, args.seeds) == (100, 8, 4, None, 5)         # not named by the paper
+    assert capsys.readouterr().out == "preset paper\n"
+    args = seen_by(monkeypatch, tmp_path, "--batch_size", "2", "--lr", "5e-4", "1e-3", "--preset", "paper", "--reading", "semantic=dice_ce")
+    assert (args.batch_size, args.lr) == (2, [5e-4, 1e-3])
+    told = "preset paper, but batch_size 2 in place of 8, lr 0.0005 0.001 in place of 0.0001, semantic dice_ce in place of dice\n"
+    assert capsys.readouterr().out == told
+    args = seen_by(monkeypatch, tmp_path, "--quick", "--preset", "paper")                       # quick sets what the paper leaves open
+    assert (args.batch_size, args.lr, args.epochs, args.width, args.patch_size) == (8, [0.0001], 2, 4, [24, 24, 24])
+    assert seen_by(monkeypatch, tmp_path, "--preset", "default").batch_size == 2
+    assert seen_by(monkeypatch, tmp_path, "--quick").lr == [3e-3]
+    with pytest.raises(SystemExit):
+        experiments.main([ROOT/"data_samples/kits2019", "--out", tmp_path/"out", "--preset", "papers"])
+    assert "argument --preset: invalid choice: 'papers'" in capsys.readouterr().err
+
+def test_every_cell_of_an_experiment_gets_the_preset(tmp_path):
+    small = "--backbones segnet --arms bare eg eg+lambda2=1 --seeds 1 --epochs 1 --width 4 --levels 2 --patch_size 16 16 16 --precision fp32 --validation 2 --test_cases 3 --jobs 2".split()
+    line = command(dataset(tmp_path/"data"), "--out", tmp_path/"out", *small, "--cache", tmp_path/"cache")
+    planned = subprocess.run([*line, "--preset", "paper", "--plan"], capture_output=True, text=True, env=ENV, timeout=300)
+    assert planned.returncode == 0 and planned.stdout.startswith("preset paper\n") and "3 runs" in planned.stdout, planned.stderr[-2000:]
+    assert not list((tmp_path/"out").glob("segnet*"))
+    done = subprocess.run([*line, "--preset", "paper"], capture_output=True, text=True, env=ENV, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lambdas = {"bare": None, "eg": 0.5, "eg+lambda2=1": 1}
+    for arm, lambda2 in lambdas.items():
+        folder = tmp_path/f"out/segnet-{arm}-all-0-lr0.0001"
+        config = json.loads((folder/"config.json").read_text())["settings"]
+        assert (config["preset"], config["batch_size"], config["lr"], config["augment"], config["spacing"]) == ("paper", 8, 1e-4, [], [1, 1, 1])
+        readings = config["readings"]
+        assert readings["semantic"] == "dice" and readings["w_cross_entropy"] == 0
+        assert (readings.get("lambda2"), readings.get("weight_negatives")) == (lambda2, None if arm == "bare" else True)
+    again = subprocess.run([*line, "--preset", "paper"], capture_output=True, text=True, env=ENV, timeout=300)
+    assert again.returncode == 0 and "begun" not in again.stderr
+    other = subprocess.run([*line, "--lr", "1e-4"], capture_output=True, text=True, env=ENV, timeout=300)
+    assert other.returncode == 2 and "semantic=dice" in other.stderr.splitlines()[-1]           # the cells of another recipe are not mixed with these
