@@ -139,6 +139,8 @@ def _around(masks):
 
 def _deep_in(masks):
     "Voxels of masks (K,D,H,W) that are deep with respect to the border of each"
+    if len(masks) == 1:
+        return deep_voxels(masks[0])
     deep = masks.any(0)
     for mask in masks:
         deep &= deep_voxels(mask) | deep_voxels(~mask)

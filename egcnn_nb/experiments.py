@@ -18,7 +18,7 @@ from threading import current_thread, main_thread
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from .core import exit_on_error, expect, write_whole
+from .core import exit_on_error, expect, require, write_whole
 from .explorers import COLOURS
 from .layouts import find_dataset
 from .settings import AUGMENTATIONS, Settings, share_or_file
@@ -26,7 +26,7 @@ from .checkpoints import lock_run
 from .steps import read_metrics
 from .inference import load_run
 from .cells import ARMS, check_readings, grid, plan, run_cells, state, trial_scores, trials, tuned
-from .evaluation import evaluate, read_scores, robustness
+from .evaluation import evaluate, read_scores, robustness, score_finished
 from .report import NAMES, PRIMARY, PRIMARY_TEXT, comparison_table, comparisons, dice_table, draw_cases, draw_differences, draw_robustness, draw_sizes, maps_of_case, number, pick_cases, png, score_table, short, show_table, title, write_report, write_tables
 from .design import check_arms, datasets_in, design, live_table
 
@@ -208,6 +208,7 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--test", action="store_true", help="the last step: score every run on the test cases, once, and write tables, figures and report.html; refused while a run is missing")
     p.add_argument("--robust", action="store_true", help="with --test: also noise, blur, bias field and gamma in five strengths, twenty times as long")
     p.add_argument("--exploratory", action="store_true", help="with --test: no comparison is the primary one, for an experiment that asks again what another was made to answer")
+    p.add_argument("--score_validation", action="store_true", help="a step of its own: score every run that has ended on its own validation cases, with edge metrics, into validation_scores.csv; trains nothing and opens no test case")
     p.add_argument("--plan", action="store_true", help="print runs, hours and disk, and start nothing")
     p.add_argument("--quick", action="store_true", help="tiny runs and the test step at once, to see every table and figure within minutes; no evidence")
     p.add_argument("--backbones", nargs="+", choices=list(NAMES), default=["unet", "vnet", "segnet"], help="main streams; segresnet and dynunet are MONAI's")
@@ -236,11 +237,26 @@ def run_experiment(
 )->None:
     "One dataset: plan, or train what is missing, or test; `--quick` does both; raises `InputError` where another process is at it"
     check_arms(args)
+    others = [f"--{name}" for name in ("test", "plan", "quick") if getattr(args, name)]
+    require(not (args.score_validation and others), f"--score_validation is a step of its own. Leave out {' '.join(others)}.")
+    require(Path(out).is_dir() or not args.score_validation, f"{out} does not exist, so it has no runs to score. Train first, without --score_validation.")
     expect(1 <= args.tune_seeds <= args.seeds, "--tune_seeds", args.tune_seeds, f"1 to {args.seeds}, the number of seeds")
     Path(out).mkdir(parents=True, exist_ok=True); lock = None if args.plan else lock_run(out, "egcnn_experiment")
-    try: _run_steps(data, out, args)
+    try:
+        if args.score_validation:
+            _score_validation(data, out, args)
+        else:
+            _run_steps(data, out, args)
     finally:
         if lock: lock.release()
+
+def _score_validation(data, out, args):
+    "The step `--score_validation`, whatever the learning rates of the runs"
+    pairs = list(product(args.backbones, args.arms))
+    cells = []
+    for lr in args.lr:
+        cells += grid(args.backbones, args.arms, range(args.seeds), args.train_cases, dict.fromkeys(pairs, lr))
+    print(f"The scores on validation cases: {score_finished(cells, data, out, args.epochs)}")
 
 def _run_steps(data, out, args):
     "`run_experiment`, in a folder that is ours"

@@ -80,6 +80,48 @@ def test_a_stopped_experiment_goes_on(tmp_path):
     done = subprocess.run([*line, "--test"], capture_output=True, text=True, env=ENV, timeout=300)
     assert done.returncode == 0 and "All questions here are exploratory" in (out/"report.html").read_text(), done.stderr
 
+def best_of(run):
+    "Best validation Dice that the log of a run names"
+    last = [line.split() for line in (run/"log.txt").read_text().splitlines() if line.startswith("epoch ")][-1]
+    return float(last[last.index("best")+1])
+
+def test_runs_are_scored_on_validation_cases_alone(tmp_path):
+    data, out = dataset(tmp_path/"data"), tmp_path/"out"
+    words = "--backbones segnet --arms bare eg+thickness=3 --seeds 1 --lr 1e-3 --epochs 2 --width 4 --levels 2 --patch_size 16 16 16 --precision fp32 --validation 2 --test_cases 3"
+    line = command(data, "--out", out, *words.split(), "--cache", tmp_path/"cache")
+    def run(*more):
+        return subprocess.run([*line, *more], capture_output=True, text=True, env=ENV, timeout=300)
+    refused = run("--score_validation")
+    assert refused.returncode == 2 and "Train first" in refused.stderr and not out.exists()
+    assert run().returncode == 0
+    for name in (out/"test_cases.txt").read_text().split():          # a look at a test case would fail
+        for kind in ("scan", "label"):
+            (data/f"{kind}{name[4:]}.nii.gz").write_bytes(b"nobody opens this")
+    bare, eg = out/"segnet-bare-all-0-lr0.001", out/"segnet-eg+thickness=3-all-0-lr0.001"
+    eg.rename(tmp_path/"away")                                       # one has not ended yet
+    assert run("--score_validation").returncode == 0
+    path = out/"validation_scores.csv"
+    first = path.read_text()
+    (tmp_path/"away").rename(eg)
+    done = run("--score_validation")
+    assert done.returncode == 0 and str(path) in done.stdout, done.stderr
+    assert path.read_text().startswith(first) and not (out/"scores.csv").exists()
+    with open(path, newline="") as f:
+        rows = list(csv.DictReader(f))
+    wanted = "arm readings seed case region output dice surface_dice hd95 edge_f1 edge_width filled ods mask_edge_f1 mask_edge_width mask_filled deep_share"
+    assert set(wanted.split()) <= set(rows[0])
+    split = json.loads((eg/"config.json").read_text())["split"]["validation"]
+    assert {r["case"] for r in rows} == set(split) and len(rows) == 3*2*3          # outputs, cases, regions and mean
+    assert {(r["arm"], r["readings"], r["output"]) for r in rows} == {("bare", "", "main"), ("eg", "thickness=3", "main"), ("eg", "thickness=3", "fused")}
+    for folder, output in ((bare, "main"), (eg, "fused")):           # the weights of the best epoch
+        own = [float(r["dice"]) for r in rows if (r["run"], r["output"], r["region"]) == (folder.name, output, "mean")]
+        assert abs(np.mean(own)-best_of(folder)) < 1e-4
+    assert all(r["edge_f1"] == "nan" and r["mask_edge_f1"] != "nan" for r in rows if r["arm"] == "bare")
+    assert all(0 <= float(r["edge_f1"]) <= 1 and 0 <= float(r["ods"]) <= 1 for r in rows if r["arm"] == "eg")
+    stamp = path.stat().st_mtime_ns
+    assert run("--score_validation").returncode == 0 and path.stat().st_mtime_ns == stamp
+    assert "Leave out --test" in run("--score_validation", "--test").stderr
+
 def as_0_1_left_it(run):
     "Change a run folder and the record of its experiment into what 0.1 would have written with Dice alone"
     path = run/"config.json"
