@@ -77,7 +77,7 @@ def edge_columns(
     for case in cases:
         numbers = [{column: row[key] for column, key in _KEYS.items()} for row in case]
         numbers = [{**own, **best} for own, best in zip(numbers, ods)]
-        columns = {region: own for region, own in zip(owners, numbers) if region is not None}
+        columns: dict = {region: own for region, own in zip(owners, numbers) if region is not None}
         columns["mean"] = {c: _mean([own[c] for own in numbers]) for c in numbers[0]}
         out.append(columns)
     return out
