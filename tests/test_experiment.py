@@ -35,10 +35,10 @@ def quick(tmp_path_factory):
 @pytest.mark.parametrize("name, task, table, figure, printed", [("brats2019", BRATS, "table_1", "figure_2", TABLE_1), ("kits2019", KITS, "table_2", "figure_3", TABLE_2)])
 def test_quick_writes_every_table_and_figure(quick, name, task, table, figure, printed):
     folder, regions = quick[0]/name, [*task.regions, "mean"]
-    assert {f.name for f in (folder/"tables").iterdir()} == {f"{t}.{e}" for t in (table, "scores", "differences", "trials", "costs") for e in ("md", "tex", "html")}
+    assert {f.name for f in (folder/"tables").iterdir()} == {f"{t}.{e}" for t in (table, "scores", "edges", "differences", "trials", "costs") for e in ("md", "tex", "html")}
     for f in ("differences", "training", figure): assert (folder/f"figures/{f}.png").read_bytes()[:4] == b"\x89PNG"
     page = (folder/"report.html").read_text()
-    assert not re.findall(r'(?:src|href)="(?!data:)', page) and page.count("<img") == 3 and page.count("<table>") == 6 and "no evidence of anything" in page
+    assert not re.findall(r'(?:src|href)="(?!data:)', page) and page.count("<img") == 3 and page.count("<table>") == 7 and "no evidence of anything" in page
     with open(folder/"scores.csv", newline="") as f: rows = list(csv.DictReader(f))
     assert len(rows) == 9*2*2*len(regions)                          # networks, seeds, cases
     assert CREDIT in shlex.split(json.loads((folder/"experiment.json").read_text())["command"])     # a command that can be copied
@@ -53,6 +53,24 @@ def test_quick_writes_every_table_and_figure(quick, name, task, table, figure, p
         assert abs(np.mean(own)-float(line["mean"].split()[0])) <= 1e-4    # the averages agree with their parts, which not all of the paper's do
         mean = printed[line["network"].split()[0].strip(","), arm == "eg"]
         assert line["paper's mean"] == ("" if arm == "matched" else "{:.4f} ± {:.4f}".format(*mean.get("average", mean.get("composite"))))
+
+@pytest.mark.parametrize("name, task", [("brats2019", BRATS), ("kits2019", KITS)])
+def test_quick_shows_edges_beside_those_of_the_mask(quick, name, task):
+    folder = quick[0]/name
+    with open(folder/"scores.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    own_map = [*BRATS.regions, "mean"] if task is BRATS else ["tumor", "mean"]     # kidneys are kidney and tumor, and have no map of their own
+    table = cells_of(folder/"tables/edges.md")
+    assert [line["edges of"] for line in table] == own_map*9
+    for line in table:
+        backbone = {"U-Net": "unet", "V-Net": "vnet", "Seg-Net": "segnet"}[re.match("[A-Za-z-]*Net", line["network"])[0]]
+        arm = "eg" if "EG-CNN" in line["network"] else "matched" if "wider" in line["network"] else "bare"
+        own = [r for r in rows if (r["backbone"], r["arm"], r["region"]) == (backbone, arm, line["edges of"])]
+        for column, score, digits in (("F1 of the mask", "mask_edge_f1", 4), ("F1", "edge_f1", 4), ("deep voxels", "deep_share", 3)):
+            seeds = [np.nanmean([float(r[score]) for r in own if r["seed"] == seed]) if arm == "eg" or column != "F1" else None for seed in "01"]
+            assert line[column] == ("" if None in seeds else f"{np.mean(seeds):.{digits}f} ± {np.std(seeds, ddof=1):.{digits}f}")
+        for seed in "01":                                            # one threshold for all cases
+            assert len({r["mask_ods"] for r in own if r["seed"] == seed}) == 1
 
 def test_quick_again_computes_nothing(quick):
     table = quick[0]/"brats2019/tables/differences.md"; assert table.read_text().count("primary: Seg-Net, EG-CNN minus wider") == 1
