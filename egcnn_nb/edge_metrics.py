@@ -8,24 +8,36 @@ __all__ = ['THRESHOLDS', 'DEEP', 'edge_counts', 'precision_recall', 'edge_f1', '
 
 # %% ../nbs/08a_edge_metrics.ipynb #e142e5d3
 from collections.abc import Iterable, Sequence
+from itertools import product
 
 import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
 
-from .core import require
+from .core import bounding_box, require
 from .metrics import border_distance, edge_width
 from .sobel import edge_target
 
 # %% ../nbs/08a_edge_metrics.ipynb #a7e5fd37
 THRESHOLDS = tuple(round(.05*i, 2) for i in range(1, 20)) # 0.05 to 0.95
 
-def _within(voxels, others, tolerance):
-    "How many of the voxels that are set have one of the others within `tolerance`"
-    if not voxels.any() or not others.any():
-        return 0
-    distance = np.asarray(distance_transform_edt(~others))
-    return int((distance[voxels] <= tolerance).sum())
+def _part(length, step):
+    "Where a shifted array lands along an axis: the slice that is written, and the slice that is read"
+    here = slice(max(-step, 0), length-max(step, 0))
+    there = slice(max(step, 0), length-max(-step, 0))
+    return here, there
+
+def _largest_near(values, tolerance):
+    "The largest value within `tolerance` voxels of each voxel"
+    steps = range(-int(tolerance), int(tolerance)+1)
+    out = values.copy()
+    for shift in product(steps, repeat=values.ndim):
+        if 0 < sum(s*s for s in shift) <= tolerance**2:
+            parts = [_part(n, s) for n, s in zip(values.shape, shift)]
+            here = tuple(p[0] for p in parts)
+            there = tuple(p[1] for p in parts)
+            np.maximum(out[here], values[there], out=out[here])
+    return out
 
 def edge_counts(
     prob:np.ndarray, # edge probabilities (D,H,W), or a bool edge
@@ -36,12 +48,13 @@ def edge_counts(
     "Counts behind precision and recall at each threshold; raises `InputError` on different shapes"
     require(prob.shape == truth.shape, f"The prediction has shape {prob.shape} and the truth {truth.shape}. Give both on one grid.")
     truth = truth.astype(bool)
+    near_truth = prob[_largest_near(truth, tolerance)]               # predictions that are right above a threshold
+    near_prob = _largest_near(prob, tolerance)[truth]                # true edge voxels are found below this threshold
     rows = []
     for threshold in thresholds:
-        edge = prob > threshold
-        right = _within(edge, truth, tolerance)
-        found = _within(truth, edge, tolerance)
-        rows.append((right, int(edge.sum()), found, int(truth.sum())))
+        right = int((near_truth > threshold).sum())
+        found = int((near_prob > threshold).sum())
+        rows.append((right, int((prob > threshold).sum()), found, len(near_prob)))
     return np.array(rows)
 
 def precision_recall(
@@ -117,21 +130,60 @@ def sobel_edges(
     found = edge_target(torch.from_numpy(masks.astype(np.float32))[None], thickness=thickness)
     return found[0].numpy() > 0
 
+_MARGIN = 8 # voxels around a mask, beyond those from which a width is measured
+
+def _around(masks):
+    "The box of masks (K,D,H,W) with a margin: width and filling look at nothing else"
+    box = bounding_box(masks.any(0))
+    return tuple(slice(max(s.start-_MARGIN, 0), s.stop+_MARGIN) for s in box)
+
+def _deep_in(masks):
+    "Voxels of masks (K,D,H,W) that are deep with respect to the border of each"
+    if len(masks) == 1:
+        return deep_voxels(masks[0])
+    deep = masks.any(0)
+    for mask in masks:
+        deep &= deep_voxels(mask) | deep_voxels(~mask)
+    return deep
+
+def _judge(prob, true_edge, box, masks, deep, thresholds):
+    "Numbers of one edge map; `masks`, whose edges it holds, and their deep voxels are cut to the box"
+    edge = prob[box] > .5
+    bordered = np.array([m.any() and not m.all() for m in masks])
+    return {
+        "f1": edge_f1(prob, true_edge),
+        "width": edge_width(edge, masks[bordered]) if bordered.any() else float("nan"),
+        "filled": float(edge[deep].mean()) if deep.any() else float("nan"),
+        "counts": edge_counts(prob, true_edge, thresholds),
+    }
+
+_NOTHING = {"f1": float("nan"), "width": float("nan"), "filled": float("nan"), "counts": None}
+
 def score_edges(
-    prob:np.ndarray, # edge probabilities (K,D,H,W), one map for each mask
+    prob:np.ndarray|None, # edge probabilities (K,D,H,W), one map for each mask, or one for all (1,D,H,W); None: there is no edge stream
     masks:np.ndarray, # true masks, bool (K,D,H,W)
     predicted:np.ndarray, # the network's own masks, bool (K,D,H,W)
     thickness:int=2, # of the edge targets, in voxels
-)->list: # of dicts, one for each mask: f1, width, filled, deep, mask_f1, mask_width
-    "Edge F1, width and filling of each class, beside the Sobel edges of the predicted mask; NaN where a mask has no border"
-    require(prob.shape == masks.shape == predicted.shape,
-            f"Edges, masks and predicted masks have the shapes {prob.shape}, {masks.shape} and {predicted.shape}. Give one edge map for each mask.")
-    true_edges, mask_edges = sobel_edges(masks, thickness), sobel_edges(predicted, thickness)
+)->list: # of dicts, one for each map: f1, width, filled, counts; the same of the mask's edges as mask_f1 and so on; deep
+    "Edge F1, width, filling and `edge_counts` of each map, beside those of the Sobel edges of the predicted mask; NaN where a mask has no border"
+    maps = len(masks) if prob is None else len(prob)
+    fits = masks.shape == predicted.shape and maps in (1, len(masks))
+    require(fits and (prob is None or prob.shape[1:] == masks.shape[1:]),
+            f"Edges, masks and predicted masks have the shapes {None if prob is None else prob.shape}, {masks.shape} and {predicted.shape}. "
+            "Give one edge map for each mask, or one for all.")
+    masks = masks.astype(bool)
+    groups = np.array_split(np.arange(len(masks)), maps)             # numbers of the masks whose edges a map holds
     rows = []
-    for p, mask, true_edge, mask_edge in zip(prob, masks.astype(bool), true_edges, mask_edges):
-        bordered = mask.any() and not mask.all()
-        width = edge_width(p > .5, mask) if bordered else float("nan")
-        mask_width = edge_width(mask_edge, mask) if bordered else float("nan")
-        rows.append({"f1": edge_f1(p, true_edge), "width": width, "filled": filled(p > .5, mask), "deep": deep_share(mask),
-                     "mask_f1": edge_f1(mask_edge, true_edge), "mask_width": mask_width})
+    for i, group in enumerate(groups):
+        own = masks[group]
+        true_edge = sobel_edges(own, thickness).any(0)
+        mask_edge = sobel_edges(predicted[group], thickness).any(0)
+        box = _around(own)
+        near = own[(slice(None), *box)]
+        deep = _deep_in(near)
+        of_mask = _judge(mask_edge, true_edge, box, near, deep, [.5])
+        of_stream = _NOTHING if prob is None else _judge(prob[i], true_edge, box, near, deep, THRESHOLDS)
+        inside = near.any(0).sum()
+        share = float(deep.sum()/inside) if inside else float("nan")
+        rows.append({**of_stream, **{f"mask_{k}": v for k, v in of_mask.items()}, "deep": share})
     return rows

@@ -18,7 +18,7 @@ from threading import current_thread, main_thread
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from .core import exit_on_error, expect, write_whole
+from .core import exit_on_error, expect, require, write_whole
 from .explorers import COLOURS
 from .layouts import find_dataset
 from .settings import AUGMENTATIONS, PresetParser, Settings, preset_note, preset_values, readings_of, share_or_file, spacing_of
@@ -26,8 +26,8 @@ from .checkpoints import lock_run
 from .steps import read_metrics
 from .inference import load_run
 from .cells import ARMS, check_readings, grid, plan, run_cells, state, trial_scores, trials, tuned
-from .evaluation import evaluate, read_scores, robustness
-from .report import NAMES, PRIMARY, PRIMARY_TEXT, comparison_table, comparisons, dice_table, draw_cases, draw_differences, draw_robustness, draw_sizes, maps_of_case, number, pick_cases, png, score_table, short, show_table, title, write_report, write_tables
+from .evaluation import evaluate, read_scores, robustness, score_finished
+from .report import NAMES, PRIMARY, PRIMARY_TEXT, comparison_table, comparisons, dice_table, draw_cases, draw_differences, draw_robustness, draw_sizes, edge_table, maps_of_case, number, pick_cases, png, score_table, short, show_table, title, write_report, write_tables
 from .design import check_arms, datasets_in, design, live_table
 
 # %% ../nbs/12_experiments.ipynb #f12b2fd2
@@ -132,7 +132,8 @@ def tables_of(
     full = _of_first(rows)
     name, _, printed = printed_for({r["region"] for r in rows}-{"mean"})
     asked = comparison_table(comparisons(rows) if found is None else found)
-    return {name: dice_table(full, printed), "scores": score_table(full), **({"differences": asked} if asked else {})}
+    tables = {name: dice_table(full, printed), "scores": score_table(full), "edges": edge_table(full), "differences": asked}
+    return {name: table for name, table in tables.items() if table}
 
 # %% ../nbs/12_experiments.ipynb #d430ec18
 def write_results(
@@ -177,6 +178,15 @@ def _about(data, out, d, cells, args):
             "learning rates tried by each arm": list(args.lr), "seeds of each trial": args.tune_seeds, "matched width": d["widths"], "its parameters and multiply-adds over EG-CNN's": d["excess"], "hours of training, all runs": round(hours, 2), "processor": cpu, "cores": os.cpu_count(),
             "versions": {n: version(n) for n in ("egcnn_nb", "torch", "numpy", "scipy", "monai") if find_spec(n)}, "command": args.command, "credit": args.credit, "exploratory": args.exploratory, "quick": args.quick}
 
+def _edge_part(tables):
+    "The edges on the page, where the scores have them"
+    if "edges" not in tables:
+        return []
+    text = ("Edges against the Sobel edges of the true mask, on the grid of the network: F1 within one voxel, width in voxels (targets: two), the share of the "
+            "voxels deeper than 2.5 voxels that are filled, and ODS, the best F1 that one threshold reaches over all cases. Beside each stands the same of "
+            "the edges that Sobel finds in the predicted mask, which is all that a bare network has. Deep voxels: their share of the true mask.")
+    return [("Edges",), text, tables["edges"]]
+
 def _parts(about, tables, pictures, args):
     "The page, from top to bottom"
     dice, cases = next(iter(tables)), next((p for n, p in pictures.items() if n in ("figure_2", "figure_3", "cases")), None)
@@ -185,6 +195,7 @@ def _parts(about, tables, pictures, args):
     return [*warning, f"{fixed} exploratory, their p values corrected for their number by Holm's method.",
             ("Dice",), "Mean over the test cases, then mean ± standard deviation over seeds."+(" The paper's own mean stands beside it: other cases, other hardware, two runs." if dice != "dice" else ""), tables[dice],
             ("All scores",), "Averaged over regions. HD95 in mm; surface Dice at 1 mm; boundary Dice within two voxels of the true border; volume error as a share of the true volume; width of the predicted edges in voxels (targets: two).", tables["scores"],
+            *_edge_part(tables),
             *([("Differences",), "Test cases are resampled for the interval, seeds too where there are at least five. p of Wilcoxon's signed-rank test over cases, d_z as effect, and the difference that the design would have found in four of five such experiments.", (pictures["differences"], "differences with intervals"), tables["differences"]] if "differences" in tables else []),
             *([("Cases",), "Chosen by a rule: the best, the median and the worst difference in Dice between EG-CNN and the bare network, averaged over seeds; the networks of the first seed.", (cases, "test cases with image, truth, predictions, edges and disagreement")] if cases else []),
             *([("Fewer training cases",), (pictures["sizes"], "Dice against the number of training cases")] if "sizes" in pictures else []),
@@ -208,6 +219,7 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--test", action="store_true", help="the last step: score every run on the test cases, once, and write tables, figures and report.html; refused while a run is missing")
     p.add_argument("--robust", action="store_true", help="with --test: also noise, blur, bias field and gamma in five strengths, twenty times as long")
     p.add_argument("--exploratory", action="store_true", help="with --test: no comparison is the primary one, for an experiment that asks again what another was made to answer")
+    p.add_argument("--score_validation", action="store_true", help="a step of its own: score every run that has ended on its own validation cases, with edge metrics, into validation_scores.csv; trains nothing and opens no test case")
     p.add_argument("--plan", action="store_true", help="print runs, hours and disk, and start nothing")
     p.add_argument("--quick", action="store_true", help="tiny runs and the test step at once, to see every table and figure within minutes; no evidence. What a preset sets stays")
     p.add_argument("--backbones", nargs="+", choices=list(NAMES), default=["unet", "vnet", "segnet"], help="main streams; segresnet and dynunet are MONAI's")
@@ -244,11 +256,26 @@ def run_experiment(
 )->None:
     "One dataset: plan, or train what is missing, or test; `--quick` does both; raises `InputError` where another process is at it"
     check_arms(args)
+    others = [f"--{name}" for name in ("test", "plan", "quick") if getattr(args, name)]
+    require(not (args.score_validation and others), f"--score_validation is a step of its own. Leave out {' '.join(others)}.")
+    require(Path(out).is_dir() or not args.score_validation, f"{out} does not exist, so it has no runs to score. Train first, without --score_validation.")
     expect(1 <= args.tune_seeds <= args.seeds, "--tune_seeds", args.tune_seeds, f"1 to {args.seeds}, the number of seeds")
     Path(out).mkdir(parents=True, exist_ok=True); lock = None if args.plan else lock_run(out, "egcnn_experiment")
-    try: _run_steps(data, out, args)
+    try:
+        if args.score_validation:
+            _score_validation(data, out, args)
+        else:
+            _run_steps(data, out, args)
     finally:
         if lock: lock.release()
+
+def _score_validation(data, out, args):
+    "The step `--score_validation`, whatever the learning rates of the runs"
+    pairs = list(product(args.backbones, args.arms))
+    cells = []
+    for lr in args.lr:
+        cells += grid(args.backbones, args.arms, range(args.seeds), args.train_cases, dict.fromkeys(pairs, lr))
+    print(f"The scores on validation cases: {score_finished(cells, data, out, args.epochs)}")
 
 def _run_steps(data, out, args):
     "`run_experiment`, in a folder that is ours"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'SUFFIX', 'SHORT', 'PRIMARY_TEXT', 'PRIMARY', 'FORMATS', 'title', 'short', 'networks', 'number', 'show_table',
-           'dice_table', 'score_table', 'comparisons', 'comparison_table', 'png', 'draw_differences', 'draw_sizes',
-           'draw_robustness', 'pick_cases', 'maps_of_case', 'draw_cases', 'write_tables', 'write_report']
+           'dice_table', 'score_table', 'edge_table', 'comparisons', 'comparison_table', 'png', 'draw_differences',
+           'draw_sizes', 'draw_robustness', 'pick_cases', 'maps_of_case', 'draw_cases', 'write_tables', 'write_report']
 
 # %% ../nbs/11e_report.ipynb #41c55b55
 import base64, html, io
@@ -88,6 +88,36 @@ def score_table(
     of = lambda score, b, a: [t for t in np.nanmean(table_of(rows, score, backbone=b, arm=a), 1)] if score != "edge_width" or arm_of(a)[0] else None
     texts = lambda b, a: {s.replace("_", " "): number(v, d) if (v := of(s, b, a)) is not None else "" for s, d in digits.items()}
     return [{"network": title(b, a), **texts(b, a)} for b, a in networks(rows)]
+
+# %% ../nbs/11e_report.ipynb #f2017427
+_EDGE_COLUMNS = {"edge_f1": ("F1", 4), "edge_width": ("width", 2), "filled": ("filled", 3), "ods": ("ODS", 4)} # score -> its name, decimals
+_BESIDE = {"edge_f1": "mask_edge_f1", "edge_width": "mask_edge_width", "filled": "mask_filled", "ods": "mask_ods"} # the same of the mask's edges
+
+def _per_seed(rows, score, digits, region, backbone, arm):
+    "Mean over the cases that have a score, then over seeds, as text; nothing where no case has one"
+    table = table_of(rows, score, region, backbone=backbone, arm=arm)
+    known = [seed[np.isfinite(seed)] for seed in table]
+    if not all(len(seed) for seed in known):
+        return ""
+    return number([seed.mean() for seed in known], digits)
+
+def edge_table(
+    rows:list, # of `read_scores`, of one number of training cases
+)->list: # of dicts: column -> text; empty where no row has edge scores
+    "Edge F1, width, filling and ODS of each class, each beside the same of the edges that Sobel finds in the predicted mask"
+    have = [r for r in rows if np.isfinite(r.get("mask_edge_f1", np.nan))]
+    regions = list(dict.fromkeys(r["region"] for r in have))
+    regions.sort(key=lambda region: region == "mean")                # it comes last
+    out = []
+    for (backbone, arm) in networks(have):
+        for region in regions:
+            line = {"network": title(backbone, arm), "edges of": region}
+            for score, (name, digits) in _EDGE_COLUMNS.items():
+                line[name] = _per_seed(rows, score, digits, region, backbone, arm)
+                line[f"{name} of the mask"] = _per_seed(rows, _BESIDE[score], digits, region, backbone, arm)
+            line["deep voxels"] = _per_seed(rows, "deep_share", 3, region, backbone, arm)
+            out.append(line)
+    return out
 
 # %% ../nbs/11e_report.ipynb #e9f9e14d
 PRIMARY_TEXT = "Seg-Net, all training cases, Dice averaged over regions, EG-CNN minus the wider bare network, on the test cases."

@@ -36,10 +36,10 @@ def quick(tmp_path_factory):
 @pytest.mark.parametrize("name, task, table, figure, printed", [("brats2019", BRATS, "table_1", "figure_2", TABLE_1), ("kits2019", KITS, "table_2", "figure_3", TABLE_2)])
 def test_quick_writes_every_table_and_figure(quick, name, task, table, figure, printed):
     folder, regions = quick[0]/name, [*task.regions, "mean"]
-    assert {f.name for f in (folder/"tables").iterdir()} == {f"{t}.{e}" for t in (table, "scores", "differences", "trials", "costs") for e in ("md", "tex", "html")}
+    assert {f.name for f in (folder/"tables").iterdir()} == {f"{t}.{e}" for t in (table, "scores", "edges", "differences", "trials", "costs") for e in ("md", "tex", "html")}
     for f in ("differences", "training", figure): assert (folder/f"figures/{f}.png").read_bytes()[:4] == b"\x89PNG"
     page = (folder/"report.html").read_text()
-    assert not re.findall(r'(?:src|href)="(?!data:)', page) and page.count("<img") == 3 and page.count("<table>") == 6 and "no evidence of anything" in page
+    assert not re.findall(r'(?:src|href)="(?!data:)', page) and page.count("<img") == 3 and page.count("<table>") == 7 and "no evidence of anything" in page
     with open(folder/"scores.csv", newline="") as f: rows = list(csv.DictReader(f))
     assert len(rows) == 9*2*2*len(regions)                          # networks, seeds, cases
     assert CREDIT in shlex.split(json.loads((folder/"experiment.json").read_text())["command"])     # a command that can be copied
@@ -54,6 +54,24 @@ def test_quick_writes_every_table_and_figure(quick, name, task, table, figure, p
         assert abs(np.mean(own)-float(line["mean"].split()[0])) <= 1e-4    # the averages agree with their parts, which not all of the paper's do
         mean = printed[line["network"].split()[0].strip(","), arm == "eg"]
         assert line["paper's mean"] == ("" if arm == "matched" else "{:.4f} ± {:.4f}".format(*mean.get("average", mean.get("composite"))))
+
+@pytest.mark.parametrize("name, task", [("brats2019", BRATS), ("kits2019", KITS)])
+def test_quick_shows_edges_beside_those_of_the_mask(quick, name, task):
+    folder = quick[0]/name
+    with open(folder/"scores.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    own_map = [*BRATS.regions, "mean"] if task is BRATS else ["tumor", "mean"]     # kidneys are kidney and tumor, and have no map of their own
+    table = cells_of(folder/"tables/edges.md")
+    assert [line["edges of"] for line in table] == own_map*9
+    for line in table:
+        backbone = {"U-Net": "unet", "V-Net": "vnet", "Seg-Net": "segnet"}[re.match("[A-Za-z-]*Net", line["network"])[0]]
+        arm = "eg" if "EG-CNN" in line["network"] else "matched" if "wider" in line["network"] else "bare"
+        own = [r for r in rows if (r["backbone"], r["arm"], r["region"]) == (backbone, arm, line["edges of"])]
+        for column, score, digits in (("F1 of the mask", "mask_edge_f1", 4), ("F1", "edge_f1", 4), ("deep voxels", "deep_share", 3)):
+            seeds = [np.nanmean([float(r[score]) for r in own if r["seed"] == seed]) if arm == "eg" or column != "F1" else None for seed in "01"]
+            assert line[column] == ("" if None in seeds else f"{np.mean(seeds):.{digits}f} ± {np.std(seeds, ddof=1):.{digits}f}")
+        for seed in "01":                                            # one threshold for all cases
+            assert len({r["mask_ods"] for r in own if r["seed"] == seed}) == 1
 
 def test_quick_again_computes_nothing(quick):
     table = quick[0]/"brats2019/tables/differences.md"; assert table.read_text().count("primary: Seg-Net, EG-CNN minus wider") == 1
@@ -80,6 +98,48 @@ def test_a_stopped_experiment_goes_on(tmp_path):
     assert done.returncode == 0 and "with --test" in done.stdout and log.read_text().count("epoch 1/40") == 1, done.stderr
     done = subprocess.run([*line, "--test"], capture_output=True, text=True, env=ENV, timeout=300)
     assert done.returncode == 0 and "All questions here are exploratory" in (out/"report.html").read_text(), done.stderr
+
+def best_of(run):
+    "Best validation Dice that the log of a run names"
+    last = [line.split() for line in (run/"log.txt").read_text().splitlines() if line.startswith("epoch ")][-1]
+    return float(last[last.index("best")+1])
+
+def test_runs_are_scored_on_validation_cases_alone(tmp_path):
+    data, out = dataset(tmp_path/"data"), tmp_path/"out"
+    words = "--backbones segnet --arms bare eg+thickness=3 --seeds 1 --lr 1e-3 --epochs 2 --width 4 --levels 2 --patch_size 16 16 16 --precision fp32 --validation 2 --test_cases 3"
+    line = command(data, "--out", out, *words.split(), "--cache", tmp_path/"cache")
+    def run(*more):
+        return subprocess.run([*line, *more], capture_output=True, text=True, env=ENV, timeout=300)
+    refused = run("--score_validation")
+    assert refused.returncode == 2 and "Train first" in refused.stderr and not out.exists()
+    assert run().returncode == 0
+    for name in (out/"test_cases.txt").read_text().split():          # a look at a test case would fail
+        for kind in ("scan", "label"):
+            (data/f"{kind}{name[4:]}.nii.gz").write_bytes(b"nobody opens this")
+    bare, eg = out/"segnet-bare-all-0-lr0.001", out/"segnet-eg+thickness=3-all-0-lr0.001"
+    eg.rename(tmp_path/"away")                                       # one has not ended yet
+    assert run("--score_validation").returncode == 0
+    path = out/"validation_scores.csv"
+    first = path.read_text()
+    (tmp_path/"away").rename(eg)
+    done = run("--score_validation")
+    assert done.returncode == 0 and str(path) in done.stdout, done.stderr
+    assert path.read_text().startswith(first) and not (out/"scores.csv").exists()
+    with open(path, newline="") as f:
+        rows = list(csv.DictReader(f))
+    wanted = "arm readings seed case region output dice surface_dice hd95 edge_f1 edge_width filled ods mask_edge_f1 mask_edge_width mask_filled deep_share"
+    assert set(wanted.split()) <= set(rows[0])
+    split = json.loads((eg/"config.json").read_text())["split"]["validation"]
+    assert {r["case"] for r in rows} == set(split) and len(rows) == 3*2*3          # outputs, cases, regions and mean
+    assert {(r["arm"], r["readings"], r["output"]) for r in rows} == {("bare", "", "main"), ("eg", "thickness=3", "main"), ("eg", "thickness=3", "fused")}
+    for folder, output in ((bare, "main"), (eg, "fused")):           # the weights of the best epoch
+        own = [float(r["dice"]) for r in rows if (r["run"], r["output"], r["region"]) == (folder.name, output, "mean")]
+        assert abs(np.mean(own)-best_of(folder)) < 1e-4
+    assert all(r["edge_f1"] == "nan" and r["mask_edge_f1"] != "nan" for r in rows if r["arm"] == "bare")
+    assert all(0 <= float(r["edge_f1"]) <= 1 and 0 <= float(r["ods"]) <= 1 for r in rows if r["arm"] == "eg")
+    stamp = path.stat().st_mtime_ns
+    assert run("--score_validation").returncode == 0 and path.stat().st_mtime_ns == stamp
+    assert "Leave out --test" in run("--score_validation", "--test").stderr
 
 def as_0_1_left_it(run):
     "Change a run folder and the record of its experiment into what 0.1 would have written with Dice alone"
