@@ -87,7 +87,7 @@ def tumor_labels(
     labels[core & necrosis] = 1
     return head, labels
 
-# %% ../nbs/01c_phantoms.ipynb #cbc0a942
+# %% ../nbs/01c_phantoms.ipynb #a75a74d6
 def twin_and_wall(
     rng:np.random.Generator, # source of randomness
     head:np.ndarray, # (D,H,W) bool
@@ -123,7 +123,7 @@ def texture(
     phase = 2*np.pi*way/6 + 1.5*smooth_noise(rng, size, 5)
     return np.sqrt(2)*np.sin(phase)
 
-# %% ../nbs/01c_phantoms.ipynb #69ce0480
+# %% ../nbs/01c_phantoms.ipynb #9b859c5f
 #                         healthy necrosis edema enhancing wall
 BRIGHTNESS = {"t1":      (505,    400,     450,  460,      560),
               "t1ce":    (505,    410,     455,  640,      590),
@@ -148,7 +148,7 @@ def phantom_scans(
     rng:np.random.Generator, # source of randomness
     head:np.ndarray, # (D,H,W) bool
     tissue:np.ndarray, # (D,H,W) int, see `phantom_tissues`
-    noise:float=40., # standard deviation of the noise
+    noise:float=50., # standard deviation of the noise
 )->dict: # scan -> int16 (D,H,W), 0 outside the head
     "The four scans of a large brain phantom"
     size = head.shape
