@@ -183,7 +183,10 @@ def edge_target(
     expect(edge_classes in ("each", "any"), "edge_classes", repr(edge_classes), "'each' or 'any'")
     mask = mask.float()
     face = flat_face(mask.dim()-2)/(max(spacing) if spacing is not None else 1)
-    edge = ((sobel_magnitude(mask, spacing) if magnitude is None else magnitude) > max(threshold*face, 1e-3)).float()
+    if magnitude is None:
+        magnitude = sobel_magnitude(mask, spacing)
+    least = max(threshold*face, 1e-3)*(1 + 1e-4)                      # a tie is no edge, in float32 as in float64
+    edge = (magnitude > least).float()
     layers, odd = divmod(int(thickness), 2)
     out = _grow(edge, layers-1) if layers else torch.zeros_like(edge)
     if odd: out = torch.maximum(out, _grow(edge, layers)*mask)
