@@ -60,7 +60,7 @@ NETWORKS = {                                                            # name -
     "MONAI DynUNet, deep supervision": (lambda: monai("DynUNet", 3, 1, 3, [3]*4, [1, 2, 2, 2], [2]*3, filters=[8, 16, 32, 64], deep_supervision=True, deep_supr_num=2), 32),
     "MONAI SegResNet": (lambda: monai("SegResNet", init_filters=8, in_channels=1, out_channels=3), 32),
     "MONAI SegResNetVAE": (lambda: monai("SegResNetVAE", (32, 32, 32), init_filters=8, in_channels=1, out_channels=3), 32),
-    "MONAI VNet": (lambda: monai("VNet", 3, 1, 3), 32),
+    "MONAI VNet": (lambda: monai("VNet", 3, 1, 3), (32, 16, 16)),          # 46 million weights, kernels of 5×5×5: two voxels at the deepest level
     "MONAI AttentionUnet": (lambda: monai("AttentionUnet", 3, 1, 3, (8, 16, 32), (2, 2)), 32),
     "MONAI SwinUNETR": (lambda: monai("SwinUNETR", 1, 3, feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8)), 64),
     "MONAI SwinUNETR, checkpointing": (lambda: monai("SwinUNETR", 1, 3, feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), use_checkpoint=True), 64),
@@ -73,11 +73,19 @@ NETWORKS = {                                                            # name -
     "a tuple": (lambda: Functional("tuple"), 32), "a list": (lambda: Functional("list"), 32), "a dict": (lambda: Functional("dict"), 32),
 }
 
+STEPS = {"MONAI VNet": 8}                                               # of training, where a step takes seconds; 20 elsewhere
+
 def batch(size, dims):
-    "Two noisy boxes and their one-hot masks"
-    g = torch.Generator().manual_seed(0); y = torch.zeros(2, 3, *[size]*dims)
-    y[(slice(None), 1, *[slice(size//5, size//2)]*dims)] = 1; y[(slice(None), 2, *[slice(size//2, 3*size//4)]*dims)] = 1; y[:, 0] = 1-y.sum(1)
-    return y[:, 1:2] + 2*y[:, 2:] + .2*torch.randn(2, 1, *[size]*dims, generator=g), y
+    "Two noisy boxes and their one-hot masks; `size` is that of each axis, or of all"
+    sizes = (size,)*dims if isinstance(size, int) else size
+    g = torch.Generator().manual_seed(0)
+    y = torch.zeros(2, 3, *sizes)
+    first = [slice(n//5, n//2) for n in sizes]
+    second = [slice(n//2, 3*n//4) for n in sizes]
+    y[(slice(None), 1, *first)] = 1
+    y[(slice(None), 2, *second)] = 1
+    y[:, 0] = 1-y.sum(1)
+    return y[:, 1:2] + 2*y[:, 2:] + .2*torch.randn(2, 1, *sizes, generator=g), y
 
 def aside(output, y):
     "The loss of whatever else the wrapped network returns: deep supervision, the loss of an autoencoder"
@@ -120,7 +128,7 @@ def test_it_trains_and_leaves_the_network_as_it_is(name):
     with torch.no_grad(): same = torch.equal(logits_of(model.eval()(x, return_output=True)[-1], x.dim()-2), logits_of(net.eval()(x), x.dim()-2)) and torch.equal(model(x)[0], logits_of(net(x), x.dim()-2))
     assert model.main is net and same and list(net.state_dict()) == keys and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     idle = unreached(net, x, y)
-    curve, missing = train(model.train(), x, y)
+    curve, missing = train(model.train(), x, y, STEPS.get(name, 20))
     assert curve[-1][0] < curve[0][0] and curve[-1][1] < curve[0][1], (curve[0], curve[-1])
     assert missing == idle, missing
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
