@@ -7,7 +7,7 @@ __all__ = ['CHOICES', 'EdgeStream', 'listen', 'evaluating', 'logits_of', 'find_f
 
 # %% ../nbs/07_egcnn.ipynb #9c4f96d1
 from contextlib import contextmanager
-from math import prod
+from math import isfinite, prod
 from typing import cast
 
 import torch
@@ -34,6 +34,8 @@ class EdgeStream(nn.Module):
         edge_head:str="plain", # what the head reads: the "plain" feature, or after GroupNorm and ReLU: "norm"
         entry_norm:bool=False, # GroupNorm of the feature it begins with
         fixed_attention:float|None=None, # a constant in place of alpha; None: learned
+        gate_norm:bool=False, # GroupNorm of both inputs of each gate
+        gate_bias:float|None=None, # initial bias of each gate's sum; None: torch's own
     ):
         super().__init__()
         self.blocks, self.halves, self.gates = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
@@ -45,7 +47,7 @@ class EdgeStream(nn.Module):
             self.halves.append(conv(dims, c, max(c//2, 4), 1, bias=False) if rises else nn.Identity())
             c = max(c//2, 4) if rises else c
             maps = 1 if attention_channels == "one" else c
-            self.gates.append(EdgeGate(c, m, attention_relu, maps, dims, gate_residual, fixed_attention))
+            self.gates.append(EdgeGate(c, m, attention_relu, maps, dims, gate_residual, fixed_attention, gate_norm, gate_bias))
         self.last = ResidualBlock(c, dims) if last_block else nn.Identity()
         self.read = nn.Sequential(norm(c), nn.ReLU()) if edge_head == "norm" else nn.Identity()
         self.channels, self.head = c, conv(dims, c, edge_classes, 1)
@@ -81,7 +83,7 @@ class EdgeStream(nn.Module):
         gate = cast(EdgeGate, self.gates[-1])
         if gate.fixed_attention is not None or gate.conv_e.out_channels > 1:
             return False
-        return all(isinstance(m, nn.Identity) for m in (gate.residual, self.last, self.read))
+        return all(isinstance(m, nn.Identity) for m in (gate.norm_e, gate.residual, self.last, self.read))
 
     def project(self,
         entry:Tensor, # feature it begins with (B,C,d,h,w)
@@ -235,6 +237,8 @@ class EGCNN(nn.Module):
         edge_head:str="plain", # what the edge head reads: the "plain" feature, or after GroupNorm and ReLU: "norm"
         entry_norm:bool=False, # GroupNorm of the feature that the edge stream begins with
         fixed_attention:float|None=None, # a constant in [0,1] in place of every alpha, as a control; None: learned
+        gate_norm:bool=False, # GroupNorm of both inputs of each gate
+        gate_bias:float|None=None, # initial bias of the sum in eq. 1, above 0 so that its ReLU starts alive; None: torch's own
         fuse_by:str="correction", # a "correction" added to the main logits, or the "concatenation" convolved, to the letter
         features=None, # names of the encoder's features, fine to deep, instead of those found
         decoder_entry:str=None, # name of the first up-sampled map, instead of the one found
@@ -243,7 +247,11 @@ class EGCNN(nn.Module):
     ):
         super().__init__()
         for name, choices in CHOICES.items(): expect(locals()[name] in choices, name, repr(locals()[name]), f"one of {choices}")
+        require(gate_bias is None or isfinite(gate_bias), f"gate_bias is {gate_bias}. Give a finite number.")
         require(fixed_attention is None or 0 <= fixed_attention <= 1, f"fixed_attention={fixed_attention} is no attention. Give a number from 0 to 1.")
+        no_gate = fixed_attention is not None
+        require(not no_gate or not (gate_norm or gate_bias is not None),
+                f"fixed_attention={fixed_attention} takes the gates out, so gate_norm and gate_bias have no effect. Leave them out.")
         f = _own_features(net) if example_input is None else find_features(net, example_input, features, decoder_entry, head)
         dims, k = f["dims"], f["out_channels"]
         edges = 1 if edge_classes == "any" else k - (activation == "softmax")
@@ -257,7 +265,7 @@ class EGCNN(nn.Module):
         self.fuse_by = fuse_by
         self.gated, self.head = [n for n, _ in gated], f["head"][0]
         self.edge = EdgeStream(start[1], [c for _, c in gated], edges, entry in ("decoder_up", "bottleneck_up"), attention_relu, attention_channels,
-                               last_block, dims, gate_residual, edge_head, entry_norm, fixed_attention)
+                               last_block, dims, gate_residual, edge_head, entry_norm, fixed_attention, gate_norm, gate_bias)
         extra = {"logits": k + self.edge.channels, "features": f["head"][1] + self.edge.channels, "probabilities": k + edges}[fuse]
         self.fusion = conv(dims, extra, k, 1)
         if fuse_by == "correction":

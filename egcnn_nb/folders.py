@@ -211,7 +211,7 @@ READINGS_0_1 = {
     "lambda1": 1., "lambda2": .5, "w_consistency": 1., "tau": 1., "hard": False, "supervise": "both", "thickness": 2, "eps_in": "both", "reduce": "case",
     "where": "truth", "weight_negatives": True, "beta_over": "case", "consistency_alone": False, "semantic": "dice", "w_cross_entropy": 0., "norm_head": True,
     "gate_residual": "none", "edge_head": "plain", "entry_norm": False, "fixed_attention": None, "fuse_by": "correction",
-    "consistency_reduce": "mean", "consistency": "masks",
+    "consistency_reduce": "mean", "consistency": "masks", "gate_norm": False, "gate_bias": None,
 }
 
 def defaults_of_0_1(

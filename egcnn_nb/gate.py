@@ -6,6 +6,8 @@
 __all__ = ['RESIDUALS', 'ResidualBlock', 'ResidualLayer', 'EdgeGate']
 
 # %% ../nbs/04_gate.ipynb #85918f04
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +60,8 @@ class EdgeGate(nn.Module):
         dims:int=3, # 2 or 3 spatial axes
         residual:str="none", # the layer with kernel w_r after the product: "none", "layer" or "block"
         fixed_attention:float|None=None, # a constant in place of alpha, which takes the gate out; None: learned
+        norm_inputs:bool=False, # GroupNorm of e and of m before their convolutions
+        bias:float|None=None, # initial bias of the sum; None: torch's own small random number
     ):
         super().__init__()
         expect(attention_channels in (1, edge_channels), "attention_channels", attention_channels, f"1 or edge_channels = {edge_channels}")
@@ -67,6 +71,10 @@ class EdgeGate(nn.Module):
         if fixed_attention is None:
             self.conv_e = conv(dims, edge_channels, attention_channels, 1)
             self.conv_m = conv(dims, main_channels, attention_channels, 1, bias=False)
+            self.norm_e = norm(edge_channels) if norm_inputs else nn.Identity()
+            self.norm_m = norm(main_channels) if norm_inputs else nn.Identity()
+            if bias is not None:
+                nn.init.constant_(cast(Tensor, self.conv_e.bias), bias)
         self.residual = RESIDUALS[residual](edge_channels, dims)
 
     def forward(self,
@@ -76,7 +84,7 @@ class EdgeGate(nn.Module):
     ): # e_out (B,C_e,D,H,W), or (e_out, alpha) with alpha (B,1,D,H,W)
         expect(e.shape[2:] == m.shape[2:], "e and m", f"{tuple(e.shape)} and {tuple(m.shape)}", "the same spatial shape", "resize the edge feature first")
         if self.fixed_attention is None:
-            alpha = self.alpha(self.conv_e(e), m)
+            alpha = self.alpha(self.conv_e(self.norm_e(e)), m)
         else:
             alpha = torch.full_like(e[:, :1], self.fixed_attention)
         e_out = self.residual(e*alpha + e)
@@ -87,5 +95,5 @@ class EdgeGate(nn.Module):
         m:Tensor, # main feature, at the same resolution
     )->Tensor: # in (0,1), or [1/2,1) with the ReLU
         "Attention from the convolved edge feature and the main feature (eq. 1)"
-        a = of_e + self.conv_m(m)
+        a = of_e + self.conv_m(self.norm_m(m))
         return torch.sigmoid(torch.relu(a) if self.attention_relu else a)

@@ -60,6 +60,7 @@ def test_processes_check_their_layers_together(data, runs, more):
 READINGS = {                                                       # argument -> all values but the default
     "entry": ["decoder_up", "bottleneck", "bottleneck_up"], "attention_channels": ["each"], "fuse": ["features", "probabilities"], "edge_classes": ["any"],
     "fuse_by": ["concatenation"], "gate_residual": ["layer", "block"], "edge_head": ["norm"], "entry_norm": [True], "fixed_attention": [0., .5],
+    "gate_norm": [True], "gate_bias": [1.],
     "attention_relu": [False], "last_block": [True], "norm_head": [False], "lambda1": [0., 2.], "lambda2": [0., 2.], "w_consistency": [0., 2.],
     "tau": [.5], "hard": [True], "supervise": ["fused", "main"], "thickness": [1, 3], "eps_in": ["denominator"], "reduce": ["batch"],
     "where": ["union", "all"], "consistency_reduce": ["sum"], "consistency": ["both"],
