@@ -9,6 +9,7 @@ __all__ = ['poly_lr', 'not_learned', 'Run', 'fit']
 import copy, json, multiprocessing.queues, os, signal, sys, time
 from collections import deque
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save
@@ -19,6 +20,7 @@ from .core import Task, expect, keep_memory, need, require, to_target, write_who
 from .gate import EdgeGate, ResidualBlock
 from .losses import EGLoss
 from .backbones import BACKBONES
+from .egcnn import EGCNN
 from .settings import Settings
 from .patches import EpochBatches, Patches
 from .checkpoints import random_state, save_checkpoint, save_sharded, set_random_state
@@ -295,7 +297,7 @@ class Run:
         log = Path(self.settings.out)/"log.txt"
         told = log.read_text().splitlines() if log.is_file() else []
         lines = []
-        for i, share in enumerate(half_shares(self.whole, self.val[:2], self.settings.patch_size), 1):
+        for i, share in enumerate(half_shares(cast(EGCNN, self.whole), self.val[:2], self.settings.patch_size), 1):
             name = f"gate {i} of {len(gates)}, counted from the deepest, is dead"
             if share > _DEAD and not any(line.startswith(name) for line in told):
                 lines.append(f"{name}: its alpha is exactly 1/2 in {share:.1%} of the voxels, where no gradient reaches it. Train with --reading attention_relu=False.")
