@@ -9,6 +9,7 @@ __all__ = ['poly_lr', 'not_learned', 'Run', 'fit']
 import copy, json, multiprocessing.queues, os, signal, sys, time
 from collections import deque
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save
@@ -16,14 +17,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .core import Task, expect, keep_memory, need, require, to_target, write_whole
-from .gate import ResidualBlock
+from .gate import EdgeGate, ResidualBlock
 from .losses import EGLoss
 from .backbones import BACKBONES
+from .egcnn import EGCNN
 from .settings import Settings, check_preset, preset_note
 from .patches import EpochBatches, Patches
 from .checkpoints import random_state, save_checkpoint, save_sharded, set_random_state
 from .networks import best_precision, make_model, reading_for
-from .steps import TERMS, mean_over_ranks, plot_curves, ranks, train_step, validate, write_csv
+from .steps import TERMS, half_shares, mean_over_ranks, plot_curves, ranks, train_step, validate, write_csv
 from .folders import begin, check_settings, read_config, readings_in_force, start_from
 
 # %% ../nbs/10_training.ipynb #22657917
@@ -62,6 +64,8 @@ def _begin_worker(_):
     setattr(multiprocessing.queues.Queue, "_on_queue_feeder_error", staticmethod(leave))
 
 _LOW = .1                                                          # a class with a lower validation Dice is not learned
+
+_DEAD = .99                                                        # share of the voxels with an alpha of 1/2 above which a gate is dead
 
 def _fifth(epochs):
     "A fifth of the epochs, at least one"
@@ -283,6 +287,22 @@ class Run:
         before = not_learned(self.rows[:-1], epochs)
         return [self._remedy(name) for name in not_learned(self.rows, epochs) if name not in before]
 
+    def dead_gates(self)->list: # of strings for the log
+        "What to do about each gate whose alpha is exactly 1/2; found after a fifth of the epochs and after the last, on the first process, once for each"
+        due = len(self.rows) in (_fifth(self.settings.epochs), self.settings.epochs)
+        gates = [m for m in self.whole.modules() if isinstance(m, EdgeGate)]
+        open_to_it = all(g.attention_relu and g.fixed_attention is None for g in gates)
+        if not (due and gates and open_to_it) or ranks()[0] > 0:
+            return []
+        log = Path(self.settings.out)/"log.txt"
+        told = log.read_text().splitlines() if log.is_file() else []
+        lines = []
+        for i, share in enumerate(half_shares(cast(EGCNN, self.whole), self.val[:2], self.settings.patch_size), 1):
+            name = f"gate {i} of {len(gates)}, counted from the deepest, is dead"
+            if share > _DEAD and not any(line.startswith(name) for line in told):
+                lines.append(f"{name}: its alpha is exactly 1/2 in {share:.1%} of the voxels, where no gradient reaches it. Train with --reading attention_relu=False.")
+        return lines
+
     def _remedy(self, name):
         "What to do about a class that is not learned"
         values = torch.tensor(self.task.regions[name])
@@ -363,7 +383,7 @@ def fit(
             if not dice: done = False; break
             run.finish_epoch(dice); row = run.rows[-1]
             log(f"epoch {len(run.rows)}/{settings.epochs} loss {row['total']:.4f} dice {dice['mean']:.4f} best {run.best:.4f} {time.monotonic()-start:.1f} s, {waited:.1%} of the steps' time waiting for data" + f", {row['skipped']} steps skipped"*(row["skipped"] > 0))
-            for text in run.complaints(): log(text)
+            for text in [*run.complaints(), *run.dead_gates()]: log(text)
             if on_epoch: on_epoch(row, run.whole, val)
         if not done: log(f"stopped in epoch {len(run.rows)+1} after step {run.step}; all of it is safe in {out}, go on with --resume")
     except KeyboardInterrupt: log(f"stopped at once; the last checkpoint is safe in {out}, go on with --resume"); raise

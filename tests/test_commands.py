@@ -5,6 +5,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 import torch
 
 import tiny
@@ -163,6 +164,28 @@ def test_networks_of_monai_train_and_predict(peer, edge, tmp_path):
     assert nib.load(label).shape == (18, 17, 16)
     done = subprocess.run(tiny.command(data, tmp_path/"other", "--backbone", peer, "--levels", 3, "--patch_size", 16, 16, 18, "--cache", tmp_path/"cache"), capture_output=True, text=True, timeout=600, env=tiny.ENV)
     assert done.returncode == 2 and "Choose multiples of 4" in done.stderr
+
+def dead_lines(run):
+    "Lines of a log that name a dead gate"
+    return [line for line in (run/"log.txt").read_text().splitlines() if "is dead" in line]
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_dead_gate_is_named_once(tmp_path, processes):
+    data = tiny.dataset(tmp_path/"data")
+    words = ["--levels", 3, "--cache", tmp_path/"cache"]
+    def train(out, *more, processes=1):
+        line = tiny.command(data, out, *words, *more, processes=processes)
+        done = subprocess.run(line, capture_output=True, text=True, env=tiny.ENV, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return dead_lines(out)
+    assert train(tmp_path/"alive", "--epochs", 1) == []
+    weights = load_file(tmp_path/"alive/model.safetensors")
+    weights["edge.gates.1.conv_e.bias"].fill_(-1e4)                  # the ReLU of eq. 1 is off everywhere
+    save_file(weights, tmp_path/"alive/model.safetensors")
+    told = train(tmp_path/"dead", "--epochs", 3, "--init", tmp_path/"alive", processes=processes)
+    assert len(told) == 1 and told[0].startswith("gate 2 of 2, counted from the deepest, is dead: its alpha is exactly 1/2 in 100.0%")
+    assert told[0].endswith("--reading attention_relu=False.")
+    assert train(tmp_path/"other", "--epochs", 1, "--init", tmp_path/"alive", "--reading", "attention_relu=False") == []
 
 def test_the_demo_runs_to_its_picture(tmp_path):
     done = subprocess.run([sys.executable, ROOT/"tools/demo.py", "--epochs", "1", "--out", tmp_path/"demo"], capture_output=True, text=True, timeout=600)
