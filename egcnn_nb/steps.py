@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'ranks', 'validate', 'write_csv', 'read_metrics', 'is_term', 'loss_terms', 'draw_curves', 'plot_curves',
-           'mean_over_ranks', 'share_buffers', 'train_step']
+           'mean_over_ranks', 'share', 'train_step']
 
 # %% ../nbs/09d_steps.ipynb #f3478c53
 import csv
@@ -112,13 +112,14 @@ def mean_over_ranks(
     if ranks()[1] > 1: dist.all_reduce(values); values /= ranks()[1]
     return values
 
-def share_buffers(
-    model:nn.Module, # the network of this process; changed in place
+@torch.no_grad()
+def share(
+    tensors, # of this process; changed in place
 )->None:
-    "Give every process the buffers of the first, such as the running means of a batch norm"
+    "Give every process the tensors of the first, such as the running means of a batch norm"
     if ranks()[1] > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 def _is_bad(model, values):
     "1 where a gradient or a loss is not finite, else 0, on the device"

@@ -23,7 +23,7 @@ from .settings import Settings, check_preset, preset_note
 from .patches import EpochBatches, Patches
 from .checkpoints import random_state, save_checkpoint, save_sharded, set_random_state
 from .networks import best_precision, make_model, reading_for
-from .steps import mean_over_ranks, plot_curves, ranks, share_buffers, train_step, validate, write_csv
+from .steps import mean_over_ranks, plot_curves, ranks, share, train_step, validate, write_csv
 from .folders import begin, check_settings, read_config, readings_in_force, start_from
 from .parts import Listeners, Parts, Transformed, expect_weights, make_loss, make_optimizer, try_parts
 
@@ -99,6 +99,8 @@ class Run:
         self.settings, self.task, self.train, self.val, self.device, (rank, world) = settings, task, train, val, device, ranks()
         self.parts = parts or Parts()
         self.model = self._make_network().to(device, torch.float64 if settings.precision == "fp64" else torch.float32)
+        if self.parts.built is not None:
+            share((*self.model.parameters(), *self.model.buffers()))
         self.notes = start_from(self.model, settings.init) if settings.init and state is None else []             # for the log
         self.loss, self.names = make_loss(self.parts, settings, task).to(device), self.parts.terms
         self.batches = EpochBatches(len(train), settings.batch_size, settings.seed, rank, world)
@@ -114,7 +116,7 @@ class Run:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]                                     # at the beginning of the schedule
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.loader = torch.utils.data.DataLoader(self.patches, batch_sampler=self.batches, num_workers=settings.workers, persistent_workers=settings.workers > 0,
-                                                  pin_memory=device.type == "cuda", worker_init_fn=_begin_worker)
+                                                  pin_memory=device.type == "cuda", worker_init_fn=_begin_worker, generator=self._loader_generator())
 
     def _make_network(self):
         "The network of the settings, or the one of yours"
@@ -137,6 +139,11 @@ class Run:
         plain = isinstance(self.network, nn.parallel.DistributedDataParallel)
         return make_optimizer(self.parts.optimizer, self.model if plain else self.network)
 
+    def _loader_generator(self):
+        "A generator of the loader's own where your network may draw from torch's, so that an epoch which is begun twice draws no more than once; None: torch's"
+        yours = self.parts.model is not None or self.settings.network is not None
+        return torch.Generator().manual_seed(self.settings.seed) if yours else None
+
     def _own_state(self):
         "What a checkpoint keeps about the parts of yours, so that others are noticed"
         own = {}
@@ -155,7 +162,6 @@ class Run:
 
     def _prepare_layers(self, state):
         "Layers that are computed in float32 from now on: those of the checkpoint, and those that the self-check finds"
-        self._expect_own(state)
         if "model" in state:
             if self.parts.model is not None or self.settings.network:
                 expect_weights(self.model, state["model"], f"the run {self.settings.out}")
@@ -228,6 +234,7 @@ class Run:
         state:dict, # of `state`
     )->None:
         "Go on from there"
+        self._expect_own(state)
         if self.settings.shard:
             from torch.distributed.checkpoint import load
             self._pieces(lambda parts: load(parts, checkpoint_id=state["pieces"]), back=True)
@@ -255,7 +262,7 @@ class Run:
         if self.settings.shard:
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
             self.whole.load_state_dict(get_model_state_dict(self.network, options=StateDictOptions(full_state_dict=True)))
-        share_buffers(self.whole)
+        share(self.whole.buffers())
         return validate(self.whole, self.val, self.task, self.settings.patch_size, self.settings.precision, stop)
 
     def note(self,
