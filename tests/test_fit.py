@@ -1,23 +1,25 @@
 "Network, loss, optimizer, transforms and callbacks of one's own: each is used, and a run with them is resumed exactly."
-import csv, json, os, subprocess, sys
+import csv, importlib, json, shutil, subprocess, sys
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.transforms import Compose, RandFlipd, RandGaussianNoised
 from safetensors.torch import load_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))                     # torchrun starts this file too
-from tiny import ENV, command, dataset
+from tiny import ENV, dataset
 
 from egcnn_nb.backbones import make_backbone
 from egcnn_nb.core import InputError, seed_everything, to_target
 from egcnn_nb.egcnn import EGCNN
 from egcnn_nb.folders import prepare
 from egcnn_nb.inference import load_run, predict_case
+from egcnn_nb.inference import main as predict_main
 from egcnn_nb.layouts import find_dataset
 from egcnn_nb.losses import EGLoss
 from egcnn_nb.networks import infer, make_model
@@ -25,9 +27,20 @@ from egcnn_nb.parts import EarlyStopping, TensorBoardLogger
 from egcnn_nb.patches import EpochBatches, Patches
 from egcnn_nb.settings import Settings
 from egcnn_nb.steps import train_step
+from egcnn_nb.train import main as train_main
 from egcnn_nb.training import fit
 
 PATCH = (16, 16, 16)
+
+def monai_flip(prob, axis=0):
+    "A mirror of MONAI, which is imported where it is used: the processes that torchrun starts do without"
+    from monai.transforms import RandFlipd
+    return RandFlipd(["image", "label"], prob=prob, spatial_axis=axis)
+
+def monai_chain(*more):
+    "A mirror by chance, and more"
+    from monai.transforms import Compose
+    return Compose([monai_flip(.5), *more])
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -211,11 +224,11 @@ class Sees(Foreign):
 def brighter(x, labels):
     return x+1, labels
 
-@pytest.mark.parametrize("transforms, expected", [
-    (RandFlipd(["image", "label"], prob=1., spatial_axis=2), lambda x: x.flip(-1)),
-    (brighter, lambda x: x+1),
-    (Compose([RandFlipd(["image", "label"], prob=1., spatial_axis=0), RandFlipd(["image", "label"], prob=0.)]), lambda x: x.flip(-3))])
-def test_transforms_change_the_patches(data, tmp_path, transforms, expected):
+@pytest.mark.parametrize("kind", ["function", "monai"])
+def test_transforms_change_the_patches(data, tmp_path, kind):
+    transforms = brighter if kind == "function" else monai_flip(1., axis=2)
+    def expected(x):
+        return x+1 if kind == "function" else x.flip(-1)
     network, targets = Sees(), []
     def own(output, target):
         targets.append(target)
@@ -227,7 +240,7 @@ def test_transforms_change_the_patches(data, tmp_path, transforms, expected):
     for x, keys in zip(network.seen[-3:], EpochBatches(10, 4)):
         assert torch.equal(x, torch.stack([expected(plain[key][0]) for key in keys]))
     labels = torch.stack([plain[key][1] for key in list(EpochBatches(10, 4))[0]])
-    moved = labels if transforms is brighter else expected(labels)
+    moved = labels if kind == "function" else expected(labels)
     assert torch.equal(targets[1].argmax(1), moved.long())         # of the first step, after the trial
     assert json.loads((tmp_path/"run/config.json").read_text())["settings"]["augment"] == []
 
@@ -245,20 +258,24 @@ def test_a_transform_of_torchio(data, tmp_path):
 
 # --- resume
 
-NOISE = Compose([RandFlipd(["image", "label"], prob=.5, spatial_axis=0), RandGaussianNoised("image", prob=.5, std=.2)])
+def noise():
+    "A chain of MONAI with draws of its own"
+    from monai.transforms import RandGaussianNoised
+    return monai_chain(RandGaussianNoised("image", prob=.5, std=.2))
 
 def drawn(x, labels):
     "Draws from every generator that is seeded"
     return x + .1*torch.rand(()) + .1*np.random.rand(), labels
 
-def whole(data, out, resume=False, stop=lambda: False, workers=0, transforms=NOISE):
+def whole(data, out, resume=False, stop=lambda: False, workers=0, transforms=drawn):
     "A run of three epochs with a network, an optimizer and transforms of one's own"
     config = settings(data, out, ours=False, epochs=3, workers=workers)
     seed_everything(1)
     return fit(config, resume, quiet=True, stop=stop, model=Foreign(1, 3), optimizer=partial(torch.optim.SGD, lr=.05, momentum=.9), transforms=transforms)
 
-@pytest.mark.parametrize("transforms, workers", [(NOISE, 0), (drawn, 1)])
-def test_a_run_with_parts_is_resumed_to_the_bit(data, tmp_path, transforms, workers):
+@pytest.mark.parametrize("kind, workers", [("monai", 0), ("function", 1)])
+def test_a_run_with_parts_is_resumed_to_the_bit(data, tmp_path, kind, workers):
+    transforms = drawn if kind == "function" else noise()
     whole(data, tmp_path/"one", transforms=transforms)
     for stop in (after(2), after(4)):                              # within an epoch, twice
         whole(data, tmp_path/"two", (tmp_path/"two").exists(), stop, workers, transforms)
@@ -270,13 +287,13 @@ def test_a_run_with_parts_is_resumed_to_the_bit(data, tmp_path, transforms, work
 def test_what_cannot_be_rebuilt_is_told(data, tmp_path):
     whole(data, tmp_path/"run", stop=after(2))
     config = settings(data, tmp_path/"run", ours=False, epochs=3)
-    kept = dict(optimizer=partial(torch.optim.SGD, lr=.05, momentum=.9), transforms=NOISE)
+    kept = dict(optimizer=partial(torch.optim.SGD, lr=.05, momentum=.9), transforms=drawn)
     wrong = {
         "begun with model=Foreign, which config.json cannot build. Give fit the same model again": kept,
-        "begun with optimizer=SGD, which": dict(model=Foreign, transforms=NOISE),
-        "begun with optimizer=SGD, and is resumed with optimizer=Adam": dict(model=Foreign, transforms=NOISE, optimizer=torch.optim.Adam),
+        "begun with optimizer=SGD, which": dict(model=Foreign, transforms=drawn),
+        "begun with optimizer=SGD, and is resumed with optimizer=Adam": dict(model=Foreign, transforms=drawn, optimizer=torch.optim.Adam),
         "begun without loss, and is resumed with loss=EGLoss": dict(model=Foreign, **kept, loss=EGLoss()),
-        "learning rates .0.05., and is resumed with .0.5.": dict(model=Foreign, transforms=NOISE, optimizer=partial(torch.optim.SGD, lr=.5, momentum=.9)),
+        "learning rates .0.05., and is resumed with .0.5.": dict(model=Foreign, transforms=drawn, optimizer=partial(torch.optim.SGD, lr=.5, momentum=.9)),
         "does not have the weights of the run .*0.bias is missing there": dict(model=lambda i, o: nn.Sequential(nn.Conv3d(i, o, 1)), **kept),
     }
     for told, parts in wrong.items():
@@ -284,7 +301,189 @@ def test_what_cannot_be_rebuilt_is_told(data, tmp_path):
             fit(config, True, quiet=True, **parts)
     assert len(fit(config, True, quiet=True, model=Foreign, **kept)) == 3
 
-def test_a_foreign_network_is_loaded_and_predicts(data, tmp_path):
+def test_a_foreign_network_is_loaded_and_predicts(data, tmp_path, capsys):
+    whole(data, tmp_path/"run")
+    with pytest.raises(InputError, match="trained the network that fit was given as model=Foreign.*Give the same one: load_run.*model="):
+        load_run(tmp_path/"run")
+    with pytest.raises(InputError, match="does not have the weights of .*head.weight has the shape"):
+        class Wider(Foreign):
+            def __init__(self, i, o):
+                super().__init__(i, o)
+                self.head = nn.Conv3d(4, o, 3, padding=1)
+        load_run(tmp_path/"run", model=Wider)
+    model, config, task = load_run(tmp_path/"run", model=Foreign)
+    assert not model.training and config.edge is False and model.multiple == 2
+    case = find_dataset(data).cases[0]
+    labels, loaded = predict_case(model, config, task, case)
+    logits = infer(model, loaded.x, PATCH)                         # 18 x 17 x 16, filled up to a multiple of 2
+    assert labels.shape == (18, 17, 16) and logits.shape == (3, 18, 17, 16)
+    assert np.array_equal(labels, logits.argmax(0).numpy())
+    assert predict_main([str(tmp_path/"run"), str(data), "--out", str(tmp_path/"out")]) == 2
+    told = capsys.readouterr().err
+    assert "load_run(" in told and len(told.strip().splitlines()) == 1
+    fit(settings(data, tmp_path/"ours", augment=()), quiet=True)
+    def build(in_channels, out_channels):
+        return EGCNN(make_backbone("segnet", in_channels, out_channels, width=4, levels=2))
+    def adam(parameters):
+        return torch.optim.Adam(parameters, 1e-3, fused=True)
+    rows = fit(settings(data, tmp_path/"yours", ours=False), quiet=True, model=build, loss=EGLoss(), optimizer=adam, transforms=lambda x, labels: (x, labels), callbacks=[Heard()])
+    assert len(rows) == 2 and same(tmp_path/"ours", tmp_path/"yours")
+    parts = json.loads((tmp_path/"yours/config.json").read_text())["parts"]
+    assert parts == {"model": "build", "loss": "EGLoss", "optimizer": "adam", "transforms": "<lambda>"}
+
+# --- each part
+
+def test_groups_keep_their_own_learning_rates(data, tmp_path):
+    heard = Heard()
+    def groups(model):
+        return torch.optim.SGD([{"params": model.main.parameters(), "lr": 0.}, {"params": model.edge.parameters(), "lr": .3}, {"params": model.fusion.parameters()}], lr=.02)
+    rows = fit(settings(data, tmp_path/"run", epochs=3), quiet=True, optimizer=groups, callbacks=[heard])
+    rates = [event[3] for event in heard.events if event[0] == "step"]
+    for step, found in enumerate(rates):
+        left = (1-(step//3)/3)**.9                                 # eq. 9, by hand
+        assert found == pytest.approx([0., .3*left, .02*left], rel=1e-12)
+    assert len(rates) == 9 and [row["lr"] for row in rows] == [0., 0., 0.]
+    config = settings(data, "")
+    fresh = make_model(config, prepare(config, quiet=True)[0]).state_dict()
+    trained = weights(tmp_path/"run")
+    moved = {name.split(".")[0] for name, w in trained.items() if not torch.equal(w, fresh[name])}
+    assert moved == {"edge", "fusion"}                             # a rate of 0 moves nothing
+
+def test_sgd_steps_as_by_hand(data, tmp_path):
+    gradients, seen = [], []
+    def sgd(parameters):
+        optimizer = torch.optim.SGD(parameters, lr=.1)
+        optimizer.register_step_pre_hook(lambda *_: gradients.append([p.grad.clone() for p in parameters]))
+        seen.append((parameters, [p.detach().clone() for p in parameters]))
+        return optimizer
+    fit(quick(data, tmp_path/"run"), quiet=True, optimizer=sgd)
+    parameters, expected = seen[-1]
+    for step, of_step in enumerate(gradients):
+        rate = .1*(1-(step//3)/2)**.9
+        expected = [p-rate*g for p, g in zip(expected, of_step)]
+    assert len(gradients) == 6
+    for found, wanted in zip(parameters, expected):
+        torch.testing.assert_close(found.detach(), wanted, rtol=0, atol=1e-6)
+
+@pytest.mark.parametrize("edge", [True, False])
+def test_a_loss_gets_what_is_documented(data, tmp_path, edge):
+    calls = []
+    def own(output, target, keys=None):
+        calls.append((output, target, keys))
+        logits = output[0] if edge else output
+        distance = (logits-target).square().mean()
+        return {"total": 2*distance, "distance": distance}
+    rows = fit(settings(data, tmp_path/"run", edge=edge), quiet=True, loss=own)
+    output, target, keys = calls[1]                                # the first call is the trial
+    shapes = [tuple(t.shape) for t in output] if edge else [tuple(output.shape)]
+    assert shapes == ([(4, 3, *PATCH), (4, 2, *PATCH), (4, 3, *PATCH)] if edge else [(4, 3, *PATCH)])
+    assert target.shape == (4, 3, *PATCH) and torch.equal(target.sum(1), torch.ones(4, *PATCH))
+    assert [len(key) for key in keys] == [4]*4 and keys[0][:3] == (0, 3, 0)
+    assert len(calls) == 1+6
+    with open(tmp_path/"run/metrics.csv", newline="") as f:
+        assert next(csv.reader(f))[:5] == ["epoch", "lr", "total", "distance", "skipped"]
+    assert rows[0]["total"] == pytest.approx(2*rows[0]["distance"]) and rows[1]["total"] < rows[0]["total"]
+
+def test_a_loss_of_two_arguments(data, tmp_path):
+    from monai.losses import DiceCELoss
+    rows = fit(settings(data, tmp_path/"run", edge=False, epochs=3, lr=1e-2), quiet=True, loss=DiceCELoss(softmax=True))
+    assert list(rows[0])[2:4] == ["total", "skipped"] and rows[2]["total"] < rows[0]["total"]
+    with pytest.raises(InputError, match="loss=DiceCELoss fails .*It gets what the network returns .a tuple of tensors"):
+        fit(settings(data, tmp_path/"none"), quiet=True, loss=DiceCELoss(softmax=True))
+    assert not (tmp_path/"none").exists()
+
+class Sees(Foreign):
+    "Notes the images that it is trained with"
+    def __init__(self):
+        super().__init__(1, 3)
+        self.seen = []
+
+    def forward(self, x):
+        if self.training and x.device.type == "cpu":
+            self.seen.append(x.detach().clone())
+        return super().forward(x)
+
+def brighter(x, labels):
+    return x+1, labels
+
+@pytest.mark.parametrize("kind", ["function", "monai"])
+def test_transforms_change_the_patches(data, tmp_path, kind):
+    transforms = brighter if kind == "function" else monai_flip(1., axis=2)
+    def expected(x):
+        return x+1 if kind == "function" else x.flip(-1)
+    network, targets = Sees(), []
+    def own(output, target):
+        targets.append(target)
+        return (output-target).square().mean()
+    config = settings(data, tmp_path/"run", ours=False, epochs=1)
+    fit(config, quiet=True, model=network, transforms=transforms, loss=own)
+    _, train, _, _ = prepare(config, quiet=True)
+    plain = Patches(train, PATCH, 0, ())                           # in place of augment, not after it
+    for x, keys in zip(network.seen[-3:], EpochBatches(10, 4)):
+        assert torch.equal(x, torch.stack([expected(plain[key][0]) for key in keys]))
+    labels = torch.stack([plain[key][1] for key in list(EpochBatches(10, 4))[0]])
+    moved = labels if kind == "function" else expected(labels)
+    assert torch.equal(targets[1].argmax(1), moved.long())         # of the first step, after the trial
+    assert json.loads((tmp_path/"run/config.json").read_text())["settings"]["augment"] == []
+
+def test_a_transform_of_torchio(data, tmp_path):
+    torchio = pytest.importorskip("torchio")
+    network = Sees()
+    config = settings(data, tmp_path/"run", ours=False, epochs=1)
+    chain = torchio.Compose([torchio.RandomFlip(axes=0, flip_probability=1.), torchio.RandomNoise(std=(.1, .1))])
+    fit(config, quiet=True, model=network, transforms=chain)
+    _, train, _, _ = prepare(config, quiet=True)
+    plain = Patches(train, PATCH, 0, ())
+    flipped = torch.stack([plain[key][0] for key in list(EpochBatches(10, 4))[0]]).flip(2)
+    noise = network.seen[-3]-flipped
+    assert abs(float(noise.std())-.1) < .01 and abs(float(noise.mean())) < .01
+
+# --- resume
+
+def noise():
+    "A chain of MONAI with draws of its own"
+    from monai.transforms import RandGaussianNoised
+    return monai_chain(RandGaussianNoised("image", prob=.5, std=.2))
+
+def drawn(x, labels):
+    "Draws from every generator that is seeded"
+    return x + .1*torch.rand(()) + .1*np.random.rand(), labels
+
+def whole(data, out, resume=False, stop=lambda: False, workers=0, transforms=drawn):
+    "A run of three epochs with a network, an optimizer and transforms of one's own"
+    config = settings(data, out, ours=False, epochs=3, workers=workers)
+    seed_everything(1)
+    return fit(config, resume, quiet=True, stop=stop, model=Foreign(1, 3), optimizer=partial(torch.optim.SGD, lr=.05, momentum=.9), transforms=transforms)
+
+@pytest.mark.parametrize("kind, workers", [("monai", 0), ("function", 1)])
+def test_a_run_with_parts_is_resumed_to_the_bit(data, tmp_path, kind, workers):
+    transforms = drawn if kind == "function" else noise()
+    whole(data, tmp_path/"one", transforms=transforms)
+    for stop in (after(2), after(4)):                              # within an epoch, twice
+        whole(data, tmp_path/"two", (tmp_path/"two").exists(), stop, workers, transforms)
+    torch.rand(7)                                                  # what is drawn elsewhere does not count
+    rows = whole(data, tmp_path/"two", True, workers=workers, transforms=transforms)
+    assert len(rows) == 3 and same(tmp_path/"one", tmp_path/"two")
+    assert (tmp_path/"two/log.txt").read_text().count("resumed after") == 2
+
+def test_what_cannot_be_rebuilt_is_told(data, tmp_path):
+    whole(data, tmp_path/"run", stop=after(2))
+    config = settings(data, tmp_path/"run", ours=False, epochs=3)
+    kept = dict(optimizer=partial(torch.optim.SGD, lr=.05, momentum=.9), transforms=drawn)
+    wrong = {
+        "begun with model=Foreign, which config.json cannot build. Give fit the same model again": kept,
+        "begun with optimizer=SGD, which": dict(model=Foreign, transforms=drawn),
+        "begun with optimizer=SGD, and is resumed with optimizer=Adam": dict(model=Foreign, transforms=drawn, optimizer=torch.optim.Adam),
+        "begun without loss, and is resumed with loss=EGLoss": dict(model=Foreign, **kept, loss=EGLoss()),
+        "learning rates .0.05., and is resumed with .0.5.": dict(model=Foreign, transforms=drawn, optimizer=partial(torch.optim.SGD, lr=.5, momentum=.9)),
+        "does not have the weights of the run .*0.bias is missing there": dict(model=lambda i, o: nn.Sequential(nn.Conv3d(i, o, 1)), **kept),
+    }
+    for told, parts in wrong.items():
+        with pytest.raises(InputError, match=told):
+            fit(config, True, quiet=True, **parts)
+    assert len(fit(config, True, quiet=True, model=Foreign, **kept)) == 3
+
+def test_a_foreign_network_is_loaded_and_predicts(data, tmp_path, capsys):
     whole(data, tmp_path/"run")
     with pytest.raises(InputError, match="trained the network that fit was given as model=Foreign.*Give the same one: load_run.*model="):
         load_run(tmp_path/"run")
@@ -414,70 +613,97 @@ def build(in_channels, out_channels):
     return Net(in_channels, out_channels)
 '''
 
-def shell(folder, *words):
-    "A command of the package in a folder, as installed: the folder is not on Python's path"
-    names = {"train": "egcnn_nb.train", "predict": "egcnn_nb.inference"}
-    start = f"import sys; sys.path = [p for p in sys.path if p]; from {names[words[0]]} import main; sys.exit(main(sys.argv[1:]))"
-    line = [sys.executable, "-c", start, *map(str, words[1:])]
-    root = str(Path(__file__).parents[1])
-    env = {**ENV, "PYTHONPATH": os.pathsep.join([root, ENV.get("PYTHONPATH", "")])}
-    return subprocess.run(line, capture_output=True, text=True, env=env, cwd=folder, timeout=200)
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    "The current directory, with my_module.py in it, which nobody has imported"
+    (tmp_path/"my_module.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_module", raising=False)
+    yield tmp_path
+    sys.modules.pop("my_module", None)
+
+GIVEN = "--patch_size 16 16 16 --batch_size 4 --validation 2 --precision fp32 --lr 1e-3 --epochs 1 --cache off".split()
+
+def train(data, *words):
+    "`egcnn_train` in this process: its exit code"
+    return train_main([str(word) for word in (data, "--out", "run", *GIVEN, *words)])
 
 @pytest.mark.parametrize("edge", ["on", "off"])
-def test_a_network_of_ones_own_on_the_command_line(data, tmp_path, edge):
-    (tmp_path/"my_module.py").write_text(MODULE)
-    given = "--patch_size 16 16 16 --batch_size 4 --validation 2 --precision fp32 --lr 1e-3 --network my_module:build".split()
-    def train(out, *more):
-        return shell(tmp_path, "train", data, "--out", out, *given, "--edge", edge, *more)
-    done = train("run", "--epochs", 2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    kept = json.loads((tmp_path/"run/config.json").read_text())["settings"]
+def test_a_network_of_ones_own_on_the_command_line(data, folder, edge, capsys):
+    words = ["--network", "my_module:build", "--edge", edge]
+    assert train(data, *words) == 0
+    kept = json.loads(Path("run/config.json").read_text())["settings"]
     assert kept["network"] == "my_module:build" and kept["edge"] is (edge == "on") and "norm_head" not in kept["readings"]
-    names = weights(tmp_path/"run")
+    names = weights("run")
     assert ("main.a.weight" in names) is (edge == "on") and ("a.weight" in names) is (edge == "off")
-    again = train("run", "--epochs", 2, "--resume")
-    assert again.returncode == 0 and "resumed after epoch 2" in again.stdout+again.stderr
+    assert train(data, *words, "--resume") == 0 and "resumed after epoch 1" in Path("run/log.txt").read_text()
     saves = ["--save", "edges"] if edge == "on" else []
-    told = shell(tmp_path, "predict", "run", data, "--out", "out", *saves)
-    assert told.returncode == 0, told.stderr[-3000:]
-    assert len(list((tmp_path/"out").glob("case??.nii.gz"))) == 12
-    away = tmp_path/"away"
-    away.mkdir()
-    lost = shell(away, "predict", tmp_path/"run", data, "--out", "out")
-    assert lost.returncode == 2 and "names the module my_module, which is not found from" in lost.stderr
+    assert predict_main(["run", str(data/"scan03.nii.gz"), "--out", "out", *saves]) == 0
+    labels = nib.load("out/scan03.nii.gz")
+    assert labels.shape == (18, 17, 16) and Path("out/scan03_edges.nii.gz").exists() is (edge == "on")
+    assert load_run("run")[0](torch.zeros(1, 1, 16, 16, 16)) is not None
+    capsys.readouterr()
+    assert train(data, "--resume") == 2                            # without its network
+    told = capsys.readouterr().err
+    assert "found network my_module:build" in told and "expected network None" in told
 
-def test_what_cannot_be_trained_is_told_before_anything_is_written(data, tmp_path):
-    (tmp_path/"my_module.py").write_text(MODULE)
-    (tmp_path/"broken.py").write_text("1/0")
-    def train(*words):
-        done = shell(tmp_path, "train", data, "--out", "run", "--validation", 2, "--precision", "fp32", *words)
-        assert done.returncode == 2 and not (tmp_path/"run").exists(), done.stderr
-        return done.stderr
-    assert "Choose multiples of 4" in train("--network", "my_module:build", "--patch_size", 16, 16, 18)
-    assert "has no function make" in train("--network", "my_module:make", "--patch_size", 16, 16, 16)
-    assert "cannot be imported (ZeroDivisionError" in train("--network", "broken:build", "--patch_size", 16, 16, 16)
-    assert "is no name" in train("--network", "my_module")
-    assert "width is 4" in train("--network", "my_module:build", "--width", 4)
+def test_a_network_that_has_changed_is_told(data, folder, capsys):
+    words = ["--network", "my_module:build", "--edge", "off"]
+    assert train(data, *words) == 0
+    (folder/"my_module.py").write_text(MODULE.replace("nn.Conv3d(4, o, 1)", "nn.Conv3d(4, o, 3, padding=1)"))
+    importlib.invalidate_caches()
+    sys.modules.pop("my_module")
+    shutil.rmtree(folder/"__pycache__", ignore_errors=True)
+    assert train(data, *words, "--resume") == 2 and "head.weight has the shape" in capsys.readouterr().err
+    assert predict_main(["run", str(data/"scan03.nii.gz"), "--out", "out"]) == 2 and "head.weight has the shape" in capsys.readouterr().err
 
-def test_a_resumed_run_keeps_its_network(data, tmp_path):
-    (tmp_path/"my_module.py").write_text(MODULE)
-    given = "--patch_size 16 16 16 --validation 2 --precision fp32 --epochs 1".split()
-    done = shell(tmp_path, "train", data, "--out", "run", *given, "--network", "my_module:build")
+def test_the_installed_command_finds_the_module(data, folder):
+    "The folder is not on Python's path there"
+    start = "import sys; sys.path = [p for p in sys.path if p]; from egcnn_nb.{} import main; sys.exit(main(sys.argv[1:]))"
+    env = {**ENV, "PYTHONPATH": str(Path(__file__).parents[1])}
+    def command_of(module, where, *words):
+        line = [sys.executable, "-c", start.format(module), *map(str, words)]
+        return subprocess.run(line, capture_output=True, text=True, env=env, cwd=where, timeout=200)
+    done = command_of("train", folder, data, "--out", "run", *GIVEN, "--network", "my_module:build", "--edge", "off")
     assert done.returncode == 0, done.stderr[-3000:]
-    told = shell(tmp_path, "train", data, "--out", "run", *given, "--resume")
-    assert told.returncode == 2 and "found network my_module:build" in told.stderr and "expected network None" in told.stderr
-    (tmp_path/"my_module.py").write_text(MODULE.replace("nn.Conv3d(4, o, 1)", "nn.Conv3d(4, o, 3, padding=1)"))
-    told = shell(tmp_path, "train", data, "--out", "run", *given, "--network", "my_module:build", "--resume")
-    assert told.returncode == 2 and "main.head.weight has the shape" in told.stderr
+    away = folder/"away"
+    away.mkdir()
+    lost = command_of("inference", away, folder/"run", data, "--out", "out")
+    assert lost.returncode == 2 and f"names the module my_module, which is not found from {away}" in lost.stderr
 
-def test_the_logger_of_the_command_line(data, tmp_path):
-    hidden = tmp_path/"hidden"
-    (hidden/"tensorboard").mkdir(parents=True)
-    (hidden/"tensorboard/__init__.py").write_text("raise ModuleNotFoundError('tensorboard')")
-    env = {**ENV, "PYTHONPATH": os.pathsep.join([str(hidden), str(Path(__file__).parents[1])])}
-    words = command(data, tmp_path/"run", "--epochs", 1, "--logger", "tensorboard")
-    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=200)
-    assert done.returncode == 2 and "pip install tensorboard" in done.stderr and not (tmp_path/"run").exists()
+def test_what_cannot_be_trained_is_told_before_anything_is_written(data, folder, capsys):
+    (folder/"broken.py").write_text("1/0")
+    wrong = {
+        "Choose multiples of 4": ["my_module:build", "--patch_size", 16, 16, 18],
+        "has no function make": ["my_module:make"],
+        "cannot be imported (ZeroDivisionError": ["broken:build"],
+        "is no name": ["my_module"],
+        "width is 4, but the network is built by my_module:build": ["my_module:build", "--width", 4],
+    }
+    for told, words in wrong.items():
+        assert train(data, "--network", *words) == 2
+        assert told in capsys.readouterr().err and not (folder/"run").exists()
+
+def test_the_logger_of_the_command_line(data, folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)              # as where tensorboard is missing
+    assert train(data, "--edge", "off", "--logger", "tensorboard") == 2
+    assert "pip install tensorboard" in capsys.readouterr().err and not (folder/"run").exists()
+    written = []
+    class Writer:
+        def __init__(self, path, purge_step):
+            written.append(path)
+        def add_scalar(self, name, value, step):
+            written.append((name, step))
+        def flush(self):
+            pass
+        def close(self):
+            pass
+    board = ModuleType("torch.utils.tensorboard")
+    board.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    assert train(data, "--edge", "off", "--width", 4, "--levels", 2, "--logger", "tensorboard") == 0
+    assert written[0] == str(Path("run")/"tensorboard") and ("step/total", 2) in written and ("epoch/dice_mean", 2) in written
 
 if __name__ == "__main__":                                         # started by torchrun
     import torch.distributed as dist
