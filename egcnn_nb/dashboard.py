@@ -7,6 +7,7 @@ __all__ = ['snapshot', 'draw_snapshot', 'label_legend', 'Dashboard']
 
 # %% ../nbs/10b_dashboard.ipynb #5c3e7c04
 import threading, time
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -23,6 +24,7 @@ from .explorers import COLOURS, Explorer
 from .layers import resize
 from .egcnn import evaluating
 from .layouts import find_dataset
+from .folders import read_config, settings_of_config
 from .settings import Settings
 from .training import fit
 from .steps import draw_curves, read_metrics
@@ -159,4 +161,5 @@ class Dashboard(Explorer):
     def _epoch(self, row, model, val):
         self.rows = read_metrics(self.settings.out)
         self.epochs += 1
-        self.shown = snapshot(model, val[0], self.task, self.settings); self.redraw()
+        settings, _ = settings_of_config(read_config(Path(self.settings.out)))         # with the patch size and precision of the run
+        self.shown = snapshot(model, val[0], self.task, settings); self.redraw()

@@ -31,7 +31,7 @@ from .settings import AUGMENTATIONS, NETWORKS, Settings, default_cache
 from .datasets import median_spacing, prepared_cases
 from .patches import split_cases
 from .checkpoints import lock_run, newest_checkpoint
-from .networks import expect_network, make_model, maker_of, reading_for
+from .networks import expect_network, make_model, reading_for, takers
 from .steps import ranks
 
 # %% ../nbs/09e_folders.ipynb #5e771c02
@@ -97,8 +97,9 @@ def _check_readings(settings):
     given = settings.readings
     require(given is None or isinstance(given, dict), f"readings are {given!r}. Give a dict of names and values.")
     EGLoss(**reading_for(EGLoss, settings))                        # it checks its own
-    maker = maker_of(settings.backbone)
-    for cls in (EGCNN, maker):
+    for cls in takers(settings):
+        if cls is EGLoss:
+            continue
         defaults = inspect.signature(cls).parameters
         for name, value in reading_for(cls, settings).items():
             if name in CHOICES:
@@ -224,7 +225,7 @@ def defaults_of_0_1(
 def _defaults(settings):
     "Readings of this version: name -> default"
     found = {}
-    for cls in (EGCNN, EGLoss, maker_of(settings.backbone)):
+    for cls in takers(settings):
         for name, parameter in inspect.signature(cls).parameters.items():
             found[name] = parameter.default
     return found
@@ -324,13 +325,17 @@ def describe(
     task:Task, # of the dataset
     train, # of Loaded
     val, # of Loaded
+    parts:dict|None=None, # part of yours -> its name, see `09g_parts`
 )->dict:
     "What config.json holds"
     values = {**asdict(settings), "readings": readings_in_force(settings)}
     values = {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
+    if settings.network is None:
+        del values["network"]
     split = {"train": list(dict.fromkeys(c.name for c in train)), "validation": [c.name for c in val]}
     versions = {name: version(name) for name in ("torch", "numpy", "monai") if find_spec(name)}
-    return {"settings": values, "task": asdict(task), "split": split, "versions": {"egcnn_nb": egcnn_nb.__version__, **versions}}
+    own = {"parts": parts} if parts else {}
+    return {"settings": values, "task": asdict(task), "split": split, **own, "versions": {"egcnn_nb": egcnn_nb.__version__, **versions}}
 
 def read_config(
     out:Path, # run folder
@@ -345,7 +350,7 @@ def read_config(
 
 def _kind(values):
     "What decides which readings a run listens to"
-    return values["backbone"], values["edge"], values["readings"].get("consistency_alone")
+    return values["backbone"], values.get("network"), values["edge"], values["readings"].get("consistency_alone")
 
 def _differences(old, new):
     "Name -> (value of the run, value of the command) of the settings and readings that differ"
@@ -355,11 +360,24 @@ def _differences(old, new):
     pairs |= {k: (was.get(k), now.get(k)) for k in sorted(both)}
     return {k: (a, b) for k, (a, b) in pairs.items() if a != b}
 
+def _same_parts(out, old, new):
+    "Raise `InputError` unless the parts of yours are those that the run began with"
+    for part in sorted(old.keys() | new.keys()):
+        was, now = old.get(part), new.get(part)
+        same = part == "model" and was and now or was == now           # of a network the weights are compared
+        if same:
+            continue
+        if now is None:
+            raise InputError(f"The run {out} was begun with {part}={was}, which config.json cannot build. Give fit the same {part} again.")
+        begun = f"with {part}={was}" if was else f"without {part}"
+        raise InputError(f"The run {out} was begun {begun}, and is resumed with {part}={now}. Give fit what the run began with.")
+
 def _same(out, config):
     "Raise `InputError` that lists what differs from the run in `out`"
     old, new = read_config(out), json.loads(json.dumps(config))
     begun = json.loads(json.dumps(asdict(settings_of_config(old, out/"config.json")[0])))
-    differ = _differences(begun, new["settings"])
+    _same_parts(out, old.get("parts", {}), new.get("parts", {}))
+    differ = _differences(begun, {"network": None, **new["settings"]})
     found = ", ".join(f"{k} {a}" for k, (a, _) in differ.items())
     expected = ", ".join(f"{k} {b}" for k, (_, b) in differ.items())
     expect(not differ, out, found, expected, "resume with the run's own settings")
@@ -392,6 +410,8 @@ def begin(
     settings:Settings, # of the run
     resume:bool, # go on with the run in settings.out
     quiet:bool, # no progress bar
+    parts:dict|None=None, # part of yours -> its name, for config.json
+    check=None, # called with settings, task and training cases before anything is written; None: the network is made once
 )->tuple: # task, training cases, validation cases, messages, state of the newest checkpoint, lock of the folder
     "Check and load everything, then make the run folder or read the newest checkpoint, which all processes get from the first"
     (rank, world), out = ranks(), Path(settings.out)
@@ -399,10 +419,13 @@ def begin(
     old = _as_begun(settings, out) if resume and rank == 0 else []
     task, train, val, notes = prepare(settings, quiet or rank > 0)
     notes += old
-    _try_network(settings, task, resume)
+    if check is None:
+        _try_network(settings, task, resume)
+    else:
+        check(settings, task, train)
     state, lock = None, None
     if rank == 0:
-        config = describe(settings, task, train, val)
+        config = describe(settings, task, train, val, parts)
         if resume:
             _same(out, config)
         else:

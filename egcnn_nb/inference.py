@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from scipy.ndimage import binary_erosion, distance_transform_edt
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model
+from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -29,7 +29,7 @@ from .layouts import Case, find_dataset, name_of
 from .datasets import Loaded, enough_memory, label_dtype, load_case, place, target_size
 from .checkpoints import lock_run
 from .settings import Settings
-from .networks import best_device, best_precision, home_of, infer, make_model, windows
+from .networks import best_device, best_precision, build_network, home_of, infer, make_model, settle_multiple, windows
 
 # %% ../nbs/11_inference.ipynb #866dd037
 def _everything(model, window):
@@ -104,6 +104,7 @@ def predict(
 
 # %% ../nbs/11_inference.ipynb #84a41281
 from .folders import read_config, settings_of_config
+from .parts import expect_weights, name_of_part
 from .self_check import compute_in_float32
 
 def _float32_layers(path):
@@ -112,16 +113,44 @@ def _float32_layers(path):
         about = file.metadata() or {}
     return json.loads(about.get("float32", "[]"))
 
+def _network_of(run, begun, settings, task, model):
+    "The network of a run, without its weights: built from config.json, or the one that is given"
+    if begun is None:
+        require(model is None, f"The run {run} builds its own network. Leave out model.")
+        return make_model(settings, task)
+    require(model is not None, f"The run {run} trained the network that fit was given as model={begun}, which config.json cannot build. Give the same one: load_run({str(run)!r}, model=...).")
+    name = f"model={name_of_part(model)}"
+    net = build_network(model, task, name)
+    settle_multiple(net, task, name, settings.patch_size)
+    return net
+
+def _expect_own_weights(net, path):
+    "Raise `InputError` that names the weights which a network of yours and a file do not share"
+    try:
+        found = load_file(path)
+    except SafetensorError:
+        return                                                      # told below
+    expect_weights(net, found, path)
+
 def load_run(
     run, # folder written by egcnn_train
+    model=None, # the network, or function of (in_channels, out_channels), where `fit` was given one
 )->tuple: # model in evaluation mode, settings, task
     "The network of a run with its best weights; raises `InputError` if the folder is no run, or a broken one"
     run = Path(run)
     for name in ("config.json", "model.safetensors"): expect((run/name).is_file(), run, f"no {name}", "a run folder", "train with egcnn_train first")
-    settings, task = settings_of_config(read_config(run), run/"config.json")
+    config = read_config(run)
+    settings, task = settings_of_config(config, run/"config.json")
+    begun = config.get("parts", {}).get("model")
+    yours = bool(begun or settings.network or model is not None)
     try:
-        model = make_model(settings, task)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e: raise InputError(f"{run/'config.json'}: found something else ({type(e).__name__}: {e}), expected the settings of a run, as egcnn_train wrote them") from e
+        model = _network_of(run, begun, settings, task, model)
+        if yours:
+            _expect_own_weights(model, run/"model.safetensors")
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
+        if yours and isinstance(e, InputError):
+            raise
+        raise InputError(f"{run/'config.json'}: found something else ({type(e).__name__}: {e}), expected the settings of a run, as egcnn_train wrote them") from e
     try:
         load_model(model, run/"model.safetensors")
         compute_in_float32(model, _float32_layers(run/"model.safetensors"))

@@ -55,6 +55,7 @@ class Settings:
     readers:int|None=None # cases that are read at once; None: as many as cores and memory allow
     readings:dict|None=None # readings of the paper other than the defaults: argument of EGCNN, EGLoss or SegNet -> value
     preset:str="default" # name out of PRESETS whose values the settings began with
+    network:str|None=None # "module:function" that builds a network of yours in place of `backbone`; None: `backbone`
 
     @classmethod
     def from_preset(cls,

@@ -40,6 +40,7 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("data", metavar="DATA", help="dataset folder")
     p.add_argument("--out", required=True, metavar="RUN", help="run folder to write")
     p.add_argument("--backbone", choices=NETWORKS, default="segnet", help="main stream; segresnet and dynunet are MONAI's")
+    p.add_argument("--network", metavar="MODULE:FUNCTION", help="a network of yours in place of --backbone: function(in_channels, out_channels) of a module in the current directory")
     p.add_argument("--edge", choices=["on", "off"], default="on", help="EG-CNN, or the bare backbone")
     p.add_argument("--epochs", type=int, default=Settings.epochs, help="passes over the training cases")
     p.add_argument("--batch_size", type=int, default=Settings.batch_size, help="over all processes")
@@ -64,6 +65,7 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("--init", metavar="RUN", help="start from the trained weights of this run; layers whose classes or channels differ start anew")
     p.add_argument("--no-self-check", dest="self_check", action="store_false", help="do not compare the gradients of every layer with float32 before a run in reduced precision")
     p.add_argument("--readers", type=int, metavar="N", help="cases that are read at once; default as many as cores and memory allow")
+    p.add_argument("--logger", nargs="+", choices=["tensorboard", "wandb"], default=[], metavar="NAME", help="also write the losses for tensorboard, into RUN/tensorboard, or wandb")
     p.add_argument("--timeout", type=float, default=10., metavar="MINUTES", help="how long the processes wait for each other")
     p.add_argument("--resume", nargs="?", const="there", choices=["there", "if_there"], help="go on with the run in RUN; if_there: begin it where there is none, as schedulers need that start a job again")
     return p
@@ -72,7 +74,7 @@ def settings_from(
     args:argparse.Namespace, # of `arguments`
 )->Settings:
     "Settings of a run from its flags"
-    values = {k: v for k, v in vars(args).items() if k not in ("resume", "reading", "timeout")}
+    values = {k: v for k, v in vars(args).items() if k not in ("resume", "reading", "timeout", "logger")}
     edge = args.edge == "on"
     readings = preset_values(args.preset, edge, readings_of(args.reading))["readings"]
     return Settings(**{**values, "readings": readings, "edge": edge, "augment": tuple(args.augment), "spacing": spacing_of(args.spacing),
@@ -176,12 +178,14 @@ def run(
 )->int: # exit code
     "One process of a run: join the others if there are any, train, leave"
     from egcnn_nb.core import worker_died
+    from egcnn_nb.parts import LOGGERS
     from egcnn_nb.training import fit
+    loggers = [LOGGERS[name]() for name in args.logger]
     again = args.resume == "if_there" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0                  # torchrun started this process again
     resume = args.resume == "there" or again and (Path(args.out)/"config.json").is_file()
     with _Asked() as asked:
         try:
-            _together(args, lambda device: fit(settings_from(args), resume, device, stop=lambda: asked.signal is not None))
+            _together(args, lambda device: fit(settings_from(args), resume, device, stop=lambda: asked.signal is not None, callbacks=loggers))
         except (MemoryError, RuntimeError) as e:
             sentence = worker_died(e)
             if sentence:

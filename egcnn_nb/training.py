@@ -6,7 +6,7 @@
 __all__ = ['poly_lr', 'not_learned', 'Run', 'fit']
 
 # %% ../nbs/10_training.ipynb #c48f93c6
-import copy, json, multiprocessing.queues, os, signal, sys, time
+import copy, itertools, json, multiprocessing.queues, os, signal, sys, time
 from collections import deque
 from pathlib import Path
 from typing import cast
@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import nn
 from tqdm.auto import tqdm
 
-from .core import Task, expect, keep_memory, need, require, to_target, write_whole
+from .core import Task, expect, keep_memory, need, require, seed_everything, to_target, write_whole
 from .gate import EdgeGate, ResidualBlock
 from .losses import EGLoss
 from .backbones import BACKBONES
@@ -25,8 +25,9 @@ from .settings import Settings, check_preset, preset_note
 from .patches import EpochBatches, Patches
 from .checkpoints import random_state, save_checkpoint, save_sharded, set_random_state
 from .networks import best_precision, make_model, reading_for
-from .steps import TERMS, half_shares, mean_over_ranks, plot_curves, ranks, train_step, validate, write_csv
+from .steps import half_shares, mean_over_ranks, plot_curves, ranks, share, train_step, validate, write_csv
 from .folders import begin, check_settings, read_config, readings_in_force, start_from
+from .parts import Listeners, Parts, Transformed, expect_weights, make_loss, make_optimizer, try_parts
 
 # %% ../nbs/10_training.ipynb #22657917
 def poly_lr(
@@ -97,13 +98,17 @@ class Run:
         val, # of Loaded
         device:torch.device, # where it runs
         state:dict|None=None, # of a checkpoint, which `load` is given next; None: the run begins
+        parts:Parts|None=None, # of yours, tried by `try_parts`; None: the run's own
     ):
         self.settings, self.task, self.train, self.val, self.device, (rank, world) = settings, task, train, val, device, ranks()
-        self.model = make_model(settings, task).to(device, torch.float64 if settings.precision == "fp64" else torch.float32)
+        self.parts = parts or Parts()
+        self.model = self._make_network().to(device, torch.float64 if settings.precision == "fp64" else torch.float32)
+        if self.parts.built is not None:
+            share((*self.model.parameters(), *self.model.buffers()))
         self.notes = start_from(self.model, settings.init) if settings.init and state is None else []             # for the log
-        self.loss = EGLoss(task.activation, **reading_for(EGLoss, settings))
+        self.loss, self.names = make_loss(self.parts, settings, task).to(device), self.parts.terms
         self.batches = EpochBatches(len(train), settings.batch_size, settings.seed, rank, world)
-        self.patches = Patches(train, settings.patch_size, settings.seed, settings.augment)
+        self.patches = self._make_patches()
         over_batch = "batch" in reading_for(EGLoss, settings).values() and len(train) % settings.batch_size in range(1, world)
         expect(not over_batch, "readings", f"sums over the batch, and a last batch of {len(train) % settings.batch_size} for {world} processes", "a case for each of them", "choose another --batch_size")
         self.rows, self.best, self.streak = [], -1., 0
@@ -111,14 +116,59 @@ class Run:
         self.whole = copy.deepcopy(self.model) if settings.shard else self.model                                # for validation, and to be saved
         self._prepare_layers(state or {})
         self.network = _spread(self.model, settings)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), settings.lr, fused=True)
+        self.optimizer = self._make_optimizer()
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]                                     # at the beginning of the schedule
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.loader = torch.utils.data.DataLoader(self.patches, batch_sampler=self.batches, num_workers=settings.workers, persistent_workers=settings.workers > 0,
-                                                  pin_memory=device.type == "cuda", worker_init_fn=_begin_worker)
+                                                  pin_memory=device.type == "cuda", worker_init_fn=_begin_worker, generator=self._loader_generator())
+
+    def _make_network(self):
+        "The network of the settings, or the one of yours"
+        if self.parts.built is None:
+            return make_model(self.settings, self.task)
+        seed_everything(self.settings.seed)                              # what the network draws while it trains, such as dropout
+        return self.parts.built
+
+    def _make_patches(self):
+        "Training patches, changed by `augment` or by the transforms of yours"
+        patches = Patches(self.train, self.settings.patch_size, self.settings.seed, self.settings.augment)
+        if self.parts.transforms is None:
+            return patches
+        return Transformed(patches, self.parts.transforms, self.task, self.settings.spacing)
+
+    def _make_optimizer(self):
+        "Adam, or the optimizer of yours"
+        if self.parts.optimizer is None:
+            return torch.optim.Adam(self.network.parameters(), self.settings.lr, fused=True)
+        plain = isinstance(self.network, nn.parallel.DistributedDataParallel)
+        return make_optimizer(self.parts.optimizer, self.model if plain else self.network)
+
+    def _loader_generator(self):
+        "A generator of the loader's own where your network may draw from torch's, so that an epoch which is begun twice draws no more than once; None: torch's"
+        yours = self.parts.model is not None or self.settings.network is not None
+        return torch.Generator().manual_seed(self.settings.seed) if yours else None
+
+    def _own_state(self):
+        "What a checkpoint keeps about the parts of yours, so that others are noticed"
+        own = {}
+        if self.parts.loss is not None:
+            own["terms"] = list(self.names)
+        if self.parts.optimizer is not None:
+            own["rates"] = self.rates
+        return own
+
+    def _expect_own(self, state):
+        "Raise `InputError` where the parts of yours are not those of a checkpoint"
+        now = self._own_state()
+        for name, kind in (("terms", "loss terms"), ("rates", "learning rates")):
+            was = state.get(name, now.get(name))
+            require(was == now.get(name), f"The run {self.settings.out} was begun with the {kind} {was}, and is resumed with {now.get(name)}. Give fit what the run began with.")
 
     def _prepare_layers(self, state):
         "Layers that are computed in float32 from now on: those of the checkpoint, and those that the self-check finds"
         if "model" in state:
+            if self.parts.model is not None or self.settings.network:
+                expect_weights(self.model, state["model"], f"the run {self.settings.out}")
             self.model.load_state_dict(state["model"])                    # the check looks at the weights that the run goes on with
         self.rows, self.step = state.get("rows", []), state.get("step", 0)
         self.float32 = []
@@ -166,7 +216,7 @@ class Run:
 
     def begin_epoch(self)->None:
         "Position: steps taken in this epoch, sums of their terms, steps skipped"
-        self.step, self.sums, self.skipped = 0, [0.]*len(TERMS), 0
+        self.step, self.sums, self.skipped = 0, [0.]*len(self.names), 0
 
     @property
     def steps(self)->int:
@@ -175,18 +225,20 @@ class Run:
 
     def terms(self)->dict:
         "Means of the loss terms over the epoch's steps that were taken"
-        return {t: s/max(self.step-self.skipped, 1) for t, s in zip(TERMS, self.sums)}
+        return {t: s/max(self.step-self.skipped, 1) for t, s in zip(self.names, self.sums)}
 
     def state(self)->dict:
         "Everything needed to go on"
         position = {k: getattr(self, k) for k in _POSITION}
         position["float32"] = self.float32
+        position |= self._own_state()
         return {"random": random_state(), **position} if self.settings.shard else {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "random": random_state(), **position}
 
     def load(self,
         state:dict, # of `state`
     )->None:
         "Go on from there"
+        self._expect_own(state)
         if self.settings.shard:
             from torch.distributed.checkpoint import load
             self._pieces(lambda parts: load(parts, checkpoint_id=state["pieces"]), back=True)
@@ -214,6 +266,7 @@ class Run:
         if self.settings.shard:
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
             self.whole.load_state_dict(get_model_state_dict(self.network, options=StateDictOptions(full_state_dict=True)))
+        share(self.whole.buffers())
         return validate(self.whole, self.val, self.task, self.settings.patch_size, self.settings.precision, stop)
 
     def note(self,
@@ -235,7 +288,7 @@ class Run:
     )->tuple: # whether the epoch was finished, share of the time spent waiting for data
         "The rest of an epoch's steps"
         self.batches.epoch, self.batches.first, late = len(self.rows), self.step, deque()
-        for group in self.optimizer.param_groups: group["lr"] = poly_lr(self.settings.lr, len(self.rows), self.settings.epochs)
+        for group, rate in zip(self.optimizer.param_groups, self.rates): group["lr"] = poly_lr(rate, len(self.rows), self.settings.epochs)
         waited, begun = 0., time.perf_counter(); mark = begun
         for x, labels, sample in self.loader:
             waited += time.perf_counter()-mark
@@ -253,7 +306,7 @@ class Run:
         "Note the steps whose values have not been read yet, but for the last `keep`"
         save, end = False, False
         while len(late) > keep:
-            step, read = late.popleft(); values = read(); flags = self.note(step, values); tick(dict(zip(TERMS, values)))
+            step, read = late.popleft(); values = read(); flags = self.note(step, values); tick(dict(zip(self.names, values)))
             save, end = save or flags[0], end or flags[1]
         return save, end
 
@@ -267,7 +320,7 @@ class Run:
     def _one_step(self, x, labels, sample):
         "`train_step` of a batch of the loader"
         x, target, keys = self._on_device(x, labels, sample)
-        return train_step(self.network, self.loss, self.optimizer, self.scaler, x, target, keys, self.settings, self.batches.weight(self.step))
+        return train_step(self.network, self.loss, self.optimizer, self.scaler, x, target, keys, self.settings, self.batches.weight(self.step), self.names)
 
     def finish_epoch(self,
         dice:dict, # of `validate`
@@ -276,7 +329,7 @@ class Run:
         self.rows.append({"epoch": len(self.rows), "lr": self.optimizer.param_groups[0]["lr"], **self.terms(), "skipped": self.skipped, **{f"dice_{k}": v for k, v in dice.items()}})
         own = {name for name, _ in (*self.whole.named_parameters(), *self.whole.named_buffers())}                # each weight once, under one name
         if dice["mean"] > self.best and ranks()[0] == 0:
-            weights = {n: t for n, t in self.whole.state_dict().items() if n in own}
+            weights = {n: t.contiguous() for n, t in self.whole.state_dict().items() if n in own}
             about = {"float32": json.dumps(self.float32)} if self.float32 else None                               # `load_run` computes them so too
             write_whole(Path(self.settings.out)/"model.safetensors", lambda p: p.write_bytes(save(weights, about)))
         self.best = max(self.best, dice["mean"]); self.begin_epoch(); self.save()
@@ -312,7 +365,7 @@ class Run:
         said = f"{name} is not learned: its validation Dice stayed below {_LOW} for {span} epoch{'s'*(span > 1)}, and {having} of {len(cases)} training cases have it."
         if not having:
             return f"{said} Check the label maps, or choose training cases with it."
-        if not self.loss.w_cross_entropy:
+        if self.loss.w_cross_entropy == 0:
             return f"{said} Train with --reading semantic=dice_ce: Dice alone may lose a class."
         return f"{said} Try a lower --lr, then a higher one. Check its labels, and add training cases with it, or take a smaller --patch_size, of which it fills more."
 
@@ -340,6 +393,20 @@ def _checked(settings, resume, device):
     expect(not over_batch or settings.accumulate == 1, "readings", f"{over_batch} over the batch, which is cut into {settings.accumulate} parts", "--accumulate 1")
     return ["this CPU computes bfloat16 by emulation: --precision fp32 is several times faster"]*(settings.precision == "bf16" != own)
 
+def _part_notes(parts, optimizer):
+    "Lines for the log about the parts of yours"
+    names = parts.names()
+    notes = [f"{part} {name}" for part, name in names.items() if part != "optimizer"]
+    if "optimizer" in names:
+        rates = ", ".join(f"{group['lr']:g}" for group in optimizer.param_groups)
+        notes.append(f"optimizer {type(optimizer).__name__} of {names['optimizer']}, with the learning rates {rates}")
+    return notes
+
+def _anyone_asks(listeners, device):
+    "Whether a callback of the first process asked to stop; all processes call it"
+    asked = torch.tensor([float(bool(listeners.asked))], dtype=torch.float64, device=device)
+    return bool(mean_over_ranks(asked) > 0)
+
 def _preset_notes(settings):
     "A line for the log about the preset of a run, if it has one"
     if settings.preset == "default":
@@ -347,47 +414,65 @@ def _preset_notes(settings):
     return [preset_note(settings.preset, {**vars(settings), **readings_in_force(settings)})]
 
 def fit(
-    settings:Settings, # of the run
-    resume:bool=False, # go on with the run in settings.out
+    config:Settings, # of the run; it stays as it is
+    resume:bool=False, # go on with the run in config.out
     device:torch.device=torch.device("cpu"), # where it runs
     on_step=None, # called after each step with its loss terms
     on_epoch=None, # called after each epoch with its row of metrics.csv, the network and the validation cases
     quiet:bool=False, # no progress bar, messages to log.txt alone
     stop=lambda: False, # asked after each step and each validated case: save and stop?
+    model=None, # network, or function of (in_channels, out_channels); None: the one that the settings name
+    loss=None, # function of (output, target) or (output, target, keys); None: `EGLoss`
+    optimizer=None, # function of the parameters or of the model, or an optimizer; None: Adam
+    transforms=None, # of a patch, in place of `augment`: a function of (x, labels), or a transform of MONAI or TorchIO
+    callbacks=(), # objects or functions that follow the run, see `09g_parts`
 )->list: # rows of metrics.csv, fewer than epochs if it was stopped
     "Train, validate and save, in this process or as one of several; raises `InputError` before anything is written"
-    rank, out = ranks()[0], Path(settings.out)
+    require(isinstance(resume, bool), f"resume is {type(resume).__name__}. Give True or False, and the parts of the run by their names, as in model=...")
+    rank, out = ranks()[0], Path(config.out)
+    parts, listeners = Parts(model, loss, optimizer, transforms), Listeners(callbacks, rank == 0)
+    settings = parts.settle(config)
     keep_memory()
     emulated = _checked(settings, resume, device)
-    task, train, val, notes, state, lock = begin(settings, resume, quiet)
-    run = Run(settings, task, train, val, device, state)
+    def check(settings, task, train): try_parts(parts, settings, task, train, device, not resume)
+    task, train, val, notes, state, lock = begin(settings, resume, quiet, parts.names(), check if parts.names() else None)
+    run = Run(settings, task, train, val, device, state, parts)
     if state: run.load(state)
     bar = tqdm(total=settings.epochs*len(run.batches), initial=run.steps, desc="training", disable=quiet or rank > 0)
     log = _logger(out, bar) if rank == 0 else lambda text: None
-    for note in [*_preset_notes(settings), *notes, f"precision {settings.precision}", *emulated, *run.notes, *([f"resumed after epoch {len(run.rows)}, step {run.step}"] if state else [])]: log(note)
+    for note in [*_preset_notes(settings), *_part_notes(parts, run.optimizer), *notes, f"precision {settings.precision}", *emulated, *run.notes, *([f"resumed after epoch {len(run.rows)}, step {run.step}"] if state else [])]: log(note)
     if rank == 0: write_csv(out/"metrics.csv", run.rows)                          # a run may have been killed between a checkpoint and its table
     saved, done = time.monotonic(), True
     def due():
         nonlocal saved
         if time.monotonic()-saved < 60*settings.save_minutes or rank > 0: return False
         saved = time.monotonic(); return True
+    steps = itertools.count(run.steps)
     def tick(terms):
         bar.update()
         if on_step: on_step(terms)
+        listeners.fire("on_step", run, next(steps), terms)
+    def enough(): return stop() or bool(listeners.asked)
     try:
-        while done and len(run.rows) < settings.epochs:
+        listeners.fire("on_start", run)
+        early = _anyone_asks(listeners, device)
+        while done and not early and len(run.rows) < settings.epochs:
             start = time.monotonic()
-            done, waited = run.train_epoch(due, stop, tick)
-            dice = run.validate(stop) if done else None
+            done, waited = run.train_epoch(due, enough, tick)
+            dice = run.validate(enough) if done else None
             if done and not dice: run.save()
             if not dice: done = False; break
             run.finish_epoch(dice); row = run.rows[-1]
             log(f"epoch {len(run.rows)}/{settings.epochs} loss {row['total']:.4f} dice {dice['mean']:.4f} best {run.best:.4f} {time.monotonic()-start:.1f} s, {waited:.1%} of the steps' time waiting for data" + f", {row['skipped']} steps skipped"*(row["skipped"] > 0))
             for text in [*run.complaints(), *run.dead_gates()]: log(text)
             if on_epoch: on_epoch(row, run.whole, val)
+            listeners.fire("on_epoch", run, row["epoch"], row)
+            early = _anyone_asks(listeners, device)
+        if early: log(f"stopped after epoch {len(run.rows)} by {', '.join(listeners.asked)}; all of it is safe in {out}, go on with --resume")
         if not done: log(f"stopped in epoch {len(run.rows)+1} after step {run.step}; all of it is safe in {out}, go on with --resume")
     except KeyboardInterrupt: log(f"stopped at once; the last checkpoint is safe in {out}, go on with --resume"); raise
     finally:
         bar.close()
         if lock: lock.release(); plot_curves(out/"curves.png", run.rows)
+        listeners.fire("on_end", run)
     return run.rows
