@@ -434,8 +434,9 @@ class _Flow:
         return [level(n) for n in range(len(self.steps))]
 
     def _reach(self):
-        "The deepest level that is made from each step"
-        reach = [-1. if level is None else level for level in self.levels]
+        "The deepest level at which something is computed from each step"
+        works = [step.macs > 0 and level is not None for step, level in zip(self.steps, self.levels)]
+        reach = [level if work else -1. for work, level in zip(works, self.levels)]
         for n in reversed(range(len(self.steps))):
             for i in self.steps[n].inputs:
                 reach[i] = max(reach[i], reach[n])
@@ -546,8 +547,8 @@ def _feature_at(run, flow, level):
     "The encoder's feature at one level, or None"
     sites = [site for site in run.sites if flow.levels[site.node] == level and flow.worked[site.node]]
     pool = [site for site in sites if flow.strict(site.node) and site.node not in flow.below]
+    pool = [site for site in pool if not flow.aside[site.node]] or pool
     trunk = [site for site in pool if site.node in flow.above]
-    trunk = [site for site in trunk if not flow.aside[site.node]] or trunk
     trunk = [site for site in trunk if not _leaves_level(run, flow, site)] or trunk
     if trunk:
         feature = _rather_a_block(run, trunk)
@@ -581,6 +582,20 @@ def _find_encoder(run, flow):
     expect(len(found) > 1, "net", f"one resolution {[site.size for site in found]} only", "an encoder that lowers the resolution", "name the layers: features=[...]")
     return found
 
+def _whole_rise(run, flow, first, sites, begin):
+    "The block around an up-sampled map that goes on to normalise it and the like, and neither convolves nor merges it"
+    level, best = flow.levels[first.node], first
+    for number in run.around(first.call):
+        call = run.calls[number]
+        inside = flow.steps[call.first:call.last]
+        outside = {i for step in inside for i in step.inputs if i < call.first}
+        convolves = any(step.spatial and step.level == level for step in inside)
+        found = [site for site in sites if site.call == number and site.channels <= first.channels]
+        if call.first <= begin or len(outside) > 1 or convolves or not found:
+            break
+        best = found[0]
+    return best
+
 def _find_entry(run, flow, encoder):
     "The first larger map made from the deepest one, whole blocks before single layers with more channels"
     made = [site for site in run.sites if site.node in flow.below and flow.levels[site.node] is not None]
@@ -589,15 +604,14 @@ def _find_entry(run, flow, encoder):
     level = max(flow.levels[site.node] for site in made)
     made = [site for site in made if flow.levels[site.node] == level]
     first = min(made, key=lambda site: (site.node, site.call))
-    same = [site for site in made if flow.steps[site.node].op != "cat"]
     beside = [site.channels for site in encoder if flow.levels[site.node] == level]
     most = min(beside, default=first.channels)
-    risen = any(n == first.node for _, n, _ in flow.rises)
-    if risen and first.channels <= most:
-        return first
-    inside = [site for site in same if run.calls[site.call].first > encoder[-1].node]
-    thin = [site for site in inside if site.channels <= most]
-    return min(_outermost(run, thin), key=lambda site: (site.node, site.call), default=first)
+    begin = encoder[-1].node
+    if first.channels <= most and any(n == first.node for _, n, _ in flow.rises):
+        return _whole_rise(run, flow, first, made, begin)
+    thin = [site for site in made if site.channels <= most and flow.steps[site.node].op != "cat"]
+    blocks = _outermost(run, [site for site in thin if run.calls[site.call].first > begin])
+    return min(blocks, key=lambda site: (site.node, site.call), default=first)
 
 def _find_head(run, flow, net, logits):
     "The last convolution whose output has the shape of the logits, and the channels that enter it; else the last such layer"

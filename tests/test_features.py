@@ -1,5 +1,5 @@
 """The features that are found in networks of other people: one small network for each way in which the order of computation misleads, then MONAI's."""
-import copy, pickle, warnings
+import copy, pickle
 
 import pytest
 import torch
@@ -10,6 +10,8 @@ from egcnn_nb.core import InputError, seed_everything
 from egcnn_nb.egcnn import EGCNN
 from egcnn_nb.features import find_features, listen
 from egcnn_nb.losses import EGLoss
+
+pytestmark = pytest.mark.filterwarnings("ignore:The edge stream adds")    # these networks are small
 
 IMAGE = torch.zeros(1, 1, 64, 64)
 
@@ -524,9 +526,6 @@ def test_metatensors_work_in_three_dimensions_and_slide():
 
 # ---- MONAI's networks
 
-def down(dims, *stages):
-    return [f"{name}" for name in stages]
-
 DYN = dict(kernel_size=[3]*4, strides=[1, 2, 2, 2], upsample_kernel_size=[2]*3, filters=[8, 16, 32, 64])
 DYN_ANSWER = (["input_block", "downsamples.0", "downsamples.1", "bottleneck"], "upsamples.0.transp_conv")
 BASIC = ["conv_0", "down_1", "down_2", "down_3", "down_4"]
@@ -534,10 +533,9 @@ PLUS = [f"conv_{i}_0" for i in range(5)]
 SEGRES = ([f"down_layers.{i}" for i in range(4)], "up_samples.0")
 SWIN = (["encoder1", "encoder2", "encoder3", "encoder4", "encoder10"], "decoder5.transp_conv")
 VNET = (["in_tr", "down_tr32", "down_tr64", "down_tr128", "down_tr256"], "up_tr256.up_conv")
-MEDNEXT = (["enc_stages.0", "enc_stages.1", "enc_stages.2", "enc_stages.3", "bottleneck"], "up_layers.0")
 FINE = (8, 8, 16, 32, 64, 8)
 MONAI = {                                                           # label -> (class, axes, arguments, size, answer)
-    "UNet": ("UNet", (2, 3), dict(channels=(8, 16, 32), strides=(2, 2), num_res_units=1), 32, (["model.0", "model.1.submodule.1"], "model.1.submodule.2.0.conv")),
+    "UNet": ("UNet", (2, 3), dict(channels=(8, 16, 32), strides=(2, 2), num_res_units=1), 32, (["model.0", "model.1.submodule.1"], "model.1.submodule.2.0")),
     "BasicUNet": ("BasicUNet", (2, 3), dict(features=FINE), 32, (BASIC, "upcat_4.upsample")),
     "BasicUNetPlusPlus": ("BasicUNetPlusPlus", (2, 3), dict(features=FINE), 32, (PLUS, "upcat_3_1.upsample")),
     "SegResNet": ("SegResNet", (2, 3), dict(init_filters=8), 32, SEGRES),
@@ -545,7 +543,7 @@ MONAI = {                                                           # label -> (
     "DynUNet, deep supervision": ("DynUNet", (2, 3), dict(DYN, deep_supervision=True, deep_supr_num=2, res_block=True), 32, DYN_ANSWER),
     "VNet": ("VNet", (2, 3), {}, 32, VNET),
     "AttentionUnet": ("AttentionUnet", (2, 3), dict(channels=(8, 16, 32), strides=(2, 2)), 32,
-                      (["model.0", "model.1.submodule.0", "model.1.submodule.1.submodule"], "model.1.submodule.1.upconv.up.conv")),
+                      (["model.0", "model.1.submodule.0", "model.1.submodule.1.submodule"], "model.1.submodule.1.upconv")),
     "UNETR": ("UNETR", (2, 3), dict(img_size=32, feature_size=8, hidden_size=48, mlp_dim=96, num_heads=4), 32,
               (["encoder1", "encoder2", "encoder3", "encoder4", "vit.patch_embedding.patch_embeddings"], "decoder5.transp_conv")),
     "SwinUNETR": ("SwinUNETR", (2, 3), dict(feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8)), 64, SWIN),
