@@ -148,6 +148,7 @@ class _Step:
     shape:tuple
     scale:tuple|None=None # voxels of the image a voxel, along each axis; None: this is no map
     spatial:bool=False # made by a convolution that looks at neighbours
+    widens:bool=False # made by a convolution with more channels than it takes
     bounded:bool=False # a softmax or sigmoid, perhaps resized
     gates:tuple=() # those of `inputs` that merely multiply another one by a number in (0,1)
     macs:int=0 # multiply-adds
@@ -210,6 +211,7 @@ class _Recorder(TorchDispatchMode):
             step.gates = gates
         if op == "convolution":
             step.spatial = max(args[1].shape[2:]) > 1 and not args[6]
+            step.widens = out.shape[1] > args[0].shape[1]
         step.macs = _multiply_adds(op, args, out)
         return step
 
@@ -235,10 +237,12 @@ class _Recorder(TorchDispatchMode):
         return base.scale
 
     def _source(self, step):
-        "A step that is resampled is a map; its scale, if not known, follows from its size"
+        "A step that is resampled is a map, or None; its scale, if not known, follows from its size, also where it is a copy"
         if step.scale is None and len(step.shape) == self.dims+2 and prod(step.shape[2:]) > 1:
             step.scale = tuple(max(round(n/m), 1) for n, m in zip(self.size, step.shape[2:]))
             self.scales[step.shape[2:]] = step.scale
+            if step.op == "clone":
+                self._source(self.steps[step.inputs[0]])
         return step if step.scale is not None else None
 
 def _strides(op, args, dims):
@@ -425,7 +429,7 @@ class _Flow:
         for n in self.counted:
             step = self.steps[n]
             made = step.scale is not None and step.op in _RESHAPES | _TURNS
-            if step.spatial or made:
+            if step.spatial or step.widens or made:
                 real.add(step.level)
         def level(n):
             step = self.steps[n]
@@ -518,8 +522,13 @@ def _outermost(run, sites):
     return [site for site in sites if calls.isdisjoint(run.around(site.call))]
 
 def _last(run, sites):
-    "The map that depends on most others; of one map the name of the outermost module"
-    return max(_outermost(run, sites), key=lambda site: (site.node, -site.call))
+    "The map that depends on most others, in its outermost block"
+    return _plain(sites, max(_outermost(run, sites), key=lambda site: (site.node, -site.call)))
+
+def _plain(sites, site):
+    "The same map under the name of a module, where it is named as an item of a tuple"
+    same = [s for s in sites if s.node == site.node and "[" not in s.name]
+    return min(same, key=lambda s: s.call, default=site)
 
 def _leaves_level(run, flow, site):
     "Whether a map lies at the entrance of a block that goes on to a smaller size"
@@ -543,6 +552,19 @@ def _rather_a_block(run, sites):
     block = _last(run, blocks)
     return block if last.channels >= 2*block.channels else last
 
+def _of_trunk(run, flow, trunk, pool):
+    "The last of the maps on the way to the source, or the block through which the decoder takes it"
+    feature = _rather_a_block(run, trunk)
+    taken = [site for site in _outermost(run, trunk) if flow.taken_as_it_is(site.node)]
+    after = _below(flow.steps, feature.node)
+    skips = [site for site in pool if site.node in after & flow.touching]
+    if feature in taken or (taken and not skips):
+        return feature
+    for site in trunk if not skips else ():
+        after |= _below(flow.steps, site.node)
+    skips = [site for site in pool if site.node in after & flow.touching and site not in trunk]
+    return _last(run, skips) if skips else feature
+
 def _feature_at(run, flow, level):
     "The encoder's feature at one level, or None"
     sites = [site for site in run.sites if flow.levels[site.node] == level and flow.worked[site.node]]
@@ -551,12 +573,7 @@ def _feature_at(run, flow, level):
     trunk = [site for site in pool if site.node in flow.above]
     trunk = [site for site in trunk if not _leaves_level(run, flow, site)] or trunk
     if trunk:
-        feature = _rather_a_block(run, trunk)
-        if flow.taken_as_it_is(feature.node):
-            return feature
-        after = _below(flow.steps, feature.node)
-        skips = [site for site in pool if site.node in after & flow.touching]
-        return _last(run, skips) if skips else feature
+        return _of_trunk(run, flow, trunk, pool)
     pool = pool or [site for site in sites if flow.depth[site.node] == flow.deepest and site.node not in flow.below]
     pool = [site for site in pool if site.node in flow.touching] or pool
     return _last(run, pool) if pool else None
@@ -572,7 +589,7 @@ def _deepest_feature(run, flow):
         return None
     blocks = _outermost(run, pool)
     widest = max(site.channels for site in blocks)
-    return _last(run, [site for site in blocks if site.channels == widest])
+    return _plain(pool, _last(run, [site for site in blocks if site.channels == widest]))
 
 def _find_encoder(run, flow):
     "The encoder's feature of each level, fine to deep"
