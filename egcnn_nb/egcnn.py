@@ -259,7 +259,7 @@ class EGCNN(nn.Module):
         "A line about the multiply-adds of a foreign network, where they can be counted"
         own = self.found.get("macs")
         total = None if own is None else multiply_adds(self, self.found["shape"])
-        if total is None:
+        if own is None or total is None:
             return []
         size = "×".join(map(str, self.found["shape"][2:]))
         return [f"{own:,} multiply-adds at {size}, {total-own:,} added"]

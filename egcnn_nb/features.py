@@ -118,10 +118,11 @@ def logits_of(
         return output if output.dim() == dims+2 else None
     entries = _entries(output)
     if which is not None:
-        last = isinstance(which, int) and which < 0 and entries
-        key = which + len(entries) if last else which
-        found = [v for k, v in entries if k == key]
-        require(found, f"output={which!r} is not in what the network returns. Name one of {[k for k, _ in entries]}.")
+        keys = [k for k, _ in entries]
+        if isinstance(which, int) and which < 0 and keys == list(range(len(keys))):
+            which = which + len(keys)
+        found = [v for k, v in entries if k == which]
+        require(found, f"output={which!r} is not in what the network returns. Name one of {keys}.")
         return logits_of(found[0], dims)
     if isinstance(output, dict):
         known = [(k, v) for k, v in entries if k in ("logits", "out", "seg")]
@@ -440,7 +441,7 @@ class _Flow:
     def _reach(self):
         "The deepest level at which something is computed from each step"
         works = [step.macs > 0 and level is not None for step, level in zip(self.steps, self.levels)]
-        reach = [level if work else -1. for work, level in zip(works, self.levels)]
+        reach = [step.level if work else -1. for work, step in zip(works, self.steps)]
         for n in reversed(range(len(self.steps))):
             for i in self.steps[n].inputs:
                 reach[i] = max(reach[i], reach[n])
@@ -662,7 +663,7 @@ def _better_output(run, logits):
     for key, item in _entries(run.output):
         found = logits_of(item, run.dims)
         node = None if found is None else run.recorder.number(found)
-        if node is not None and tuple(found.shape) == shape and _maps_above(run, node) > most:
+        if node is not None and run.steps[node].shape == shape and _maps_above(run, node) > most:
             best, most = key, _maps_above(run, node)
     return best
 
@@ -709,10 +710,13 @@ def find_features(
     run = _record(net, example_input)
     out = logits_of(run.output, run.dims, output)
     expect(out is not None, "net", "no output", f"a tensor of logits with {run.dims+2} axes, alone or in a tuple, list or dict", "wrap the network so that it returns its logits")
-    logits = run.recorder.number(cast(Tensor, out))
-    expect(run.sites, "net", "no module that puts out a map", "convolutions that are modules", "name the layers: features=[...]")
+    out = cast(Tensor, out)
+    logits = run.recorder.number(out)
     require(logits is not None, "The network's output does not depend on the image. Wrap the network so that it returns its logits.")
     flow = _Flow(run.steps, logits)
+    convolves = any(step.op == "convolution" for step in run.steps)
+    maps = [site for site in run.sites if features or (convolves and flow.levels[site.node] is not None)]
+    expect(maps, "net", "no module that puts out a map", "convolutions that are modules", "name the layers: features=[...]")
     given = [_named(run, name, "features") for name in features or []]
     encoder = sorted(given, key=lambda site: -prod(site.size)) if given else _find_encoder(run, flow)
     entry = _named(run, decoder_entry, "decoder_entry") if decoder_entry else _find_entry(run, flow, encoder)
