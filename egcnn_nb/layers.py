@@ -336,8 +336,8 @@ class GroupNorm(nn.GroupNorm):
         ours = x.device.type == "cpu" and x.is_floating_point() and x.dtype != torch.float64
         if not ours or x.numel() == 0 or x.dim() < 3 or x.shape[1] != self.num_channels or torch.compiler.is_compiling():
             return super().forward(x)
-        weight = x.new_ones(self.num_channels) if self.weight is None else self.weight
-        bias = x.new_zeros(self.num_channels) if self.bias is None else self.bias
+        weight = x.new_ones((self.num_channels,)) if self.weight is None else self.weight
+        bias = x.new_zeros((self.num_channels,)) if self.bias is None else self.bias
         if _on_cpu(x) and x.numel() > _SLAB//2:
             return _Norm.apply(channels_last(x), weight, bias, self.num_groups, self.eps)
         return _norm_of_deviations(x, weight, bias, self.num_groups, self.eps)

@@ -64,7 +64,7 @@ def _expect_size(backbone, width, levels):
     require(deepest <= 8192, f"A width of {width} with {levels} levels makes {deepest:,} channels at the deepest. Choose a smaller --width or fewer --levels, so that there are at most 8,192.")
 
 # %% ../nbs/09c_networks.ipynb #25b8e61c
-_FIXED = {"self", "net", "example_input", "activation", "features", "decoder_entry", "head", "in_channels", "out_channels", "width", "levels", "dims", "verbose", "args", "kwargs"}
+_FIXED = {"self", "net", "example_input", "activation", "features", "decoder_entry", "head", "output", "in_channels", "out_channels", "width", "levels", "dims", "verbose", "args", "kwargs"}
 
 def _arguments(cls):
     "Names of the readings that a class, or a function, takes"
@@ -358,7 +358,7 @@ def slide(
     for start in range(0, len(where), batch):
         part = where[start:start+batch]
         answers = maps(torch.stack([x[(slice(None), *w)] for w in part]))
-        if start == 0: out = answers.new_zeros(answers.shape[1], *x.shape[1:])
+        if start == 0: out = answers.new_zeros((answers.shape[1], *x.shape[1:]))
         for w, answer in zip(part, answers): out[(slice(None), *w)].addcmul_(answer, weight); total[w] += weight
         tick(len(part))
     return out.div_(total)

@@ -82,7 +82,7 @@ def _slabs(shape, voxels=1 << 18):
 
 def _padded(x, a, b):
     "Planes a to b of a volume (D,H,W) and one layer around them, borders repeated, in one block"
-    block, inside = x.new_empty(b-a+2, *[s+2 for s in x.shape[1:]]), (slice(None), *[slice(1, -1)]*(x.dim()-1))
+    block, inside = x.new_empty((b-a+2, *[s+2 for s in x.shape[1:]])), (slice(None), *[slice(1, -1)]*(x.dim()-1))
     low, high = max(a-1, 0), min(b+1, len(x))
     block[inside][low-a+1:high-a+1] = x[low:high]
     if a == 0: block[inside][0] = x[0]
@@ -118,7 +118,7 @@ def _pull(x, out, grad, dx, a, b, scale):
     low, high = max(p-1, 0), min(q+1, len(x))
     weight, blocks = grad[low:high]/out[low:high], []
     for g in _derivatives(_padded(x, low, high), scale):
-        blocks.append(x.new_zeros(q-p+2, *[s+4 for s in x.shape[1:]]))
+        blocks.append(x.new_zeros((q-p+2, *[s+4 for s in x.shape[1:]])))
         torch.mul(g, weight, out=blocks[-1][(slice(low-p+1, high-p+1), *[slice(2, -2)]*(n-1))])
     if scale: blocks = [t.mul_(s) for t, s in zip(blocks, scale)]
     total = _transposed(blocks)
