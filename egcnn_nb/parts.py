@@ -11,6 +11,7 @@ __all__ = ['EVENTS', 'LOGGERS', 'name_of_part', 'Parts', 'expect_weights', 'own_
 import copy, functools, inspect, io, random
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +140,10 @@ def _streams(output):
     if not isinstance(output, tuple) or len(output) < 2 or output[0] is not logits:
         return logits, None, None
     edge, main = output[1], output[2] if len(output) > 2 else None
-    alike = isinstance(edge, Tensor) and logits is not None and edge.shape[2:] == logits.shape[2:]
-    if not alike:
+    if logits is None or not isinstance(edge, Tensor) or edge.shape[2:] != logits.shape[2:]:
         return logits, None, None
-    return logits, edge, main if isinstance(main, Tensor) and main.shape == logits.shape else None
+    alike = isinstance(main, Tensor) and main.shape == logits.shape
+    return logits, edge, main if alike else None
 
 class UserLoss(nn.Module):
     "A loss of yours, or `EGLoss` of a network of yours, with the call of `EGLoss`"
@@ -196,7 +197,7 @@ def make_loss(
     parts:Parts, # of the run
     settings:Settings, # of the run
     task:Task, # of the dataset
-)->nn.Module: # with the call of `EGLoss`
+)->EGLoss|UserLoss: # with the call of `EGLoss`
     "The loss of a run"
     if isinstance(parts.loss, EGLoss):
         return parts.loss
@@ -263,7 +264,7 @@ def _kind(transforms):
 
 def _by_torchio(transforms, x, labels, spacing):
     "A TorchIO transform of a patch"
-    import torchio
+    torchio = import_module("torchio")
     affine = np.diag([*spacing, 1.])
     image = torchio.ScalarImage(tensor=x, affine=affine)
     label = torchio.LabelMap(tensor=labels[None], affine=affine)
@@ -518,7 +519,8 @@ class TensorBoardLogger:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
             raise InputError("TensorBoardLogger needs the package tensorboard, which is not installed. Install it by pip install tensorboard.") from e
-        self.folder, self.make, self.writer = folder, SummaryWriter, None
+        self.folder, self.make = folder, SummaryWriter
+        self.writer:Any = None
 
     def on_start(self,
         run, # `Run`
@@ -561,10 +563,11 @@ class WandbLogger:
         **options, # of wandb.init
     ):
         try:
-            import wandb
+            wandb = import_module("wandb")
         except ImportError as e:
             raise InputError("WandbLogger needs the package wandb, which is not installed. Install it by pip install wandb.") from e
-        self.wandb, self.options, self.record = wandb, {"project": project, **options}, None
+        self.wandb, self.options = wandb, {"project": project, **options}
+        self.record:Any = None
 
     def on_start(self,
         run, # `Run`

@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from .core import Task, probabilities, to_labels, write_whole
-from .losses import EGLoss
 from .egcnn import EGCNN, evaluating
 from .metrics import score_case
 from .settings import Settings
@@ -195,7 +194,7 @@ def _step_unless(bad, optimizer, scaler):
 
 def train_step(
     model:nn.Module, # the network, or its DistributedDataParallel
-    loss:EGLoss, # of the task
+    loss:nn.Module, # `EGLoss` of the task, or `UserLoss`
     optimizer:torch.optim.Optimizer, # any; with fused Adam nothing waits for a GPU
     scaler, # GradScaler; does nothing but for fp16
     x:Tensor, # images (B,C,D,H,W): this process's share of the batch
