@@ -65,7 +65,7 @@ def _by_module(sites):
 @contextmanager
 def listen(
     net:nn.Module, # network to listen to
-    names, # names of modules, as in net.named_modules(); "up#2" is the second call of up, "enc[0]" the first item that enc puts out
+    names, # of modules, as in net.named_modules(), of a call "up#2" or an item "enc[0]"
     inputs=(), # names of modules whose first input is caught as well, under "name:input"
 )->Iterator[dict]: # name -> Tensor, filled while the network runs
     "Catch the outputs of named modules during one pass"
@@ -126,7 +126,8 @@ def logits_of(
         return logits_of(found[0], dims)
     if isinstance(output, dict):
         known = [(k, v) for k, v in entries if k in ("logits", "out", "seg")]
-        entries = sorted(known, key=lambda entry: ("logits", "out", "seg").index(entry[0])) or entries
+        order = ("logits", "out", "seg")
+        entries = sorted(known, key=lambda entry: order.index(entry[0])) or entries
     for _, item in entries:
         found = logits_of(item, dims)
         if found is not None:
@@ -198,7 +199,8 @@ class _Recorder(TorchDispatchMode):
     def _note_written(self, func, args):
         "Whoever else shares the memory of what was written into depends on it now"
         for given, value in zip(func._schema.arguments, args):
-            if given.alias_info is not None and given.alias_info.is_write and isinstance(value, Tensor):
+            written = given.alias_info is not None and given.alias_info.is_write
+            if written and isinstance(value, Tensor):
                 self.written[StorageWeakRef(value.untyped_storage())] = len(self.steps)-1
                 self.of[value] = len(self.steps)-1
 
@@ -238,7 +240,7 @@ class _Recorder(TorchDispatchMode):
         return base.scale
 
     def _source(self, step):
-        "A step that is resampled is a map, or None; its scale, if not known, follows from its size, also where it is a copy"
+        "A step that is resampled, with a scale that follows from its size if unknown; None: no map"
         if step.scale is None and len(step.shape) == self.dims+2 and prod(step.shape[2:]) > 1:
             step.scale = tuple(max(round(n/m), 1) for n, m in zip(self.size, step.shape[2:]))
             self.scales[step.shape[2:]] = step.scale
@@ -440,16 +442,18 @@ class _Flow:
 
     def _reach(self):
         "The deepest level at which something is computed from each step"
-        works = [step.macs > 0 and level is not None for step, level in zip(self.steps, self.levels)]
-        reach = [step.level if work else -1. for work, step in zip(works, self.steps)]
+        reach = [-1.]*len(self.steps)
+        for n, step in enumerate(self.steps):
+            if step.macs > 0 and self.levels[n] is not None:
+                reach[n] = step.level
         for n in reversed(range(len(self.steps))):
             for i in self.steps[n].inputs:
                 reach[i] = max(reach[i], reach[n])
         return reach
 
     def _follow(self):
-        """Fill `depth`, the deepest level that each step has been through, `worked`, whether it has been through weights,
-        and `aside`, whether it is all of a detour; returns the ways up (from, to, level of from)"""
+        """Fill `depth`, the deepest level that each step has been through, `worked`, whether it has
+        been through weights, and `aside`, whether it is all of a detour; returns the ways up"""
         self.depth, self.worked, self.aside = [], [], []
         carried, reach, rises = [], self._reach(), []
         for n, step in enumerate(self.steps):
@@ -465,7 +469,8 @@ class _Flow:
             self.depth.append(max(depths, default=0.))
             self.aside.append(bool(aside) and all(aside))
             self.worked.append(step.macs > 0 or any(self.worked[i] for i in step.inputs))
-            carried.append(own if own is not None else max((carried[i] for i in step.inputs), default=0.))
+            before = max((carried[i] for i in step.inputs), default=0.)
+            carried.append(before if own is None else own)
         return rises
 
     def _source(self):
@@ -568,23 +573,27 @@ def _of_trunk(run, flow, trunk, pool):
 
 def _feature_at(run, flow, level):
     "The encoder's feature at one level, or None"
-    sites = [site for site in run.sites if flow.levels[site.node] == level and flow.worked[site.node]]
+    sites = [site for site in run.sites if flow.levels[site.node] == level]
+    sites = [site for site in sites if flow.worked[site.node]]
     pool = [site for site in sites if flow.strict(site.node) and site.node not in flow.below]
     pool = [site for site in pool if not flow.aside[site.node]] or pool
     trunk = [site for site in pool if site.node in flow.above]
     trunk = [site for site in trunk if not _leaves_level(run, flow, site)] or trunk
     if trunk:
         return _of_trunk(run, flow, trunk, pool)
-    pool = pool or [site for site in sites if flow.depth[site.node] == flow.deepest and site.node not in flow.below]
+    deep = [site for site in sites if flow.depth[site.node] == flow.deepest]
+    pool = pool or [site for site in deep if site.node not in flow.below]
     pool = [site for site in pool if site.node in flow.touching] or pool
     return _last(run, pool) if pool else None
 
 def _deepest_feature(run, flow):
-    "The last of the widest maps at the deepest level, since a decoder may thin it before it rises; None: no module puts one out"
-    pool = [site for site in run.sites if flow.levels[site.node] == flow.deepest and flow.strict(site.node) and site.node in flow.above]
+    "The last of the widest maps at the deepest level, since a decoder may thin it; or None"
+    pool = [site for site in run.sites if flow.levels[site.node] == flow.deepest]
+    pool = [site for site in pool if flow.strict(site.node) and site.node in flow.above]
     def rises(site):
         ends = [node for call in run.around(site.call) for _, node, _ in run.calls[call].items]
-        return any(node in flow.below and flow.levels[node] is not None for node in ends if node is not None)
+        ends = [node for node in ends if node in flow.below]
+        return any(flow.levels[node] is not None for node in ends)
     pool = [site for site in pool if not rises(site)] or pool
     if not pool:
         return None
@@ -597,11 +606,12 @@ def _find_encoder(run, flow):
     levels = {flow.levels[site.node] for site in run.sites} - {None}
     found = [_feature_at(run, flow, level) for level in sorted(levels) if level < flow.deepest]
     found = [site for site in [*found, _deepest_feature(run, flow)] if site is not None]
-    expect(len(found) > 1, "net", f"one resolution {[site.size for site in found]} only", "an encoder that lowers the resolution", "name the layers: features=[...]")
+    expect(len(found) > 1, "net", f"one resolution {[site.size for site in found]} only",
+           "an encoder that lowers the resolution", "name the layers: features=[...]")
     return found
 
 def _whole_rise(run, flow, first, sites, begin):
-    "The block around an up-sampled map that goes on to normalise it and the like, and neither convolves nor merges it"
+    "The block around an up-sampled map that also normalises it, but neither convolves nor merges it"
     level, best = flow.levels[first.node], first
     for number in run.around(first.call):
         call = run.calls[number]
@@ -616,9 +626,11 @@ def _whole_rise(run, flow, first, sites, begin):
 
 def _find_entry(run, flow, encoder):
     "The first larger map made from the deepest one, whole blocks before single layers with more channels"
-    made = [site for site in run.sites if site.node in flow.below and flow.levels[site.node] is not None]
+    made = [site for site in run.sites if site.node in flow.below]
+    made = [site for site in made if flow.levels[site.node] is not None]
     made = [site for site in made if flow.levels[site.node] < flow.deepest]
-    expect(made, "net", "no module that puts out a map larger than the deepest, made from it", "a decoder", "name the layer: decoder_entry=...")
+    expect(made, "net", "no module that puts out a map larger than the deepest, made from it",
+           "a decoder", "name the layer: decoder_entry=...")
     level = max(flow.levels[site.node] for site in made)
     made = [site for site in made if flow.levels[site.node] == level]
     first = min(made, key=lambda site: (site.node, site.call))
@@ -632,12 +644,14 @@ def _find_entry(run, flow, encoder):
     return min(blocks, key=lambda site: (site.node, site.call), default=first)
 
 def _find_head(run, flow, net, logits):
-    "The last convolution whose output has the shape of the logits, and the channels that enter it; else the last such layer"
+    "The last convolution, or layer, whose output has the shape of the logits; and its input channels"
     shape, parents = flow.steps[logits].shape, {call.parent for call in run.calls}
     leaves = [site for site in run.sites if site.call not in parents and site.node in flow.counted]
-    fit = [site for site in leaves if (site.channels, site.size) == (shape[1], shape[2:]) and run.calls[site.call].taken]
+    fit = [site for site in leaves if (site.channels, site.size) == (shape[1], shape[2:])]
+    fit = [site for site in fit if run.calls[site.call].taken]
     kinds = [net.get_submodule(run.calls[site.call].module) for site in fit]
-    convolutions = [site for site, kind in zip(fit, kinds) if isinstance(kind, nn.modules.conv._ConvNd)]
+    of_torch = nn.modules.conv._ConvNd
+    convolutions = [site for site, kind in zip(fit, kinds) if isinstance(kind, of_torch)]
     if not fit:
         return None, 0
     head = max(convolutions or fit, key=lambda site: site.node)
@@ -647,7 +661,7 @@ def _find_head(run, flow, net, logits):
 def _activation_of(steps, logits):
     "What the last operation was that bounds the output: softmax, sigmoid, a division by the sum, or None"
     step = steps[logits]
-    while step.op not in _BOUNDED and (step.op in _MOVES or "upsample" in step.op) and len(step.inputs) == 1:
+    while len(step.inputs) == 1 and (step.op in _MOVES or "upsample" in step.op):
         step = steps[step.inputs[0]]
     if step.op in _BOUNDED:
         return {"_softmax": "a softmax"}.get(step.op, "a sigmoid")
@@ -671,18 +685,21 @@ def _maps_above(run, node):
     "Number of maps that a step is made from"
     return sum(run.steps[n].scale is not None for n in _above(run.steps, node))
 
-def _doubts(run, flow, found, output):
+def _doubts(run, flow, logits, searched, output):
     "What may be wrong with what was found: sentences that say what to name"
-    doubts, logits, k = [], found["logits"], found["out_channels"]
+    doubts, k = [], run.steps[logits].shape[1]
     better = _better_output(run, logits) if output is None else None
     if better is not None:
-        doubts.append(f"The network returns several outputs of one size, and the first is not the one made from most maps. Name it: output={better!r}.")
+        doubts.append("The network returns several outputs of one size, and the first is not the one "
+                      f"made from most maps. Name it: output={better!r}.")
     bounded = _activation_of(run.steps, logits)
     if bounded:
-        doubts.append(f"The network's output comes out of {bounded}, but EGLoss wants logits. Pass the network without its last activation.")
-    for site in found["sites"]:
+        doubts.append(f"The network's output comes out of {bounded}, but EGLoss wants logits. "
+                      "Pass the network without its last activation.")
+    for site in searched:
         if site.channels <= k:
-            doubts.append(f"{site.name} has {site.channels} channels, no more than the {k} classes, so it may be an output and no feature. Name others: features=[...], decoder_entry=...")
+            doubts.append(f"{site.name} has {site.channels} channels, no more than the {k} classes, so it may be "
+                          "an output and no feature. Name others: features=[...], decoder_entry=...")
     return doubts
 
 # %% ../nbs/06c_features.ipynb #6c000018
@@ -696,42 +713,58 @@ def _named(run, name, argument):
     close = get_close_matches(name, known, 4, .4) or list(known)[:4]
     if calls:
         raise InputError(f"{argument}={name!r}: {module!r} puts out several maps. Name one of {calls}.")
-    raise InputError(f"{argument}={name!r}: found no module named {name!r} that puts out a map. Name one that does, such as {close}.")
+    raise InputError(f"{argument}={name!r}: found no module named {name!r} that puts out a map. "
+                     f"Name one that does, such as {close}.")
+
+def _flow_of(run, output, named):
+    "The logits that a pass returned, and the flow of data to them"
+    out = logits_of(run.output, run.dims, output)
+    axes = f"a tensor of logits with {run.dims+2} axes, alone or in a tuple, list or dict"
+    expect(out is not None, "net", "no output", axes, "wrap the network so that it returns its logits")
+    out = cast(Tensor, out)
+    logits = run.recorder.number(out)
+    alone = "The network's output does not depend on the image."
+    require(logits is not None, f"{alone} Wrap the network so that it returns its logits.")
+    logits = cast(int, logits)
+    flow = _Flow(run.steps, logits)
+    convolves = any(step.op == "convolution" for step in run.steps)
+    maps = [site for site in run.sites if flow.levels[site.node] is not None]
+    found = run.sites if named else convolves and maps
+    expect(found, "net", "no module that puts out a map", "convolutions that are modules",
+           "name the layers: features=[...]")
+    return logits, flow
+
+def _head_of(run, flow, net, logits, head):
+    "The output layer, found or named, and the channels that enter it"
+    if not head:
+        return _find_head(run, flow, net, logits)
+    site = _named(run, head, "head")
+    return head, run.calls[site.call].taken or site.channels
 
 def find_features(
     net:nn.Module, # an encoder-decoder
-    example_input:Tensor|tuple, # (B,C,D,H,W) or (B,C,H,W), a typical input; or a tuple of it, further arguments, and a dict of those by name
+    example_input:Tensor|tuple, # (B,C,D,H,W) or (B,C,H,W), typical; or a tuple (it, more arguments, dict of those by name)
     features:list|None=None, # names of the encoder's features, in place of those found
     decoder_entry:str|None=None, # name of the first up-sampled map, in place of the one found
     head:str|None=None, # name of the output layer, in place of the one found
     output:int|str|None=None, # which item of what the network returns holds the logits, in place of the first
 )->dict: # encoder [(name, channels)] fine to deep, entry, head, sizes, out_channels, dims, macs, shape, doubts
-    "Follow one example from the image to the logits, and find the features of each resolution; raises `InputError` that says which to name"
+    "Follow one example to the logits and find the features; raises `InputError` that says which to name"
     run = _record(net, example_input)
-    out = logits_of(run.output, run.dims, output)
-    expect(out is not None, "net", "no output", f"a tensor of logits with {run.dims+2} axes, alone or in a tuple, list or dict", "wrap the network so that it returns its logits")
-    out = cast(Tensor, out)
-    logits = run.recorder.number(out)
-    require(logits is not None, "The network's output does not depend on the image. Wrap the network so that it returns its logits.")
-    flow = _Flow(run.steps, logits)
-    convolves = any(step.op == "convolution" for step in run.steps)
-    maps = [site for site in run.sites if features or (convolves and flow.levels[site.node] is not None)]
-    expect(maps, "net", "no module that puts out a map", "convolutions that are modules", "name the layers: features=[...]")
+    logits, flow = _flow_of(run, output, features)
     given = [_named(run, name, "features") for name in features or []]
-    encoder = sorted(given, key=lambda site: -prod(site.size)) if given else _find_encoder(run, flow)
-    entry = _named(run, decoder_entry, "decoder_entry") if decoder_entry else _find_entry(run, flow, encoder)
-    if head:
-        site = _named(run, head, "head")
-        last = (head, run.calls[site.call].taken or site.channels)
-    else:
-        last = _find_head(run, flow, net, logits)
-    found = {"encoder": [(site.name, site.channels) for site in encoder], "entry": (entry.name, entry.channels), "head": last}
-    found |= {"sizes": {site.name: site.size for site in [*encoder, entry]}, "out_channels": out.shape[1], "dims": run.dims, "output": output}
-    found |= {"macs": sum(step.macs for step in run.steps), "shape": run.steps[0].shape}
-    facts = {"logits": logits, "out_channels": out.shape[1], "sites": []}
-    facts["sites"] += [] if given else encoder
-    facts["sites"] += [] if decoder_entry else [entry]
-    found["doubts"] = _doubts(run, flow, facts, output)
+    given.sort(key=lambda site: -prod(site.size))
+    encoder = given or _find_encoder(run, flow)
+    begin = _named(run, decoder_entry, "decoder_entry") if decoder_entry else None
+    entry = begin or _find_entry(run, flow, encoder)
+    last, shape = _head_of(run, flow, net, logits, head), run.steps[logits].shape
+    found:dict = {"encoder": [(site.name, site.channels) for site in encoder]}
+    found |= {"entry": (entry.name, entry.channels), "head": last, "output": output}
+    found["sizes"] = {site.name: site.size for site in [*encoder, entry]}
+    found |= {"out_channels": shape[1], "dims": run.dims, "shape": run.steps[0].shape}
+    found["macs"] = sum(step.macs for step in run.steps)
+    searched = [*([] if given else encoder), *([] if begin else [entry])]
+    found["doubts"] = _doubts(run, flow, logits, searched, output)
     return found
 
 def multiply_adds(
