@@ -80,6 +80,16 @@ class PooledAttention(UNet):
         b = b*resized(self.look[1](b), b)
         return a, b, self.c(b)
 
+class DeepAttention(UNet):
+    "The deepest map is weighted by one that was pooled, convolved with neighbours and up-sampled again"
+    def __init__(self):
+        super().__init__()
+        self.look = nn.Sequential(nn.AvgPool2d(4), nn.Conv2d(32, 32, 3, padding=1), nn.Sigmoid())
+
+    def encode(self, x):
+        a, b, c = super().encode(x)
+        return a, b, c*resized(self.look(c), c)
+
 class AddedContext(UNet):
     "A detour in the encoder that is added, and holds convolutions with neighbours"
     def __init__(self):
@@ -273,7 +283,7 @@ class AsDict(UNet):
 SMALL = {                                                           # network -> encoder fine to deep, entry
     UNet: (["a", "b", "c"], "up1"), LateHeads: (["a", "b", "c"], "up1"), SecondBranch: (["a", "b", "c"], "up1"),
     PooledAttention: (["a", "b", "c"], "up1"), AddedContext: (["a", "b", "c"], "up1"), GatedSkips: (["a", "b", "c"], "up1"),
-    PyramidPooling: (["a", "b", "join"], "up1"), Aspp: (["a", "b", "join"], "up1"),
+    DeepAttention: (["a", "b", "c"], "up1"), PyramidPooling: (["a", "b", "join"], "up1"), Aspp: (["a", "b", "join"], "up1"),
     Nested: (["x00", "x10", "x20"], "u20"), TopDown: (["c1", "c2", "c3"], "s2"),
     Unpadded: (["a", "b", "c"], "up1"), Strided: (["a", "b", "c"], "up1"), WrittenInPlace: (["a", "b", "c"], "up1"),
     SharedUp: (["a", "b", "c"], "up#1"), SharedBlock: (["block#1", "block#2", "block#3"], "join#1"),
