@@ -233,7 +233,7 @@ def score_validation(
             maps, _ = case_maps([(model.main, settings, task)], case, loaded=loaded)
         scored["main"].append(_scored(whole, case, loaded, maps, edges))
         tick()
-    about = {"arm": arm or ("eg" if settings.edge else "bare"), "readings": _other_readings(settings), "seed": settings.seed, "backbone": settings.backbone,
+    about = {"arm": arm or ("eg" if settings.edge else "bare"), "readings": _other_readings(settings), "seed": settings.seed, "backbone": settings.network or settings.backbone,
              "train_cases": settings.train_cases or "all", "lr": settings.lr, "run": folder.name, "weights": _fingerprint(folder)}
     rows = []
     for output, of_output in scored.items():

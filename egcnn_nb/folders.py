@@ -25,7 +25,7 @@ from torch import nn
 import egcnn_nb
 from .core import InputError, Task, expect, require
 from .losses import EGLoss, cross_entropy_weight
-from .egcnn import CHOICES, EGCNN
+from .egcnn import CHOICES, EGCNN, expect_gate
 from .layouts import expect_foreground, expect_paired, find_dataset
 from .settings import AUGMENTATIONS, NETWORKS, Settings, default_cache
 from .datasets import median_spacing, prepared_cases
@@ -106,6 +106,9 @@ def _check_readings(settings):
                 require(value in CHOICES[name], f"{name} is {value!r}. Choose one of {', '.join(CHOICES[name])}.")
             elif isinstance(defaults[name].default, bool):
                 require(isinstance(value, bool), f"{name} is {value!r}. Give True or False.")
+    given = given or {}
+    gate = {name: given[name] for name in ("fixed_attention", "gate_norm", "gate_bias") if name in given}
+    expect_gate(**gate)
 
 def check_settings(
     settings:Settings, # of a run

@@ -198,12 +198,17 @@ def make_loss(
     settings:Settings, # of the run
     task:Task, # of the dataset
 )->EGLoss|UserLoss: # with the call of `EGLoss`
-    "The loss of a run"
-    if isinstance(parts.loss, EGLoss):
-        return parts.loss
-    if parts.loss is not None:
+    "The loss of a run; raises `InputError` where an `EGLoss` of yours does not fit the task or the settings"
+    if parts.loss is not None and not isinstance(parts.loss, EGLoss):
         return UserLoss(parts.loss)
-    ours = EGLoss(task.activation, **reading_for(EGLoss, settings))
+    ours = parts.loss
+    if ours is None:
+        ours = EGLoss(task.activation, **reading_for(EGLoss, settings))
+    require(ours.activation == task.activation,
+            f"loss=EGLoss has activation={ours.activation!r}, but the task has {task.activation!r}. Give it that one.")
+    over_batch = "batch" in (ours.dice["reduce"], ours.bce["beta_over"])
+    require(not over_batch or settings.accumulate == 1,
+            f"The loss sums over the batch, which accumulate={settings.accumulate} cuts into parts. Set accumulate to 1.")
     others = parts.model is not None or settings.network is not None
     return UserLoss(None, ours) if others and not settings.edge else ours
 
@@ -314,6 +319,9 @@ class Transformed(torch.utils.data.Dataset):
         else:
             new, moved = _by_monai(self.transforms, x, numbers, seed)
         moved = torch.as_tensor(moved).as_subclass(Tensor)
+        if wide:
+            whole = bool((moved == moved.round()).all())
+            require(whole, f"transforms={name_of_part(self.transforms)} puts out labels between classes. Let it interpolate labels by nearest neighbour.")
         places = moved.long().clamp(0, len(self.values)-1)
         return new, self.values[places] if wide else moved
 
@@ -401,12 +409,8 @@ def _try_all(parts, settings, task, train, device):
     require(not learned, f"{name} has weights of its own, which no optimizer steps. Put them into the network, or freeze them.")
     x, target, keys = _first_patches(parts, settings, task, train)
     x = x.to(device, next(model.parameters()).dtype)
-    buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
-    model.train()
-    parts.terms = _try_step(model, loss, name, (x, target.to(device), keys), settings)
-    with torch.no_grad():
-        for n, b in model.named_buffers():
-            b.copy_(buffers[n])
+    trial = copy.deepcopy(model).train()                            # what a pass leaves behind stays in the copy
+    parts.terms = _try_step(trial, loss, name, (x, target.to(device), keys), settings)
     if parts.model is not None:
         _expect_storable("the network", model.state_dict())
     if parts.optimizer is not None:

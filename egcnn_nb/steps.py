@@ -176,7 +176,8 @@ def _tell_scaler(model, bad):
 def _decides_itself(optimizer, device):
     "Whether the optimizer can leave out a step by `found_inf`, so that nobody has to wait for the device"
     fused = isinstance(optimizer, torch.optim.Adam) and getattr(optimizer, "_step_supports_amp_scaling", False)
-    in_pieces = hasattr(optimizer.param_groups[0]["params"][0], "full_tensor")         # checkpoints need its state from the first step on
+    first = next(p for group in optimizer.param_groups for p in group["params"])
+    in_pieces = hasattr(first, "full_tensor")         # checkpoints need its state from the first step on
     return fused and (device.type != "cpu" or in_pieces)
 
 def _step_unless(bad, optimizer, scaler):
