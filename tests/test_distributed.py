@@ -66,7 +66,7 @@ READINGS = {                                                       # argument ->
     "where": ["union", "all"], "consistency_reduce": ["sum"], "consistency": ["both"],
     "weight_negatives": [False], "beta_over": ["batch"], "consistency_alone": [True], "w_cross_entropy": [0., 1.],
     "semantic": ["dice", "dice_ce"]}
-NO_READINGS = {"self", "args", "kwargs", "net", "example_input", "activation", "features", "decoder_entry", "head", "verbose"}
+NO_READINGS = {"self", "args", "kwargs", "net", "example_input", "activation", "features", "decoder_entry", "head", "output", "width", "verbose"}
 NO_EDGE_LOSS = {"lambda1": 0., "lambda2": 0.}
 TOGETHER = [NO_EDGE_LOSS, {**NO_EDGE_LOSS, "w_consistency": 0.}, {**NO_EDGE_LOSS, "w_consistency": 0., "supervise": "main"},
             {"supervise": "main", "fuse": "features"}, {"supervise": "main", "fuse": "probabilities", "last_block": True},
