@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from egcnn_nb.datasets import prepared_cases
-from egcnn_nb.patches import EpochBatches, Patches
-from egcnn_nb.layouts import find_dataset
+from egcnn_nb.data.datasets import prepared_cases
+from egcnn_nb.data.patches import EpochBatches, Patches
+from egcnn_nb.data.layouts import find_dataset
 
 def ours(cases, task, patch, workers, cache):
     "Patches of cases that lie in the cache, mapped into memory"
@@ -101,7 +101,7 @@ def one_large(name, folder, again=3):
 def large(rounds=3, n=6):
     from predict import brats_case, enlarge
     import nibabel as nib
-    from egcnn_nb.volumes import brain
+    from egcnn_nb.data.volumes import brain
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp); (tmp/"data/HGG").mkdir(parents=True); (tmp/"data/LGG").mkdir(); (tmp/"cache").mkdir()
         for i in range(n):

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from egcnn_nb.backbones import SegNet
+from egcnn_nb.method.backbones import SegNet
 from egcnn_nb.core import keep_memory
-from egcnn_nb.egcnn import EGCNN
-from egcnn_nb.losses import EGLoss
-from egcnn_nb.sobel import sobel_magnitude
-from egcnn_nb.networks import infer
+from egcnn_nb.method.egcnn import EGCNN
+from egcnn_nb.method.losses import EGLoss
+from egcnn_nb.method.sobel import sobel_magnitude
+from egcnn_nb.run.models import infer
 from speed import cost, extra_memory, matmul_rate, problem, step
 
 def memory(name, n):

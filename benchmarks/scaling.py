@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from egcnn_nb.backbones import SegNet
-from egcnn_nb.egcnn import EGCNN
+from egcnn_nb.method.backbones import SegNet
+from egcnn_nb.method.egcnn import EGCNN
 from speed import problem, step
 
 def one_rank(out, again):

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from jupyter_client.manager import start_new_kernel
 
-from egcnn_nb.backbones import SegNet
+from egcnn_nb.method.backbones import SegNet
 from egcnn_nb.core import keep_memory, one_hot
-from egcnn_nb.egcnn import EGCNN
-from egcnn_nb.losses import EGLoss
-from egcnn_nb.metrics import distances
-from egcnn_nb.sobel import sobel_magnitude
-from egcnn_nb.networks import autocast, best_precision, infer
+from egcnn_nb.method.egcnn import EGCNN
+from egcnn_nb.method.losses import EGLoss
+from egcnn_nb.run.metrics import distances
+from egcnn_nb.method.sobel import sobel_magnitude
+from egcnn_nb.run.models import autocast, best_precision, infer
 
 def medians(again=5, **what):
     "Milliseconds of each function, run in turn, after one round that does not count"
@@ -100,7 +100,7 @@ def step(net, x, target, precision="fp32", eg=None):
     return train
 
 def cost(net, x):
-    "Parameters and multiply-adds, as the network is written: on a CPU ours multiplies with some zeros besides (`03b_layers`)"
+    "Parameters and multiply-adds, as the network is written: on a CPU ours multiplies with some zeros besides (`layers`)"
     from copy import deepcopy
     from torch.utils.flop_counter import FlopCounterMode
     with torch.no_grad(), FlopCounterMode(display=False) as c: deepcopy(net).to("meta")(x.to("meta"))
@@ -184,23 +184,23 @@ def metric():
     t = medians(3, ours=lambda: distances(pred, truth), MONAI=theirs)
     return [row("HD95 and surface Dice, 240×240×155", t.pop("ours"), t, "5")]
 
-NBS = Path(__file__).parents[1]/"nbs"
+LESSON = Path(__file__).parents[1]/"nbs/1_method"
 
 def first_picture():
-    "Start a kernel and run the cells of 01_volumes until a picture has arrived"
-    manager, client = start_new_kernel(cwd=str(NBS))
+    "Start a kernel and run the cells of 02_scans_and_masks until a picture has arrived"
+    manager, client = start_new_kernel(cwd=str(LESSON))
     seen = lambda m: pictures.append(m) if "image/png" in m["content"].get("data", {}) else None
-    cells, pictures = [c for c in json.loads((NBS/"01_volumes.ipynb").read_text())["cells"] if c["cell_type"] == "code"], []
+    cells, pictures = [c for c in json.loads((LESSON/"02_scans_and_masks.ipynb").read_text())["cells"] if c["cell_type"] == "code"], []
     try:
         while not pictures: assert client.execute_interactive("".join(cells.pop(0)["source"]), output_hook=seen)["content"]["status"] == "ok"
     finally: client.stop_channels(); manager.shutdown_kernel(now=True)
 
 def startup():
     def run(*words): return lambda: subprocess.run([sys.executable, *words], check=True, capture_output=True)
-    t = medians(3, picture=first_picture, help=run("-m", "egcnn_nb.train", "--help"), sobel=run("-c", "import egcnn_nb.sobel"), torch=run("-c", "import torch"), monai=run("-c", "import monai"))
+    t = medians(3, picture=first_picture, help=run("-m", "egcnn_nb.train", "--help"), sobel=run("-c", "import egcnn_nb.method.sobel"), torch=run("-c", "import torch"), monai=run("-c", "import monai"))
     return [row("egcnn_train --help", t["help"], {"import monai": t["monai"]}, "0.5 s", "of the peer's time"),
-            row("import egcnn_nb.sobel", t["sobel"], {"import torch": t["torch"]}, "+ 0.1 s", "of the peer's time"),
-            row("first picture of 01_volumes, a fresh kernel", t["picture"], {"import monai": t["monai"]}, "3 s", "of the peer's time")]
+            row("import egcnn_nb.method.sobel", t["sobel"], {"import torch": t["torch"]}, "+ 0.1 s", "of the peer's time"),
+            row("first picture of 02_scans_and_masks, a fresh kernel", t["picture"], {"import monai": t["monai"]}, "3 s", "of the peer's time")]
 
 ROWS = {"sobel": sobel, "sobel_backward": sobel_backward, "losses": losses, "step": steps, "segresnet": segresnet, "bf16": bf16, "batch_1": batch_1, "predict": predict, "distances": metric, "startup": startup}
 

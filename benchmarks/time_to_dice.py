@@ -23,8 +23,8 @@ BEST = {"EG-CNN": (3e-3, 6), "EG-CNN + cross entropy": (3e-3, 12), "Seg-Net + co
 
 def split(args):
     "Training and validation cases"
-    from egcnn_nb.patches import split_cases
-    from egcnn_nb.layouts import find_dataset
+    from egcnn_nb.data.patches import split_cases
+    from egcnn_nb.data.layouts import find_dataset
     out = set(Path(args.exclude).read_text().split())
     return split_cases([c for c in find_dataset(args.data).cases if c.label and c.name not in out], 0, VALIDATION)
 
@@ -39,7 +39,7 @@ def monai(args):
     from monai.metrics import DiceMetric
     from monai.networks.nets import SegResNet, UNet
     from monai.utils import set_determinism
-    from egcnn_nb.networks import autocast, best_precision
+    from egcnn_nb.run.models import autocast, best_precision
     set_determinism(args.seed)
     cpu = torch.device("cpu"); precision = "fp32" if args.fp32 else best_precision(cpu)
     keys, files = ["x", "y"], lambda cases: [{"x": str(c.images[0]), "y": str(c.label)} for c in cases]

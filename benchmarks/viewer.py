@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from egcnn_nb.viewers import view
+from egcnn_nb.show.viewers import view
 
 def steps(n):
     "Milliseconds of each of `n` steps through the three sliders in turn"

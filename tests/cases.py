@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from egcnn_nb.core import InputError, outer_first, region_masks, regions_to_labels, to_labels
-from egcnn_nb.inference import main as predict_main
-from egcnn_nb.layouts import check_dataset, find_dataset, is_run, main as check_main, name_of, read_case
-from egcnn_nb.train import LAUNCH, main as train_main
+from egcnn_nb.run.predict import main as predict_main
+from egcnn_nb.data.layouts import check_dataset, find_dataset, is_run, main as check_main, name_of, read_case
+from egcnn_nb.commands.train import LAUNCH, main as train_main
 
 ROOT = Path(__file__).parents[1]
 ROWS = {}
@@ -467,7 +467,7 @@ def json_with_bom(tmp):
 def json_under_another_locale(tmp):
     nnunet(tmp, labels={"background": 0, "Ödem": 1, "Kern": 2})
     code = (
-        "from egcnn_nb.layouts import find_dataset; "
+        "from egcnn_nb.data.layouts import find_dataset; "
         f"print(ascii(find_dataset({str(tmp)!r}).task.labels[1]))")
     done = python(code, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert done.returncode == 0 and ascii("Ödem") in done.stdout, done.stderr
@@ -1055,7 +1055,7 @@ def cal_max_kept(tmp):
 
 @row("a 3D view of a volume of one slice", "a view, or one line of our own")
 def view3d_one_slice(tmp):
-    from egcnn_nb.scenes import view3d
+    from egcnn_nb.show.scenes import view3d
     volume = np.random.default_rng(0).random((20, 18, 1)).astype(np.float32)
     try:
         view3d(volume, np.ones((20, 18, 1), np.int32)).static()
@@ -1117,8 +1117,8 @@ def cores_of_the_machine(tmp):
 import os, threading, time
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 os.cpu_count = lambda: 96
-import egcnn_nb.datasets as datasets
-from egcnn_nb.layouts import find_dataset
+import egcnn_nb.data.datasets as datasets
+from egcnn_nb.data.layouts import find_dataset
 data = find_dataset({str(tmp/'data')!r})
 now, most, lock, real = [0], [0], threading.Lock(), datasets.load_case
 def counted(*words, **named):
@@ -1144,7 +1144,7 @@ def nobody(uid): raise KeyError(uid)
 pwd.getpwuid = nobody
 import torch, warnings
 torch.set_num_threads(1)
-from egcnn_nb.train import main
+from egcnn_nb.commands.train import main
 """
 
 @row("a user without a home and without an entry in passwd",
@@ -1260,7 +1260,7 @@ def gz_not_packed(tmp):
 
 @row("intensities of 1e-30, by a small slope", "normalised like any others")
 def tiny_intensities(tmp):
-    from egcnn_nb.datasets import normalize
+    from egcnn_nb.data.datasets import normalize
     x = scan(0)[0]
     same = np.allclose(normalize(x*np.float32(1e-30), "zscore"), normalize(x, "zscore"), atol=1e-3)
     assert same and not normalize(x*0+np.float32(.1), "zscore").any()
@@ -1269,7 +1269,7 @@ def tiny_intensities(tmp):
 @row("predict scan.nii.gz and SCAN.nii.gz, and a link to a file that is gone", "refused; told")
 def predict_one_name(tmp):
     from egcnn_nb.core import KITS
-    from egcnn_nb.inference import find_inputs
+    from egcnn_nb.run.predict import find_inputs
     x = scan(0)[0]
     files = [save(tmp/"a/scan.nii.gz", x), save(tmp/"b/SCAN.nii.gz", x)]
     (tmp/"a/gone.nii.gz").symlink_to(tmp/"nowhere")

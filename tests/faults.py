@@ -13,15 +13,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import ENV, begun, children, command, dataset
 
-from egcnn_nb.checkpoints import FORMAT, checkpoints, newest_checkpoint
+from egcnn_nb.run.checkpoints import FORMAT, checkpoints, newest_checkpoint
 from egcnn_nb.core import InputError
-from egcnn_nb.layouts import find_dataset
-from egcnn_nb.settings import Settings
-from egcnn_nb.train import main as train_main
-from egcnn_nb.inference import main as predict_main
-import egcnn_nb.folders as folders
-import egcnn_nb.steps as steps
-import egcnn_nb.training as training
+from egcnn_nb.data.layouts import find_dataset
+from egcnn_nb.run.settings import Settings
+from egcnn_nb.commands.train import main as train_main
+from egcnn_nb.run.predict import main as predict_main
+import egcnn_nb.run.folders as folders
+import egcnn_nb.run.steps as steps
+import egcnn_nb.run.training as training
 
 ROWS = {}
 def row(slow=False):
@@ -154,7 +154,7 @@ def cache_entries_deleted_during_training(tmp):
 @row()
 def two_processes_fill_one_cache(tmp):
     "two processes prepare the same cases at once -> both see every case, no half file"
-    code = f"from pathlib import Path; from egcnn_nb.layouts import find_dataset; from egcnn_nb.datasets import prepared_cases; d = find_dataset(r'{tmp/'data'}'); print(sum(float(c.x.sum()) for c in prepared_cases(d.cases, d.task, Path(r'{tmp/'cache'}'), quiet=True)))"
+    code = f"from pathlib import Path; from egcnn_nb.data.layouts import find_dataset; from egcnn_nb.data.datasets import prepared_cases; d = find_dataset(r'{tmp/'data'}'); print(sum(float(c.x.sum()) for c in prepared_cases(d.cases, d.task, Path(r'{tmp/'cache'}'), quiet=True)))"
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=ENV) for _ in range(2)]
     sums = [p.communicate(timeout=120)[0] for p in both]; assert sums[0] == sums[1] and sums[0].strip() and not list((tmp/"cache").glob(".part-*"))
     return "both have the same voxels"
@@ -416,14 +416,14 @@ def ctrl_c_once(tmp):
 def ctrl_c_twice(tmp):
     "Ctrl-C twice, the second in the middle of a long step -> exits at once, the last checkpoint verifies"
     code = f"""
-import sys, time, torch, egcnn_nb.training as t
+import sys, time, torch, egcnn_nb.run.training as t
 real, calls = t.train_step, []
 def slow(*a, **kw):
     calls.append(1)
     if len(calls) == 5: open(r'{tmp/'in a step'}', 'w').close(); [time.sleep(.05) for _ in range(1200)]
     return real(*a, **kw)
 t.train_step = slow
-from egcnn_nb.train import main
+from egcnn_nb.commands.train import main
 sys.exit(main({[str(w) for w in words(tmp)]!r}))"""
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=ENV, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     while not (tmp/"in a step").exists(): assert process.poll() is None; time.sleep(.01)

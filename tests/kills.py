@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from tiny import dataset
-from egcnn_nb.train import main as train
-import egcnn_nb.training                                            # before the forks: an attempt then begins at once
+from egcnn_nb.commands.train import main as train
+import egcnn_nb.run.training                                            # before the forks: an attempt then begins at once
 
 def attempt(data, out, seconds=None, hunt=False):
     "Train, or go on, in a process of its own, which is killed after that time, or at the next temporary file then; returns its exit code, or None if it was killed"

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from tiny import dataset
-from egcnn_nb.inference import predict_all
-from egcnn_nb.settings import Settings
-from egcnn_nb.training import fit
+from egcnn_nb.run.predict import predict_all
+from egcnn_nb.run.settings import Settings
+from egcnn_nb.run.training import fit
 
 class _Mallinfo(ctypes.Structure):
     _fields_ = [(n, ctypes.c_size_t) for n in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import books
+
 ROOT = Path(__file__).parents[1]
-VIEWS = {"01b_explorers": 1, "02_viewers": 2, "02b_scenes": 1, "03_sobel": 3, "04_gate": 1, "05_losses": 4, "06_backbones": 1, "07b_anatomy": 3, "10b_dashboard": 1, "11_inference": 4, "11a_scan": 1}   # notebook -> views in it
+VIEWS = {"explorers": 1, "look_at_data": 2, "scenes": 1, "03_sobel_edges": 3, "04_edge_gate": 1, "05_losses": 4, "06_backbones": 1, "anatomy": 3, "watch_a_run": 1, "predict": 4, "your_own_scan": 1}   # notebook -> views in it
 HERE = re.compile(r"(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|data:|blob:|about:")
 CURRENT = "window.jupyterapp.shell.currentWidget"
 
@@ -99,12 +101,16 @@ def healthy(page, outputs, log, since=0):
     said = log.read_text()[since:]
     assert "Traceback" not in said, said[-3000:]
 
+def path_in_lab(name):
+    "Path of a notebook below nbs/"
+    return books.notebook(name).relative_to(ROOT/"nbs").as_posix()
+
 def views_of(page): return [v for v in page.query_selector_all(".jp-OutputArea-output > .jupyter-widgets.widget-vbox, .jp-OutputArea-output .egcnn-root") if v.is_visible()]
 
 @pytest.mark.parametrize("notebook", VIEWS)
 def test_each_view_draws_and_moves(notebook, lab, page, work, shots):
     since = len((work/"lab.log").read_text())                         # a kernel that was shut down while it drew may have complained after its own test
-    outputs = run_all(page, f"{lab}/lab/tree/{notebook}.ipynb?reset")
+    outputs = run_all(page, f"{lab}/lab/tree/{path_in_lab(notebook)}?reset")
     views = views_of(page)
     assert len(views) == VIEWS[notebook], f"{len(views)} views"
     for i, view in enumerate(views): try_view(page, view, f"{notebook}_{i}", shots)
@@ -114,7 +120,7 @@ def test_each_view_draws_and_moves(notebook, lab, page, work, shots):
 def test_a_notebook_in_notebook_7(page, work, shots):
     process, address = serve("notebook", work/"nbs", work/"notebook.log")
     try:
-        outputs = run_all(page, f"{address}/notebooks/04_gate.ipynb")
+        outputs = run_all(page, f"{address}/notebooks/{path_in_lab('04_edge_gate')}")
         for i, view in enumerate(views_of(page)): try_view(page, view, f"notebook7_{i}", shots)
         assert views_of(page); healthy(page, outputs, work/"notebook.log")
     finally: process.terminate(); process.wait(30)
@@ -123,7 +129,7 @@ def write_notebook(path, *cells):
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), path)
 
 def test_the_dashboard_pauses_goes_on_and_stops_while_it_trains(lab, page, work, shots):
-    write_notebook(work/"nbs/board.ipynb", "from egcnn_nb.dashboard import Dashboard, Settings\n"
+    write_notebook(work/"nbs/board.ipynb", "from egcnn_nb.show.dashboard import Dashboard, Settings\n"
                    "board = Dashboard(Settings('../data_samples/kits2019', 'runs/board', epochs=400, width=4, levels=3, patch_size=(24, 32, 32)))\nboard",
                    "board.start()\nimport time; time.sleep(20)")                # the second cell keeps the kernel busy: buttons must work all the same
     page.goto(f"{lab}/lab/tree/board.ipynb?reset"); page.wait_for_function(f"() => window.jupyterapp && {CURRENT}?.sessionContext?.session?.kernel?.status == 'idle'", timeout=120_000)

@@ -10,10 +10,10 @@ import torch
 
 import tiny
 from egcnn_nb.core import InputError
-from egcnn_nb.folders import check_settings, prepare
-from egcnn_nb.settings import Settings
-from egcnn_nb.train import arguments, settings_from
-from egcnn_nb.training import Run, fit
+from egcnn_nb.run.folders import check_settings, prepare
+from egcnn_nb.run.settings import Settings
+from egcnn_nb.commands.train import arguments, settings_from
+from egcnn_nb.run.training import Run, fit
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT/"data_samples"
@@ -23,7 +23,7 @@ def command(module, *words, **kw):
     return subprocess.run([sys.executable, "-m", f"egcnn_nb.{module}", *map(str, words)], capture_output=True, text=True, timeout=600, **kw)
 
 def predict(*words):
-    code = "import sys; from egcnn_nb.inference import main; sys.exit(main())"
+    code = "import sys; from egcnn_nb.run.predict import main; sys.exit(main())"
     return subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=600)
 
 def totals(run): return [float(r["total"]) for r in csv.DictReader(open(run/"metrics.csv"))]

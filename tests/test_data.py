@@ -12,8 +12,8 @@ EG = ROOT/"egcnn_nb/pretrained/eg"
 
 FILL = """
 import sys; from pathlib import Path
-from egcnn_nb.datasets import prepared_cases
-from egcnn_nb.layouts import find_dataset
+from egcnn_nb.data.datasets import prepared_cases
+from egcnn_nb.data.layouts import find_dataset
 data = find_dataset(sys.argv[1])
 for case in prepared_cases(data.cases, data.task, Path(sys.argv[2]), quiet=True): print(case.name, case.x.double().sum().item(), case.labels.sum().item())
 """
@@ -36,7 +36,7 @@ def test_a_process_killed_while_it_fills_a_cache_leaves_only_whole_entries(tmp_p
     assert subprocess.run([sys.executable, "-c", FILL, str(BRAINS), str(cache)], stdout=subprocess.PIPE, text=True, timeout=300).stdout == whole
     assert all(e.stat().st_ino == i for e, i in kept.items()) and len(list(cache.glob("[!.]*.safetensors"))) == 12
 
-PREDICT = [sys.executable, "-c", "import sys; from egcnn_nb.inference import main; sys.exit(main())"]
+PREDICT = [sys.executable, "-c", "import sys; from egcnn_nb.run.predict import main; sys.exit(main())"]
 
 def test_a_folder_that_was_killed_goes_on_and_ends_like_one_left_alone(tmp_path):
     words = [str(EG), str(BRAINS), "--save", "edges", "--out"]
@@ -56,9 +56,9 @@ def test_a_folder_that_was_killed_goes_on_and_ends_like_one_left_alone(tmp_path)
 STRANGER = """
 import numpy as np, torch
 from monai.networks.nets import UNet
-from egcnn_nb.egcnn import EGCNN
-from egcnn_nb.inference import predict
-from egcnn_nb.losses import EGLoss
+from egcnn_nb.method.egcnn import EGCNN
+from egcnn_nb.run.predict import predict
+from egcnn_nb.method.losses import EGLoss
 x, labels = torch.randn(2, 1, 32, 32, 32), torch.randint(0, 2, (2, 32, 32, 32))
 model, loss = EGCNN(UNet(3, 1, 2, (8, 16, 32), (2, 2)), x), EGLoss("softmax")
 logits, edge_logits, main_logits = model(x, return_main=True)
@@ -106,9 +106,9 @@ def test_a_label_map_is_that_of_validation_where_regions_fill_a_region():
     "`label_map` takes one map at a time, `to_labels` all at once: both choose the likeliest part"
     import torch
     from egcnn_nb.core import Task, to_labels
-    from egcnn_nb.datasets import Loaded
-    from egcnn_nb.inference import label_map
-    from egcnn_nb.volumes import Volume
+    from egcnn_nb.data.datasets import Loaded
+    from egcnn_nb.run.predict import label_map
+    from egcnn_nb.data.volumes import Volume
     grid = Volume(np.zeros((0, 0, 0), np.float32), np.eye(4), nib.Nifti1Header(), "none.nii")
     loaded = Loaded("case", torch.zeros(1, 9, 8, 7), None, None, grid, (9, 8, 7), (slice(0, 9), slice(0, 8), slice(0, 7)))
     labels = {0: "background", 1: "core", 2: "edema", 300: "rim"}
@@ -120,8 +120,8 @@ def test_a_label_map_is_that_of_validation_where_regions_fill_a_region():
 
 def test_a_run_of_python_whose_files_are_paths_is_described_in_json():
     from egcnn_nb.core import BRATS
-    from egcnn_nb.folders import describe, settings_of_config
-    from egcnn_nb.settings import Settings
+    from egcnn_nb.run.folders import describe, settings_of_config
+    from egcnn_nb.run.settings import Settings
     settings = Settings(Path("data"), Path("out"), validation=Path("names.txt"), patch_size=(16, 16, 16))
     config = json.loads(json.dumps(describe(settings, BRATS, [], [])))
     assert config["settings"]["validation"] == "names.txt" and settings_of_config(config)[0].out == "out"

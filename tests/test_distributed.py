@@ -81,9 +81,9 @@ BARE = [{"edge": False}, {"edge": False, "readings": {"consistency_alone": True}
 
 def known_readings():
     "Arguments of the network, the losses and the backbone"
-    from egcnn_nb.backbones import SegNet
-    from egcnn_nb.egcnn import EGCNN
-    from egcnn_nb.losses import EGLoss
+    from egcnn_nb.method.backbones import SegNet
+    from egcnn_nb.method.egcnn import EGCNN
+    from egcnn_nb.method.losses import EGLoss
     return {name for kind in (EGCNN, EGLoss, SegNet) for name in inspect.signature(kind.__init__).parameters} - NO_READINGS
 
 def every_reading():
@@ -95,9 +95,9 @@ def every_reading():
 def losses_of_every_reading(data):
     "Loss terms of the three steps of one epoch, for each of `every_reading`, by this process and those beside it"
     import torch
-    from egcnn_nb.folders import prepare
-    from egcnn_nb.settings import Settings
-    from egcnn_nb.training import Run
+    from egcnn_nb.run.folders import prepare
+    from egcnn_nb.run.settings import Settings
+    from egcnn_nb.run.training import Run
     common = dict(width=4, levels=3, patch_size=(8, 8, 8), batch_size=4, lr=1e-2, validation=2, precision="fp64", cache="off", epochs=1)
     task, train, val, _ = prepare(Settings(str(data), "", **common), quiet=True)
     found = {}
@@ -109,7 +109,7 @@ def losses_of_every_reading(data):
     return found
 
 def test_the_list_of_readings_is_whole():
-    from egcnn_nb.egcnn import CHOICES
+    from egcnn_nb.method.egcnn import CHOICES
     assert known_readings() <= set(READINGS)
     for name in set(CHOICES)-NO_READINGS:
         assert set(CHOICES[name][1:]) == set(READINGS[name]), name

@@ -31,7 +31,7 @@ def test_training_without_memory_ends_with_one_line(data, tmp_path):
 def test_a_worker_without_memory_ends_with_one_sentence(data, tmp_path, how):
     words = command(data, tmp_path/"run", "--epochs", 400, "--workers", 1, "--cache", tmp_path/"cache")
     if how == "raises":                                             # the patches of a worker ask for memory that is not there
-        code = ("import sys; from egcnn_nb import patches; from egcnn_nb.train import main\n"
+        code = ("import sys; from egcnn_nb.data import patches; from egcnn_nb.commands.train import main\n"
                 "def get(self, i): raise MemoryError\n"
                 "patches.Patches.__getitem__ = get; sys.exit(main())")
         line = ends([sys.executable, "-c", code, *words[3:]], code=1)
@@ -69,7 +69,7 @@ def test_training_and_resuming_where_there_are_no_locks(data, tmp_path, code):
 # --- signals
 
 def test_handlers_of_signals_are_put_back(data, tmp_path):
-    from egcnn_nb.train import main
+    from egcnn_nb.commands.train import main
     def mine(*_): pass
     kinds = (signal.SIGINT, signal.SIGTERM)
     before = {s: signal.signal(s, mine) for s in kinds}
@@ -85,7 +85,7 @@ def test_handlers_of_signals_are_put_back(data, tmp_path):
         for s in kinds: signal.signal(s, before[s])
 
 def test_the_handler_of_an_experiment_is_put_back(data, tmp_path):
-    from egcnn_nb.experiments import main
+    from egcnn_nb.study.experiments import main
     before = signal.getsignal(signal.SIGTERM)
     assert main([str(tmp_path/"nowhere"), "--out", str(tmp_path/"out")]) == 2
     assert signal.getsignal(signal.SIGTERM) is before
@@ -94,7 +94,7 @@ def test_the_handler_of_an_experiment_is_put_back(data, tmp_path):
 
 def test_a_machine_that_does_not_know_its_name(data, tmp_path):
     code = ("import socket, sys; socket.gethostname = lambda: 'nowhere.invalid'\n"
-            "from egcnn_nb.train import main; sys.exit(main())")
+            "from egcnn_nb.commands.train import main; sys.exit(main())")
     env = {**ENV, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "29533"}
     line = ends([sys.executable, "-c", code, *command(data, tmp_path/"run")[3:]], env=env)
     assert "nowhere.invalid has no address" in line and "--local_addr=127.0.0.1" in line and "MASTER_ADDR" in line

@@ -7,18 +7,18 @@ import pytest
 from tabulate import tabulate
 from tiny import ENV, children, dataset
 
-from egcnn_nb import experiments
+from egcnn_nb.study import experiments
 from egcnn_nb.core import BRATS, KITS
-from egcnn_nb.evaluation import read_scores
-from egcnn_nb.experiments import TABLE_1, TABLE_2, tables_of
-from egcnn_nb.report import PRIMARY, comparisons
+from egcnn_nb.study.evaluation import read_scores
+from egcnn_nb.study.experiments import TABLE_1, TABLE_2, tables_of
+from egcnn_nb.study.report import PRIMARY, comparisons
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(p for p in (ROOT/"results").rglob("scores.csv") if (p.parent/"tables").is_dir())
 
 CREDIT = "phantoms; ours"
 
-def command(*words): return [sys.executable, "-m", "egcnn_nb.experiments", *map(str, words)]
+def command(*words): return [sys.executable, "-m", "egcnn_nb.study.experiments", *map(str, words)]
 
 def cells_of(path):
     "Rows of a Markdown table as dicts"

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from egcnn_nb.core import InputError, seed_everything
-from egcnn_nb.egcnn import EGCNN
-from egcnn_nb.features import find_features, listen
-from egcnn_nb.losses import EGLoss
+from egcnn_nb.method.egcnn import EGCNN
+from egcnn_nb.method.features import find_features, listen
+from egcnn_nb.method.losses import EGLoss
 
 pytestmark = pytest.mark.filterwarnings("ignore:The edge stream adds")    # these networks are small
 
@@ -523,8 +523,8 @@ def test_metatensors_work_in_network_and_loss(cls):
 
 def test_metatensors_work_in_three_dimensions_and_slide():
     monai = pytest.importorskip("monai.data")
-    from egcnn_nb.backbones import SegNet
-    from egcnn_nb.networks import infer
+    from egcnn_nb.method.backbones import SegNet
+    from egcnn_nb.run.models import infer
     x, y = torch.randn(1, 1, 16, 16, 16), torch.zeros(1, 3, 16, 16, 16)
     y[:, 0, :8], y[:, 1, 8:] = 1, 1
     model = EGCNN(SegNet(1, 3, levels=2)).eval()

@@ -14,21 +14,21 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))                     # torchrun starts this file too
 from tiny import ENV, dataset
 
-from egcnn_nb.backbones import make_backbone
+from egcnn_nb.method.backbones import make_backbone
 from egcnn_nb.core import InputError, seed_everything, to_target
-from egcnn_nb.egcnn import EGCNN
-from egcnn_nb.folders import prepare
-from egcnn_nb.inference import load_run, predict_case
-from egcnn_nb.inference import main as predict_main
-from egcnn_nb.layouts import find_dataset
-from egcnn_nb.losses import EGLoss
-from egcnn_nb.networks import infer, make_model
-from egcnn_nb.parts import EarlyStopping, TensorBoardLogger
-from egcnn_nb.patches import EpochBatches, Patches
-from egcnn_nb.settings import Settings
-from egcnn_nb.steps import train_step
-from egcnn_nb.train import main as train_main
-from egcnn_nb.training import fit
+from egcnn_nb.method.egcnn import EGCNN
+from egcnn_nb.run.folders import prepare
+from egcnn_nb.run.predict import load_run, predict_case
+from egcnn_nb.run.predict import main as predict_main
+from egcnn_nb.data.layouts import find_dataset
+from egcnn_nb.method.losses import EGLoss
+from egcnn_nb.run.models import infer, make_model
+from egcnn_nb.run.parts import EarlyStopping, TensorBoardLogger
+from egcnn_nb.data.patches import EpochBatches, Patches
+from egcnn_nb.run.settings import Settings
+from egcnn_nb.run.steps import train_step
+from egcnn_nb.commands.train import main as train_main
+from egcnn_nb.run.training import fit
 
 PATCH = (16, 16, 16)
 

@@ -27,7 +27,7 @@ def test_the_hints_of_the_package_are_sound():
     assert (ROOT/"egcnn_nb/py.typed").exists()
 
 def test_the_checker_sees_a_wrong_hint(tmp_path):
-    (tmp_path/"wrong.py").write_text("from egcnn_nb.sobel import edge_target\nedge_target('a mask')\n")
+    (tmp_path/"wrong.py").write_text("from egcnn_nb.method.sobel import edge_target\nedge_target('a mask')\n")
     assert "reportArgumentType" in python("-m", "pyright", str(tmp_path/"wrong.py"), timeout=600).stdout
 
 def test_import_of_the_package_alone_loads_nothing():
@@ -37,7 +37,7 @@ def test_import_of_the_package_alone_loads_nothing():
 
 def test_without_monai_everything_else_works(tmp_path):
     dataset(tmp_path/"data")
-    run = lambda *flags: python("-c", f"{WITHOUT_MONAI}\nfrom egcnn_nb.train import main; sys.argv[1:] = {[str(tmp_path/'data'), *flags]}; sys.exit(main())")
+    run = lambda *flags: python("-c", f"{WITHOUT_MONAI}\nfrom egcnn_nb.commands.train import main; sys.argv[1:] = {[str(tmp_path/'data'), *flags]}; sys.exit(main())")
     small = ("--epochs", "1", "--width", "4", "--levels", "2", "--patch_size", "16", "16", "16", "--validation", "1", "--cache", "off")
     done = run("--out", str(tmp_path/"run"), *small)
     assert done.returncode == 0 and (tmp_path/"run/model.safetensors").exists() and '"monai"' not in (tmp_path/"run/config.json").read_text(), done.stderr

@@ -44,7 +44,7 @@ def test_the_scene_is_drawn(chromium, work, tmp_path, shots, monkeypatch):
     subprocess.run([python, "-m", "pip", "install", "--quiet", "imjoy-jupyterlab-extension==0.2.6", "imjoy-elfinder"], check=True)
     below = Path(sys.prefix)/"share/jupyter"; monkeypatch.setenv("JUPYTER_PATH", str(below))
     case = "../data_samples/brats2019/HGG/BraTS19_PHANTOM_007_1/BraTS19_PHANTOM_007_1"
-    write_notebook(work/"nbs/itk.ipynb", "from egcnn_nb import scenes\nscenes.itk_missing = lambda: ''       # the two servers are answered by the test",
+    write_notebook(work/"nbs/itk.ipynb", "from egcnn_nb.show import scenes\nscenes.itk_missing = lambda: ''       # the two servers are answered by the test",
                    f"scenes.view3d('{case}_flair.nii.gz', '{case}_seg.nii.gz', backend='itk')")
     process, address = serve("lab", work/"nbs", work/"itk.log", python, [f"--app-dir={below}/lab"])
     page = chromium.new_page(viewport={"width": 1100, "height": 900})

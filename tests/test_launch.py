@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 from torch.distributed.run import get_args_parser
 
-from egcnn_nb.train import LAUNCH, arguments
+from egcnn_nb.commands.train import LAUNCH, arguments
 
 FOLDER = Path(__file__).parents[1]/"docs/launch"
 

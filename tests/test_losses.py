@@ -8,8 +8,8 @@ from scipy.ndimage import sobel
 from scipy.special import expit, softmax
 
 from egcnn_nb.core import InputError
-from egcnn_nb.losses import EGLoss, consistency_loss, edge_box, gumbel_noise
-from egcnn_nb.sobel import sobel_magnitude
+from egcnn_nb.method.losses import EGLoss, consistency_loss, edge_box, gumbel_noise
+from egcnn_nb.method.sobel import sobel_magnitude
 
 SHAPE = (14, 15, 16)
 READINGS = list(product(("truth", "union", "all"), ("mean", "sum"), ("masks", "each", "any")))

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from egcnn_nb.backbones import SegNet
+from egcnn_nb.method.backbones import SegNet
 from egcnn_nb.core import InputError, seed_everything
-from egcnn_nb.egcnn import EGCNN, logits_of
-from egcnn_nb.losses import EGLoss, dice_loss
+from egcnn_nb.method.egcnn import EGCNN, logits_of
+from egcnn_nb.method.losses import EGLoss, dice_loss
 
 warnings.filterwarnings("ignore")
 

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from egcnn_nb.core import KITS, to_target
-from egcnn_nb.layers import (Conv2d, Conv3d, ConvTranspose2d, ConvTranspose3d, GroupNorm, PReLU, channels_last,
+from egcnn_nb.fast.layers import (Conv2d, Conv3d, ConvTranspose2d, ConvTranspose3d, GroupNorm, PReLU, channels_last,
                              conv_transpose, mix_channels, norm, resize_maps)
-from egcnn_nb.losses import EGLoss
-from egcnn_nb.networks import make_model
-from egcnn_nb.self_check import WrongLayer, compute_in_float32, describe_check, wrong_layers
-from egcnn_nb.settings import Settings
+from egcnn_nb.method.losses import EGLoss
+from egcnn_nb.run.models import make_model
+from egcnn_nb.run.self_check import WrongLayer, compute_in_float32, describe_check, wrong_layers
+from egcnn_nb.run.settings import Settings
 
 BF16 = torch.bfloat16
 UNIT = 2**-8                                                       # bfloat16 rounds by no more than this share
@@ -98,7 +98,7 @@ def test_two_planes_have_right_weight_gradients(channels):
         check(Conv3d(*channels, 3, padding=1, bias=False), size)
 
 def test_pairs_of_voxels_are_right(monkeypatch):
-    monkeypatch.setattr("egcnn_nb.layers._LANES", 16)
+    monkeypatch.setattr("egcnn_nb.fast.layers._LANES", 16)
     torch.manual_seed(2)
     for size in ((2, 4, 6), (8, 8, 8), (8, 8, 14), (8, 9, 16), (9, 8, 18)):
         for channels in ((8, 8), (3, 4), (16, 8)):
@@ -310,7 +310,7 @@ def test_a_layer_in_float32_trains_with_ddp(tmp_path):
 
 def test_large_logits_in_half_do_not_make_the_loss_infinite():
     "An output that is left out of the loss counts 0 times its sum, and the sum of a volume of halves exceeds 65504"
-    from egcnn_nb.steps import _total
+    from egcnn_nb.run.steps import _total
     logits = torch.zeros(1, 2, 8, 8, 8, requires_grad=True)
     main = torch.full((1, 2, 64, 64, 64), 3., dtype=torch.float16, requires_grad=True)
     loss = EGLoss(supervise="fused")
@@ -323,8 +323,8 @@ def test_a_trained_run_predicts_with_the_float32_layers_of_its_training(tmp_path
     "They are named in model.safetensors, whose weights were chosen by a validation that computed them so"
     import json
     from safetensors.torch import save_file
-    from egcnn_nb.folders import describe
-    from egcnn_nb.inference import load_run
+    from egcnn_nb.run.folders import describe
+    from egcnn_nb.run.predict import load_run
     settings = Settings("", "", width=4, levels=2, precision="bf16", patch_size=(16, 16, 16))
     model, name = make_model(settings, KITS), "main.encoder.0.0.conv1"
     (tmp_path/"config.json").write_text(json.dumps(describe(settings, KITS, [], [])))

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 from tiny import dataset
 
-import egcnn_nb.folders as folders
+import egcnn_nb.run.folders as folders
 from egcnn_nb.core import InputError
-from egcnn_nb.inference import load_run, predict_case
-from egcnn_nb.layouts import find_dataset
-from egcnn_nb.settings import Settings
-from egcnn_nb.training import fit
+from egcnn_nb.run.predict import load_run, predict_case
+from egcnn_nb.data.layouts import find_dataset
+from egcnn_nb.run.settings import Settings
+from egcnn_nb.run.training import fit
 
 OLD = Path(__file__).parent/"old_run_0_1"
 

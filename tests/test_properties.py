@@ -4,11 +4,11 @@ from types import SimpleNamespace
 import torch
 from hypothesis import given, settings, strategies as st
 
-from egcnn_nb.datasets import resample_labels
-from egcnn_nb.patches import EpochBatches, split_cases
-from egcnn_nb.losses import balanced_bce, consistency_loss, dice_loss
-from egcnn_nb.sobel import edge_target, flat_face, simple_magnitude, sobel_gradient, sobel_magnitude
-from egcnn_nb.networks import infer
+from egcnn_nb.data.datasets import resample_labels
+from egcnn_nb.data.patches import EpochBatches, split_cases
+from egcnn_nb.method.losses import balanced_bce, consistency_loss, dice_loss
+from egcnn_nb.method.sobel import edge_target, flat_face, simple_magnitude, sobel_gradient, sobel_magnitude
+from egcnn_nb.run.models import infer
 
 tries = settings(max_examples=40, deadline=None, derandomize=True)
 seeds, sides = st.integers(0, 2**31), st.integers(3, 9)

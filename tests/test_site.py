@@ -15,7 +15,7 @@ def site(tmp_path_factory):
     "The built site, served: folder and address"
     clone = tmp_path_factory.mktemp("site")/"clone"
     shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".venv", ".git", "_site", "_site_src", "__pycache__"))
-    done = subprocess.run([sys.executable, "tools/make_site.py", "--views", "04_gate"], cwd=clone, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "tools/make_site.py", "--views", "04_edge_gate"], cwd=clone, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=clone/"_site"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -37,7 +37,7 @@ def faults(page):
 def test_every_page_in_the_light_and_on_a_phone(site, chromium):
     folder, address = site
     pages = [p.relative_to(folder).as_posix() for p in folder.rglob("*.html") if p.name != "404.html"]
-    assert len(pages) >= 50 and {"index.html", "13_multi_gpu.html", "api/sobel.html", "speed.html"} <= set(pages)
+    assert len(pages) >= 50 and {"index.html", "13_multi_gpu.html", "api/method.sobel.html", "speed.html"} <= set(pages)
     for size, some in (({"width": 1280, "height": 900}, pages), ({"width": 390, "height": 844}, sorted(pages)[::4])):
         context = chromium.new_context(viewport=size, color_scheme="light")
         for name in some:
@@ -51,7 +51,7 @@ def test_every_page_in_the_light_and_on_a_phone(site, chromium):
 
 def test_in_the_dark(site, chromium):
     context = chromium.new_context(viewport={"width": 1280, "height": 900}, color_scheme="dark")
-    for name in ("index", "03_sobel", "05_losses", "12b_one_sitting", "api/egcnn"):
+    for name in ("index", "03_sobel_edges", "05_losses", "01_one_sitting", "api/method.egcnn"):
         page, said, _ = opened(context, f"{site[1]}/{name}.html")
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)" and (said, faults(page)) == ([], []), name
 
@@ -66,7 +66,7 @@ def test_search_finds_a_function(site, chromium):
     page.wait_for_selector(".md-search-result__link[href*='losses']", timeout=15000)
 
 def test_a_view_can_be_moved_without_a_kernel(site, chromium):
-    page, said, asked = opened(chromium.new_context(), f"{site[1]}/04_gate.html")
+    page, said, asked = opened(chromium.new_context(), f"{site[1]}/04_edge_gate.html")
     figure = page.locator("figure.frames"); assert figure.count() == 1
     before = figure.locator("img").get_attribute("src"); figure.locator("input").focus()
     page.keyboard.press("Home"); page.wait_for_function("document.querySelector('figure.frames img').src.endsWith('_0.webp') && document.querySelector('figure.frames img').naturalWidth > 0")
@@ -76,7 +76,7 @@ def test_a_view_can_be_moved_without_a_kernel(site, chromium):
 def test_formulas_links_and_hidden_code(site):
     folder, front = site[0], (site[0]/"index.html").read_text()
     assert "bare with consistency loss" in front and "tabulate" not in front                              # the table, without the code that reads it
-    assert (folder/"04_gate.html").read_text().count("<math") > 5
+    assert (folder/"04_edge_gate.html").read_text().count("<math") > 5
     for page in folder.rglob("*.html"):
         text = re.sub(r"<(pre|code|script|math)\b.*?</\1>", "", page.read_text(), flags=re.S)
         assert not re.search(r"\$[^$\s<][^$<\n]*\$", re.sub(r"<[^>]+>", "", text)), page.name                  # no formula left as LaTeX

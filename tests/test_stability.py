@@ -28,11 +28,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from egcnn_nb.backbones import BACKBONES
+from egcnn_nb.method.backbones import BACKBONES
 from egcnn_nb.core import BRATS_REGIONS, region_masks, seed_everything
-from egcnn_nb.egcnn import EGCNN
-from egcnn_nb.losses import EGLoss
-from egcnn_nb.volumes import brain
+from egcnn_nb.method.egcnn import EGCNN
+from egcnn_nb.method.losses import EGLoss
+from egcnn_nb.data.volumes import brain
 
 warnings.filterwarnings("ignore")
 

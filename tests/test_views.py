@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from egcnn_nb.scenes import view3d
+from egcnn_nb.show.scenes import view3d
 
 SHAPES = [(24, 22, 1), (1, 22, 20), (24, 1, 1), (1, 1, 1), (5, 4, 3)]
 

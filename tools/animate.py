@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from egcnn_nb.core import BRATS, probabilities, to_target
-from egcnn_nb.datasets import load_case
-from egcnn_nb.anatomy import pretrained
-from egcnn_nb.layouts import find_dataset
-from egcnn_nb.sobel import edge_target
-from egcnn_nb.explorers import COLOURS
+from egcnn_nb.data.datasets import load_case
+from egcnn_nb.show.anatomy import pretrained
+from egcnn_nb.data.layouts import find_dataset
+from egcnn_nb.method.sobel import edge_target
+from egcnn_nb.show.explorers import COLOURS
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,6 +1,6 @@
 """Which exported lines do the notebooks' own tests run?
 
-    pip install coverage && OMP_NUM_THREADS=1 python tools/covered.py [04_gate ...] [--missing]     # default: every notebook
+    pip install coverage && OMP_NUM_THREADS=1 python tools/covered.py [04_edge_gate ...] [--missing]     # default: every notebook
 
 Each notebook runs from top to bottom in a process of its own. Its exported cells run under the name and the line numbers of the module that they
 become, so that coverage.py counts them there, together with what other notebooks run of that module. --missing lists the lines that none has run.
@@ -10,11 +10,12 @@ from pathlib import Path
 
 import coverage
 
-from quietly import ROOT, as_notebook, run_cells
+from books import ROOT, module_of, notebook, notebooks, source_of
+from quietly import as_notebook, run_cells
 
 def line_of(module, cell):
     "Line of a module before an exported cell's first"
-    text = (ROOT/f"egcnn_nb/{module}.py").read_text().splitlines()
+    text = source_of(module).read_text().splitlines()
     return 1+next((i for i, line in enumerate(text) if line.startswith("# %% ") and line.endswith(f"#{cell['id']}")), 0)
 
 def as_module(module, cell):
@@ -22,21 +23,21 @@ def as_module(module, cell):
     source = "".join(cell["source"])
     if not re.match(r"#\| export\b", source) or cell["cell_type"] != "code": return dict(cell, source=source)
     body = source.split("\n", 1)[1]
-    return dict(cell, source=f"exec(compile({chr(10)*line_of(module, cell)+body!r}, {str(ROOT/f'egcnn_nb/{module}.py')!r}, 'exec'), globals())")
+    return dict(cell, source=f"exec(compile({chr(10)*line_of(module, cell)+body!r}, {str(source_of(module))!r}, 'exec'), globals())")
 
 def run(path, data):
     "A notebook's cells under coverage, in this process; exit code 1 if one fails"
     cells = [c for c in json.loads(path.read_text())["cells"] if not re.search(r"#\| eval: false|nbdev_export\(\)", "".join(c["source"]))]
-    module = re.search(r"#\| default_exp (\w+)", "\n".join("".join(c["source"]) for c in cells))
-    if module: cells = [as_module(module[1], c) for c in cells]
+    module = module_of(path)
+    if module: cells = [as_module(module, c) for c in cells]
     measure = coverage.Coverage(data_file=data, data_suffix=path.stem, include=[f"{ROOT}/egcnn_nb/*"], omit=["*/_modidx.py"]); measure.start()
-    code = run_cells(as_notebook(cells))
+    code = run_cells(as_notebook(cells), path.parent)
     measure.stop(); measure.save(); os._exit(code)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("notebooks", nargs="*"); p.add_argument("--missing", action="store_true"); args = p.parse_args()
-    paths = [ROOT/f"nbs/{n}.ipynb" for n in args.notebooks] or sorted((ROOT/"nbs").glob("*.ipynb"))
+    paths = [notebook(n) for n in args.notebooks] or notebooks()
     data = str(Path(tempfile.mkdtemp())/"data")
     for path in paths:
         process = multiprocessing.get_context("spawn").Process(target=run, args=(path, data)); process.start(); process.join()

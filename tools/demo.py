@@ -12,12 +12,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from egcnn_nb.core import exit_on_error, expect
-from egcnn_nb.layouts import find_dataset
-from egcnn_nb.inference import load_run, predict_case
-from egcnn_nb.scan import look_inside
-from egcnn_nb.metrics import score_case
-from egcnn_nb.explorers import COLOURS
-from egcnn_nb.volumes import read_labels, read_volume
+from egcnn_nb.data.layouts import find_dataset
+from egcnn_nb.run.predict import load_run, predict_case
+from egcnn_nb.show.scan import look_inside
+from egcnn_nb.run.metrics import score_case
+from egcnn_nb.show.explorers import COLOURS
+from egcnn_nb.data.volumes import read_labels, read_volume
 
 DATA = Path(__file__).parents[1]/"data_samples/brats2019"
 

@@ -11,28 +11,39 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
-from egcnn_nb.backbones import SegNet
-from egcnn_nb.egcnn import EGCNN
-from egcnn_nb.anatomy import drawing
-from egcnn_nb.explorers import COLOURS
+from egcnn_nb.method.backbones import SegNet
+from egcnn_nb.method.egcnn import EGCNN
+from egcnn_nb.show.anatomy import drawing
+from egcnn_nb.show.explorers import COLOURS
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT/"tools"))
+from books import module_of, notebooks as all_notebooks, source_of
 IMAGES = ROOT/"nbs/images"
 
 def notebooks():
     "module -> name of the notebook that exports it, in the order of the notebooks"
-    found = {}
-    for nb in sorted((ROOT/"nbs").glob("[0-9]*.ipynb")):
-        if module := re.search(r"#\| default_exp (\w+)", nb.read_text()): found[module[1]] = nb.stem
-    return found
+    named = {module_of(path): path.stem for path in all_notebooks()}
+    return {module: stem for module, stem in named.items() if module}
+
+def imported(source, module):
+    "Names of the package's modules, such as method.sobel, that the source of a module imports"
+    room = module.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        name = node.module or ""
+        if node.level == 0 and name.startswith("egcnn_nb."):
+            yield name.removeprefix("egcnn_nb.")
+        elif node.level:
+            above = room[:len(room)-node.level+1]
+            yield ".".join([*above, name])
 
 def imports():
     "notebook -> notebooks that it needs and that none of the others it needs brings along"
     names, direct = notebooks(), {}
     for module, nb in names.items():
-        tree = ast.parse((ROOT/f"egcnn_nb/{module}.py").read_text())
-        inside = (n.module.removeprefix("egcnn_nb.") for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.level == 1 or n.module.startswith("egcnn_nb.")))
-        direct[nb] = {names[m] for m in inside if m in names}
+        direct[nb] = {names[m] for m in imported(source_of(module).read_text(), module) if m in names}
     def below(nb): return set().union(direct[nb], *(below(n) for n in direct[nb]))
     return {nb: sorted(n for n in needs if not any(n in below(m) for m in needs-{n})) for nb, needs in direct.items()}
 

@@ -1,12 +1,13 @@
 """Install the lowest versions that settings.ini claims, and run notebooks with them.
 
-    python tools/lowest.py FOLDER [03_sobel 10_training ...] [--torch 2.13.0]      # default: the notebooks of the method, 00_core to 11_inference
+    python tools/lowest.py FOLDER [03_sobel_edges train ...] [--torch 2.13.0]      # default: all but those of the study and of the training command
 
 FOLDER becomes a virtual environment. `--torch`: another version than the lowest, for machines that have no index with that one."""
 import argparse, configparser, os, re, subprocess, sys, venv
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from books import ROOT, module_of, notebook, notebooks
+
 TESTING = ("nbdev", "execnb", "fastcore", "ghapi", "einops", "ipykernel")                # newest within the bounds: they only run the tests
 
 def lowest(requirements, torch):
@@ -24,10 +25,10 @@ def main():
     pip = lambda *words: subprocess.run([args.folder/"bin/python", "-m", "pip", "install", "-q", *words], check=True)
     pip(*wanted, *(bounds.get(n, n) for n in TESTING)); pip("--no-deps", "-e", str(ROOT))
     print("installed:", *wanted)
-    names = args.notebooks or sorted(n.stem for n in (ROOT/"nbs").glob("[0-9]*.ipynb") if n.name < "11b")
+    paths = [notebook(n) for n in args.notebooks] or [p for p in notebooks() if not (module_of(p) or "study.").startswith(("study.", "commands."))]
     env, failed = {**os.environ, "PATH": f"{args.folder.resolve()/'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}, []
-    for name in names:
-        done = subprocess.run(["nbdev_test", "--path", f"nbs/{name}.ipynb", "--n_workers", "0"], cwd=ROOT, env=env, capture_output=True, text=True)
+    for path in paths:
+        name, done = path.stem, subprocess.run(["nbdev_test", "--path", str(path.relative_to(ROOT)), "--n_workers", "0"], cwd=ROOT, env=env, capture_output=True, text=True)
         said = [line for line in (done.stdout+done.stderr).splitlines() if "Error" in line and "close_widget" not in line]
         print(f"{name}: {'passed' if done.returncode == 0 else 'failed: '+'; '.join(said[:3])}", flush=True); failed += [name]*(done.returncode != 0)
     return int(bool(failed))

@@ -1,6 +1,6 @@
 """Build the site: every notebook with its pictures, and the reference of the library, for a browser without a kernel and without the internet.
 
-    python tools/make_site.py [--views 03_sobel ...]        # writes _site_src/ and _site/; then python -m http.server -d _site
+    python tools/make_site.py [--views 03_sobel_edges ...]        # writes _site_src/ and _site/; then python -m http.server -d _site
 
 Notebooks become Markdown as they are committed. Formulas become MathML, which browsers draw themselves. Hidden cells stay out; cells that are
 exported say into which module. Interactive views stay as they were committed, or, for the notebooks named after --views (alone: all), the notebook
@@ -15,12 +15,14 @@ from nbclient import NotebookClient
 from PIL import Image
 import nbformat
 
+from books import module_of, notebooks
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT/"_site_src"
 PAGES = {"docs/glossary.md": "glossary.md", "docs/launch/README.md": "launch.md", "benchmarks/README.md": "speed.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md",
          "CODE_OF_CONDUCT.md": "conduct.md", "results/hippocampus/README.md": "hippocampus.md"}
 
-VIEWS = ("01b_explorers", "02_viewers", "02b_scenes", "03_sobel", "04_gate", "05_losses", "06_backbones", "07b_anatomy", "11_inference", "11a_scan")         # notebooks with views
+VIEWS = ("explorers", "look_at_data", "scenes", "03_sobel_edges", "04_edge_gate", "05_losses", "06_backbones", "anatomy", "predict", "your_own_scan")         # notebooks with views
 
 def math(text):
     "Formulas between dollars as MathML; code keeps its dollars"
@@ -32,8 +34,8 @@ def math(text):
 
 def links(text):
     "Links between notebooks and files as links between pages"
-    for file, page in PAGES.items(): text = text.replace(f"](../{file})", f"]({page})").replace(f"]({file})", f"]({page})")
-    text = re.sub(r"\]\((?:\.\./)?(?:nbs/)?(\w+)\.ipynb(#[^)]*)?\)", r"](\1.md\2)", text)
+    for file, page in PAGES.items(): text = re.sub(rf"\]\((?:\.\./)*{re.escape(file)}\)", f"]({page})", text)
+    text = re.sub(r"\]\((?:\.\./)*(?:nbs/)?(?:\d_\w+/)?(\w+)\.ipynb(#[^)]*)?\)", r"](\1.md\2)", text)
     return text.replace("<details>", "<details markdown>")
 
 def fence(text, kind, title=""):
@@ -42,7 +44,7 @@ def fence(text, kind, title=""):
 
 SWEEP = """
 import gc, json, pathlib, ipywidgets
-from egcnn_nb.explorers import Explorer, to_png
+from egcnn_nb.show.explorers import Explorer, to_png
 found = []
 for view in [o for o in gc.get_objects() if isinstance(o, Explorer) and o.draw and o.alt]:
     sliders = [(n, c) for n, c in view.controls.items() if isinstance(c, (ipywidgets.IntSlider, ipywidgets.FloatSlider))]
@@ -99,10 +101,10 @@ def notebook(path, views={}):
     for cell in cells:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown": text.append(links(math(source))); continue
-        if found := re.search(r"^#\| default_exp (\w+)", source, re.M): module = found[1]
+        if found := re.search(r"^#\| default_exp ([\w.]+)", source, re.M): module = found[1]
         if re.match(r"#\| (hide|default_exp)\b", source) or source.startswith("%"): continue
         code = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
-        if code and not source.startswith("#| echo: false"): text.append(fence(code, "python", f"exported to egcnn_nb/{module}.py" if source.startswith("#| export") else ""))
+        if code and not source.startswith("#| echo: false"): text.append(fence(code, "python", f"exported to egcnn_nb/{module.replace('.', '/')}.py" if source.startswith("#| export") else ""))
         text += [output(o, path.stem, images, views) for o in cell["outputs"]]
     return "\n\n".join(text)
 
@@ -133,10 +135,10 @@ def write(alive):
     "All pages into _site_src/; the views of the notebooks named in `alive` can be moved"
     shutil.rmtree(SOURCE, ignore_errors=True); (SOURCE/"api").mkdir(parents=True)
     shutil.copytree(ROOT/"nbs/images", SOURCE/"images"); shutil.copytree(ROOT/"tools/site", SOURCE, dirs_exist_ok=True)
-    books, nav = sorted((ROOT/"nbs").glob("[0-9]*.ipynb")), []
+    books, nav = notebooks(), []
     for path in [ROOT/"nbs/index.ipynb", *books]: (SOURCE/f"{path.stem}.md").write_text(notebook(path, sweep(path) if path.stem in alive else {}))
     for path in books:
-        if found := re.search(r"#\| default_exp (\w+)", path.read_text()): (SOURCE/f"api/{found[1]}.md").write_text(reference(found[1], path.stem)); nav.append(found[1])
+        if module := module_of(path): (SOURCE/f"api/{module}.md").write_text(reference(module, path.stem)); nav.append(module)
     for file, page in PAGES.items():
         text = links((ROOT/file).read_text())
         for name in re.findall(r"\]\(([\w.]+)\)", text):

@@ -9,9 +9,9 @@ import os, sys
 from pathlib import Path
 
 from egcnn_nb.core import exit_on_error, expect
-from egcnn_nb.training import fit
-from egcnn_nb.settings import Settings
-from egcnn_nb.volumes import write_brain
+from egcnn_nb.run.training import fit
+from egcnn_nb.run.settings import Settings
+from egcnn_nb.data.volumes import write_brain
 
 RUNS = {"eg": {}, "eg_no_relu": {"readings": {"attention_relu": False}}, "bare": {"edge": False}}
 

@@ -1,6 +1,6 @@
 """Run notebooks and keep their outputs, so that they read without a kernel.
 
-    python tools/run_notebooks.py [nbs/05_losses.ipynb ...]        # default: every notebook in nbs/
+    python tools/run_notebooks.py [nbs/1_method/05_losses.ipynb ...]        # default: every notebook in nbs/
 
 Each notebook is run from top to bottom in a fresh kernel. A picture gets its text for those who cannot see it from the cell's line
 `#| fig-alt: ...`, or from the view that it stands for. Views of widgets are dropped where the same output has a picture
@@ -11,6 +11,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbdev.clean import nbdev_clean
+
+from books import NBS, notebooks
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -41,5 +43,5 @@ def run(path):
     print(f"{path.name}: {time.time()-start:.0f} s, {path.stat().st_size//1024} KiB", flush=True)
 
 if __name__ == "__main__":
-    paths = [Path(p).resolve() for p in sys.argv[1:]] or sorted((Path(__file__).parents[1]/"nbs").resolve().glob("*.ipynb"))
+    paths = [Path(p).resolve() for p in sys.argv[1:]] or [NBS/"index.ipynb", *notebooks()]
     for path in paths: run(path)

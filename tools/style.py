@@ -9,11 +9,11 @@ import argparse, ast, json, re, sys
 from pathlib import Path
 from statistics import median, quantiles
 
-ROOT = Path(__file__).parents[1]
+from books import NBS, ROOT, modules as all_modules, notebooks
 
 def cells(kind=None):
     "(notebook, cell type, source) of all notebooks"
-    for nb in sorted((ROOT/"nbs").glob("*.ipynb")):
+    for nb in [NBS/"index.ipynb", *notebooks()]:
         for c in json.loads(nb.read_text())["cells"]:
             if kind in (None, c["cell_type"]): yield nb.name, c["cell_type"], "".join(c["source"])
 
@@ -55,9 +55,9 @@ def measure():
     words = {k: sum(len(s.split()) for _, _, s in cells(k)) for k in ("markdown", "code")}
     bare = [f"{nb}: {n.name}" for nb, n, l, public in found if public and not documented(n, l)]
     long = [f"{nb}: {n.name} ({k})" for (nb, n, *_), k in zip(found, lengths) if k > 40]
-    modules = {f.name: len(f.read_text().splitlines()) for f in (ROOT/"egcnn_nb").glob("*.py") if not f.name.startswith("_")}
+    modules = {f.relative_to(ROOT/"egcnn_nb").as_posix(): len(f.read_text().splitlines()) for f in all_modules()}
     big, ratio, full = [f"{n} ({k})" for n, k in sorted(modules.items()) if k > 300], code/asserts(), 1-len(bare)/sum(public for *_, public in found)
-    sizes = sorted((nb.stat().st_size for nb in (ROOT/"nbs").glob("*.ipynb")))
+    sizes = sorted(nb.stat().st_size for nb in notebooks())
     return {"functions": (str(len(found)), "", True, []),
             "lines of a function, median": (f"{median(lengths):.0f}", "≤ 6", median(lengths) <= 6, []),
             "lines of a function, 90th percentile": (f"{quantiles(lengths, n=10)[-1]:.0f}", "", True, []),
