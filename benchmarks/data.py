@@ -4,7 +4,14 @@
     python benchmarks/data.py large                     # six phantoms of 240x240x155x4, two workers: seconds an epoch and memory of all processes
 
 Each takes one random patch of every case, mirrors its axes, shifts and scales its intensity; TorchIO, which is no dependency: pip install torchio."""
-import argparse, json, os, statistics, subprocess, sys, tempfile, time
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +19,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from egcnn_nb.data.datasets import prepared_cases
-from egcnn_nb.data.patches import EpochBatches, Patches
 from egcnn_nb.data.layouts import find_dataset
+from egcnn_nb.data.patches import EpochBatches, Patches
+
 
 def ours(cases, task, patch, workers, cache):
     "Patches of cases that lie in the cache, mapped into memory"
@@ -99,8 +107,9 @@ def one_large(name, folder, again=3):
     print(json.dumps({"seconds": seconds, "memory": memory()}))
 
 def large(rounds=3, n=6):
-    from predict import brats_case, enlarge
     import nibabel as nib
+    from predict import brats_case, enlarge
+
     from egcnn_nb.data.volumes import brain
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp); (tmp/"data/HGG").mkdir(parents=True); (tmp/"data/LGG").mkdir(); (tmp/"cache").mkdir()

@@ -5,20 +5,26 @@
 Seg-Net of width 8 with 3 levels and an edge stream, 3 classes, one channel, batch 1; prediction by windows of 96^3. The exponent is the slope of log
 time (or memory) against log voxels over the three largest volumes. The roofs are measured too: a copy for Sobel (which reads and writes each voxel at
 least once), a matrix product for the network (the multiply-adds of its convolutions at that rate)."""
-import argparse, os, statistics, subprocess, sys, time
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from speed import cost, extra_memory, matmul_rate, problem, step
 
-from egcnn_nb.method.backbones import SegNet
 from egcnn_nb.core import keep_memory
+from egcnn_nb.method.backbones import SegNet
 from egcnn_nb.method.egcnn import EGCNN
 from egcnn_nb.method.losses import EGLoss
 from egcnn_nb.method.sobel import sobel_magnitude
 from egcnn_nb.run.models import infer
-from speed import cost, extra_memory, matmul_rate, problem, step
+
 
 def memory(name, n):
     "The most memory in bytes that a call adds, in a process of its own whose allocator gives everything back at once"

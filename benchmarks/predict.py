@@ -4,7 +4,13 @@
 
 A BraTS-sized case (240x240x155, 4 channels, 1 mm) and a KiTS-sized CT (512x512x300, 0.8x0.8x1 mm), made of phantoms;
 EG-CNN on Seg-Net, width 8, 4 levels, windows of 128^3, random weights (the cost does not depend on them)."""
-import argparse, json, os, subprocess, sys, tempfile, time
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -13,10 +19,11 @@ import torch
 from safetensors.torch import save_file
 
 from egcnn_nb.core import BRATS, KITS
-from egcnn_nb.run.settings import Settings
+from egcnn_nb.data.volumes import abdomen, brain
 from egcnn_nb.run.folders import describe
 from egcnn_nb.run.models import make_model
-from egcnn_nb.data.volumes import abdomen, brain
+from egcnn_nb.run.settings import Settings
+
 
 def enlarge(array, shape):
     "A phantom at the size of a real scan, by repeating voxels"
@@ -59,7 +66,7 @@ def main():
         for name, task, case in (("240×240×155×4", BRATS, brats_case), ("512×512×300 CT", KITS, kits_case)):
             tmp_case = Path(tmp)/task.name; tmp_case.mkdir()
             run = run_folder(tmp_case/"run", task, args.precision, args.edge == "on")
-            seconds, gib = measured([sys.executable, "-c", "import sys; from egcnn_nb.run.predict import main; sys.exit(main())", str(run), str(case(tmp_case)), "--out", str(tmp_case/"out"), "--save", "edges", "attention"][:None if args.edge == "on" else -3])
+            seconds, gib = measured([sys.executable, "-c", "import sys; from egcnn_nb.commands.predict import main; sys.exit(main())", str(run), str(case(tmp_case)), "--out", str(tmp_case/"out"), "--save", "edges", "attention"][:None if args.edge == "on" else -3])
             print(f"| {name} | {seconds:.0f} | {gib:.2f} |", flush=True)
 
 if __name__ == "__main__": main()

@@ -3,15 +3,23 @@
     python benchmarks/scaling.py [--processes 2] [--again 5] [--json FILE]
 
 EG-CNN on Seg-Net (a): width 8, 3 levels, patches of 1x48x64x48, two a process. One process computes all of them; rounds alternate."""
-import argparse, json, os, statistics, subprocess, sys, tempfile, time
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from speed import problem, step
 
 from egcnn_nb.method.backbones import SegNet
 from egcnn_nb.method.egcnn import EGCNN
-from speed import problem, step
+
 
 def one_rank(out, again):
     "Median seconds of a step of this process's share"

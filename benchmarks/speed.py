@@ -5,7 +5,14 @@
 Rows: sobel sobel_backward losses step segresnet bf16 batch_1 predict distances startup.
 Seg-Net (a): width 8, 3 levels, batch 2 of 1×48×64×48; (b): width 16, 4 levels, batch 1 of 4×96³; 3 classes, readings by default.
 With --keep_memory the allocator keeps freed memory, as egcnn_train and egcnn_predict do, for both sides."""
-import argparse, json, platform, re, statistics, subprocess, sys, time
+import argparse
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,13 +21,15 @@ import torch
 import torch.nn.functional as F
 from jupyter_client.manager import start_new_kernel
 
+from egcnn_nb.core import keep_memory
 from egcnn_nb.method.backbones import SegNet
-from egcnn_nb.core import keep_memory, one_hot
 from egcnn_nb.method.egcnn import EGCNN
 from egcnn_nb.method.losses import EGLoss
-from egcnn_nb.run.metrics import distances
 from egcnn_nb.method.sobel import sobel_magnitude
+from egcnn_nb.run.metrics import distances
 from egcnn_nb.run.models import autocast, best_precision, infer
+from egcnn_nb.tensors import one_hot
+
 
 def medians(again=5, **what):
     "Milliseconds of each function, run in turn, after one round that does not count"
@@ -102,6 +111,7 @@ def step(net, x, target, precision="fp32", eg=None):
 def cost(net, x):
     "Parameters and multiply-adds, as the network is written: on a CPU ours multiplies with some zeros besides (`layers`)"
     from copy import deepcopy
+
     from torch.utils.flop_counter import FlopCounterMode
     with torch.no_grad(), FlopCounterMode(display=False) as c: deepcopy(net).to("meta")(x.to("meta"))
     return sum(p.numel() for p in net.parameters()), c.get_total_flops()//2

@@ -7,7 +7,15 @@
 Imports, loading, caching (into an empty folder) and validation count. All sides: the same 100 cases for training and 28 for validation, whatever the seed;
 batches of 2 patches of 40x56x40, intensity shifted and scaled (--mirror: and mirrored along each axis); validation after each epoch, mean Dice of two classes over cases; width 8 and
 3 levels (MONAI's UNet: its own 16 to 128); bfloat16 on both sides where the processor has it (--fp32: on neither)."""
-import argparse, csv, json, os, statistics, subprocess, sys, tempfile, time
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
 from itertools import product
 from pathlib import Path
 
@@ -23,8 +31,8 @@ BEST = {"EG-CNN": (3e-3, 6), "EG-CNN + cross entropy": (3e-3, 12), "Seg-Net + co
 
 def split(args):
     "Training and validation cases"
-    from egcnn_nb.data.patches import split_cases
     from egcnn_nb.data.layouts import find_dataset
+    from egcnn_nb.data.patches import split_cases
     out = set(Path(args.exclude).read_text().split())
     return split_cases([c for c in find_dataset(args.data).cases if c.label and c.name not in out], 0, VALIDATION)
 
@@ -39,6 +47,7 @@ def monai(args):
     from monai.metrics import DiceMetric
     from monai.networks.nets import SegResNet, UNet
     from monai.utils import set_determinism
+
     from egcnn_nb.run.models import autocast, best_precision
     set_determinism(args.seed)
     cpu = torch.device("cpu"); precision = "fp32" if args.fp32 else best_precision(cpu)

@@ -4,12 +4,19 @@
 
 A volume of 240×240×155 with four channels, label and prediction; each step moves one slider and draws all three planes. Then
 a volume of 512×512×400 is opened: seconds, and the peak of memory beside the volume's own."""
-import argparse, gc, json, platform, resource, statistics, time
+import argparse
+import gc
+import json
+import platform
+import resource
+import statistics
+import time
 from pathlib import Path
 
 import numpy as np
 
 from egcnn_nb.show.viewers import view
+
 
 def steps(n):
     "Milliseconds of each of `n` steps through the three sliders in turn"

@@ -3,17 +3,32 @@
     python tests/cases.py [NAME ...] # a Markdown table; pytest runs every row (tests/test_cases.py)
 
 Each row is a function that writes a small data set, asserts what must be true, and returns what happened."""
-import argparse, contextlib, csv, gzip, io, json, os, shutil, subprocess, sys, tempfile, traceback, warnings
+import argparse
+import contextlib
+import csv
+import gzip
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import torch
 
-from egcnn_nb.core import InputError, outer_first, region_masks, regions_to_labels, to_labels
-from egcnn_nb.run.predict import main as predict_main
-from egcnn_nb.data.layouts import check_dataset, find_dataset, is_run, main as check_main, name_of, read_case
-from egcnn_nb.commands.train import LAUNCH, main as train_main
+from egcnn_nb.commands.check import main as check_main
+from egcnn_nb.commands.predict import main as predict_main
+from egcnn_nb.commands.train import LAUNCH
+from egcnn_nb.commands.train import main as train_main
+from egcnn_nb.core import InputError, outer_first
+from egcnn_nb.data.layouts import check_dataset, find_dataset, is_run, name_of, read_case
+from egcnn_nb.tensors import region_masks, regions_to_labels, to_labels
 
 ROOT = Path(__file__).parents[1]
 ROWS = {}

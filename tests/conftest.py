@@ -1,5 +1,7 @@
 "Fixtures that several files share: one Chromium for all of them (Playwright starts once a process), and a copy of the notebooks."
-import os, shutil, sys
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/"tools"))
 import browser
+
 FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist",
          "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
 

@@ -3,7 +3,21 @@
     python tests/faults.py [NAME ...] [--slow]          # a Markdown table; pytest runs the quick rows (tests/test_faults.py)
 
 Each row is a function whose docstring is "what is done -> what must be true"; it returns what happened, and an assertion fails where that is not so."""
-import argparse, contextlib, csv, gzip, io, os, resource, shutil, signal, subprocess, sys, tempfile, time, traceback, warnings
+import argparse
+import contextlib
+import csv
+import gzip
+import io
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
 from pathlib import Path
 
 import nibabel as nib
@@ -13,15 +27,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import ENV, begun, children, command, dataset
 
-from egcnn_nb.run.checkpoints import FORMAT, checkpoints, newest_checkpoint
-from egcnn_nb.core import InputError
-from egcnn_nb.data.layouts import find_dataset
-from egcnn_nb.run.settings import Settings
-from egcnn_nb.commands.train import main as train_main
-from egcnn_nb.run.predict import main as predict_main
 import egcnn_nb.run.folders as folders
 import egcnn_nb.run.steps as steps
 import egcnn_nb.run.training as training
+from egcnn_nb.commands.predict import main as predict_main
+from egcnn_nb.commands.train import main as train_main
+from egcnn_nb.core import InputError
+from egcnn_nb.data.layouts import find_dataset
+from egcnn_nb.run.checkpoints import FORMAT, list_checkpoints, newest_checkpoint
+from egcnn_nb.run.settings import Settings
 
 ROWS = {}
 def row(slow=False):
@@ -314,7 +328,7 @@ def an_infinite_gradient(tmp):
 
 # --- checkpoints
 
-def stopped(tmp, **kw): fit(tmp, stop=after(8), epochs=4, **kw); return checkpoints(tmp/"run")
+def stopped(tmp, **kw): fit(tmp, stop=after(8), epochs=4, **kw); return list_checkpoints(tmp/"run")
 def ends_as_alone(tmp): fit(tmp, resume=True, epochs=4); assert same(tmp/"run", alone(tmp, epochs=4)); return "the one before it was used, same files"
 
 @row()

@@ -4,18 +4,29 @@
 
 A seeded mutator flips bits, writes numbers that hurt, cuts, repeats and inserts. What is accepted is compared: voxels and affine with nibabel's, a
 checkpoint with the one it was made from."""
-import argparse, gzip, json, random, re, resource, signal, sys, tempfile, time, traceback, warnings
+import argparse
+import gzip
+import json
+import random
+import re
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import torch
 
-from egcnn_nb.run.checkpoints import read_checkpoint, save_checkpoint
 from egcnn_nb.core import InputError
-from egcnn_nb.run.predict import load_run
 from egcnn_nb.data.layouts import expect_files, find_dataset
 from egcnn_nb.data.nifti import read_array
+from egcnn_nb.run.checkpoints import read_checkpoint, save_checkpoint
+from egcnn_nb.run.predict import load_run
 
 MM = {0: 1, 1: 1000, 2: 1, 3: .001}                               # code of a unit -> mm
 HURT = [b"\x00", b"\xff", b"\x7f", b"\x80", b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\xff\xff\xff\x7f", b"\x00\x00\x00\x80", b"\xff\xff", b"\x00\x80", b"\xff\xff\xff\xff\xff\xff\xff\x7f"]
@@ -96,10 +107,12 @@ class Inputs:
         state = {"model": {"w": torch.arange(300.)}, "optimizer": {"state": {0: {"step": torch.tensor(3.)}}}, "rows": [{"epoch": 0, "lr": .1}], "best": .5}
         self.whole = read_checkpoint(save_checkpoint(tmp, 1, state)); checkpoint = (tmp/"checkpoint-00000001.pt").read_bytes()
         from dataclasses import asdict
+
         from safetensors.torch import save_file
+
         from egcnn_nb.core import KITS
-        from egcnn_nb.run.settings import Settings
         from egcnn_nb.run.models import make_model
+        from egcnn_nb.run.settings import Settings
         s = Settings("d", "r", width=2, levels=2, patch_size=(8, 8, 8)); save_file(make_model(s, KITS).state_dict(), tmp/"run/model.safetensors")
         config, weights = json.dumps({"settings": asdict(s), "task": asdict(KITS), "split": {"train": [], "validation": []}}).encode(), (tmp/"run/model.safetensors").read_bytes()
         (tmp/"run/config.json").write_bytes(config)

@@ -4,14 +4,19 @@
 
 A checkpoint is written after each step, and every second kill waits until a temporary file is there: it falls into the writing of one. Each attempt is a fork of this process, which has torch
 loaded already; it dies as any process does."""
-import argparse, os, random, signal, tempfile, time
+import argparse
+import os
+import random
+import signal
+import tempfile
+import time
 from pathlib import Path
 
 import torch
-
 from tiny import dataset
+
 from egcnn_nb.commands.train import main as train
-import egcnn_nb.run.training                                            # before the forks: an attempt then begins at once
+
 
 def attempt(data, out, seconds=None, hunt=False):
     "Train, or go on, in a process of its own, which is killed after that time, or at the next temporary file then; returns its exit code, or None if it was killed"

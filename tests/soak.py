@@ -6,16 +6,25 @@ Each round trains two epochs on a tiny dataset (every third with a loader's proc
 all maps. Printed: what the process holds after each tenth of the time, and the slope over the second half, by least squares. "In use" is what was
 allocated and not given back, as glibc counts it; "resident" also holds what the allocator keeps between pieces in use, which settles slowly.
 Both are read after each twentieth round, once Python has collected its cycles, which it does by itself only when they are a quarter of all it holds."""
-import argparse, ctypes, gc, os, re, shutil, tempfile, time, warnings
+import argparse
+import ctypes
+import gc
+import os
+import re
+import shutil
+import tempfile
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-
 from tiny import dataset
+
 from egcnn_nb.run.predict import predict_all
 from egcnn_nb.run.settings import Settings
 from egcnn_nb.run.training import fit
+
 
 class _Mallinfo(ctypes.Structure):
     _fields_ = [(n, ctypes.c_size_t) for n in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]

@@ -1,15 +1,20 @@
 """Every interactive view in a real JupyterLab (and one notebook in Notebook 7), in headless Chromium without internet.
 
 The pictures of each view before and after it was moved go to the folder that EGCNN_SCREENSHOTS names (default: a temporary one)."""
-import io, os, re, socket, subprocess, sys, time
+import io
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import books
 import nbformat
 import numpy as np
 import pytest
 from PIL import Image
-
-import books
 
 ROOT = Path(__file__).parents[1]
 VIEWS = {"explorers": 1, "look_at_data": 2, "scenes": 1, "03_sobel_edges": 3, "04_edge_gate": 1, "05_losses": 4, "06_backbones": 1, "anatomy": 3, "watch_a_run": 1, "predict": 4, "your_own_scan": 1}   # notebook -> views in it

@@ -1,18 +1,25 @@
 "The commands as a user runs them: in processes of their own."
-import csv, json, os, shutil, signal, subprocess, sys, time
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
-import torch
-
 import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from egcnn_nb.commands.train import arguments, settings_from
 from egcnn_nb.core import InputError
 from egcnn_nb.run.folders import check_settings, prepare
 from egcnn_nb.run.settings import Settings
-from egcnn_nb.commands.train import arguments, settings_from
 from egcnn_nb.run.training import Run, fit
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +30,7 @@ def command(module, *words, **kw):
     return subprocess.run([sys.executable, "-m", f"egcnn_nb.{module}", *map(str, words)], capture_output=True, text=True, timeout=600, **kw)
 
 def predict(*words):
-    code = "import sys; from egcnn_nb.run.predict import main; sys.exit(main())"
+    code = "import sys; from egcnn_nb.commands.predict import main; sys.exit(main())"
     return subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=600)
 
 def totals(run): return [float(r["total"]) for r in csv.DictReader(open(run/"metrics.csv"))]

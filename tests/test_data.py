@@ -1,5 +1,11 @@
 "Preparing and predicting from processes of their own: caches that are filled at once, folders that are killed, a stranger with the wheel."
-import json, os, shutil, signal, subprocess, sys, time
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -36,7 +42,7 @@ def test_a_process_killed_while_it_fills_a_cache_leaves_only_whole_entries(tmp_p
     assert subprocess.run([sys.executable, "-c", FILL, str(BRAINS), str(cache)], stdout=subprocess.PIPE, text=True, timeout=300).stdout == whole
     assert all(e.stat().st_ino == i for e, i in kept.items()) and len(list(cache.glob("[!.]*.safetensors"))) == 12
 
-PREDICT = [sys.executable, "-c", "import sys; from egcnn_nb.run.predict import main; sys.exit(main())"]
+PREDICT = [sys.executable, "-c", "import sys; from egcnn_nb.commands.predict import main; sys.exit(main())"]
 
 def test_a_folder_that_was_killed_goes_on_and_ends_like_one_left_alone(tmp_path):
     words = [str(EG), str(BRAINS), "--save", "edges", "--out"]
@@ -105,10 +111,12 @@ def test_files_in_memory_count_as_free(monkeypatch):
 def test_a_label_map_is_that_of_validation_where_regions_fill_a_region():
     "`label_map` takes one map at a time, `to_labels` all at once: both choose the likeliest part"
     import torch
-    from egcnn_nb.core import Task, to_labels
+
+    from egcnn_nb.core import Task
     from egcnn_nb.data.datasets import Loaded
-    from egcnn_nb.run.predict import label_map
     from egcnn_nb.data.volumes import Volume
+    from egcnn_nb.run.predict import label_map
+    from egcnn_nb.tensors import to_labels
     grid = Volume(np.zeros((0, 0, 0), np.float32), np.eye(4), nib.Nifti1Header(), "none.nii")
     loaded = Loaded("case", torch.zeros(1, 9, 8, 7), None, None, grid, (9, 8, 7), (slice(0, 9), slice(0, 8), slice(0, 7)))
     labels = {0: "background", 1: "core", 2: "edema", 300: "rim"}

@@ -1,10 +1,17 @@
 "Many processes: the same losses as one, whatever their number; every reading; sharded; elastic; two hosts."
-import csv, inspect, json, os, signal, subprocess, sys, time
+import csv
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-
 from tiny import ENV, begun, children, command, dataset
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory): return dataset(tmp_path_factory.mktemp("tiny")/"data")
@@ -95,6 +102,7 @@ def every_reading():
 def losses_of_every_reading(data):
     "Loss terms of the three steps of one epoch, for each of `every_reading`, by this process and those beside it"
     import torch
+
     from egcnn_nb.run.folders import prepare
     from egcnn_nb.run.settings import Settings
     from egcnn_nb.run.training import Run

@@ -1,14 +1,20 @@
 "What ends with one line: memory that is full, workers that die, file systems without locks, hosts without a name, users without a home; and what is put back."
-import os, resource, shutil, signal, subprocess, sys, threading
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
-
 from tiny import ENV, begun, children, command, dataset
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/"tools"))
 import browser
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory): return dataset(tmp_path_factory.mktemp("tiny")/"data", 6)
@@ -85,7 +91,7 @@ def test_handlers_of_signals_are_put_back(data, tmp_path):
         for s in kinds: signal.signal(s, before[s])
 
 def test_the_handler_of_an_experiment_is_put_back(data, tmp_path):
-    from egcnn_nb.study.experiments import main
+    from egcnn_nb.commands.experiment import main
     before = signal.getsignal(signal.SIGTERM)
     assert main([str(tmp_path/"nowhere"), "--out", str(tmp_path/"out")]) == 2
     assert signal.getsignal(signal.SIGTERM) is before

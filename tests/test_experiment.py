@@ -1,5 +1,13 @@
 "egcnn_experiment as a user runs it, and the tables that it leaves, computed once more from the scores."
-import csv, json, re, shlex, shutil, signal, subprocess, sys, time
+import csv
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +15,7 @@ import pytest
 from tabulate import tabulate
 from tiny import ENV, children, dataset
 
-from egcnn_nb.study import experiments
+from egcnn_nb.commands import experiment as experiments
 from egcnn_nb.core import BRATS, KITS
 from egcnn_nb.study.evaluation import read_scores
 from egcnn_nb.study.experiments import TABLE_1, TABLE_2, tables_of
@@ -18,7 +26,7 @@ SHIPPED = sorted(p for p in (ROOT/"results").rglob("scores.csv") if (p.parent/"t
 
 CREDIT = "phantoms; ours"
 
-def command(*words): return [sys.executable, "-m", "egcnn_nb.study.experiments", *map(str, words)]
+def command(*words): return [sys.executable, "-m", "egcnn_nb.commands.experiment", *map(str, words)]
 
 def cells_of(path):
     "Rows of a Markdown table as dicts"

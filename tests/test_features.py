@@ -1,15 +1,17 @@
 """The features that are found in networks of other people: one small network for each way in which the order of computation misleads, then MONAI's."""
-import copy, pickle
+import copy
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from egcnn_nb.core import InputError, seed_everything
+from egcnn_nb.core import InputError
 from egcnn_nb.method.egcnn import EGCNN
 from egcnn_nb.method.features import find_features, listen
 from egcnn_nb.method.losses import EGLoss
+from egcnn_nb.tensors import seed_everything
 
 pytestmark = pytest.mark.filterwarnings("ignore:The edge stream adds")    # these networks are small
 

@@ -1,5 +1,10 @@
 "Network, loss, optimizer, transforms and callbacks of one's own: each is used, and a run with them is resumed exactly."
-import csv, importlib, json, shutil, subprocess, sys
+import csv
+import importlib
+import json
+import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -14,21 +19,22 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))                     # torchrun starts this file too
 from tiny import ENV, dataset
 
-from egcnn_nb.method.backbones import make_backbone
-from egcnn_nb.core import InputError, seed_everything, to_target
-from egcnn_nb.method.egcnn import EGCNN
-from egcnn_nb.run.folders import prepare
-from egcnn_nb.run.predict import load_run, predict_case
-from egcnn_nb.run.predict import main as predict_main
+from egcnn_nb.commands.predict import main as predict_main
+from egcnn_nb.commands.train import main as train_main
+from egcnn_nb.core import InputError
 from egcnn_nb.data.layouts import find_dataset
+from egcnn_nb.data.patches import EpochBatches, Patches
+from egcnn_nb.method.backbones import make_backbone
+from egcnn_nb.method.egcnn import EGCNN
 from egcnn_nb.method.losses import EGLoss
+from egcnn_nb.run.folders import prepare
 from egcnn_nb.run.models import infer, make_model
 from egcnn_nb.run.parts import EarlyStopping, TensorBoardLogger
-from egcnn_nb.data.patches import EpochBatches, Patches
+from egcnn_nb.run.predict import load_run, predict_case
 from egcnn_nb.run.settings import Settings
 from egcnn_nb.run.steps import train_step
-from egcnn_nb.commands.train import main as train_main
 from egcnn_nb.run.training import fit
+from egcnn_nb.tensors import seed_everything, to_target
 
 PATCH = (16, 16, 16)
 

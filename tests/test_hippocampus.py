@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from egcnn_nb.data.layouts import find_dataset
 from egcnn_nb.data.datasets import load_case
+from egcnn_nb.data.layouts import find_dataset
 
 FOLDER = os.environ.get("EGCNN_HIPPOCAMPUS")
 pytestmark = pytest.mark.skipif(not FOLDER or not Path(FOLDER).is_dir(), reason="set EGCNN_HIPPOCAMPUS to the folder of Task04_Hippocampus")

@@ -1,12 +1,14 @@
 "What somebody has who installed the package: hints that a checker accepts, no import that is not needed, a word where an extra is missing."
-import configparser, re, subprocess, sys
+import configparser
+import re
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-
 from tiny import dataset
 
 ROOT = Path(__file__).parents[1]

@@ -3,11 +3,14 @@
     pip install -c constraints.txt -e '.[dev,itk]' && EGCNN_ITK=1 pytest tests/test_itk.py        # needs npm; minutes, with software rendering
 
 Its JupyterLab extension asks servers in the internet on every page, so it is installed into an environment of its own, on top of this one."""
-import os, re, subprocess, sys, time
+import os
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-
 from test_browser import CURRENT, HERE, pixels, serve, write_notebook
 
 pytestmark = pytest.mark.skipif(not os.environ.get("EGCNN_ITK"), reason="set EGCNN_ITK=1; needs npm and the extra itk")

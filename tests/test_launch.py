@@ -1,5 +1,7 @@
 "The launch lines and files of docs/launch, as far as they can be seen without a cluster."
-import re, shlex, subprocess
+import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import yaml

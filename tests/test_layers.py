@@ -1,10 +1,15 @@
 "A notebook imports lower floors only; every export comes with its notebook."
-import ast, json, re, subprocess, sys
+import ast
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/"tools"))
 from diagrams import notebooks
+
 
 def floors():
     "module -> number of the notebook that exports it"

@@ -1,17 +1,23 @@
 """EG-CNN around networks of other people, unmodified: each trains for twenty steps, and keeps its own weights and output.
 
     python tests/test_networks.py          # the table: found features, parameters added, loss before and after"""
-import copy, gc, pickle, shutil, warnings
+import copy
+import gc
+import pickle
+import shutil
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from egcnn_nb.core import InputError
 from egcnn_nb.method.backbones import SegNet
-from egcnn_nb.core import InputError, seed_everything
-from egcnn_nb.method.egcnn import EGCNN, logits_of
+from egcnn_nb.method.egcnn import EGCNN
+from egcnn_nb.method.features import logits_of
 from egcnn_nb.method.losses import EGLoss, dice_loss
+from egcnn_nb.tensors import seed_everything
 
 warnings.filterwarnings("ignore")
 

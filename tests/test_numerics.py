@@ -1,5 +1,6 @@
 "Layers in half types, on maps of every size, and normalisation at every mean: compared with float64. Then the check of a run."
-import copy, itertools
+import copy
+import itertools
 
 import pytest
 import torch
@@ -7,13 +8,25 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from egcnn_nb.core import KITS, to_target
-from egcnn_nb.fast.layers import (Conv2d, Conv3d, ConvTranspose2d, ConvTranspose3d, GroupNorm, PReLU, channels_last,
-                             conv_transpose, mix_channels, norm, resize_maps)
+from egcnn_nb.core import KITS
+from egcnn_nb.fast.layers import (
+    Conv2d,
+    Conv3d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+    GroupNorm,
+    PReLU,
+    channels_last,
+    conv_transpose,
+    mix_channels,
+    norm,
+    resize_maps,
+)
 from egcnn_nb.method.losses import EGLoss
 from egcnn_nb.run.models import make_model
 from egcnn_nb.run.self_check import WrongLayer, compute_in_float32, describe_check, wrong_layers
 from egcnn_nb.run.settings import Settings
+from egcnn_nb.tensors import to_target
 
 BF16 = torch.bfloat16
 UNIT = 2**-8                                                       # bfloat16 rounds by no more than this share
@@ -322,7 +335,9 @@ def test_large_logits_in_half_do_not_make_the_loss_infinite():
 def test_a_trained_run_predicts_with_the_float32_layers_of_its_training(tmp_path):
     "They are named in model.safetensors, whose weights were chosen by a validation that computed them so"
     import json
+
     from safetensors.torch import save_file
+
     from egcnn_nb.run.folders import describe
     from egcnn_nb.run.predict import load_run
     settings = Settings("", "", width=4, levels=2, precision="bf16", patch_size=(16, 16, 16))

@@ -1,5 +1,7 @@
 "A run of 0.1 stays what it was: it goes on with 0.1's numbers, predicts, and gives its weights to a new run."
-import csv, json, shutil
+import csv
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,8 @@ from tiny import dataset
 
 import egcnn_nb.run.folders as folders
 from egcnn_nb.core import InputError
-from egcnn_nb.run.predict import load_run, predict_case
 from egcnn_nb.data.layouts import find_dataset
+from egcnn_nb.run.predict import load_run, predict_case
 from egcnn_nb.run.settings import Settings
 from egcnn_nb.run.training import fit
 

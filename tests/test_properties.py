@@ -2,12 +2,19 @@
 from types import SimpleNamespace
 
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from egcnn_nb.data.datasets import resample_labels
 from egcnn_nb.data.patches import EpochBatches, split_cases
 from egcnn_nb.method.losses import balanced_bce, consistency_loss, dice_loss
-from egcnn_nb.method.sobel import edge_target, flat_face, simple_magnitude, sobel_gradient, sobel_magnitude
+from egcnn_nb.method.sobel import (
+    edge_target,
+    flat_face,
+    simple_magnitude,
+    sobel_gradient,
+    sobel_magnitude,
+)
 from egcnn_nb.run.models import infer
 
 tries = settings(max_examples=40, deadline=None, derandomize=True)

@@ -1,5 +1,11 @@
 "The site in a real browser: every page, in the light and on a phone, without an error, a request to the outside, or a serious fault for those who cannot see."
-import functools, http.server, re, shutil, subprocess, sys, threading
+import functools
+import http.server
+import re
+import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest

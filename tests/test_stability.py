@@ -28,11 +28,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from egcnn_nb.core import BRATS_REGIONS
+from egcnn_nb.data.volumes import brain
 from egcnn_nb.method.backbones import BACKBONES
-from egcnn_nb.core import BRATS_REGIONS, region_masks, seed_everything
 from egcnn_nb.method.egcnn import EGCNN
 from egcnn_nb.method.losses import EGLoss
-from egcnn_nb.data.volumes import brain
+from egcnn_nb.tensors import region_masks, seed_everything
 
 warnings.filterwarnings("ignore")
 

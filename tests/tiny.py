@@ -1,5 +1,8 @@
 "A dataset so small that a step takes a hundredth of a second, and the command that trains on it."
-import csv, os, sys, time
+import csv
+import os
+import sys
+import time
 from pathlib import Path
 
 import nibabel as nib

@@ -3,7 +3,8 @@
     python tools/animate.py [nbs/images/method.gif]
 
 The phantom (number 1 of data_samples/) was not among those that the network was trained on (`tools/pretrain.py`)."""
-import io, sys
+import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,12 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from egcnn_nb.core import BRATS, probabilities, to_target
+from egcnn_nb.core import BRATS, COLOURS
 from egcnn_nb.data.datasets import load_case
-from egcnn_nb.show.anatomy import pretrained
 from egcnn_nb.data.layouts import find_dataset
 from egcnn_nb.method.sobel import edge_target
-from egcnn_nb.show.explorers import COLOURS
+from egcnn_nb.show.anatomy import pretrained
+from egcnn_nb.tensors import probabilities, to_target
 
 ROOT = Path(__file__).parents[1]
 

@@ -2,7 +2,11 @@
 
     python tools/browser.py     # says what it does; exit code 1 and one sentence where there is none to be had
 """
-import os, shutil, signal, subprocess, sys
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -5,13 +5,19 @@
 Each notebook runs from top to bottom in a process of its own. Its exported cells run under the name and the line numbers of the module that they
 become, so that coverage.py counts them there, together with what other notebooks run of that module. --missing lists the lines that none has run.
 What runs only in other processes (commands, workers, several ranks) is not counted, though the tests in tests/ run it."""
-import argparse, json, multiprocessing, os, re, sys, tempfile
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
 from pathlib import Path
 
 import coverage
-
 from books import ROOT, module_of, notebook, notebooks, source_of
 from quietly import as_notebook, run_cells
+
 
 def line_of(module, cell):
     "Line of a module before an exported cell's first"

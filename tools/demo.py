@@ -3,21 +3,24 @@
     python tools/demo.py [--epochs 80] [--out demo]
 
 Writes demo/bare and demo/eg (run folders) and demo/demo.png."""
-import argparse, json, subprocess, sys
+import argparse
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from egcnn_nb.core import exit_on_error, expect
+from egcnn_nb.core import COLOURS, exit_on_error, expect
 from egcnn_nb.data.layouts import find_dataset
-from egcnn_nb.run.predict import load_run, predict_case
-from egcnn_nb.show.scan import look_inside
-from egcnn_nb.run.metrics import score_case
-from egcnn_nb.show.explorers import COLOURS
 from egcnn_nb.data.volumes import read_labels, read_volume
+from egcnn_nb.run.inside import look_inside
+from egcnn_nb.run.metrics import score_case
+from egcnn_nb.run.predict import load_run, predict_case
 
 DATA = Path(__file__).parents[1]/"data_samples/brats2019"
 

@@ -4,21 +4,26 @@
     python tools/diagrams.py --check    # exit 1 if the code has changed since
 
 What a picture shows is kept in its own description, which --check compares with the code."""
-import ast, html, json, re, sys
+import ast
+import html
+import json
+import sys
 from pathlib import Path
 
 import matplotlib
 import torch
 from matplotlib.figure import Figure
 
+from egcnn_nb.core import COLOURS
 from egcnn_nb.method.backbones import SegNet
 from egcnn_nb.method.egcnn import EGCNN
 from egcnn_nb.show.anatomy import drawing
-from egcnn_nb.show.explorers import COLOURS
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/"tools"))
-from books import module_of, notebooks as all_notebooks, source_of
+from books import module_of, source_of
+from books import notebooks as all_notebooks
+
 IMAGES = ROOT/"nbs/images"
 
 def notebooks():

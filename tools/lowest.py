@@ -3,7 +3,13 @@
     python tools/lowest.py FOLDER [03_sobel_edges train ...] [--torch 2.13.0]      # default: all but those of the study and of the training command
 
 FOLDER becomes a virtual environment. `--torch`: another version than the lowest, for machines that have no index with that one."""
-import argparse, configparser, os, re, subprocess, sys, venv
+import argparse
+import configparser
+import os
+import re
+import subprocess
+import sys
+import venv
 from pathlib import Path
 
 from books import ROOT, module_of, notebook, notebooks

@@ -2,7 +2,8 @@
 
     python tools/make_readme.py            # write
     python tools/make_readme.py --check    # exit 1 if README.md is not what would be written"""
-import re, sys
+import re
+import sys
 from pathlib import Path
 
 import nbformat

@@ -5,17 +5,27 @@
 Notebooks become Markdown as they are committed. Formulas become MathML, which browsers draw themselves. Hidden cells stay out; cells that are
 exported say into which module. Interactive views stay as they were committed, or, for the notebooks named after --views (alone: all), the notebook
 is run, the first slider of each view is moved from end to end, and the page gets a slider over the pictures that came of it."""
-import argparse, base64, html, importlib, inspect, io, json, re, shutil, subprocess, sys, tempfile
+import argparse
+import base64
+import html
+import importlib
+import inspect
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 from dataclasses import is_dataclass
 from pathlib import Path
 
+import nbformat
+from books import module_of, notebooks
 from fastcore.docments import docments
 from latex2mathml.converter import convert
 from nbclient import NotebookClient
 from PIL import Image
-import nbformat
-
-from books import module_of, notebooks
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT/"_site_src"

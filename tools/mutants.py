@@ -5,13 +5,20 @@
 Faults are those of cosmic-ray: another operator, another comparison, a number one larger or smaller, True for False, a loop that does not run.
 Each notebook runs from top to bottom in a process of its own, with the fault; it is found ("killed") when a cell fails, or when it takes four times as
 long as without. `--every 3`: each third fault alone. What survives is printed, to be read: a test is missing, or nobody could tell the difference."""
-import argparse, difflib, json, multiprocessing, os, re, signal, sys, time
+import argparse
+import difflib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
 from pathlib import Path
 
+from books import notebook
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
-
-from books import notebook
 from quietly import as_notebook, run_cells
 
 SWAPS = ("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "Mul_Add", "Pow_Mul", "FloorDiv_Mul", "Mod_Add", "BitOr_BitAnd", "BitAnd_BitOr")
@@ -38,8 +45,8 @@ def outcome(cells, limit, folder):
 
 def judge(name, every):
     "killed, survivors (as differences) of a notebook"
-    cells = [dict(c, source="".join(c["source"])) for c in json.loads((path := notebook(name)).read_text())["cells"] if c["cell_type"] == "code"]
-    folder = path.parent
+    path = notebook(name); folder = path.parent
+    cells = [dict(c, source="".join(c["source"])) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
     cells = [c for c in cells if "nbdev_export()" not in c["source"] and "#| eval: false" not in c["source"]]
     code, seconds = outcome(cells, 900, folder); assert code == 0, f"{name} fails as it is"
     faults = [(i, m) for i, c in enumerate(cells) if re.match(r"#\| export\b", c["source"]) and not c["source"].startswith("#| export\nimport") for m in mutants(c["source"])][::every]
@@ -54,7 +61,6 @@ def judge(name, every):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("notebooks", nargs="+"); p.add_argument("--every", type=int, default=1); p.add_argument("--json"); args = p.parse_args()
-    import torch, scipy.ndimage, matplotlib.pyplot, egcnn_nb.show.viewers                        # once, before the processes begin
     found = {n: judge(n, args.every) for n in args.notebooks}
     print("| notebook | faults | found | |\n|---|---|---|---|")
     for n, (killed, alive) in found.items(): print(f"| {n} | {killed+len(alive)} | {killed} | {killed/(killed+len(alive)):.0%} |")

@@ -5,13 +5,14 @@
 Forty brain phantoms, numbers 101 to 140, none of which is in data_samples/. `egcnn_nb/pretrained/` holds config.json, metrics.csv and
 model.safetensors of each run folder in OUT. The seed is 1: with seed 0, on the machine where these were trained, the ET channel
 of EG-CNN died in the first epochs (validation Dice 0.02; the bare network's did not)."""
-import os, sys
+import os
+import sys
 from pathlib import Path
 
 from egcnn_nb.core import exit_on_error, expect
-from egcnn_nb.run.training import fit
-from egcnn_nb.run.settings import Settings
 from egcnn_nb.data.volumes import write_brain
+from egcnn_nb.run.settings import Settings
+from egcnn_nb.run.training import fit
 
 RUNS = {"eg": {}, "eg_no_relu": {"readings": {"attention_relu": False}}, "bare": {"edge": False}}
 

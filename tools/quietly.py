@@ -1,7 +1,9 @@
 """Run cells of a notebook in this process without a word, as the tools beside this file do in processes of their own."""
-import os, sys
+import os
+import sys
 
 from execnb.nbio import dict2nb
+
 
 def as_notebook(cells):
     "execnb's notebook of cells (dicts)"

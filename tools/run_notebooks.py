@@ -5,14 +5,15 @@
 Each notebook is run from top to bottom in a fresh kernel. A picture gets its text for those who cannot see it from the cell's line
 `#| fig-alt: ...`, or from the view that it stands for. Views of widgets are dropped where the same output has a picture
 (a saved view needs its kernel; a picture does not), and no widget state is saved."""
-import re, sys, time
+import re
+import sys
+import time
 from pathlib import Path
 
 import nbformat
+from books import NBS, notebooks
 from nbclient import NotebookClient
 from nbdev.clean import nbdev_clean
-
-from books import NBS, notebooks
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 

@@ -8,12 +8,13 @@ import sys
 import numpy as np
 from matplotlib.figure import Figure
 
-from egcnn_nb.show.explorers import COLOURS
-from egcnn_nb.run.folders import find_dataset
+from egcnn_nb.core import COLOURS
+from egcnn_nb.data.layouts import find_dataset
+from egcnn_nb.data.volumes import read_labels
+from egcnn_nb.run.inside import look_inside
 from egcnn_nb.run.predict import load_run
 from egcnn_nb.study.report import _overlay
-from egcnn_nb.show.scan import look_inside
-from egcnn_nb.data.volumes import read_labels
+
 
 def main(data, case, png, credit, *runs):
     case = next(c for c in find_dataset(data).cases if c.name == case)

@@ -5,11 +5,16 @@
 Functions are counted without signature, docstring and blank lines. A notebook's asserts are `assert`, `test_eq` and its kin, and `with ExceptionExpected`,
 in cells that are not exported. Docments: every public function, and method of a public class but torch's forward and backward, has a docstring and a
 comment for each argument; parts that a class asks of its heirs (`rise:Callable # ...`) are described there, once."""
-import argparse, ast, json, re, sys
-from pathlib import Path
+import argparse
+import ast
+import json
+import re
+import sys
 from statistics import median, quantiles
 
-from books import NBS, ROOT, modules as all_modules, notebooks
+from books import NBS, ROOT, notebooks
+from books import modules as all_modules
+
 
 def cells(kind=None):
     "(notebook, cell type, source) of all notebooks"

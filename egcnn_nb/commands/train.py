@@ -6,12 +6,28 @@
 __all__ = ['LAUNCH', 'arguments', 'settings_from', 'Lost', 'run', 'main']
 
 # %% ../../nbs/5_scale/13_multi_gpu.ipynb #fc6e9ef1
-import argparse, os, signal, socket, sys, threading, time
+import argparse
+import os
+import signal
+import socket
+import sys
+import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
 
-from ..run.settings import AUGMENTATIONS, NETWORKS, PresetParser, Settings, default_cache, preset_values, readings_of, share_or_file, spacing_of
+from ..core import AUGMENTATIONS, InputError, exit_on_error, worker_died
+from egcnn_nb.run.settings import (
+    NETWORKS,
+    PresetParser,
+    Settings,
+    default_cache,
+    preset_values,
+    readings_of,
+    share_or_file,
+    spacing_of,
+)
 
 # %% ../../nbs/5_scale/13_multi_gpu.ipynb #e35286b2
 LAUNCH = """one process, GPU if there is one:
@@ -133,7 +149,6 @@ _ADDRESS = ("On one machine add --local_addr=127.0.0.1 to torchrun's words. "
 
 def _check_own_name():
     "Raise `InputError` at once where the processes are to meet at this machine, and it does not know its own name"
-    from egcnn_nb.core import InputError
     host = os.environ.get("MASTER_ADDR", "")
     if host not in (socket.gethostname(), socket.getfqdn()):
         return                                                      # another machine's name may become known later
@@ -159,7 +174,8 @@ def _join(device, minutes):
 
 def _together(args, fit):
     "`fit` with the other processes; when one of them is gone, an error of one line"
-    import torch, torch.distributed as dist
+    import torch
+    import torch.distributed as dist
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda": torch.cuda.set_device(device)
     if "RANK" not in os.environ: return fit(device)
@@ -177,7 +193,6 @@ def run(
     args:argparse.Namespace, # of `arguments`
 )->int: # exit code
     "One process of a run: join the others if there are any, train, leave"
-    from egcnn_nb.core import worker_died
     from egcnn_nb.run.parts import LOGGERS
     from egcnn_nb.run.training import fit
     loggers = [LOGGERS[name]() for name in args.logger]
@@ -198,7 +213,6 @@ def main(
 )->int: # exit code
     "The command `egcnn_train`; bad input ends with one line and exit code 2, a lost process with 1"
     args = arguments().parse_args(argv)
-    from egcnn_nb.core import exit_on_error
     try: return exit_on_error(lambda: run(args))
     except Lost as e: error = e
     print(f"error: {error}", file=sys.stderr, flush=True)

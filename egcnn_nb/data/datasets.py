@@ -7,7 +7,13 @@ __all__ = ['RAS', 'normalize', 'target_size', 'label_dtype', 'resample_labels', 
            'reading_bytes', 'median_spacing', 'load_case', 'place', 'cache_key', 'make_room', 'prepared_cases']
 
 # %% ../../nbs/4_inside/datasets.ipynb #ad0ba8cb
-import hashlib, json, os, threading, time, warnings, zlib
+import hashlib
+import json
+import os
+import threading
+import time
+import warnings
+import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import inf, prod
@@ -24,12 +30,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.contrib.concurrent import thread_map
 
-from ..core import InputError, Task, bounding_box, free_memory, processors, require, write_whole
+from ..core import InputError, Task, free_memory, processors, require, write_whole
 from ..core import readers as fitting_readers
-from .nifti import read_header
-from ..fast.layers import resize
 from .layouts import Case, expect_files, read_case
+from .nifti import read_header
 from .volumes import Volume
+from ..tensors import bounding_box, resize
 
 # %% ../../nbs/4_inside/datasets.ipynb #7925fa4a
 def normalize(

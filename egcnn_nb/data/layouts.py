@@ -7,10 +7,14 @@ __all__ = ['BRATS_2023', 'BRATS_2024', 'BRATS_PED', 'BRATS_KINDS', 'KITS_2021', 
            'NARROW_FIELD', 'FEW_VOXELS', 'MOST_VOXELS', 'SAME_GRID', 'Case', 'Dataset', 'name_of', 'is_run', 'brats',
            'kits', 'decathlon', 'nnunet', 'table', 'find_dataset', 'expect_paired', 'expect_foreground', 'size_at',
            'expect_plausible', 'odd_sizes', 'expect_files', 'read_images', 'corner_distance', 'expect_same_grid',
-           'expect_known_labels', 'read_case', 'check_case', 'check_dataset', 'report', 'main']
+           'expect_known_labels', 'read_case', 'check_case', 'check_dataset', 'check_text']
 
 # %% ../../nbs/2_practice/prepare_your_data.ipynb #ad0ba8cb
-import argparse, csv, hashlib, io, json, re
+import csv
+import hashlib
+import io
+import json
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import islice, product
@@ -21,10 +25,9 @@ import numpy as np
 from nibabel.orientations import io_orientation
 from tqdm.contrib.concurrent import thread_map
 
-from ..core import BRATS, KITS, InputError, Task, exit_on_error, expect, outer_first
-from ..core import readers, require
-from .nifti import WIDEST, read_header
-from .volumes import Volume, expect_finite, read_array, read_labels, read_volume
+from ..core import BRATS, KITS, InputError, Task, expect, outer_first, readers, require
+from .nifti import WIDEST, read_array, read_header
+from .volumes import Volume, expect_finite, read_labels, read_volume
 
 # %% ../../nbs/2_practice/prepare_your_data.ipynb #c81ae07e
 @dataclass(frozen=True)
@@ -1181,7 +1184,7 @@ def _told(sentences, what):
         f"{len(sentences)} {what}{'' if len(sentences) == 1 else 's'}") + (":" if sentences else "")
     return [heading, *(f"  {s}" for s in sentences)]
 
-def report(
+def check_text(
     found:dict, # of `check_dataset`
 )->str: # several lines
     "What a dataset is, for reading"
@@ -1202,31 +1205,3 @@ def report(
     if found["warnings"]:
         lines += _told(found["warnings"], "warning")
     return "\n".join([*lines, *_told(found["problems"], "problem")])
-
-def main(
-    argv=None, # words of the command line; None: those of this process
-)->int: # exit code
-    "The command `egcnn_check`: 0, 1 with problems, 2 without a dataset"
-    p = argparse.ArgumentParser("egcnn_check", description=(
-        "Read every file of a dataset, and tell what it is and every problem with it."),
-        allow_abbrev=False)
-    p.add_argument("data", metavar="DATA", help="dataset folder")
-    p.add_argument("--spacing", nargs="+", type=float, default=[1.], metavar="MM", help=(
-        "voxel size of the run that you plan: three lengths in mm, or one for all axes; "
-        "default 1"))
-    p.add_argument("--readers", type=int, metavar="N", help=(
-        "cases that are read at once; default as many as cores and memory allow"))
-    p.add_argument("--json", action="store_true", help="print everything as JSON")
-    args = p.parse_args(argv)
-    def run():
-        good = len(args.spacing) in (1, 3) and all(0 < s < float("inf") for s in args.spacing)
-        require(good,
-            f"--spacing {args.spacing} is no voxel size. Give one or three lengths in mm "
-            "above 0.")
-        require(args.readers is None or args.readers > 0,
-            f"--readers is {args.readers}. Give 1 or more.")
-        spacing = tuple(args.spacing)*3 if len(args.spacing) == 1 else tuple(args.spacing)
-        found = check_dataset(args.data, spacing, args.readers)
-        print(json.dumps(found) if args.json else report(found))
-        return int(bool(found["problems"]))
-    return exit_on_error(run)

@@ -6,7 +6,8 @@
 __all__ = ['LARGEST', 'WIDEST', 'NiftiHeader', 'header_in_mm', 'mm_per_unit', 'read_header', 'read_array']
 
 # %% ../../nbs/4_inside/nifti.ipynb #0c19872a
-import gzip, zlib
+import gzip
+import zlib
 from dataclasses import dataclass
 from io import BytesIO
 from math import prod

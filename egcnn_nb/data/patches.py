@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import expect, keyed_generator, need
-from ..run.settings import AUGMENTATIONS
+from ..core import AUGMENTATIONS, expect, need
+from ..tensors import keyed_generator
 
 # %% ../../nbs/4_inside/patches.ipynb #35193131
 def split_cases(

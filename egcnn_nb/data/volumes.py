@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Volume', 'read_shape', 'expect_finite', 'read_volume', 'whole_numbers', 'read_labels', 'write_volume', 'smooth_noise',
            'distance_from', 'brain_labels', 'brain_images', 'abdomen', 'brain', 'write_brain', 'write_abdomen',
-           'write_data_samples']
+           'write_data_samples', 'data_samples']
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #79ba687b
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -301,3 +302,16 @@ def write_data_samples(
     for n in range(1, brains+1): write_brain(Path(root)/"brats2019", n)
     for n in range(abdomens): write_abdomen(Path(root)/"kits2019", n)
     return Path(root)
+
+def data_samples(
+    path:str="", # of a file or folder in it, such as "brats2019"
+)->Path: # relative to the current folder
+    "A path in `data_samples/`, which is found in the current folder or above it, and written first where it is missing (our choice)"
+    here = Path.cwd()
+    above = (here, *here.parents)
+    for folder in above:
+        if (folder/"data_samples/kits2019").is_dir():
+            return Path(os.path.relpath(folder/"data_samples"/path))
+    project = next((folder for folder in above if (folder/"settings.ini").is_file()), here)
+    write_data_samples(project/"data_samples")
+    return Path(os.path.relpath(project/"data_samples"/path))

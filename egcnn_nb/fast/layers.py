@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['channels_last', 'mix_channels', 'Conv3d', 'Conv2d', 'ConvTranspose3d', 'ConvTranspose2d', 'conv', 'conv_transpose',
-           'resize', 'resize_maps', 'GroupNorm', 'norm', 'PReLU']
+           'resize_maps', 'GroupNorm', 'norm', 'PReLU']
 
 # %% ../../nbs/4_inside/layers.ipynb #60574084
 from math import gcd
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv3d_input, conv3d_weight
+
+from ..tensors import resize
 
 # %% ../../nbs/4_inside/layers.ipynb #d831b9f9
 def channels_last(
@@ -210,14 +212,6 @@ def conv_transpose(
     return {2: ConvTranspose2d, 3: ConvTranspose3d}[dims](*args, **kwargs)
 
 # %% ../../nbs/4_inside/layers.ipynb #d1782b4b
-def resize(
-    x:Tensor, # (B,C,d,h,w) or (B,C,h,w)
-    size, # spatial size to reach
-)->Tensor: # (B,C,*size)
-    "Linear interpolation in 2D or 3D to `size`"
-    if tuple(x.shape[2:]) == tuple(size): return x
-    return F.interpolate(x, size=tuple(size), mode={4: "bilinear", 5: "trilinear"}[x.dim()], align_corners=False)
-
 def _weights(n, size, x):
     "What each of `size` points takes of `n`: (size,n), as `x` in kind"
     return F.interpolate(torch.eye(n)[None], int(size), mode="linear", align_corners=False)[0].mT.to(x)

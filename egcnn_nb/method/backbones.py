@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import expect
-from .gate import ResidualBlock
 from ..fast.layers import PReLU, conv, conv_transpose, norm
+from .gate import ResidualBlock
 
 # %% ../../nbs/1_method/06_backbones.ipynb #3b19c218
 def pad_to_multiple(

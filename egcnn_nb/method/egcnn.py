@@ -13,11 +13,12 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 
-from ..core import expect, probabilities, require
+from ..core import expect, require
+from ..fast.layers import conv, mix_channels, norm, resize_maps
 from .backbones import crop
-from .features import evaluating, find_features, listen, logits_of, multiply_adds
+from .features import find_features, listen, logits_of, multiply_adds
 from .gate import RESIDUALS, EdgeGate, ResidualBlock
-from ..fast.layers import conv, mix_channels, norm, resize, resize_maps
+from ..tensors import probabilities, resize
 
 # %% ../../nbs/1_method/06_two_streams.ipynb #c15b1128
 class EdgeStream(nn.Module):

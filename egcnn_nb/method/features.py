@@ -6,7 +6,8 @@
 __all__ = ['listen', 'evaluating', 'logits_of', 'find_features', 'multiply_adds']
 
 # %% ../../nbs/4_inside/features.ipynb #6c000004
-import copy, re
+import copy
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager

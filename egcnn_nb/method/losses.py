@@ -14,8 +14,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import bounding_box, expect, keyed_generator, probabilities, require
+from ..core import expect, require
 from .sobel import edge_target, flat_face, sobel_magnitude
+from ..tensors import bounding_box, keyed_generator, probabilities
 
 # %% ../../nbs/1_method/05_losses.ipynb #20da0fad
 def _float(x):

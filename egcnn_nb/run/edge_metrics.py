@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
 
-from ..core import bounding_box, require
-from .metrics import border_distance, edge_width
+from ..core import require
 from ..method.sobel import edge_target
+from .metrics import border_distance, edge_width
+from ..tensors import bounding_box
 
 # %% ../../nbs/2_practice/edge_metrics.ipynb #a7e5fd37
 THRESHOLDS = tuple(round(.05*i, 2) for i in range(1, 20)) # 0.05 to 0.95

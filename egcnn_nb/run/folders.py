@@ -7,7 +7,9 @@ __all__ = ['SETTINGS_0_1', 'READINGS_0_1', 'check_settings', 'read_names', 'know
            'readings_in_force', 'version_of', 'settings_of_config', 'start_from', 'describe', 'read_config', 'begin']
 
 # %% ../../nbs/4_inside/folders.ipynb #546ce1a3
-import inspect, json, random
+import inspect
+import json
+import random
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -23,15 +25,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 import egcnn_nb
-from ..core import InputError, Task, expect, require
-from ..method.losses import EGLoss, cross_entropy_weight
-from ..method.egcnn import CHOICES, EGCNN, expect_gate
-from ..data.layouts import expect_foreground, expect_paired, find_dataset
-from .settings import AUGMENTATIONS, NETWORKS, Settings, default_cache
+from ..core import AUGMENTATIONS, InputError, Task, expect, require
 from ..data.datasets import median_spacing, prepared_cases
+from ..data.layouts import expect_foreground, expect_paired, find_dataset
 from ..data.patches import split_cases
+from ..method.egcnn import CHOICES, expect_gate
+from ..method.losses import EGLoss, cross_entropy_weight
 from .checkpoints import lock_run, newest_checkpoint
 from .models import expect_network, make_model, reading_for, takers
+from .settings import NETWORKS, Settings, default_cache
 from .steps import ranks
 
 # %% ../../nbs/4_inside/folders.ipynb #5e771c02

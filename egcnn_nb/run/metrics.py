@@ -13,7 +13,8 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.spatial import KDTree
 from torch import Tensor
 
-from ..core import Task, bounding_box, expect, region_masks
+from ..core import Task, expect
+from ..tensors import bounding_box, region_masks
 
 # %% ../../nbs/2_practice/metrics.ipynb #0d3ea1fb
 def dice_score(

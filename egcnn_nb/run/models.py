@@ -8,7 +8,10 @@ __all__ = ['make_peer', 'maker_of', 'takers', 'reading_for', 'import_build', 'ex
            'windows', 'slide', 'infer']
 
 # %% ../../nbs/4_inside/models.ipynb #b5842372
-import copy, importlib, inspect, sys
+import copy
+import importlib
+import inspect
+import sys
 from contextlib import nullcontext
 from functools import partial, reduce
 from itertools import product
@@ -20,12 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.signal.windows import gaussian
 
-from ..core import InputError, Task, expect, free_memory, need, require, seed_everything
-from ..method.losses import EGLoss
-from ..method.backbones import BACKBONES
-from ..method.egcnn import EGCNN, evaluating, logits_of
-from .settings import NETWORKS, Settings
+from ..core import InputError, Task, expect, free_memory, need, require
 from ..data.patches import fill
+from ..method.backbones import BACKBONES
+from ..method.egcnn import EGCNN
+from ..method.features import evaluating, logits_of
+from ..method.losses import EGLoss
+from .settings import NETWORKS, Settings
+from ..tensors import seed_everything
 
 # %% ../../nbs/4_inside/models.ipynb #5811cb4a
 _PEERS = {"segresnet": 2, "dynunet": 3} # the fewest resolutions of each

@@ -8,7 +8,11 @@ __all__ = ['EVENTS', 'LOGGERS', 'name_of_part', 'Parts', 'expect_weights', 'own_
            'WandbLogger']
 
 # %% ../../nbs/2_practice/your_own_parts.ipynb #5e773a02
-import copy, functools, inspect, io, random
+import copy
+import functools
+import inspect
+import io
+import random
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -20,15 +24,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..core import InputError, Task, keyed_generator, require, seed_everything, to_target, write_whole
-from ..method.losses import EGLoss
-from ..method.egcnn import EGCNN, logits_of
-from .settings import Settings
+from ..core import InputError, Task, require, write_whole
 from ..data.patches import Patches
+from ..method.egcnn import EGCNN
+from ..method.features import logits_of
+from ..method.losses import EGLoss
 from .checkpoints import random_state, set_random_state
-from .models import autocast, build_network, expect_alone, make_model, reading_for, settle_multiple
-from .steps import TERMS, is_term, ranks
 from .folders import start_from
+from egcnn_nb.run.models import (
+    autocast,
+    build_network,
+    expect_alone,
+    make_model,
+    reading_for,
+    settle_multiple,
+)
+from .settings import Settings
+from .steps import TERMS, is_term, ranks
+from ..tensors import keyed_generator, seed_everything, to_target
 
 # %% ../../nbs/2_practice/your_own_parts.ipynb #5e773a05
 def name_of_part(

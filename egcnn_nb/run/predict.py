@@ -4,32 +4,43 @@
 
 # %% auto #0
 __all__ = ['FLIPS', 'SAVES', 'averaged', 'predict', 'load_run', 'BoxMaps', 'case_maps', 'labels_of', 'label_map', 'predict_case',
-           'find_inputs', 'main', 'predict_all', 'surface_distance']
+           'find_inputs', 'predict_all', 'surface_distance']
 
 # %% ../../nbs/2_practice/predict.ipynb #53c61760
-import argparse, hashlib, json, sys
+import hashlib
+import json
+import sys
 from contextlib import contextmanager
-from itertools import combinations, takewhile
+from itertools import combinations
 from math import inf
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.ndimage import binary_erosion, distance_transform_edt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model
+from scipy.ndimage import binary_erosion, distance_transform_edt
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core import InputError, Task, exit_on_error, expect, keep_memory, probabilities, require, write_whole
+from ..core import InputError, Task, expect, keep_memory, require, write_whole
+from ..data.datasets import Loaded, enough_memory, label_dtype, load_case, place, target_size
+from ..data.layouts import Case, find_dataset, name_of
 from ..data.nifti import read_array
 from ..data.volumes import read_shape, write_volume
-from ..fast.layers import resize
-from ..data.layouts import Case, find_dataset, name_of
-from ..data.datasets import Loaded, enough_memory, label_dtype, load_case, place, target_size
 from .checkpoints import lock_run
+from egcnn_nb.run.models import (
+    best_device,
+    best_precision,
+    build_network,
+    home_of,
+    infer,
+    make_model,
+    settle_multiple,
+    windows,
+)
 from .settings import Settings
-from .models import best_device, best_precision, build_network, home_of, infer, make_model, settle_multiple, windows
+from ..tensors import probabilities, resize
 
 # %% ../../nbs/2_practice/predict.ipynb #866dd037
 def _everything(model, window):
@@ -106,6 +117,7 @@ def predict(
 from .folders import read_config, settings_of_config
 from .parts import expect_weights, name_of_part
 from .self_check import compute_in_float32
+
 
 def _float32_layers(path):
     "Names of the layers that the self-check of a run found to be wrong in reduced precision"
@@ -337,24 +349,6 @@ def find_inputs(
 
 # %% ../../nbs/2_practice/predict.ipynb #da74139b
 SAVES = ("probabilities", "edges", "attention")
-
-def main(
-    argv=None, # words of the command line; None: those of this process
-)->int: # exit code
-    "The command `egcnn_predict`; bad input ends with one line and exit code 2"
-    p = argparse.ArgumentParser("egcnn_predict", description="Label maps of new scans by a trained run, or by several whose probabilities are averaged.",
-                                usage="egcnn_predict RUN [RUN ...] INPUT [INPUT ...] --out DIR [options]", allow_abbrev=False)
-    p.add_argument("paths", metavar="RUN or INPUT", nargs="+", help="folders written by egcnn_train, then NIfTI files, folders of them, case folders or dataset folders; NAME_0000.nii.gz, NAME_0001.nii.gz and so on are the channels of one case NAME")
-    p.add_argument("--out", required=True, metavar="DIR", help="folder for NAME.nii.gz; existing files are never replaced")
-    p.add_argument("--save", nargs="+", choices=SAVES, default=[], metavar="MAP", help=f"also NAME_MAP.nii.gz, MAP out of {', '.join(SAVES)}")
-    p.add_argument("--flips", action="store_true", help="average over the eight mirror images: eight times as long")
-    p.add_argument("--resume", action="store_true", help="go on with a folder that was begun: what is there is left out")
-    args = p.parse_args(argv)
-    runs = list(takewhile(lambda f: (Path(f)/"config.json").is_file(), args.paths)) or args.paths[:1]
-    def run():
-        expect(len(args.paths) > len(runs), "INPUT", "none after the runs", "a NIfTI file, a folder of NIfTI files, a case folder or a dataset folder")
-        predict_all(runs, args.paths[len(runs):], Path(args.out), args.save, args.flips, args.resume)
-    return exit_on_error(run)
 
 def predict_all(
     runs, # run folders

@@ -6,7 +6,8 @@
 __all__ = ['WrongLayer', 'wrong_layers', 'compute_in_float32', 'describe_check']
 
 # %% ../../nbs/4_inside/self_check.ipynb #2df6ea62
-import copy, platform
+import copy
+import platform
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path

@@ -14,14 +14,15 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ..core import Task, probabilities, to_labels, write_whole
-from ..method.egcnn import EGCNN, evaluating
+from ..core import Task, write_whole
+from ..method.egcnn import EGCNN
+from ..method.features import evaluating
 from .metrics import score_case
-from .settings import Settings
 from .models import autocast, infer
+from .settings import Settings
+from ..tensors import probabilities, to_labels
 
 # %% ../../nbs/4_inside/steps.ipynb #02572031
 def ranks()->tuple: # rank of this process, number of processes
@@ -131,6 +132,7 @@ def plot_curves(
     rows:list, # of metrics.csv
 )->None:
     "The curves of a run as a picture"
+    from matplotlib.figure import Figure
     if not rows: return
     fig = Figure(figsize=(9, 3), layout="constrained"); left, right = fig.subplots(1, 2); draw_curves(left, right, rows)
     write_whole(path, lambda p: fig.savefig(p, format="png", dpi=100))

@@ -6,7 +6,14 @@
 __all__ = ['poly_lr', 'not_learned', 'Run', 'fit']
 
 # %% ../../nbs/2_practice/train.ipynb #c48f93c6
-import copy, itertools, json, multiprocessing.queues, os, signal, sys, time
+import copy
+import itertools
+import json
+import multiprocessing.queues
+import os
+import signal
+import sys
+import time
 from collections import deque
 from pathlib import Path
 from typing import cast
@@ -16,18 +23,36 @@ from safetensors.torch import save
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..core import Task, expect, keep_memory, need, require, seed_everything, to_target, write_whole
-from ..method.gate import EdgeGate, ResidualBlock
-from ..method.losses import EGLoss
+from ..core import Task, expect, keep_memory, need, require, write_whole
+from ..data.patches import EpochBatches, Patches
 from ..method.backbones import BACKBONES
 from ..method.egcnn import EGCNN
-from .settings import Settings, check_preset, preset_note
-from ..data.patches import EpochBatches, Patches
+from ..method.gate import EdgeGate, ResidualBlock
+from ..method.losses import EGLoss
 from .checkpoints import random_state, save_checkpoint, save_sharded, set_random_state
-from .models import best_precision, make_model, reading_for
-from .steps import half_shares, mean_over_ranks, plot_curves, ranks, share, train_step, validate, write_csv
 from .folders import begin, check_settings, read_config, readings_in_force, start_from
-from .parts import Listeners, Parts, Transformed, expect_weights, make_loss, make_optimizer, try_parts
+from .models import best_precision, make_model, reading_for
+from egcnn_nb.run.parts import (
+    Listeners,
+    Parts,
+    Transformed,
+    expect_weights,
+    make_loss,
+    make_optimizer,
+    try_parts,
+)
+from .settings import Settings, check_preset, preset_note
+from egcnn_nb.run.steps import (
+    half_shares,
+    mean_over_ranks,
+    plot_curves,
+    ranks,
+    share,
+    train_step,
+    validate,
+    write_csv,
+)
+from ..tensors import seed_everything, to_target
 
 # %% ../../nbs/2_practice/train.ipynb #22657917
 def poly_lr(
@@ -275,7 +300,10 @@ class Run:
     )->dict|None: # of `validate`
         "Dice of the validation cases; sharded weights are put together first"
         if self.settings.shard:
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+            from torch.distributed.checkpoint.state_dict import (
+                StateDictOptions,
+                get_model_state_dict,
+            )
             self.whole.load_state_dict(get_model_state_dict(self.network, options=StateDictOptions(full_state_dict=True)))
         share(self.whole.buffers())
         return validate(self.whole, self.val, self.task, self.settings.patch_size, self.settings.precision, stop)

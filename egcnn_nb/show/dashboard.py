@@ -6,7 +6,8 @@
 __all__ = ['snapshot', 'draw_snapshot', 'label_legend', 'Dashboard']
 
 # %% ../../nbs/2_practice/watch_a_run.ipynb #5c3e7c04
-import threading, time
+import threading
+import time
 from pathlib import Path
 from typing import cast
 
@@ -19,17 +20,17 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import nn
 
-from ..core import InputError, Task, probabilities, to_labels
-from .explorers import COLOURS, Explorer
-from ..fast.layers import resize
-from ..method.egcnn import evaluating
+from ..core import COLOURS, InputError, Task
 from ..data.layouts import find_dataset
-from ..run.folders import read_config, settings_of_config
-from ..run.settings import Settings
-from ..run.training import fit
-from ..run.steps import draw_curves, read_metrics
-from ..run.models import autocast, best_device, home_of
 from ..data.patches import fill
+from ..method.features import evaluating
+from ..run.folders import read_config, settings_of_config
+from ..run.models import autocast, best_device, home_of
+from ..run.settings import Settings
+from ..run.steps import draw_curves, read_metrics
+from ..run.training import fit
+from .explorers import Explorer
+from ..tensors import probabilities, resize, to_labels
 
 # %% ../../nbs/2_practice/watch_a_run.ipynb #5fc7c44a
 def snapshot(

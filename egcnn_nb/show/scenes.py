@@ -6,7 +6,9 @@
 __all__ = ['ITK_HOSTS', 'HEAT', 'surface_picture', 'Explorer3d', 'itk_missing', 'view3d']
 
 # %% ../../nbs/4_inside/scenes.ipynb #04cf4fdc
-import gzip, importlib.util, socket
+import gzip
+import importlib.util
+import socket
 
 import matplotlib.pyplot as plt
 import nibabel as nib
@@ -15,9 +17,15 @@ from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ..core import expect, need, require
-from .explorers import COLOURS, Explorer, close_widget, swatches
-from .viewers import colour_of, labelled_slider, plane_layout, read_scene, sample_values
+from ..core import COLOURS, expect, need, require
+from .explorers import Explorer, close_widget, swatches
+from egcnn_nb.show.viewers import (
+    colour_of,
+    labelled_slider,
+    plane_layout,
+    read_scene,
+    sample_values,
+)
 
 # %% ../../nbs/4_inside/scenes.ipynb #f749191c
 def _slope(depth, axis):

@@ -20,10 +20,10 @@ from nibabel.orientations import inv_ornt_aff
 from nibabel.spatialimages import SpatialImage
 from PIL import Image, ImageDraw, ImageFont
 
-from ..core import expect, require
-from ..data.nifti import mm_per_unit
-from ..data.volumes import Volume, read_array, whole_numbers
-from .explorers import COLOURS, Explorer, cut_plane, slice_rgb, swatches
+from ..core import COLOURS, expect, require
+from ..data.nifti import mm_per_unit, read_array
+from ..data.volumes import Volume, whole_numbers
+from .explorers import Explorer, cut_plane, slice_rgb, swatches
 
 # %% ../../nbs/2_practice/look_at_data.ipynb #f42806f9
 def _read_image(image):

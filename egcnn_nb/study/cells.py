@@ -7,7 +7,12 @@ __all__ = ['ARMS', 'arm_of', 'Cell', 'grid', 'capacity', 'matched_width', 'arm_w
            'check_readings', 'run_cells', 'trials', 'trial_scores', 'tuned', 'costs_of', 'plan']
 
 # %% ../../nbs/4_inside/cells.ipynb #75521647
-import json, os, pickle, subprocess, sys, time
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +26,14 @@ from threading import Event
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..core import Task, expect, keep_memory, processors, require, to_target, write_whole
-from ..method.losses import EGLoss
+from ..core import Task, expect, keep_memory, processors, require, write_whole
 from ..method.egcnn import EGCNN
-from ..run.settings import Settings, readings_of
+from ..method.losses import EGLoss
 from ..run.folders import read_config, readings_in_force, settings_of_config
-from ..run.steps import train_step
 from ..run.models import infer, make_model, maker_of, reading_for
+from ..run.settings import Settings, readings_of
+from ..run.steps import train_step
+from ..tensors import to_target
 
 # %% ../../nbs/4_inside/cells.ipynb #d321bf29
 # arm -> whether it has an edge stream, and its readings other than the defaults
@@ -277,7 +283,7 @@ def tuned(
 # %% ../../nbs/4_inside/cells.ipynb #956e03d8
 def _measure(settings, task, threads):
     "Seconds of a training step, of one window's prediction, and MiB that training adds at its peak"
-    from resource import RUSAGE_SELF, getrusage                      # not on Windows
+    from resource import RUSAGE_SELF, getrusage  # not on Windows
     keep_memory(); torch.set_num_threads(threads); peak = lambda: getrusage(RUSAGE_SELF).ru_maxrss/1024
     labels = torch.zeros(settings.batch_size, *settings.patch_size, dtype=torch.int64)
     for i, value in enumerate(list(task.labels)[1:]): labels[(slice(None), *(slice(n//4+i, 3*n//4-i) for n in settings.patch_size))] = value     # nested boxes

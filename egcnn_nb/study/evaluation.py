@@ -7,7 +7,9 @@ __all__ = ['SCORES', 'EDGE_SCORES', 'VALIDATION_COLUMNS', 'CHANGES', 'edge_colum
            'score_validation', 'score_finished', 'table_of', 'changed', 'robustness']
 
 # %% ../../nbs/4_inside/evaluation.ipynb #3f668152
-import csv, hashlib, json
+import csv
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,17 +20,18 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import Task, expect, keyed_generator, need, require
+from ..core import Task, expect, need, require
+from ..data.layouts import find_dataset
 from ..data.volumes import read_labels
 from ..method.losses import EGLoss
-from ..run.metrics import score_case
 from ..run.edge_metrics import best_f1, score_edges
-from ..data.layouts import Case, find_dataset
-from ..run.steps import write_csv
-from ..run.folders import read_config, readings_in_force, settings_of_config
-from ..run.predict import case_maps, label_map, labels_of, load_run
+from ..run.folders import read_config, readings_in_force
+from ..run.metrics import score_case
 from ..run.models import best_device, reading_for
+from ..run.predict import case_maps, label_map, labels_of, load_run
+from ..run.steps import write_csv
 from .cells import state
+from ..tensors import keyed_generator
 
 # %% ../../nbs/4_inside/evaluation.ipynb #1b60f121
 SCORES = ("dice", "hd95", "surface_dice", "boundary_dice", "volume_error", "edge_width")

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import probabilities, require
-from ..method.egcnn import EGCNN, evaluating
-from ..run.edge_metrics import edge_f1, sobel_edges
+from ..core import require
+from ..method.egcnn import EGCNN
+from ..method.features import evaluating
 from ..method.gate import EdgeGate
-from ..fast.layers import resize
+from ..run.edge_metrics import edge_f1, sobel_edges
 from ..run.metrics import border_distance, boundary_dice, dice_score
 from ..run.steps import dead_gates
+from ..tensors import probabilities, resize
 
 _all_ = ["dead_gates"] # it is in steps, since training uses it
 

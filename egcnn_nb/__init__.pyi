@@ -1,0 +1,30 @@
+from .core import BRATS as BRATS
+from .core import KITS as KITS
+from .core import InputError as InputError
+from .core import Task as Task
+from .data.volumes import data_samples as data_samples
+from .method.backbones import SegNet as SegNet
+from .method.backbones import UNet3d as UNet3d
+from .method.backbones import VNet as VNet
+from .method.egcnn import EGCNN as EGCNN
+from .method.gate import EdgeGate as EdgeGate
+from .method.gate import ResidualBlock as ResidualBlock
+from .method.losses import EGLoss as EGLoss
+from .method.losses import balanced_bce as balanced_bce
+from .method.losses import consistency_loss as consistency_loss
+from .method.losses import dice_loss as dice_loss
+from .method.losses import edge_loss as edge_loss
+from .method.losses import gumbel_softmax_probs as gumbel_softmax_probs
+from .method.sobel import edge_target as edge_target
+from .method.sobel import sobel_gradient as sobel_gradient
+from .method.sobel import sobel_magnitude as sobel_magnitude
+from .run.metrics import dice_score as dice_score
+from .run.predict import load_run as load_run
+from .run.predict import predict as predict
+from .run.settings import Settings as Settings
+from .run.training import fit as fit
+from .show.explorers import explore as explore
+from .show.scenes import view3d as view3d
+from .show.viewers import view as view
+
+__version__: str
