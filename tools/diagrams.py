@@ -1,6 +1,6 @@
-"""Draw the two diagrams of the README from the code itself: what EG-CNN consists of, and which notebook builds on which.
+"""Draw the two diagrams of the README from the code itself: what EG-CNN consists of, and which room of the package builds on which.
 
-    python tools/diagrams.py            # writes nbs/images/architecture.svg and nbs/images/notebooks.svg
+    python tools/diagrams.py            # writes nbs/images/architecture.svg and nbs/images/rooms.svg
     python tools/diagrams.py --check    # exit 1 if the code has changed since
 
 What a picture shows is kept in its own description, which --check compares with the code."""
@@ -9,6 +9,7 @@ import html
 import json
 import sys
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 import torch
@@ -21,15 +22,36 @@ from egcnn_nb.show.anatomy import drawing
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/"tools"))
-from books import module_of, source_of
-from books import notebooks as all_notebooks
+from books import modules
 
 IMAGES = ROOT/"nbs/images"
 
-def notebooks():
-    "module -> name of the notebook that exports it, in the order of the notebooks"
-    named = {module_of(path): path.stem for path in all_notebooks()}
-    return {module: stem for module, stem in named.items() if module}
+# Which rooms a room may import. `core` stands for the two modules on the ground floor, core and tensors.
+ALLOWED = {
+    "core": set(),
+    "fast": {"core"},
+    "data": {"core"},
+    "method": {"core", "fast"},
+    "run": {"core", "data", "method"},
+    "show": {"core", "data", "method", "run"},
+    "study": {"core", "data", "method", "run"},
+    "adapters": {"core", "data", "method", "run"},
+    "commands": {"core", "fast", "data", "method", "run", "study", "adapters"},
+}
+FLOORS = [["core"], ["fast", "data"], ["method"], ["run"], ["show", "study", "adapters"], ["commands"]]
+
+
+def name_of(path):
+    "A module's name, such as method.sobel, from its path"
+    return ".".join(path.relative_to(ROOT/"egcnn_nb").with_suffix("").parts)
+
+
+def room_of(module):
+    "The room of a module; `train.py` only calls the command"
+    if module == "train":
+        return "commands"
+    return module.split(".")[0] if "." in module else "core"
+
 
 def imported(source, module):
     "Names of the package's modules, such as method.sobel, that the source of a module imports"
@@ -44,36 +66,77 @@ def imported(source, module):
             above = room[:len(room)-node.level+1]
             yield ".".join([*above, name])
 
-def imports():
-    "notebook -> notebooks that it needs and that none of the others it needs brings along"
-    names, direct = notebooks(), {}
-    for module, nb in names.items():
-        direct[nb] = {names[m] for m in imported(source_of(module).read_text(), module) if m in names}
-    def below(nb): return set().union(direct[nb], *(below(n) for n in direct[nb]))
-    return {nb: sorted(n for n in needs if not any(n in below(m) for m in needs-{n})) for nb, needs in direct.items()}
 
-def draw_notebooks(graph):
-    "The notebooks in rows: each stands above all that it needs"
-    row = {}
-    for nb in graph: row[nb] = max((row[n]+1 for n in graph[nb]), default=0)
-    rows = [[nb for nb in graph if row[nb] == r] for r in range(max(row.values())+1)]
-    place = {nb: ((i+.5)/len(names)*10 + (r % 3-1)*(len(names) == 1), r) for r, names in enumerate(rows) for i, nb in enumerate(names)}
-    fig = Figure(figsize=(8.5, .62*len(rows)+.3), layout="constrained"); ax = fig.subplots(); ax.axis("off"); ax.set_xlim(0, 10); ax.set_ylim(-.5, len(rows)-.5)
-    for nb, needs in graph.items():
-        for n in needs: ax.annotate("", place[n], place[nb], arrowprops=dict(arrowstyle="-|>", color="#9aa2ae", lw=.8, shrinkA=9, shrinkB=9))
-    for nb, (x, y) in place.items(): ax.text(x, y, nb, ha="center", va="center", fontsize=8, bbox=dict(boxstyle="round,pad=.35", fc="white", ec=COLOURS["edge"], lw=1.2))
+def rooms():
+    "room -> its modules and the rooms that they import, from the ground floor up"
+    found = {}
+    for path in modules():
+        module = name_of(path)
+        own = found.setdefault(room_of(module), {"modules": [], "imports": set()})
+        own["modules"].append(module.split(".")[-1])
+        own["imports"] |= {room_of(m) for m in imported(path.read_text(), module)}-{room_of(module)}
+    order = [room for floor in FLOORS for room in floor if room in found]
+    return {room: {"modules": found[room]["modules"], "imports": sorted(found[room]["imports"])} for room in order}
+
+
+def direct(graph, room):
+    "The rooms that a room imports and that none of the others brings along"
+    needs = graph[room]["imports"]
+
+    def below(other):
+        own = graph[other]["imports"]
+        return set(own).union(*(below(n) for n in own))
+
+    return [n for n in needs if not any(n in below(other) for other in needs if other != n)]
+
+
+def draw_rooms(graph):
+    "The rooms, each floor above all that it imports"
+    floors = [[room for room in floor if room in graph] for floor in FLOORS]
+    fig = Figure(figsize=(8.5, 7.2), layout="constrained")
+    ax = fig.subplots()
+    ax.axis("off")
+    ax.set(xlim=(0, 10), ylim=(-.6, len(floors)-.4))
+    place = {}
+    for y, floor in enumerate(floors):
+        for i, room in enumerate(floor):
+            place[room] = (10*(i+.5)/len(floor), y)
+    place["method"] = (3.2, place["method"][1])    # so that no arrow crosses it
+    drawn = {}
+    for room, (x, y) in place.items():
+        width = 34 if len(floors[y]) > 1 else 64
+        text = fill(", ".join(dict.fromkeys(graph[room]["modules"])), width)
+        box = {"boxstyle": "round,pad=.45", "fc": "white", "ec": COLOURS["edge"], "lw": 1.2}
+        label = ax.text(x, y, f"{room}\n{text}", ha="center", va="center", fontsize=9, bbox=box, linespacing=1.35)
+        drawn[room] = label.get_bbox_patch()
+    for room in graph:
+        for other in direct(graph, room):
+            arrow = {"arrowstyle": "-|>", "color": "#5b6472", "lw": 1, "patchA": drawn[room], "patchB": drawn[other]}
+            ax.annotate("", place[other], place[room], arrowprops=arrow)
     return fig
 
+
 def diagrams():
-    "name -> (what it shows, the picture)"
-    torch.manual_seed(0); model, graph = EGCNN(SegNet(4, 3, width=8, levels=4), activation="sigmoid"), imports()
-    return {"architecture": (model.summary(), lambda: drawing(model, torch.zeros(1, 4, 64, 64, 64))), "notebooks": (json.dumps(graph), lambda: draw_notebooks(graph))}
+    "name -> (what it shows, function that draws it)"
+    torch.manual_seed(0)
+    model = EGCNN(SegNet(4, 3, width=8, levels=4), activation="sigmoid")
+    graph = rooms()
+    return {
+        "architecture": (model.summary(), lambda: drawing(model, torch.zeros(1, 4, 64, 64, 64))),
+        "rooms": (json.dumps(graph), lambda: draw_rooms(graph)),
+    }
+
 
 def main():
     matplotlib.rcParams["svg.hashsalt"] = "egcnn_nb"
+    check = "--check" in sys.argv
     for name, (shows, draw) in diagrams().items():
         path = IMAGES/f"{name}.svg"
-        if "--check" not in sys.argv: draw().savefig(path, metadata={"Date": None, "Description": shows})
-        elif not path.exists() or html.escape(shows, quote=False) not in path.read_text(): sys.exit(f"{path.name} does not show what the code is; run tools/diagrams.py and look at it")
+        if not check:
+            draw().savefig(path, metadata={"Date": None, "Description": shows})
+        elif not path.exists() or html.escape(shows, quote=False) not in path.read_text():
+            sys.exit(f"{path.name} does not show what the code is; run tools/diagrams.py and look at it")
 
-if __name__ == "__main__": main()
+
+if __name__ == "__main__":
+    main()
