@@ -21,46 +21,62 @@ from uuid import uuid4
 class InputError(ValueError):
     "Input that cannot be used. The message states the problem, then the fix."
 
+
 def require(
-    ok:object, # condition that must hold
-    message:str, # the problem, then the fix, naming the file or argument and its value
-)->None:
+    ok: object,  # condition that must hold
+    message: str,  # the problem, then the fix, naming the file or argument and its value
+) -> None:
     "Raise `InputError` with `message` unless `ok`"
     if not ok:
         raise InputError(message)
 
 # %% ../nbs/4_inside/core.ipynb #84d2ab68
 def expect(
-    ok:object, # condition that must hold
-    where:object, # the file or argument
-    found:object, # what is there
-    expected:str, # what should be there
-    do:str="", # the remedy, where there is one
-)->None:
+    ok: object,  # condition that must hold
+    where: object,  # the file or argument
+    found: object,  # what is there
+    expected: str,  # what should be there
+    do: str = "",  # the remedy, where there is one
+) -> None:
     "Raise `InputError` in the package's style unless `ok` (our choice: one style everywhere)"
-    if not ok: raise InputError(f"{where}: found {found}, expected {expected}" + (f"; {do}" if do else ""))
+    if not ok:
+        raise InputError(f"{where}: found {found}, expected {expected}" + (f"; {do}" if do else ""))
 
 # %% ../nbs/4_inside/core.ipynb #57bbff12
-_LACK = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "memoryerror",
-         "bad_alloc", "alloc_failed")
+_LACK = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "memoryerror",
+    "bad_alloc",
+    "alloc_failed",
+)
+
 
 def _lacks_memory(error):
     "Whether an error means that the memory of the machine or of its GPU is full"
     text = str(error).lower()
     return isinstance(error, MemoryError) or any(word in text for word in _LACK)
 
+
 def worker_died(
-    error:BaseException, # raised while a data loader was read
-)->str|None: # a sentence, or None where the error is another
+    error: BaseException,  # raised while a data loader was read
+) -> str | None:  # a sentence, or None where the error is another
     "What to tell when a process of a data loader was killed, ended, or had no memory"
     text = str(error)
-    own_fault = text.startswith("Caught ") and not _lacks_memory(error) # an error of the code that the worker ran
+    own_fault = text.startswith("Caught ") and not _lacks_memory(
+        error
+    )  # an error of the code that the worker ran
     if "DataLoader worker" not in text or own_fault:
         return None
     if "Bus error" in text:
-        return ("A data-loader worker died, probably out of shared memory. "
-                "Try fewer --workers, or a container with a larger --shm-size, then --resume.")
+        return (
+            "A data-loader worker died, probably out of shared memory. "
+            "Try fewer --workers, or a container with a larger --shm-size, then --resume."
+        )
     return "A data-loader worker died, probably out of memory. Try fewer --workers, then --resume."
+
 
 def _in_one_line(error):
     "What to tell of an error that a user can do something about, else None"
@@ -70,16 +86,19 @@ def _in_one_line(error):
         return worker_died(error)
     if _lacks_memory(error):
         reason = f"{error}".strip().split("\n")[0][:150] or type(error).__name__
-        return (f"There is not enough memory ({reason}). Take a smaller --patch_size or --batch_size, "
-                "cut the batch by --accumulate, or use fewer --workers or --readers.")
+        return (
+            f"There is not enough memory ({reason}). Take a smaller --patch_size or --batch_size, "
+            "cut the batch by --accumulate, or use fewer --workers or --readers."
+        )
     if isinstance(error, OSError):
         path, reason = error.filename2 or error.filename or "A file", error.strerror or error
         return f"{path} cannot be read or written ({reason}). Make sure that there is free space, and that you may write there."
     return None
 
+
 def exit_on_error(
-    run, # function without arguments
-)->int: # exit code of the process
+    run,  # function without arguments
+) -> int:  # exit code of the process
     "Run `run`; an `InputError`, a disk or memory that is full becomes one line on stderr and exit code 2, Ctrl-C exit code 130 (our choice)"
     try:
         return run() or 0
@@ -94,13 +113,17 @@ def exit_on_error(
 
 # %% ../nbs/4_inside/core.ipynb #98b8138f
 def need(
-    module:str, # its name
-    what:str, # what needs it
-    extra:str, # of this package, with which it is installed
-): # the module
+    module: str,  # its name
+    what: str,  # what needs it
+    extra: str,  # of this package, with which it is installed
+):  # the module
     "Import what not every installation has; raises `InputError` that says how to get it"
-    try: return import_module(module)
-    except ModuleNotFoundError as e: raise InputError(f"{what}: found no {e.name}, expected it installed; pip install 'egcnn_nb[{extra}]'") from e
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as e:
+        raise InputError(
+            f"{what}: found no {e.name}, expected it installed; pip install 'egcnn_nb[{extra}]'"
+        ) from e
 
 # %% ../nbs/4_inside/core.ipynb #fb2dbea1
 BRATS_REGIONS = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
@@ -108,90 +131,138 @@ KITS_REGIONS = {"kidneys": (1, 2), "tumor": (2,)}
 
 # %% ../nbs/4_inside/core.ipynb #acd47c0f
 def outer_first(
-    regions:dict, # name -> label values of the region
-)->dict: # the same regions, outer ones before those that lie in them
+    regions: dict,  # name -> label values of the region
+) -> dict:  # the same regions, outer ones before those that lie in them
     "Regions sorted by inclusion; raises `InputError` unless any two are disjoint or one lies in the other"
     for name, values in regions.items():
         require(values, f"The region {name!r} has no label. Give it at least one.")
-        require(0 not in values,
+        require(
+            0 not in values,
             f"The region {name!r} holds the label 0, which is the background. Leave it out of "
-            "the region.")
+            "the region.",
+        )
     for (a, one), (b, two) in combinations(regions.items(), 2):
         shared = set(one) & set(two)
-        require(set(one) != set(two),
+        require(
+            set(one) != set(two),
             f"The regions {a!r} and {b!r} hold the same labels {sorted(shared)}. Leave out "
-            "one of them.")
+            "one of them.",
+        )
         nested = not shared or shared in (set(one), set(two))
-        require(nested,
+        require(
+            nested,
             f"The regions {a!r} and {b!r} share the labels {sorted(shared)}, but neither lies "
-            "in the other. Split them into regions that nest or are disjoint.")
-    return dict(sorted(regions.items(), key=lambda item: -len(set(item[1])))) # sorted is stable
+            "in the other. Split them into regions that nest or are disjoint.",
+        )
+    return dict(sorted(regions.items(), key=lambda item: -len(set(item[1]))))  # sorted is stable
 
 # %% ../nbs/4_inside/core.ipynb #16ad9ce4
 @dataclass(frozen=True)
 class Task:
     "What a dataset asks for: channels in, labels, exclusive or nested, regions that are scored, intensities"
-    name:str # e.g. "BraTS 2019"
-    channels:tuple # names of the image channels, e.g. ("t1","t1ce","t2","flair")
-    labels:dict # label value -> name, background first
-    regions:dict # scored region -> label values, outer first
-    activation:str="softmax" # "softmax" for exclusive labels, "sigmoid" for nested regions
-    normalize:str="zscore" # "zscore", "zscore_nonzero" (BraTS) or "hu" (KiTS)
+
+    name: str  # e.g. "BraTS 2019"
+    channels: tuple  # names of the image channels, e.g. ("t1","t1ce","t2","flair")
+    labels: dict  # label value -> name, background first
+    regions: dict  # scored region -> label values, outer first
+    activation: str = "softmax"  # "softmax" for exclusive labels, "sigmoid" for nested regions
+    normalize: str = "zscore"  # "zscore", "zscore_nonzero" (BraTS) or "hu" (KiTS)
 
     @property
-    def outputs(self)->int:
+    def outputs(self) -> int:
         "Number of output channels K"
         return len(self.regions if self.activation == "sigmoid" else self.labels)
 
     @property
-    def classes(self)->tuple:
+    def classes(self) -> tuple:
         "Names of what has an edge: the regions, or the labels without background"
-        return tuple(self.regions) if self.activation == "sigmoid" else tuple(self.labels.values())[1:]
+        return (
+            tuple(self.regions) if self.activation == "sigmoid" else tuple(self.labels.values())[1:]
+        )
 
 # %% ../nbs/4_inside/core.ipynb #1d270e66
-BRATS = Task("BraTS 2019", ("t1", "t1ce", "t2", "flair"), {0: "background", 1: "necrosis", 2: "edema", 4: "enhancing"},
-             BRATS_REGIONS, "sigmoid", "zscore_nonzero")
-KITS = Task("KiTS 2019", ("ct",), {0: "background", 1: "kidney", 2: "tumor"}, KITS_REGIONS, "softmax", "hu")
+BRATS = Task(
+    "BraTS 2019",
+    ("t1", "t1ce", "t2", "flair"),
+    {0: "background", 1: "necrosis", 2: "edema", 4: "enhancing"},
+    BRATS_REGIONS,
+    "sigmoid",
+    "zscore_nonzero",
+)
+KITS = Task(
+    "KiTS 2019", ("ct",), {0: "background", 1: "kidney", 2: "tumor"}, KITS_REGIONS, "softmax", "hu"
+)
 
 # %% ../nbs/4_inside/core.ipynb #c0de0003
-COLOURS = {"truth": "#009E73", "prediction": "#0072B2", "edge": "#E69F00", "attention": "#CC79A7", "bare": "#D55E00",
-           1: "#56B4E9", 2: "#F0E442", 3: "#BBBBBB", 4: "#882255", "WT": "#F0E442", "TC": "#56B4E9", "ET": "#882255"}
+COLOURS = {
+    "truth": "#009E73",
+    "prediction": "#0072B2",
+    "edge": "#E69F00",
+    "attention": "#CC79A7",
+    "bare": "#D55E00",
+    1: "#56B4E9",
+    2: "#F0E442",
+    3: "#BBBBBB",
+    4: "#882255",
+    "WT": "#F0E442",
+    "TC": "#56B4E9",
+    "ET": "#882255",
+}
 
-AUGMENTATIONS = ("flip", "intensity", "affine", "elastic", "noise", "bias", "gamma")          # shown in `patches`
+AUGMENTATIONS = (
+    "flip",
+    "intensity",
+    "affine",
+    "elastic",
+    "noise",
+    "bias",
+    "gamma",
+)  # shown in `patches`
 
 # %% ../nbs/4_inside/core.ipynb #b35ce2c8
 def project_file(
-    path:str, # relative to the folder of the project, such as "results/hippocampus"
-)->Path: # relative to the current folder
+    path: str,  # relative to the folder of the project, such as "results/hippocampus"
+) -> Path:  # relative to the current folder
     "A file or folder of this project, found from any folder below it; raises `InputError` where there is none"
     here = Path.cwd()
     for folder in (here, *here.parents):
-        if (folder/"settings.ini").is_file() and (folder/path).exists():
-            return Path(os.path.relpath(folder/path))
-    raise InputError(f"{path} is a file of the project's repository, and neither {here} nor a folder above it is inside of that. Clone the repository and work there.")
+        if (folder / "settings.ini").is_file() and (folder / path).exists():
+            return Path(os.path.relpath(folder / path))
+    raise InputError(
+        f"{path} is a file of the project's repository, and neither {here} nor a folder above it is inside of that. Clone the repository and work there."
+    )
 
 # %% ../nbs/4_inside/core.ipynb #b87490e6
 def write_whole(
-    path, # file; its folder exists
-    write, # function that is given the temporary path, which ends like `path`
-)->Path: # the file
+    path,  # file; its folder exists
+    write,  # function that is given the temporary path, which ends like `path`
+) -> Path:  # the file
     "Let `write` fill a temporary file, flush it, and rename it to `path` (our choice)"
     path = Path(path)
-    part = path.with_name(f".part-{uuid4().hex[:8]}-{path.name}")             # two writers of one file do not meet
+    part = path.with_name(
+        f".part-{uuid4().hex[:8]}-{path.name}"
+    )  # two writers of one file do not meet
     try:
         write(part)
-        with open(part, "rb+") as f: os.fsync(f.fileno())
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())
         os.replace(part, path)
-        if os.name == "posix": folder = os.open(path.parent, os.O_RDONLY); os.fsync(folder); os.close(folder)                # the new name too
-    finally: part.unlink(missing_ok=True)
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)  # the new name too
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/4_inside/core.ipynb #c51ce283
-def keep_memory()->bool: # whether the allocator could be told
+def keep_memory() -> bool:  # whether the allocator could be told
     "Let freed memory stay with this process for the next array (our choice)"
-    try: mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError): return False                # not glibc
-    no_map, no_trim = mallopt(-4, 0), mallopt(-1, -1)                        # M_MMAP_MAX, M_TRIM_THRESHOLD
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False  # not glibc
+    no_map, no_trim = mallopt(-4, 0), mallopt(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
     return bool(no_map and no_trim)
 
 # %% ../nbs/4_inside/core.ipynb #1be63346
@@ -202,18 +273,25 @@ def _cgroup(name):
     except OSError:
         return []
 
-def processors()->int: # at least 1
+
+def processors() -> int:  # at least 1
     "Processor cores that this process may use: its affinity, its container's quota, and `EGCNN_WORKERS`"
     if hasattr(os, "sched_getaffinity"):
         allowed = len(os.sched_getaffinity(0))
     else:
         allowed = os.cpu_count() or 1
-    quota = _cgroup("cpu.max") # microseconds of processor time, and the period in which they may be used
+    quota = _cgroup(
+        "cpu.max"
+    )  # microseconds of processor time, and the period in which they may be used
     if len(quota) == 2 and quota[0] != "max":
-        allowed = min(allowed, -(-int(quota[0])//int(quota[1])))
+        allowed = min(allowed, -(-int(quota[0]) // int(quota[1])))
     asked = os.environ.get("EGCNN_WORKERS", "")
-    require(not asked or asked.isdigit() and int(asked) > 0, f"EGCNN_WORKERS is {asked!r}. Set it to a whole number of 1 or more.")
+    require(
+        not asked or asked.isdigit() and int(asked) > 0,
+        f"EGCNN_WORKERS is {asked!r}. Set it to a whole number of 1 or more.",
+    )
     return max(min(allowed, int(asked or allowed)), 1)
+
 
 def _files_in_memory():
     "Bytes of files that this process's control group keeps in memory, and gives up when memory is needed"
@@ -221,23 +299,25 @@ def _files_in_memory():
     counts = dict(zip(words[::2], words[1::2]))
     return int(counts.get("active_file", 0)) + int(counts.get("inactive_file", 0))
 
-def free_memory()->int: # bytes
+
+def free_memory() -> int:  # bytes
     "Memory that this process may still take: what the machine has left, and what its container has"
-    free = 8 << 30 # where the system does not tell
+    free = 8 << 30  # where the system does not tell
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0])*1024
+        free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         pass
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")
     if limit and used and limit[0] != "max":
-        free = min(free, int(limit[0])-int(used[0])+_files_in_memory())
+        free = min(free, int(limit[0]) - int(used[0]) + _files_in_memory())
     return max(free, 0)
 
+
 def readers(
-    bytes_each:int, # memory that one of them needs at its peak
-    most:int|None=None, # no more than these; None: `processors`
-)->int: # at least 1
+    bytes_each: int,  # memory that one of them needs at its peak
+    most: int | None = None,  # no more than these; None: `processors`
+) -> int:  # at least 1
     "How many cases may be read at once, so that they fit into three quarters of the memory that is free"
-    fit = int(.75*free_memory())//max(bytes_each, 1)
+    fit = int(0.75 * free_memory()) // max(bytes_each, 1)
     return max(min(most or processors(), fit), 1)

@@ -18,25 +18,30 @@ from .core import InputError, Task
 
 # %% ../nbs/4_inside/tensors.ipynb #fc346342
 def one_hot(
-    labels:Tensor, # whole numbers (B,D,H,W) or (B,H,W)
-    values, # label values in the order of the channels, e.g. (0,1,2,4)
-    check:bool=True, # look for other values, for which a GPU has to wait
-)->Tensor: # float32 {0,1} (B,K,D,H,W)
+    labels: Tensor,  # whole numbers (B,D,H,W) or (B,H,W)
+    values,  # label values in the order of the channels, e.g. (0,1,2,4)
+    check: bool = True,  # look for other values, for which a GPU has to wait
+) -> Tensor:  # float32 {0,1} (B,K,D,H,W)
     "One binary mask per label value; raises `InputError` on a value outside `values`"
     values = torch.as_tensor(list(values), device=labels.device)
-    mask = (labels.unsqueeze(1) == values.view(1, -1, *[1]*(labels.dim()-1)))
+    mask = labels.unsqueeze(1) == values.view(1, -1, *[1] * (labels.dim() - 1))
     if check and not bool(mask.any(1).all()):
         odd = sorted(set(labels.unique().tolist()) - set(values.tolist()))
-        raise InputError(f"labels: found the values {odd}, expected only {values.tolist()}; remap or list them")
+        raise InputError(
+            f"labels: found the values {odd}, expected only {values.tolist()}; remap or list them"
+        )
     return mask.float()
 
 # %% ../nbs/4_inside/tensors.ipynb #fb2dbea1
 def region_masks(
-    labels:Tensor, # whole numbers (B,D,H,W)
-    regions:dict, # name -> label values of the region, outer regions first
-)->Tensor: # float32 {0,1} (B,R,D,H,W)
+    labels: Tensor,  # whole numbers (B,D,H,W)
+    regions: dict,  # name -> label values of the region, outer regions first
+) -> Tensor:  # float32 {0,1} (B,R,D,H,W)
     "One binary mask per region, a region being a union of labels (sections 3.1 and 3.3)"
-    masks = [torch.isin(labels, torch.tensor(values, device=labels.device, dtype=labels.dtype)) for values in regions.values()]
+    masks = [
+        torch.isin(labels, torch.tensor(values, device=labels.device, dtype=labels.dtype))
+        for values in regions.values()
+    ]
     return torch.stack(masks, 1).float()
 
 # %% ../nbs/4_inside/tensors.ipynb #fcd47c0f
@@ -49,11 +54,13 @@ def _innermost(regions):
                 found[v] = i
     return found
 
+
 def regions_to_labels(
-    masks:Tensor, # {0,1} or bool (B,R,D,H,W), one channel a region
-    regions:dict, # name -> label values, in the order of the channels
-    prob:Tensor|None=None, # probabilities (B,R,D,H,W), for regions that consist of other regions
-)->Tensor: # int64 (B,D,H,W)
+    masks: Tensor,  # {0,1} or bool (B,R,D,H,W), one channel a region
+    regions: dict,  # name -> label values, in the order of the channels
+    prob: Tensor
+    | None = None,  # probabilities (B,R,D,H,W), for regions that consist of other regions
+) -> Tensor:  # int64 (B,D,H,W)
     "Label map from region masks, painted from outside in (our choice: an inner region implies the outer ones)"
     sizes = [len(values) for values in regions.values()]
     innermost = _innermost(regions)
@@ -64,7 +71,7 @@ def regions_to_labels(
         own = [v for v in values if innermost[v] == i]
         if own or prob is None:
             out[inside] = (own or list(values))[0]
-        else: # its parts fill it: the likeliest of them
+        else:  # its parts fill it: the likeliest of them
             parts = torch.tensor(values, device=masks.device)
             likeliest = prob[:, [innermost[v] for v in values]].argmax(1)
             out[inside] = parts[likeliest[inside]]
@@ -72,25 +79,30 @@ def regions_to_labels(
 
 # %% ../nbs/4_inside/tensors.ipynb #f599554d
 def probabilities(
-    logits:Tensor, # scores (B,K,D,H,W)
-    activation:str, # "softmax": the channels exclude each other; "sigmoid": each for itself
-)->Tensor: # probabilities in [0,1], same shape
+    logits: Tensor,  # scores (B,K,D,H,W)
+    activation: str,  # "softmax": the channels exclude each other; "sigmoid": each for itself
+) -> Tensor:  # probabilities in [0,1], same shape
     "Probabilities from logits, by the activation of the task (section 3.1)"
     return logits.softmax(1) if activation == "softmax" else logits.sigmoid()
 
 # %% ../nbs/4_inside/tensors.ipynb #f127b4c2
 def to_target(
-    labels:Tensor, # whole numbers (B,D,H,W)
-    task:Task, # what the dataset asks for
-    check:bool=True, # see `one_hot`
-)->Tensor: # float32 {0,1} (B,K,D,H,W)
+    labels: Tensor,  # whole numbers (B,D,H,W)
+    task: Task,  # what the dataset asks for
+    check: bool = True,  # see `one_hot`
+) -> Tensor:  # float32 {0,1} (B,K,D,H,W)
     "The masks that the losses compare with: regions for sigmoid, one-hot labels for softmax (section 3.1)"
-    return region_masks(labels, task.regions) if task.activation == "sigmoid" else one_hot(labels, task.labels, check)
+    return (
+        region_masks(labels, task.regions)
+        if task.activation == "sigmoid"
+        else one_hot(labels, task.labels, check)
+    )
+
 
 def to_labels(
-    prob:Tensor, # probabilities (B,K,D,H,W)
-    task:Task, # what the dataset asks for
-)->Tensor: # int64 (B,D,H,W), values of the dataset
+    prob: Tensor,  # probabilities (B,K,D,H,W)
+    task: Task,  # what the dataset asks for
+) -> Tensor:  # int64 (B,D,H,W), values of the dataset
     "Label map from probabilities: the likeliest label, or nested regions above one half (our choice)"
     if task.activation == "sigmoid":
         return regions_to_labels(prob > 0.5, task.regions, prob)
@@ -98,35 +110,43 @@ def to_labels(
 
 # %% ../nbs/4_inside/tensors.ipynb #fc37daeb
 def keyed_generator(
-    *key:int, # whole numbers ≥ 0 that name the draw, e.g. seed, step, number of the sample
-)->torch.Generator: # on the CPU
+    *key: int,  # whole numbers ≥ 0 that name the draw, e.g. seed, step, number of the sample
+) -> torch.Generator:  # on the CPU
     "A generator that depends on `key` alone: not on the process, the worker or what was drawn before (our choice)"
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
+
 def seed_everything(
-    seed:int, # whole number ≥ 0
-)->None:
+    seed: int,  # whole number ≥ 0
+) -> None:
     "Seed Python, NumPy and torch, for what is drawn without a key, such as initial weights"
-    random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 # %% ../nbs/4_inside/tensors.ipynb #f7f2ca4e
 def bounding_box(
-    mask:np.ndarray, # bool, any number of axes
-)->tuple: # a slice for each axis; the whole of it where the mask is empty
+    mask: np.ndarray,  # bool, any number of axes
+) -> tuple:  # a slice for each axis; the whole of it where the mask is empty
     "The smallest box that holds every voxel of a mask"
-    if not mask.any(): return tuple(slice(0, n) for n in mask.shape)
+    if not mask.any():
+        return tuple(slice(0, n) for n in mask.shape)
     box = []
-    for axis in range(mask.ndim):                                     # each axis is cut before the next is looked at
+    for axis in range(mask.ndim):  # each axis is cut before the next is looked at
         hit = np.flatnonzero(mask.any(tuple(a for a in range(mask.ndim) if a != axis)))
-        box.append(slice(int(hit[0]), int(hit[-1])+1)); mask = mask[(slice(None),)*axis + (box[-1],)]
+        box.append(slice(int(hit[0]), int(hit[-1]) + 1))
+        mask = mask[(slice(None),) * axis + (box[-1],)]
     return tuple(box)
 
 # %% ../nbs/4_inside/tensors.ipynb #c0de0005
 def resize(
-    x:Tensor, # (B,C,d,h,w) or (B,C,h,w)
-    size, # spatial size to reach
-)->Tensor: # (B,C,*size)
+    x: Tensor,  # (B,C,d,h,w) or (B,C,h,w)
+    size,  # spatial size to reach
+) -> Tensor:  # (B,C,*size)
     "Linear interpolation in 2D or 3D to `size`"
-    if tuple(x.shape[2:]) == tuple(size): return x
-    return F.interpolate(x, size=tuple(size), mode={4: "bilinear", 5: "trilinear"}[x.dim()], align_corners=False)
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    return F.interpolate(
+        x, size=tuple(size), mode={4: "bilinear", 5: "trilinear"}[x.dim()], align_corners=False
+    )

@@ -1,4 +1,5 @@
 "Fixtures that several files share: one Chromium for all of them (Playwright starts once a process), and a copy of the notebooks."
+
 import os
 import shutil
 import sys
@@ -8,24 +9,38 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT/"tools"))
+sys.path.insert(0, str(ROOT / "tools"))
 import browser
 
-FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+FLAGS = [
+    "--no-sandbox",
+    "--use-gl=angle",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+    "--ignore-gpu-blocklist",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+
 
 @pytest.fixture(scope="session")
 def shots(tmp_path_factory):
-    folder = Path(os.environ.get("EGCNN_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots")); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(os.environ.get("EGCNN_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
+
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory):
     "A copy of the notebooks and their data, since the front end saves into it"
     folder = tmp_path_factory.mktemp("work")
-    for name in ("nbs", "data_samples", "egcnn_nb"): shutil.copytree(ROOT/name, folder/name)
-    shutil.copy(ROOT/"settings.ini", folder)                                # the last cell of each notebook exports
+    for name in ("nbs", "data_samples", "egcnn_nb"):
+        shutil.copytree(ROOT / name, folder / name)
+    shutil.copy(ROOT / "settings.ini", folder)  # the last cell of each notebook exports
     return folder
+
 
 @pytest.fixture(scope="session")
 def chromium():

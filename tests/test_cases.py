@@ -1,4 +1,5 @@
 "Data sets as they are found in practice: every row of the table that `python tests/cases.py` prints."
+
 import pytest
 from cases import ROWS, run_row
 

@@ -1,4 +1,5 @@
 "What ends with one line: memory that is full, workers that die, file systems without locks, hosts without a name, users without a home; and what is put back."
+
 import os
 import resource
 import shutil
@@ -12,43 +13,84 @@ import pytest
 from tiny import ENV, begun, children, command, dataset
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT/"tools"))
+sys.path.insert(0, str(ROOT / "tools"))
 import browser
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory): return dataset(tmp_path_factory.mktemp("tiny")/"data", 6)
+def data(tmp_path_factory):
+    return dataset(tmp_path_factory.mktemp("tiny") / "data", 6)
+
 
 def ends(words, code=2, limit=None, env=ENV):
     "The one line with which a command ends, within an address space of `limit` bytes"
+
     def limited():
-        if limit: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=200, env=env, preexec_fn=limited)
+        if limit:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    done = subprocess.run(
+        list(map(str, words)),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=env,
+        preexec_fn=limited,
+    )
     assert done.returncode == code and "Traceback" not in done.stderr, done.stderr[-3000:]
     return done.stderr.strip().splitlines()[-1].split("\r")[-1]
 
+
 # --- memory
 
+
 def test_training_without_memory_ends_with_one_line(data, tmp_path):
-    line = ends(command(data, tmp_path/"run", "--patch_size", 512, 512, 512, "--batch_size", 2, "--cache", tmp_path/"cache"), limit=6 << 30)
-    assert "There is not enough memory" in line and "smaller --patch_size or --batch_size" in line and "--accumulate" in line
+    line = ends(
+        command(
+            data,
+            tmp_path / "run",
+            "--patch_size",
+            512,
+            512,
+            512,
+            "--batch_size",
+            2,
+            "--cache",
+            tmp_path / "cache",
+        ),
+        limit=6 << 30,
+    )
+    assert (
+        "There is not enough memory" in line
+        and "smaller --patch_size or --batch_size" in line
+        and "--accumulate" in line
+    )
+
 
 @pytest.mark.parametrize("how", ["killed", "raises"])
 def test_a_worker_without_memory_ends_with_one_sentence(data, tmp_path, how):
-    words = command(data, tmp_path/"run", "--epochs", 400, "--workers", 1, "--cache", tmp_path/"cache")
-    if how == "raises":                                             # the patches of a worker ask for memory that is not there
-        code = ("import sys; from egcnn_nb.data import patches; from egcnn_nb.commands.train import main\n"
-                "def get(self, i): raise MemoryError\n"
-                "patches.Patches.__getitem__ = get; sys.exit(main())")
+    words = command(
+        data, tmp_path / "run", "--epochs", 400, "--workers", 1, "--cache", tmp_path / "cache"
+    )
+    if how == "raises":  # the patches of a worker ask for memory that is not there
+        code = (
+            "import sys; from egcnn_nb.data import patches; from egcnn_nb.commands.train import main\n"
+            "def get(self, i): raise MemoryError\n"
+            "patches.Patches.__getitem__ = get; sys.exit(main())"
+        )
         line = ends([sys.executable, "-c", code, *words[3:]], code=1)
     else:
         process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=ENV)
-        begun(process, tmp_path/"run")
+        begun(process, tmp_path / "run")
         os.kill(children(process.pid)[0], signal.SIGKILL)
         error = process.communicate(timeout=100)[1]
         assert process.returncode == 1 and "Traceback" not in error, error[-3000:]
         line = error.strip().splitlines()[-1]
-    assert line == "error: A data-loader worker died, probably out of memory. Try fewer --workers, then --resume."
+    assert (
+        line
+        == "error: A data-loader worker died, probably out of memory. Try fewer --workers, then --resume."
+    )
+
 
 # --- locks
 
@@ -58,64 +100,141 @@ def refuse(*words): raise OSError(code, os.strerror(code))
 fcntl.flock = fcntl.lockf = refuse
 """
 
+
 @pytest.mark.parametrize("code", [38, 37, 95])
 def test_training_and_resuming_where_there_are_no_locks(data, tmp_path, code):
-    (tmp_path/"off").mkdir()
-    (tmp_path/"off/sitecustomize.py").write_text(NO_FLOCK)
-    path = os.pathsep.join([str(tmp_path/"off"), os.environ.get("PYTHONPATH", "")])
-    env, out = {**ENV, "FLOCK_ERRNO": str(code), "PYTHONPATH": path}, tmp_path/"run"
+    (tmp_path / "off").mkdir()
+    (tmp_path / "off/sitecustomize.py").write_text(NO_FLOCK)
+    path = os.pathsep.join([str(tmp_path / "off"), os.environ.get("PYTHONPATH", "")])
+    env, out = {**ENV, "FLOCK_ERRNO": str(code), "PYTHONPATH": path}, tmp_path / "run"
     for more in ([], ["--resume"]):
-        done = subprocess.run(command(data, out, "--epochs", 1, "--cache", tmp_path/"cache", *more), capture_output=True, text=True, timeout=200, env=env)
+        done = subprocess.run(
+            command(data, out, "--epochs", 1, "--cache", tmp_path / "cache", *more),
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env=env,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stderr.count("file system without locks") == 1 and not (out/"run.soft.lock").exists()
-    (out/"run.soft.lock").write_text("1\nanother-host\n")              # left behind by a run that was killed elsewhere
-    line = ends(command(data, out, "--epochs", 1, "--cache", tmp_path/"cache", "--resume"), env=env)
-    assert "another egcnn_train" in line and f"If it was killed, remove {out/'run.soft.lock'}" in line
+        assert (
+            done.stderr.count("file system without locks") == 1
+            and not (out / "run.soft.lock").exists()
+        )
+    (out / "run.soft.lock").write_text(
+        "1\nanother-host\n"
+    )  # left behind by a run that was killed elsewhere
+    line = ends(
+        command(data, out, "--epochs", 1, "--cache", tmp_path / "cache", "--resume"), env=env
+    )
+    assert (
+        "another egcnn_train" in line
+        and f"If it was killed, remove {out / 'run.soft.lock'}" in line
+    )
+
 
 # --- signals
 
+
 def test_handlers_of_signals_are_put_back(data, tmp_path):
     from egcnn_nb.commands.train import main
-    def mine(*_): pass
+
+    def mine(*_):
+        pass
+
     kinds = (signal.SIGINT, signal.SIGTERM)
     before = {s: signal.signal(s, mine) for s in kinds}
     try:
-        words = [str(w) for w in command(data, tmp_path/"run", "--epochs", 1, "--cache", tmp_path/"cache")[3:]]
+        words = [
+            str(w)
+            for w in command(data, tmp_path / "run", "--epochs", 1, "--cache", tmp_path / "cache")[
+                3:
+            ]
+        ]
         assert main(words) == 0 and all(signal.getsignal(s) is mine for s in kinds)
-        assert main(words) == 2 and all(signal.getsignal(s) is mine for s in kinds)          # the folder exists
+        assert main(words) == 2 and all(
+            signal.getsignal(s) is mine for s in kinds
+        )  # the folder exists
         failed = []
-        thread = threading.Thread(target=lambda: failed.append(main(words)))                  # only the main thread may set handlers
-        thread.start(); thread.join()
+        thread = threading.Thread(
+            target=lambda: failed.append(main(words))
+        )  # only the main thread may set handlers
+        thread.start()
+        thread.join()
         assert failed == [2] and all(signal.getsignal(s) is mine for s in kinds)
     finally:
-        for s in kinds: signal.signal(s, before[s])
+        for s in kinds:
+            signal.signal(s, before[s])
+
 
 def test_the_handler_of_an_experiment_is_put_back(data, tmp_path):
     from egcnn_nb.commands.experiment import main
+
     before = signal.getsignal(signal.SIGTERM)
-    assert main([str(tmp_path/"nowhere"), "--out", str(tmp_path/"out")]) == 2
+    assert main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
     assert signal.getsignal(signal.SIGTERM) is before
+
 
 # --- names of machines and users
 
+
 def test_a_machine_that_does_not_know_its_name(data, tmp_path):
-    code = ("import socket, sys; socket.gethostname = lambda: 'nowhere.invalid'\n"
-            "from egcnn_nb.commands.train import main; sys.exit(main())")
-    env = {**ENV, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "29533"}
-    line = ends([sys.executable, "-c", code, *command(data, tmp_path/"run")[3:]], env=env)
-    assert "nowhere.invalid has no address" in line and "--local_addr=127.0.0.1" in line and "MASTER_ADDR" in line
+    code = (
+        "import socket, sys; socket.gethostname = lambda: 'nowhere.invalid'\n"
+        "from egcnn_nb.commands.train import main; sys.exit(main())"
+    )
+    env = {
+        **ENV,
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "nowhere.invalid",
+        "MASTER_PORT": "29533",
+    }
+    line = ends([sys.executable, "-c", code, *command(data, tmp_path / "run")[3:]], env=env)
+    assert (
+        "nowhere.invalid has no address" in line
+        and "--local_addr=127.0.0.1" in line
+        and "MASTER_ADDR" in line
+    )
+
 
 def test_processes_that_do_not_meet(data, tmp_path):
-    env = {**ENV, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29534"}
-    line = ends(command(data, tmp_path/"run", "--timeout", .05), code=1, env=env)
-    assert "the 2 processes did not meet at localhost:29534" in line and "--local_addr=127.0.0.1" in line
+    env = {
+        **ENV,
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29534",
+    }
+    line = ends(command(data, tmp_path / "run", "--timeout", 0.05), code=1, env=env)
+    assert (
+        "the 2 processes did not meet at localhost:29534" in line
+        and "--local_addr=127.0.0.1" in line
+    )
+
 
 @pytest.mark.parametrize("module", ["train", "inference", "layouts", "experiments"])
 def test_help_for_a_user_without_a_home(module):
     if not shutil.which("setpriv") or os.geteuid() != 0:
         pytest.skip("needs setpriv, and root")
     code = f"import sys; from egcnn_nb.{module} import main; sys.exit(main())"
-    words = ["env", "-i", "PATH=/usr/bin:/bin", f"PYTHONPATH={ROOT}", "setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups", sys.executable, "-c", code, "--help"]
+    words = [
+        "env",
+        "-i",
+        "PATH=/usr/bin:/bin",
+        f"PYTHONPATH={ROOT}",
+        "setpriv",
+        "--reuid",
+        "12345",
+        "--regid",
+        "12345",
+        "--clear-groups",
+        sys.executable,
+        "-c",
+        code,
+        "--help",
+    ]
     done = subprocess.run(words, capture_output=True, text=True, timeout=100)
     if "Permission denied" in done.stderr:
         pytest.skip("another user may not read this environment")
@@ -123,26 +242,30 @@ def test_help_for_a_user_without_a_home(module):
     if module == "train":
         assert "None" not in done.stdout and "default off" in " ".join(done.stdout.split())
 
+
 # --- a browser for the tests
 
+
 def test_a_browser_is_found_where_there_is_one(tmp_path, monkeypatch):
-    stub, real = tmp_path/"chromium-browser", tmp_path/"google-chrome"
+    stub, real = tmp_path / "chromium-browser", tmp_path / "google-chrome"
     stub.write_text("#!/bin/sh\necho 'requires the chromium snap to be installed'; exit 1\n")
     stub.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(browser, "NAMES", ("chromium-browser", "google-chrome"))
     monkeypatch.setattr(browser, "playwrights_own", lambda: None)
-    assert browser.find() is None                                  # a script that only says how to install one
+    assert browser.find() is None  # a script that only says how to install one
     real.write_text("#!/bin/sh\necho 'Google Chrome 140'\n")
     real.chmod(0o755)
     assert browser.find() == str(real) and browser.main() == 0
 
+
 def test_without_a_browser_to_be_had_there_is_one_sentence(monkeypatch, capfd):
     monkeypatch.setattr(browser, "find", lambda: None)
-    monkeypatch.setenv("PLAYWRIGHT_DOWNLOAD_HOST", "http://127.0.0.1:9")               # nothing answers there
+    monkeypatch.setenv("PLAYWRIGHT_DOWNLOAD_HOST", "http://127.0.0.1:9")  # nothing answers there
     monkeypatch.setattr(browser, "is_root", lambda: False)
     assert browser.main() == 1 and browser.SENTENCE in capfd.readouterr().err
 
+
 def test_a_download_that_hangs_is_ended():
-    code, text = browser.run("sleep", "60", seconds=.5, quiet=True)
+    code, text = browser.run("sleep", "60", seconds=0.5, quiet=True)
     assert code == 1 and "more than 0.5 s" in text

@@ -1,4 +1,5 @@
 """The features that are found in networks of other people: one small network for each way in which the order of computation misleads, then MONAI's."""
+
 import copy
 import pickle
 
@@ -13,20 +14,26 @@ from egcnn_nb.method.features import find_features, listen
 from egcnn_nb.method.losses import EGLoss
 from egcnn_nb.tensors import seed_everything
 
-pytestmark = pytest.mark.filterwarnings("ignore:The edge stream adds")    # these networks are small
+pytestmark = pytest.mark.filterwarnings("ignore:The edge stream adds")  # these networks are small
 
 IMAGE = torch.zeros(1, 1, 64, 64)
 
+
 def block(before, channels, stride=1):
     "Convolution, normalisation, activation"
-    return nn.Sequential(nn.Conv2d(before, channels, 3, stride, 1), nn.BatchNorm2d(channels), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(before, channels, 3, stride, 1), nn.BatchNorm2d(channels), nn.ReLU()
+    )
+
 
 def resized(deep, like):
     "Up-sampled to the size of another map"
     return F.interpolate(deep, like.shape[2:], mode="bilinear")
 
+
 class UNet(nn.Module):
     "Three resolutions, strided blocks, transposed convolutions; the others are built on it"
+
     def __init__(self):
         super().__init__()
         self.a, self.b, self.c = block(1, 8), block(8, 16, 2), block(16, 32, 2)
@@ -46,19 +53,27 @@ class UNet(nn.Module):
     def forward(self, x):
         return self.out(self.decode(*self.encode(x))[1])
 
+
 class LateHeads(UNet):
     "Heads of deep supervision that run after the decoder, on every map, and shrink some"
+
     def __init__(self):
         super().__init__()
-        self.head_b, self.head_c, self.head_d = nn.Conv2d(16, 3, 1), nn.Conv2d(32, 3, 1), nn.Conv2d(16, 3, 3, 2, 1)
+        self.head_b, self.head_c, self.head_d = (
+            nn.Conv2d(16, 3, 1),
+            nn.Conv2d(32, 3, 1),
+            nn.Conv2d(16, 3, 3, 2, 1),
+        )
 
     def forward(self, x):
         a, b, c = self.encode(x)
         d, e = self.decode(a, b, c)
         return self.out(e), self.head_b(b), self.head_d(d), self.head_c(c)
 
+
 class SecondBranch(UNet):
     "A branch on the image that runs after the decoder and goes into the logits; another that goes down and into nothing"
+
     def __init__(self):
         super().__init__()
         self.detail, self.out = nn.Sequential(block(1, 8), block(8, 8)), nn.Conv2d(16, 3, 1)
@@ -69,34 +84,44 @@ class SecondBranch(UNet):
         y = self.out(torch.cat([e, self.detail(x)], 1))
         return y, self.classify(e)
 
+
 class PooledAttention(UNet):
     "Each encoder block is weighted by a map that was pooled by eight and up-sampled again"
+
     def __init__(self):
         super().__init__()
-        self.look = nn.ModuleList([nn.Sequential(nn.AvgPool2d(8), nn.Conv2d(k, k, 1), nn.Sigmoid()) for k in (8, 16)])
+        self.look = nn.ModuleList(
+            [nn.Sequential(nn.AvgPool2d(8), nn.Conv2d(k, k, 1), nn.Sigmoid()) for k in (8, 16)]
+        )
 
     def encode(self, x):
         a = self.a(x)
-        a = a*resized(self.look[0](a), a)
+        a = a * resized(self.look[0](a), a)
         b = self.b(a)
-        b = b*resized(self.look[1](b), b)
+        b = b * resized(self.look[1](b), b)
         return a, b, self.c(b)
+
 
 class DeepAttention(UNet):
     "The deepest map is weighted by one that was pooled, convolved with neighbours and up-sampled again"
+
     def __init__(self):
         super().__init__()
         self.look = nn.Sequential(nn.AvgPool2d(4), nn.Conv2d(32, 32, 3, padding=1), nn.Sigmoid())
 
     def encode(self, x):
         a, b, c = super().encode(x)
-        return a, b, c*resized(self.look(c), c)
+        return a, b, c * resized(self.look(c), c)
+
 
 class AddedContext(UNet):
     "A detour in the encoder that is added, and holds convolutions with neighbours"
+
     def __init__(self):
         super().__init__()
-        self.context = nn.Sequential(nn.AvgPool2d(4), nn.Conv2d(8, 8, 3, padding=1), nn.Upsample(scale_factor=4))
+        self.context = nn.Sequential(
+            nn.AvgPool2d(4), nn.Conv2d(8, 8, 3, padding=1), nn.Upsample(scale_factor=4)
+        )
 
     def encode(self, x):
         a = self.a(x)
@@ -104,34 +129,56 @@ class AddedContext(UNet):
         b = self.b(a)
         return a, b, self.c(b)
 
+
 class PyramidPooling(UNet):
     "The deepest map is pooled to 1, 2, 3 and 6 places, and all are put beside it"
+
     def __init__(self):
         super().__init__()
-        self.pools = nn.ModuleList([nn.Sequential(nn.AdaptiveAvgPool2d(n), nn.Conv2d(32, 8, 1), nn.ReLU()) for n in (1, 2, 3, 6)])
+        self.pools = nn.ModuleList(
+            [
+                nn.Sequential(nn.AdaptiveAvgPool2d(n), nn.Conv2d(32, 8, 1), nn.ReLU())
+                for n in (1, 2, 3, 6)
+            ]
+        )
         self.join = block(64, 32)
 
     def encode(self, x):
         a, b, c = super().encode(x)
         return a, b, self.join(torch.cat([c, *[resized(pool(c), c) for pool in self.pools]], 1))
 
+
 class Aspp(UNet):
     "Dilated convolutions and the mean of the image, at the deepest resolution"
+
     def __init__(self):
         super().__init__()
         self.rates = nn.ModuleList([nn.Conv2d(32, 8, 3, padding=r, dilation=r) for r in (1, 2, 4)])
-        self.mean, self.join = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(32, 8, 1)), nn.Conv2d(32, 32, 1)
+        self.mean, self.join = (
+            nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(32, 8, 1)),
+            nn.Conv2d(32, 32, 1),
+        )
 
     def encode(self, x):
         a, b, c = super().encode(x)
-        return a, b, self.join(torch.cat([*[r(c) for r in self.rates], resized(self.mean(c), c)], 1))
+        return (
+            a,
+            b,
+            self.join(torch.cat([*[r(c) for r in self.rates], resized(self.mean(c), c)], 1)),
+        )
+
 
 class Nested(nn.Module):
     "U-Net++: decoders of shallow maps run before the encoder has reached its depth"
+
     def __init__(self):
         super().__init__()
         self.x00, self.x10, self.x20 = block(1, 8), block(8, 16, 2), block(16, 32, 2)
-        self.u10, self.u20, self.u11 = nn.ConvTranspose2d(16, 8, 2, 2), nn.ConvTranspose2d(32, 16, 2, 2), nn.ConvTranspose2d(16, 8, 2, 2)
+        self.u10, self.u20, self.u11 = (
+            nn.ConvTranspose2d(16, 8, 2, 2),
+            nn.ConvTranspose2d(32, 16, 2, 2),
+            nn.ConvTranspose2d(16, 8, 2, 2),
+        )
         self.x01, self.x11, self.x02 = block(16, 8), block(32, 16), block(24, 8)
         self.head1, self.head2 = nn.Conv2d(8, 3, 1), nn.Conv2d(8, 3, 1)
 
@@ -146,14 +193,18 @@ class Nested(nn.Module):
     def forward(self, x):
         return self.head2(self.maps(x)[1])
 
+
 class WeakFirst(Nested):
     "Returns the outputs of every depth, the weakest first"
+
     def forward(self, x):
         x01, x02 = self.maps(x)
         return [self.head1(x01), self.head2(x02)]
 
+
 class TopDown(nn.Module):
     "A feature pyramid: lateral 1×1 convolutions, a path from the top, smoothing after it"
+
     def __init__(self):
         super().__init__()
         self.c1, self.c2, self.c3 = block(1, 8), block(8, 16, 2), block(16, 32, 2)
@@ -171,18 +222,22 @@ class TopDown(nn.Module):
         s1, s2, s3 = self.s1(p1), self.s2(p2), self.s3(p3)
         return self.out(torch.cat([s1, resized(s2, s1), resized(s3, s1)], 1))
 
+
 class Unpadded(nn.Module):
     "Convolutions without padding, so that each map is a little smaller, and skips are cropped"
+
     def __init__(self):
         super().__init__()
-        pair = lambda p, q: nn.Sequential(nn.Conv2d(p, q, 3), nn.ReLU(), nn.Conv2d(q, q, 3), nn.ReLU())
+        pair = lambda p, q: nn.Sequential(
+            nn.Conv2d(p, q, 3), nn.ReLU(), nn.Conv2d(q, q, 3), nn.ReLU()
+        )
         self.a, self.b, self.c, self.pool = pair(1, 8), pair(8, 16), pair(16, 32), nn.MaxPool2d(2)
         self.up1, self.up2 = nn.ConvTranspose2d(32, 16, 2, 2), nn.ConvTranspose2d(16, 8, 2, 2)
         self.d, self.e, self.out = pair(32, 16), pair(16, 8), nn.Conv2d(8, 3, 1)
 
     def merge(self, up, skip):
-        cut = [(s-u)//2 for s, u in zip(skip.shape[2:], up.shape[2:])]
-        rows, columns = [slice(k, k+n) for k, n in zip(cut, up.shape[2:])]
+        cut = [(s - u) // 2 for s, u in zip(skip.shape[2:], up.shape[2:])]
+        rows, columns = [slice(k, k + n) for k, n in zip(cut, up.shape[2:])]
         return torch.cat([up, skip[:, :, rows, columns]], 1)
 
     def forward(self, x):
@@ -191,37 +246,57 @@ class Unpadded(nn.Module):
         d = self.d(self.merge(self.up1(self.c(self.pool(b))), b))
         return self.out(self.e(self.merge(self.up2(d), a)))
 
+
 class Residual(nn.Module):
     "A residual block that widens by 1×1 before its strided convolution"
+
     def __init__(self, before, channels):
         super().__init__()
-        self.expand = nn.Sequential(nn.Conv2d(before, 4*before, 1), nn.ReLU())
-        self.conv, self.shorten = nn.Conv2d(4*before, channels, 3, 2, 1), nn.Conv2d(before, channels, 1, 2)
+        self.expand = nn.Sequential(nn.Conv2d(before, 4 * before, 1), nn.ReLU())
+        self.conv, self.shorten = (
+            nn.Conv2d(4 * before, channels, 3, 2, 1),
+            nn.Conv2d(before, channels, 1, 2),
+        )
 
     def forward(self, x):
         return torch.relu(self.conv(self.expand(x)) + self.shorten(x))
 
+
 class Strided(UNet):
     "The first layer of each strided block is still at the larger resolution, with four times the channels"
+
     def __init__(self):
         super().__init__()
         self.b, self.c = Residual(8, 16), Residual(16, 32)
 
+
 class SharedUp(UNet):
     "One nn.Upsample for every resolution, one block for two of them"
+
     def __init__(self):
         super().__init__()
-        self.up, self.thin1, self.thin2 = nn.Upsample(scale_factor=2), nn.Conv2d(32, 16, 1), nn.Conv2d(16, 8, 1)
+        self.up, self.thin1, self.thin2 = (
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(32, 16, 1),
+            nn.Conv2d(16, 8, 1),
+        )
 
     def decode(self, a, b, c):
         d = self.d(torch.cat([self.up(self.thin1(c)), b], 1))
         return d, self.e(torch.cat([self.up(self.thin2(d)), a], 1))
 
+
 class SharedBlock(nn.Module):
     "One block with one kernel is the whole encoder, and another the whole decoder"
+
     def __init__(self):
         super().__init__()
-        self.stem, self.block, self.join, self.out = block(1, 8), block(8, 8), block(16, 8), nn.Conv2d(8, 3, 1)
+        self.stem, self.block, self.join, self.out = (
+            block(1, 8),
+            block(8, 8),
+            block(16, 8),
+            nn.Conv2d(8, 3, 1),
+        )
 
     def forward(self, x):
         a = self.block(self.stem(x))
@@ -230,11 +305,15 @@ class SharedBlock(nn.Module):
         d = self.join(torch.cat([resized(c, b), b], 1))
         return self.out(self.join(torch.cat([resized(d, a), a], 1)))
 
+
 class Encoder(nn.Module):
     "Puts out all its maps, in a tuple"
+
     def __init__(self):
         super().__init__()
-        self.layers = nn.ParameterList([torch.randn(*shape)/8 for shape in ((8, 1, 3, 3), (16, 8, 3, 3), (32, 16, 3, 3))])
+        self.layers = nn.ParameterList(
+            [torch.randn(*shape) / 8 for shape in ((8, 1, 3, 3), (16, 8, 3, 3), (32, 16, 3, 3))]
+        )
 
     def forward(self, x):
         found = []
@@ -243,8 +322,10 @@ class Encoder(nn.Module):
             found.append(x)
         return tuple(found)
 
+
 class TupleInside(UNet):
     "The encoder is one module without convolutions that are modules"
+
     def __init__(self):
         super().__init__()
         self.encoder = Encoder()
@@ -253,8 +334,10 @@ class TupleInside(UNet):
     def encode(self, x):
         return self.encoder(x)
 
+
 class GatedSkips(UNet):
     "Attention U-Net: the decoder weights each skip; the weighted skip is no map of the encoder"
+
     def __init__(self):
         super().__init__()
         self.of_skip, self.of_deep = nn.Conv2d(16, 8, 1), nn.Conv2d(16, 8, 1)
@@ -263,12 +346,14 @@ class GatedSkips(UNet):
 
     def decode(self, a, b, c):
         up = self.up1(c)
-        b = self.after(b*self.weigh(self.of_skip(b) + self.of_deep(up)))
+        b = self.after(b * self.weigh(self.of_skip(b) + self.of_deep(up)))
         d = self.d(torch.cat([up, b], 1))
         return d, self.e(torch.cat([self.up2(d), a], 1))
 
+
 class WrittenInPlace(UNet):
     "Skips are written into parts of one block of memory"
+
     def decode(self, a, b, c):
         both = torch.zeros(len(b), 32, *b.shape[2:], device=b.device)
         both[:, :16] = self.up1(c)
@@ -276,35 +361,53 @@ class WrittenInPlace(UNet):
         d = self.d(both)
         return d, self.e(torch.cat([self.up2(d), a], 1))
 
+
 class AsDict(UNet):
     "A dict whose first entry is a feature"
+
     def forward(self, x):
         d, e = self.decode(*self.encode(x))
         return {"feature": d, "out": self.out(e)}
 
-SMALL = {                                                           # network -> encoder fine to deep, entry
-    UNet: (["a", "b", "c"], "up1"), LateHeads: (["a", "b", "c"], "up1"), SecondBranch: (["a", "b", "c"], "up1"),
-    PooledAttention: (["a", "b", "c"], "up1"), AddedContext: (["a", "b", "c"], "up1"), GatedSkips: (["a", "b", "c"], "up1"),
-    DeepAttention: (["a", "b", "c"], "up1"), PyramidPooling: (["a", "b", "join"], "up1"), Aspp: (["a", "b", "join"], "up1"),
-    Nested: (["x00", "x10", "x20"], "u20"), TopDown: (["c1", "c2", "c3"], "s2"),
-    Unpadded: (["a", "b", "c"], "up1"), Strided: (["a", "b", "c"], "up1"), WrittenInPlace: (["a", "b", "c"], "up1"),
-    SharedUp: (["a", "b", "c"], "up#1"), SharedBlock: (["block#1", "block#2", "block#3"], "join#1"),
-    TupleInside: (["encoder[0]", "encoder[1]", "encoder[2]"], "up1"), AsDict: (["a", "b", "c"], "up1"),
+
+SMALL = {  # network -> encoder fine to deep, entry
+    UNet: (["a", "b", "c"], "up1"),
+    LateHeads: (["a", "b", "c"], "up1"),
+    SecondBranch: (["a", "b", "c"], "up1"),
+    PooledAttention: (["a", "b", "c"], "up1"),
+    AddedContext: (["a", "b", "c"], "up1"),
+    GatedSkips: (["a", "b", "c"], "up1"),
+    DeepAttention: (["a", "b", "c"], "up1"),
+    PyramidPooling: (["a", "b", "join"], "up1"),
+    Aspp: (["a", "b", "join"], "up1"),
+    Nested: (["x00", "x10", "x20"], "u20"),
+    TopDown: (["c1", "c2", "c3"], "s2"),
+    Unpadded: (["a", "b", "c"], "up1"),
+    Strided: (["a", "b", "c"], "up1"),
+    WrittenInPlace: (["a", "b", "c"], "up1"),
+    SharedUp: (["a", "b", "c"], "up#1"),
+    SharedBlock: (["block#1", "block#2", "block#3"], "join#1"),
+    TupleInside: (["encoder[0]", "encoder[1]", "encoder[2]"], "up1"),
+    AsDict: (["a", "b", "c"], "up1"),
 }
+
 
 def names(found):
     "Names of the encoder's features, and of the entry"
     return [name for name, _ in found["encoder"]], found["entry"][0]
 
+
 def image_for(cls):
     "An image that fits a network"
     return torch.zeros(1, 1, 92, 92) if cls is Unpadded else IMAGE
+
 
 @pytest.mark.parametrize("cls", SMALL, ids=lambda cls: cls.__name__)
 def test_features_follow_the_data(cls):
     found = find_features(cls(), image_for(cls))
     assert names(found) == SMALL[cls]
     assert found["doubts"] == []
+
 
 @pytest.mark.parametrize("cls", SMALL, ids=lambda cls: cls.__name__)
 def test_the_stream_learns_from_what_was_found(cls):
@@ -322,24 +425,36 @@ def test_the_stream_learns_from_what_was_found(cls):
     EGLoss()(logits, edge, target, main)["total"].backward()
     assert [n for n, p in model.edge.named_parameters() if p.grad is None] == []
 
+
 def test_the_sizes_are_those_of_the_pass():
     found = find_features(UNet(), IMAGE)
-    assert [found["sizes"][n] for n in ("a", "b", "c", "up1")] == [(64, 64), (32, 32), (16, 16), (32, 32)]
+    assert [found["sizes"][n] for n in ("a", "b", "c", "up1")] == [
+        (64, 64),
+        (32, 32),
+        (16, 16),
+        (32, 32),
+    ]
     assert found["head"] == ("out", 8) and found["out_channels"] == 3 and found["dims"] == 2
+
 
 def test_multiply_adds_are_counted_as_by_torch():
     from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         UNet().eval()(IMAGE)
-    assert find_features(UNet(), IMAGE)["macs"] == counter.get_total_flops()//2
+    assert find_features(UNet(), IMAGE)["macs"] == counter.get_total_flops() // 2
+
 
 class NoMeta(UNet):
     "Looks at a number of the image, which a copy without numbers has not"
+
     def forward(self, x):
         return super().forward(x if x.mean().item() < 1e9 else -x)
 
+
 class Counting(NoMeta):
     "Counts its calls in a buffer, whatever the mode"
+
     def __init__(self):
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))
@@ -347,6 +462,7 @@ class Counting(NoMeta):
     def forward(self, x):
         self.calls += 1
         return super().forward(x)
+
 
 @pytest.mark.parametrize("cls", [NoMeta, Counting])
 def test_a_network_that_needs_numbers_runs_where_it_is(cls):
@@ -356,18 +472,23 @@ def test_a_network_that_needs_numbers_runs_where_it_is(cls):
     assert net.training and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
+
 class Broken(UNet):
     def forward(self, x):
         raise RuntimeError("the network's own message")
+
 
 def test_an_error_of_the_network_is_its_own():
     with pytest.raises(RuntimeError, match="own message"):
         find_features(Broken(), IMAGE)
 
+
 # ---- doubts
+
 
 class Bounded(UNet):
     "Puts out probabilities"
+
     def __init__(self, last):
         super().__init__()
         self.last = last
@@ -375,18 +496,32 @@ class Bounded(UNet):
     def forward(self, x):
         return self.last(super().forward(x))
 
-def by_sum(x):
-    return x.exp()/x.exp().sum(1, keepdim=True)
 
-@pytest.mark.parametrize("last, word", [(nn.Softmax(1), "softmax"), (nn.Sigmoid(), "sigmoid"), (F.hardsigmoid, "sigmoid"),
-                                        (lambda y: F.interpolate(y.softmax(1), scale_factor=2.), "softmax")])
+def by_sum(x):
+    return x.exp() / x.exp().sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    "last, word",
+    [
+        (nn.Softmax(1), "softmax"),
+        (nn.Sigmoid(), "sigmoid"),
+        (F.hardsigmoid, "sigmoid"),
+        (lambda y: F.interpolate(y.softmax(1), scale_factor=2.0), "softmax"),
+    ],
+)
 def test_probabilities_are_told(last, word):
-    with pytest.warns(UserWarning, match=f"comes out of a {word}, but EGLoss wants logits. Pass the network without its last activation"):
+    with pytest.warns(
+        UserWarning,
+        match=f"comes out of a {word}, but EGLoss wants logits. Pass the network without its last activation",
+    ):
         EGCNN(Bounded(last), IMAGE, verbose=False)
+
 
 def test_logits_and_their_logarithms_are_not_told():
     assert find_features(Bounded(nn.LogSoftmax(1)), IMAGE)["doubts"] == []
     assert find_features(Bounded(nn.Identity()), IMAGE)["doubts"] == []
+
 
 def test_the_weakest_of_several_outputs_is_told_and_another_can_be_named():
     seed_everything(0)
@@ -397,16 +532,23 @@ def test_the_weakest_of_several_outputs_is_told_and_another_can_be_named():
         model = EGCNN(net, x, output=output, verbose=False).eval()
         assert names(model.found) == SMALL[Nested]
         assert torch.equal(model(x)[0], net(x)[1])
-    with pytest.raises(InputError, match=r"output=7 is not in what the network returns. Name one of \[0, 1\]"):
+    with pytest.raises(
+        InputError, match=r"output=7 is not in what the network returns. Name one of \[0, 1\]"
+    ):
         EGCNN(net, x, output=7)
+
 
 def test_an_entry_of_a_dict_can_be_named():
     net = AsDict().eval()
-    assert torch.equal(EGCNN(net, IMAGE, output="out", verbose=False).eval()(IMAGE)[0], net(IMAGE)["out"])
+    assert torch.equal(
+        EGCNN(net, IMAGE, output="out", verbose=False).eval()(IMAGE)[0], net(IMAGE)["out"]
+    )
     assert find_features(net, IMAGE, output="feature")["out_channels"] == 16
+
 
 class NoDecoder(nn.Module):
     "Logits are made at the deepest resolution and resized"
+
     def __init__(self):
         super().__init__()
         self.a, self.b, self.out = block(1, 8), block(8, 16, 2), nn.Conv2d(16, 3, 1)
@@ -414,28 +556,45 @@ class NoDecoder(nn.Module):
     def forward(self, x):
         return resized(self.out(self.b(self.a(x))), x)
 
+
 def test_no_decoder_is_an_error_that_says_what_to_name():
     with pytest.raises(InputError, match="expected a decoder; name the layer: decoder_entry="):
         EGCNN(NoDecoder(), IMAGE)
     model = EGCNN(NoDecoder(), IMAGE, decoder_entry="b", verbose=False)
     assert model.entry == "b" and model.gated == ["a"]
 
+
 class ThinEntry(nn.Module):
     "The first up-sampled maps are class scores already"
+
     def __init__(self):
         super().__init__()
         self.a, self.b, self.c = block(1, 8), block(8, 16, 2), block(16, 32, 2)
-        self.score, self.up1, self.up2 = nn.Conv2d(32, 3, 1), nn.ConvTranspose2d(3, 3, 2, 2), nn.ConvTranspose2d(3, 3, 2, 2)
+        self.score, self.up1, self.up2 = (
+            nn.Conv2d(32, 3, 1),
+            nn.ConvTranspose2d(3, 3, 2, 2),
+            nn.ConvTranspose2d(3, 3, 2, 2),
+        )
 
     def forward(self, x):
         return self.up2(self.up1(self.score(self.c(self.b(self.a(x))))))
 
+
 def test_a_feature_with_no_more_channels_than_classes_is_told():
-    with pytest.warns(UserWarning, match=r"up1 has 3 channels, no more than the 3 classes.*features=\[...\], decoder_entry=..."):
+    with pytest.warns(
+        UserWarning,
+        match=r"up1 has 3 channels, no more than the 3 classes.*features=\[...\], decoder_entry=...",
+    ):
         EGCNN(ThinEntry(), IMAGE, verbose=False)
 
+
 def test_a_costly_stream_is_told_and_width_bounds_it():
-    net = nn.Sequential(nn.Conv2d(1, 64, 1), nn.Conv2d(64, 64, 2, 2, groups=64), nn.ConvTranspose2d(64, 64, 2, 2, groups=64), nn.Conv2d(64, 3, 1))
+    net = nn.Sequential(
+        nn.Conv2d(1, 64, 1),
+        nn.Conv2d(64, 64, 2, 2, groups=64),
+        nn.ConvTranspose2d(64, 64, 2, 2, groups=64),
+        nn.Conv2d(64, 3, 1),
+    )
     with pytest.warns(UserWarning, match="more than half of the network's own.*width="):
         wide = EGCNN(net, IMAGE, verbose=False)
     thin = EGCNN(net, IMAGE, width=8, verbose=False)
@@ -444,33 +603,56 @@ def test_a_costly_stream_is_told_and_width_bounds_it():
     with pytest.raises(InputError, match="width=0"):
         EGCNN(net, IMAGE, width=0)
 
+
 class WideUp(UNet):
     "The first up-sampled map has all the channels of the deepest"
+
     def __init__(self):
         super().__init__()
         self.up1, self.d = nn.Upsample(scale_factor=2), block(48, 16)
+
 
 def test_a_whole_block_is_taken_rather_than_a_wide_layer():
     found = find_features(WideUp(), IMAGE)
     assert found["entry"] == ("d", 16)
     model = EGCNN(WideUp(), IMAGE, decoder_entry="up1", verbose=False)
-    assert model.edge.blocks[0].conv1.in_channels == 16             # no more than b, which is gated there
+    assert model.edge.blocks[0].conv1.in_channels == 16  # no more than b, which is gated there
+
 
 # ---- names
 
+
 def test_a_wrong_name_lists_close_ones_and_calls():
-    with pytest.raises(InputError, match=r"features='up3': found no module named 'up3' that puts out a map. .*'up1'"):
+    with pytest.raises(
+        InputError,
+        match=r"features='up3': found no module named 'up3' that puts out a map. .*'up1'",
+    ):
         EGCNN(UNet(), IMAGE, features=["a", "up3"])
-    with pytest.raises(InputError, match=r"decoder_entry='up': 'up' puts out several maps. Name one of \['up#1', 'up#2'\]"):
+    with pytest.raises(
+        InputError,
+        match=r"decoder_entry='up': 'up' puts out several maps. Name one of \['up#1', 'up#2'\]",
+    ):
         EGCNN(SharedUp(), IMAGE, decoder_entry="up")
     with pytest.raises(InputError, match=r"\['encoder\[0\]', 'encoder\[1\]', 'encoder\[2\]'\]"):
         EGCNN(TupleInside(), IMAGE, features=["encoder"])
 
+
 def test_calls_and_items_can_be_named():
-    model = EGCNN(SharedUp(), IMAGE, features=["a", "b", "c"], decoder_entry="up#1", head="out", fuse="features", verbose=False)
+    model = EGCNN(
+        SharedUp(),
+        IMAGE,
+        features=["a", "b", "c"],
+        decoder_entry="up#1",
+        head="out",
+        fuse="features",
+        verbose=False,
+    )
     assert model.entry == "up#1" and model(IMAGE)[0].shape == (1, 3, 64, 64)
-    model = EGCNN(TupleInside(), IMAGE, features=["encoder[2]", "encoder[0]", "encoder[1]"], verbose=False)
+    model = EGCNN(
+        TupleInside(), IMAGE, features=["encoder[2]", "encoder[0]", "encoder[1]"], verbose=False
+    )
     assert model.gated == ["encoder[1]", "encoder[0]"]
+
 
 def test_each_call_is_caught_by_its_number():
     seed_everything(0)
@@ -481,22 +663,31 @@ def test_each_call_is_caught_by_its_number():
         a = net.block(net.stem(x))
         c = net.block(F.max_pool2d(net.block(F.max_pool2d(a, 2)), 2))
     assert torch.equal(seen["block#1"], a) and torch.equal(seen["block#3"], c)
-    assert seen["join#2:input"].shape == (1, 16, 64, 64) and set(seen) == {"block#1", "block#3", "join#2:input"}
+    assert seen["join#2:input"].shape == (1, 16, 64, 64) and set(seen) == {
+        "block#1",
+        "block#3",
+        "join#2:input",
+    }
+
 
 # ---- arguments and attributes
 
+
 class TakesMore(UNet):
     "Takes a time and a flag beside the image"
+
     def forward(self, x, time, negate=False):
         y = super().forward(x) + time.view(-1, 1, 1, 1)
         return -y if negate else y
 
+
 def test_further_arguments_are_passed_on():
     seed_everything(0)
-    net, x, time = TakesMore().eval(), torch.randn(2, 1, 64, 64), torch.tensor([1., 2.])
+    net, x, time = TakesMore().eval(), torch.randn(2, 1, 64, 64), torch.tensor([1.0, 2.0])
     model = EGCNN(net, (x, time, {"negate": True}), verbose=False).eval()
     assert torch.equal(model(x, time, negate=True)[0], net(x, time, True))
     assert torch.equal(model(x, time, return_main=True)[2], net(x, time))
+
 
 def test_attributes_of_the_network_are_reachable():
     net = UNet()
@@ -512,6 +703,7 @@ def test_attributes_of_the_network_are_reachable():
     with pytest.raises(AttributeError):
         EGCNN.__new__(EGCNN).up1
 
+
 @pytest.mark.parametrize("cls", [UNet, TupleInside])
 def test_metatensors_work_in_network_and_loss(cls):
     monai = pytest.importorskip("monai.data")
@@ -521,12 +713,16 @@ def test_metatensors_work_in_network_and_loss(cls):
     model, loss = EGCNN(cls(), monai.MetaTensor(x), verbose=False).eval(), EGLoss().eval()
     plain, wrapped = model(x, return_main=True), model(monai.MetaTensor(x), return_main=True)
     expected = loss(plain[0], plain[1], y, plain[2])["total"]
-    assert torch.allclose(loss(wrapped[0], wrapped[1], monai.MetaTensor(y), wrapped[2])["total"], expected)
+    assert torch.allclose(
+        loss(wrapped[0], wrapped[1], monai.MetaTensor(y), wrapped[2])["total"], expected
+    )
+
 
 def test_metatensors_work_in_three_dimensions_and_slide():
     monai = pytest.importorskip("monai.data")
     from egcnn_nb.method.backbones import SegNet
     from egcnn_nb.run.models import infer
+
     x, y = torch.randn(1, 1, 16, 16, 16), torch.zeros(1, 3, 16, 16, 16)
     y[:, 0, :8], y[:, 1, 8:] = 1, 1
     model = EGCNN(SegNet(1, 3, levels=2)).eval()
@@ -534,33 +730,88 @@ def test_metatensors_work_in_three_dimensions_and_slide():
     loss = EGLoss(consistency="both")(logits, edge, monai.MetaTensor(y), main)["total"]
     loss.backward()
     assert torch.isfinite(loss)
-    assert torch.allclose(infer(model, monai.MetaTensor(x[0]), (8, 8, 8)), infer(model, x[0], (8, 8, 8)), atol=1e-5)
+    assert torch.allclose(
+        infer(model, monai.MetaTensor(x[0]), (8, 8, 8)), infer(model, x[0], (8, 8, 8)), atol=1e-5
+    )
+
 
 # ---- MONAI's networks
 
-DYN = dict(kernel_size=[3]*4, strides=[1, 2, 2, 2], upsample_kernel_size=[2]*3, filters=[8, 16, 32, 64])
-DYN_ANSWER = (["input_block", "downsamples.0", "downsamples.1", "bottleneck"], "upsamples.0.transp_conv")
+DYN = dict(
+    kernel_size=[3] * 4, strides=[1, 2, 2, 2], upsample_kernel_size=[2] * 3, filters=[8, 16, 32, 64]
+)
+DYN_ANSWER = (
+    ["input_block", "downsamples.0", "downsamples.1", "bottleneck"],
+    "upsamples.0.transp_conv",
+)
 BASIC = ["conv_0", "down_1", "down_2", "down_3", "down_4"]
 PLUS = [f"conv_{i}_0" for i in range(5)]
 SEGRES = ([f"down_layers.{i}" for i in range(4)], "up_samples.0")
 SWIN = (["encoder1", "encoder2", "encoder3", "encoder4", "encoder10"], "decoder5.transp_conv")
 VNET = (["in_tr", "down_tr32", "down_tr64", "down_tr128", "down_tr256"], "up_tr256.up_conv")
 FINE = (8, 8, 16, 32, 64, 8)
-MONAI = {                                                           # label -> (class, axes, arguments, size, answer)
-    "UNet": ("UNet", (2, 3), dict(channels=(8, 16, 32), strides=(2, 2), num_res_units=1), 32, (["model.0", "model.1.submodule.1"], "model.1.submodule.2.0")),
+MONAI = {  # label -> (class, axes, arguments, size, answer)
+    "UNet": (
+        "UNet",
+        (2, 3),
+        dict(channels=(8, 16, 32), strides=(2, 2), num_res_units=1),
+        32,
+        (["model.0", "model.1.submodule.1"], "model.1.submodule.2.0"),
+    ),
     "BasicUNet": ("BasicUNet", (2, 3), dict(features=FINE), 32, (BASIC, "upcat_4.upsample")),
-    "BasicUNetPlusPlus": ("BasicUNetPlusPlus", (2, 3), dict(features=FINE), 32, (PLUS, "upcat_3_1.upsample")),
+    "BasicUNetPlusPlus": (
+        "BasicUNetPlusPlus",
+        (2, 3),
+        dict(features=FINE),
+        32,
+        (PLUS, "upcat_3_1.upsample"),
+    ),
     "SegResNet": ("SegResNet", (2, 3), dict(init_filters=8), 32, SEGRES),
     "DynUNet": ("DynUNet", (2, 3), DYN, 32, DYN_ANSWER),
-    "DynUNet, deep supervision": ("DynUNet", (2, 3), dict(DYN, deep_supervision=True, deep_supr_num=2, res_block=True), 32, DYN_ANSWER),
+    "DynUNet, deep supervision": (
+        "DynUNet",
+        (2, 3),
+        dict(DYN, deep_supervision=True, deep_supr_num=2, res_block=True),
+        32,
+        DYN_ANSWER,
+    ),
     "VNet": ("VNet", (2, 3), {}, 32, VNET),
-    "AttentionUnet": ("AttentionUnet", (2, 3), dict(channels=(8, 16, 32), strides=(2, 2)), 32,
-                      (["model.0", "model.1.submodule.0", "model.1.submodule.1.submodule"], "model.1.submodule.1.upconv")),
-    "UNETR": ("UNETR", (2, 3), dict(img_size=32, feature_size=8, hidden_size=48, mlp_dim=96, num_heads=4), 32,
-              (["encoder1", "encoder2", "encoder3", "encoder4", "vit.patch_embedding.patch_embeddings"], "decoder5.transp_conv")),
-    "SwinUNETR": ("SwinUNETR", (2, 3), dict(feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8)), 64, SWIN),
+    "AttentionUnet": (
+        "AttentionUnet",
+        (2, 3),
+        dict(channels=(8, 16, 32), strides=(2, 2)),
+        32,
+        (
+            ["model.0", "model.1.submodule.0", "model.1.submodule.1.submodule"],
+            "model.1.submodule.1.upconv",
+        ),
+    ),
+    "UNETR": (
+        "UNETR",
+        (2, 3),
+        dict(img_size=32, feature_size=8, hidden_size=48, mlp_dim=96, num_heads=4),
+        32,
+        (
+            [
+                "encoder1",
+                "encoder2",
+                "encoder3",
+                "encoder4",
+                "vit.patch_embedding.patch_embeddings",
+            ],
+            "decoder5.transp_conv",
+        ),
+    ),
+    "SwinUNETR": (
+        "SwinUNETR",
+        (2, 3),
+        dict(feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8)),
+        64,
+        SWIN,
+    ),
 }
 CASES = [(label, dims) for label, (_, axes, *_) in MONAI.items() for dims in axes]
+
 
 def made(label, dims):
     "A network of MONAI, and an image for it"
@@ -569,7 +820,8 @@ def made(label, dims):
     options = {"spatial_dims": dims, "in_channels": 1, "out_channels": 3, **options}
     if cls == "DynUNet":
         options |= {"strides": [1, 2, 2, 2]}
-    return getattr(nets, cls)(**options), torch.zeros(1, 1, *[size]*dims)
+    return getattr(nets, cls)(**options), torch.zeros(1, 1, *[size] * dims)
+
 
 @pytest.mark.parametrize("label, dims", CASES)
 def test_the_features_of_monais_networks(label, dims):

@@ -1,4 +1,5 @@
 "Network, loss, optimizer, transforms and callbacks of one's own: each is used, and a run with them is resumed exactly."
+
 import csv
 import importlib
 import json
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))                     # torchrun starts this file too
+sys.path.insert(0, str(Path(__file__).parent))  # torchrun starts this file too
 from tiny import ENV, dataset
 
 from egcnn_nb.commands.predict import main as predict_main
@@ -38,33 +39,50 @@ from egcnn_nb.tensors import seed_everything, to_target
 
 PATCH = (16, 16, 16)
 
+
 def monai_flip(prob, axis=0):
     "A mirror of MONAI, which is imported where it is used: the processes that torchrun starts do without"
     from monai.transforms import RandFlipd
+
     return RandFlipd(["image", "label"], prob=prob, spatial_axis=axis)
+
 
 def monai_chain(*more):
     "A mirror by chance, and more"
     from monai.transforms import Compose
-    return Compose([monai_flip(.5), *more])
+
+    return Compose([monai_flip(0.5), *more])
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return dataset(tmp_path_factory.mktemp("tiny")/"data")
+    return dataset(tmp_path_factory.mktemp("tiny") / "data")
+
 
 def settings(data, out, ours=True, **changes):
     "Ten training cases in batches of 4, 4 and 2; `ours`: with the size of our network"
     size = {"width": 4, "levels": 2} if ours else {}
-    given = dict(epochs=2, batch_size=4, patch_size=PATCH, lr=1e-3, validation=2, precision="fp32", cache="off", **size)
+    given = dict(
+        epochs=2,
+        batch_size=4,
+        patch_size=PATCH,
+        lr=1e-3,
+        validation=2,
+        precision="fp32",
+        cache="off",
+        **size,
+    )
     return Settings(str(data), str(out), **{**given, **changes})
+
 
 class Foreign(nn.Module):
     "A network with buffers, and with draws of its own while it trains; it halves a volume once"
+
     def __init__(self, in_channels, out_channels):
         super().__init__()
         self.down = nn.Conv3d(in_channels, 4, 3, stride=2, padding=1)
         self.norm = nn.BatchNorm3d(4)
-        self.drop = nn.Dropout(.3)
+        self.drop = nn.Dropout(0.3)
         self.up = nn.ConvTranspose3d(4, 4, 2, stride=2)
         self.head = nn.Conv3d(4, out_channels, 1)
 
@@ -72,28 +90,40 @@ class Foreign(nn.Module):
         x = torch.relu(self.norm(self.down(x)))
         return self.head(torch.relu(self.up(self.drop(x))))
 
+
 def quick(data, out, **changes):
     "Settings for a bare network of ours, where the edge stream plays no part"
     return settings(data, out, edge=False, **changes)
 
+
 def weights(run):
-    return load_file(Path(run)/"model.safetensors")
+    return load_file(Path(run) / "model.safetensors")
+
 
 def same(a, b):
     "Whether two runs have the same table and the same weights, to the bit"
-    files = [(Path(run)/name).read_bytes() for name in ("metrics.csv", "model.safetensors") for run in (a, b)]
+    files = [
+        (Path(run) / name).read_bytes()
+        for name in ("metrics.csv", "model.safetensors")
+        for run in (a, b)
+    ]
     return files[0] == files[1] and files[2] == files[3]
+
 
 def after(steps):
     "A function that says stop from this question on"
     asked = []
+
     def stop():
         asked.append(1)
         return len(asked) > steps
+
     return stop
+
 
 class Heard:
     "Notes every event of a run"
+
     def __init__(self):
         self.events = []
 
@@ -101,7 +131,9 @@ class Heard:
         self.events.append(("start", run.steps))
 
     def on_step(self, run, step, terms):
-        self.events.append(("step", step, sorted(terms), [group["lr"] for group in run.optimizer.param_groups]))
+        self.events.append(
+            ("step", step, sorted(terms), [group["lr"] for group in run.optimizer.param_groups])
+        )
 
     def on_epoch(self, run, epoch, row):
         self.events.append(("epoch", epoch, row["epoch"]))
@@ -109,7 +141,9 @@ class Heard:
     def on_end(self, run):
         self.events.append(("end", len(run.rows)))
 
+
 # --- the default
+
 
 def by_hand(config):
     "Weights after the three steps of one epoch, without `fit` and `Run`"
@@ -117,107 +151,171 @@ def by_hand(config):
     model = make_model(config, task)
     optimizer = torch.optim.Adam(model.parameters(), config.lr, fused=True)
     loss, scaler = EGLoss(task.activation), torch.amp.GradScaler("cpu", enabled=False)
-    patches, batches = Patches(train, config.patch_size, config.seed, config.augment), EpochBatches(len(train), config.batch_size, config.seed)
+    patches, batches = (
+        Patches(train, config.patch_size, config.seed, config.augment),
+        EpochBatches(len(train), config.batch_size, config.seed),
+    )
     for step, keys in enumerate(batches):
         x, labels, samples = torch.utils.data.default_collate([patches[key] for key in keys])
         noise = [(config.seed, 3, step, int(sample)) for sample in samples]
         train_step(model, loss, optimizer, scaler, x, to_target(labels, task), noise, config)
     return model.state_dict()
 
+
 def test_without_parts_a_run_is_what_it_was(data, tmp_path):
-    config = settings(data, tmp_path/"run", epochs=1)
+    config = settings(data, tmp_path / "run", epochs=1)
     before = json.dumps(vars(config))
     fit(config, quiet=True)
     assert json.dumps(vars(config)) == before
     expected = by_hand(settings(data, "", epochs=1))
-    assert weights(tmp_path/"run").keys() == expected.keys()
-    assert all(torch.equal(w, expected[name]) for name, w in weights(tmp_path/"run").items())
-    written = json.loads((tmp_path/"run/config.json").read_text())
-    assert list(written) == ["settings", "task", "split", "versions"] and "network" not in written["settings"]
+    assert weights(tmp_path / "run").keys() == expected.keys()
+    assert all(torch.equal(w, expected[name]) for name, w in weights(tmp_path / "run").items())
+    written = json.loads((tmp_path / "run/config.json").read_text())
+    assert (
+        list(written) == ["settings", "task", "split", "versions"]
+        and "network" not in written["settings"]
+    )
     assert written["settings"]["augment"] == ["flip", "intensity"]
 
+
 def test_fit_does_not_change_what_it_is_given(data, tmp_path):
-    config = settings(data, tmp_path/"run", patch_size=None, precision="auto", epochs=1, readings={"tau": .5})
+    config = settings(
+        data, tmp_path / "run", patch_size=None, precision="auto", epochs=1, readings={"tau": 0.5}
+    )
     before = repr(config)
     fit(config, quiet=True, transforms=lambda x, labels: (x, labels))
     assert repr(config) == before
     with pytest.raises(InputError, match="resume is Foreign. Give True or False"):
         fit(config, Foreign(1, 3))
 
+
 def test_parts_that_equal_ours_give_the_same_run(data, tmp_path):
-    fit(settings(data, tmp_path/"ours", augment=()), quiet=True)
+    fit(settings(data, tmp_path / "ours", augment=()), quiet=True)
+
     def build(in_channels, out_channels):
         return EGCNN(make_backbone("segnet", in_channels, out_channels, width=4, levels=2))
+
     def adam(parameters):
         return torch.optim.Adam(parameters, 1e-3, fused=True)
-    rows = fit(settings(data, tmp_path/"yours", ours=False), quiet=True, model=build, loss=EGLoss(), optimizer=adam, transforms=lambda x, labels: (x, labels), callbacks=[Heard()])
-    assert len(rows) == 2 and same(tmp_path/"ours", tmp_path/"yours")
-    parts = json.loads((tmp_path/"yours/config.json").read_text())["parts"]
-    assert parts == {"model": "build", "loss": "EGLoss", "optimizer": "adam", "transforms": "<lambda>"}
+
+    rows = fit(
+        settings(data, tmp_path / "yours", ours=False),
+        quiet=True,
+        model=build,
+        loss=EGLoss(),
+        optimizer=adam,
+        transforms=lambda x, labels: (x, labels),
+        callbacks=[Heard()],
+    )
+    assert len(rows) == 2 and same(tmp_path / "ours", tmp_path / "yours")
+    parts = json.loads((tmp_path / "yours/config.json").read_text())["parts"]
+    assert parts == {
+        "model": "build",
+        "loss": "EGLoss",
+        "optimizer": "adam",
+        "transforms": "<lambda>",
+    }
+
 
 # --- each part
 
+
 def test_groups_keep_their_own_learning_rates(data, tmp_path):
     heard = Heard()
+
     def groups(model):
-        return torch.optim.SGD([{"params": model.main.parameters(), "lr": 0.}, {"params": model.edge.parameters(), "lr": .3}, {"params": model.fusion.parameters()}], lr=.02)
-    rows = fit(settings(data, tmp_path/"run", epochs=3), quiet=True, optimizer=groups, callbacks=[heard])
+        return torch.optim.SGD(
+            [
+                {"params": model.main.parameters(), "lr": 0.0},
+                {"params": model.edge.parameters(), "lr": 0.3},
+                {"params": model.fusion.parameters()},
+            ],
+            lr=0.02,
+        )
+
+    rows = fit(
+        settings(data, tmp_path / "run", epochs=3), quiet=True, optimizer=groups, callbacks=[heard]
+    )
     rates = [event[3] for event in heard.events if event[0] == "step"]
     for step, found in enumerate(rates):
-        left = (1-(step//3)/3)**.9                                 # eq. 9, by hand
-        assert found == pytest.approx([0., .3*left, .02*left], rel=1e-12)
-    assert len(rates) == 9 and [row["lr"] for row in rows] == [0., 0., 0.]
+        left = (1 - (step // 3) / 3) ** 0.9  # eq. 9, by hand
+        assert found == pytest.approx([0.0, 0.3 * left, 0.02 * left], rel=1e-12)
+    assert len(rates) == 9 and [row["lr"] for row in rows] == [0.0, 0.0, 0.0]
     config = settings(data, "")
     fresh = make_model(config, prepare(config, quiet=True)[0]).state_dict()
-    trained = weights(tmp_path/"run")
+    trained = weights(tmp_path / "run")
     moved = {name.split(".")[0] for name, w in trained.items() if not torch.equal(w, fresh[name])}
-    assert moved == {"edge", "fusion"}                             # a rate of 0 moves nothing
+    assert moved == {"edge", "fusion"}  # a rate of 0 moves nothing
+
 
 def test_sgd_steps_as_by_hand(data, tmp_path):
     gradients, seen = [], []
+
     def sgd(parameters):
-        optimizer = torch.optim.SGD(parameters, lr=.1)
-        optimizer.register_step_pre_hook(lambda *_: gradients.append([p.grad.clone() for p in parameters]))
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        optimizer.register_step_pre_hook(
+            lambda *_: gradients.append([p.grad.clone() for p in parameters])
+        )
         seen.append((parameters, [p.detach().clone() for p in parameters]))
         return optimizer
-    fit(quick(data, tmp_path/"run"), quiet=True, optimizer=sgd)
+
+    fit(quick(data, tmp_path / "run"), quiet=True, optimizer=sgd)
     parameters, expected = seen[-1]
     for step, of_step in enumerate(gradients):
-        rate = .1*(1-(step//3)/2)**.9
-        expected = [p-rate*g for p, g in zip(expected, of_step)]
+        rate = 0.1 * (1 - (step // 3) / 2) ** 0.9
+        expected = [p - rate * g for p, g in zip(expected, of_step)]
     assert len(gradients) == 6
     for found, wanted in zip(parameters, expected):
         torch.testing.assert_close(found.detach(), wanted, rtol=0, atol=1e-6)
 
+
 @pytest.mark.parametrize("edge", [True, False])
 def test_a_loss_gets_what_is_documented(data, tmp_path, edge):
     calls = []
+
     def own(output, target, keys=None):
         calls.append((output, target, keys))
         logits = output[0] if edge else output
-        distance = (logits-target).square().mean()
-        return {"total": 2*distance, "distance": distance}
-    rows = fit(settings(data, tmp_path/"run", edge=edge), quiet=True, loss=own)
-    output, target, keys = calls[1]                                # the first call is the trial
+        distance = (logits - target).square().mean()
+        return {"total": 2 * distance, "distance": distance}
+
+    rows = fit(settings(data, tmp_path / "run", edge=edge), quiet=True, loss=own)
+    output, target, keys = calls[1]  # the first call is the trial
     shapes = [tuple(t.shape) for t in output] if edge else [tuple(output.shape)]
-    assert shapes == ([(4, 3, *PATCH), (4, 2, *PATCH), (4, 3, *PATCH)] if edge else [(4, 3, *PATCH)])
+    assert shapes == (
+        [(4, 3, *PATCH), (4, 2, *PATCH), (4, 3, *PATCH)] if edge else [(4, 3, *PATCH)]
+    )
     assert target.shape == (4, 3, *PATCH) and torch.equal(target.sum(1), torch.ones(4, *PATCH))
-    assert [len(key) for key in keys] == [4]*4 and keys[0][:3] == (0, 3, 0)
-    assert len(calls) == 1+6
-    with open(tmp_path/"run/metrics.csv", newline="") as f:
+    assert [len(key) for key in keys] == [4] * 4 and keys[0][:3] == (0, 3, 0)
+    assert len(calls) == 1 + 6
+    with open(tmp_path / "run/metrics.csv", newline="") as f:
         assert next(csv.reader(f))[:5] == ["epoch", "lr", "total", "distance", "skipped"]
-    assert rows[0]["total"] == pytest.approx(2*rows[0]["distance"]) and rows[1]["total"] < rows[0]["total"]
+    assert (
+        rows[0]["total"] == pytest.approx(2 * rows[0]["distance"])
+        and rows[1]["total"] < rows[0]["total"]
+    )
+
 
 def test_a_loss_of_two_arguments(data, tmp_path):
     from monai.losses import DiceCELoss
-    rows = fit(settings(data, tmp_path/"run", edge=False, epochs=3, lr=1e-2), quiet=True, loss=DiceCELoss(softmax=True))
+
+    rows = fit(
+        settings(data, tmp_path / "run", edge=False, epochs=3, lr=1e-2),
+        quiet=True,
+        loss=DiceCELoss(softmax=True),
+    )
     assert list(rows[0])[2:4] == ["total", "skipped"] and rows[2]["total"] < rows[0]["total"]
-    with pytest.raises(InputError, match="loss=DiceCELoss fails .*It gets what the network returns .a tuple of tensors"):
-        fit(settings(data, tmp_path/"none"), quiet=True, loss=DiceCELoss(softmax=True))
-    assert not (tmp_path/"none").exists()
+    with pytest.raises(
+        InputError,
+        match="loss=DiceCELoss fails .*It gets what the network returns .a tuple of tensors",
+    ):
+        fit(settings(data, tmp_path / "none"), quiet=True, loss=DiceCELoss(softmax=True))
+    assert not (tmp_path / "none").exists()
+
 
 class Sees(Foreign):
     "Notes the images that it is trained with"
+
     def __init__(self):
         super().__init__(1, 3)
         self.seen = []
@@ -227,112 +325,156 @@ class Sees(Foreign):
             self.seen.append(x.detach().clone())
         return super().forward(x)
 
+
 def brighter(x, labels):
-    return x+1, labels
+    return x + 1, labels
+
 
 @pytest.mark.parametrize("kind", ["function", "monai"])
 def test_transforms_change_the_patches(data, tmp_path, kind):
-    transforms = brighter if kind == "function" else monai_flip(1., axis=2)
+    transforms = brighter if kind == "function" else monai_flip(1.0, axis=2)
+
     def expected(x):
-        return x+1 if kind == "function" else x.flip(-1)
+        return x + 1 if kind == "function" else x.flip(-1)
+
     network, targets = Sees(), []
+
     def own(output, target):
         targets.append(target)
-        return (output-target).square().mean()
-    config = settings(data, tmp_path/"run", ours=False, epochs=1)
+        return (output - target).square().mean()
+
+    config = settings(data, tmp_path / "run", ours=False, epochs=1)
     fit(config, quiet=True, model=network, transforms=transforms, loss=own)
     _, train, _, _ = prepare(config, quiet=True)
-    plain = Patches(train, PATCH, 0, ())                           # in place of augment, not after it
+    plain = Patches(train, PATCH, 0, ())  # in place of augment, not after it
     for x, keys in zip(network.seen[-3:], EpochBatches(10, 4)):
         assert torch.equal(x, torch.stack([expected(plain[key][0]) for key in keys]))
     labels = torch.stack([plain[key][1] for key in list(EpochBatches(10, 4))[0]])
     moved = labels if kind == "function" else expected(labels)
-    assert torch.equal(targets[1].argmax(1), moved.long())         # of the first step, after the trial
-    assert json.loads((tmp_path/"run/config.json").read_text())["settings"]["augment"] == []
+    assert torch.equal(targets[1].argmax(1), moved.long())  # of the first step, after the trial
+    assert json.loads((tmp_path / "run/config.json").read_text())["settings"]["augment"] == []
+
 
 def test_a_transform_of_torchio(data, tmp_path):
     torchio = pytest.importorskip("torchio")
     network = Sees()
-    config = settings(data, tmp_path/"run", ours=False, epochs=1)
-    chain = torchio.Compose([torchio.RandomFlip(axes=0, flip_probability=1.), torchio.RandomNoise(std=(.1, .1))])
+    config = settings(data, tmp_path / "run", ours=False, epochs=1)
+    chain = torchio.Compose(
+        [torchio.RandomFlip(axes=0, flip_probability=1.0), torchio.RandomNoise(std=(0.1, 0.1))]
+    )
     fit(config, quiet=True, model=network, transforms=chain)
     _, train, _, _ = prepare(config, quiet=True)
     plain = Patches(train, PATCH, 0, ())
     flipped = torch.stack([plain[key][0] for key in list(EpochBatches(10, 4))[0]]).flip(2)
-    noise = network.seen[-3]-flipped
-    assert abs(float(noise.std())-.1) < .01 and abs(float(noise.mean())) < .01
+    noise = network.seen[-3] - flipped
+    assert abs(float(noise.std()) - 0.1) < 0.01 and abs(float(noise.mean())) < 0.01
+
 
 # --- resume
+
 
 def noise():
     "A chain of MONAI with draws of its own"
     from monai.transforms import RandGaussianNoised
-    return monai_chain(RandGaussianNoised("image", prob=.5, std=.2))
+
+    return monai_chain(RandGaussianNoised("image", prob=0.5, std=0.2))
+
 
 def drawn(x, labels):
     "Draws from every generator that is seeded"
-    return x + .1*torch.rand(()) + .1*np.random.rand(), labels
+    return x + 0.1 * torch.rand(()) + 0.1 * np.random.rand(), labels
+
 
 def whole(data, out, resume=False, stop=lambda: False, workers=0, transforms=drawn):
     "A run of three epochs with a network, an optimizer and transforms of one's own"
     config = settings(data, out, ours=False, epochs=3, workers=workers)
     seed_everything(1)
-    return fit(config, resume, quiet=True, stop=stop, model=Foreign(1, 3), optimizer=partial(torch.optim.SGD, lr=.05, momentum=.9), transforms=transforms)
+    return fit(
+        config,
+        resume,
+        quiet=True,
+        stop=stop,
+        model=Foreign(1, 3),
+        optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+        transforms=transforms,
+    )
+
 
 @pytest.mark.parametrize("kind, workers", [("monai", 0), ("function", 1)])
 def test_a_run_with_parts_is_resumed_to_the_bit(data, tmp_path, kind, workers):
     transforms = drawn if kind == "function" else noise()
-    whole(data, tmp_path/"one", transforms=transforms)
-    for stop in (after(2), after(4)):                              # within an epoch, twice
-        whole(data, tmp_path/"two", (tmp_path/"two").exists(), stop, workers, transforms)
-    torch.rand(7)                                                  # what is drawn elsewhere does not count
-    rows = whole(data, tmp_path/"two", True, workers=workers, transforms=transforms)
-    assert len(rows) == 3 and same(tmp_path/"one", tmp_path/"two")
-    assert (tmp_path/"two/log.txt").read_text().count("resumed after") == 2
+    whole(data, tmp_path / "one", transforms=transforms)
+    for stop in (after(2), after(4)):  # within an epoch, twice
+        whole(data, tmp_path / "two", (tmp_path / "two").exists(), stop, workers, transforms)
+    torch.rand(7)  # what is drawn elsewhere does not count
+    rows = whole(data, tmp_path / "two", True, workers=workers, transforms=transforms)
+    assert len(rows) == 3 and same(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "two/log.txt").read_text().count("resumed after") == 2
+
 
 def test_what_cannot_be_rebuilt_is_told(data, tmp_path):
-    whole(data, tmp_path/"run", stop=after(2))
-    config = settings(data, tmp_path/"run", ours=False, epochs=3)
-    kept = dict(optimizer=partial(torch.optim.SGD, lr=.05, momentum=.9), transforms=drawn)
+    whole(data, tmp_path / "run", stop=after(2))
+    config = settings(data, tmp_path / "run", ours=False, epochs=3)
+    kept = dict(optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9), transforms=drawn)
     wrong = {
         "begun with model=Foreign, which config.json cannot build. Give fit the same model again": kept,
         "begun with optimizer=SGD, which": dict(model=Foreign, transforms=drawn),
-        "begun with optimizer=SGD, and is resumed with optimizer=Adam": dict(model=Foreign, transforms=drawn, optimizer=torch.optim.Adam),
-        "begun without loss, and is resumed with loss=EGLoss": dict(model=Foreign, **kept, loss=EGLoss()),
-        "learning rates .0.05., and is resumed with .0.5.": dict(model=Foreign, transforms=drawn, optimizer=partial(torch.optim.SGD, lr=.5, momentum=.9)),
-        "does not have the weights of the run .*0.bias is missing there": dict(model=lambda i, o: nn.Sequential(nn.Conv3d(i, o, 1)), **kept),
+        "begun with optimizer=SGD, and is resumed with optimizer=Adam": dict(
+            model=Foreign, transforms=drawn, optimizer=torch.optim.Adam
+        ),
+        "begun without loss, and is resumed with loss=EGLoss": dict(
+            model=Foreign, **kept, loss=EGLoss()
+        ),
+        "learning rates .0.05., and is resumed with .0.5.": dict(
+            model=Foreign,
+            transforms=drawn,
+            optimizer=partial(torch.optim.SGD, lr=0.5, momentum=0.9),
+        ),
+        "does not have the weights of the run .*0.bias is missing there": dict(
+            model=lambda i, o: nn.Sequential(nn.Conv3d(i, o, 1)), **kept
+        ),
     }
     for told, parts in wrong.items():
         with pytest.raises(InputError, match=told):
             fit(config, True, quiet=True, **parts)
     assert len(fit(config, True, quiet=True, model=Foreign, **kept)) == 3
 
+
 def test_a_foreign_network_is_loaded_and_predicts(data, tmp_path, capsys):
-    whole(data, tmp_path/"run")
-    with pytest.raises(InputError, match="trained the network that fit was given as model=Foreign.*Give the same one: load_run.*model="):
-        load_run(tmp_path/"run")
-    with pytest.raises(InputError, match="does not have the weights of .*head.weight has the shape"):
+    whole(data, tmp_path / "run")
+    with pytest.raises(
+        InputError,
+        match="trained the network that fit was given as model=Foreign.*Give the same one: load_run.*model=",
+    ):
+        load_run(tmp_path / "run")
+    with pytest.raises(
+        InputError, match="does not have the weights of .*head.weight has the shape"
+    ):
+
         class Wider(Foreign):
             def __init__(self, i, o):
                 super().__init__(i, o)
                 self.head = nn.Conv3d(4, o, 3, padding=1)
-        load_run(tmp_path/"run", model=Wider)
-    model, config, task = load_run(tmp_path/"run", model=Foreign)
+
+        load_run(tmp_path / "run", model=Wider)
+    model, config, task = load_run(tmp_path / "run", model=Foreign)
     assert not model.training and config.edge is False and model.multiple == 2
     case = find_dataset(data).cases[0]
     labels, loaded = predict_case(model, config, task, case)
-    logits = infer(model, loaded.x, PATCH)                         # 18 x 17 x 16, filled up to a multiple of 2
+    logits = infer(model, loaded.x, PATCH)  # 18 x 17 x 16, filled up to a multiple of 2
     assert labels.shape == (18, 17, 16) and logits.shape == (3, 18, 17, 16)
     assert np.array_equal(labels, logits.argmax(0).numpy())
-    assert predict_main([str(tmp_path/"run"), str(data), "--out", str(tmp_path/"out")]) == 2
+    assert predict_main([str(tmp_path / "run"), str(data), "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert "load_run(" in told and len(told.strip().splitlines()) == 1
-    fit(settings(data, tmp_path/"ours", epochs=1), quiet=True)
+    fit(settings(data, tmp_path / "ours", epochs=1), quiet=True)
     with pytest.raises(InputError, match="builds its own network. Leave out model"):
-        load_run(tmp_path/"ours", model=Foreign)
+        load_run(tmp_path / "ours", model=Foreign)
+
 
 class Around(nn.Module):
     "A network that holds an EG-CNN and returns its logits alone; it keeps a map of its last pass"
+
     def __init__(self, in_channels, out_channels):
         super().__init__()
         self.inner = EGCNN(make_backbone("segnet", in_channels, out_channels, width=4, levels=2))
@@ -342,109 +484,180 @@ class Around(nn.Module):
         self.kept = self.inner(x)[0]
         return self.kept
 
+
 def test_a_network_around_ours_trains_with_its_self_check(data, tmp_path):
-    config = settings(data, tmp_path/"run", ours=False, epochs=1, precision="bf16")
+    config = settings(data, tmp_path / "run", ours=False, epochs=1, precision="bf16")
     rows = fit(config, quiet=True, model=Around)
     assert len(rows) == 1 and np.isfinite(rows[0]["total"])
-    assert "is dead" not in (tmp_path/"run/log.txt").read_text()
+    assert "is dead" not in (tmp_path / "run/log.txt").read_text()
+
 
 def test_a_loss_that_does_not_fit_is_refused(data, tmp_path):
     with pytest.raises(InputError, match="activation='sigmoid', but the task has 'softmax'"):
-        fit(settings(data, tmp_path/"run"), quiet=True, loss=EGLoss("sigmoid"))
+        fit(settings(data, tmp_path / "run"), quiet=True, loss=EGLoss("sigmoid"))
     with pytest.raises(InputError, match="sums over the batch, which accumulate=2 cuts"):
-        fit(settings(data, tmp_path/"run", accumulate=2), quiet=True, loss=EGLoss(reduce="batch"))
-    assert not (tmp_path/"run").exists()
+        fit(settings(data, tmp_path / "run", accumulate=2), quiet=True, loss=EGLoss(reduce="batch"))
+    assert not (tmp_path / "run").exists()
+
 
 # --- callbacks
 
+
 def test_events_come_in_order(data, tmp_path):
     heard = Heard()
-    fit(quick(data, tmp_path/"run"), quiet=True, callbacks=[heard], stop=after(5))           # in the validation of the first epoch
-    assert [event[:2] for event in heard.events] == [("start", 0), ("step", 0), ("step", 1), ("step", 2), ("epoch", 0), ("step", 3), ("end", 1)]
+    fit(
+        quick(data, tmp_path / "run"), quiet=True, callbacks=[heard], stop=after(5)
+    )  # in the validation of the first epoch
+    assert [event[:2] for event in heard.events] == [
+        ("start", 0),
+        ("step", 0),
+        ("step", 1),
+        ("step", 2),
+        ("epoch", 0),
+        ("step", 3),
+        ("end", 1),
+    ]
     assert heard.events[1][2] == ["consistency", "edge_bce", "edge_dice", "semantic", "total"]
     again = Heard()
-    fit(quick(data, tmp_path/"run"), True, quiet=True, callbacks=[again])
-    assert [event[:2] for event in again.events] == [("start", 4), ("step", 4), ("step", 5), ("epoch", 1), ("end", 2)]
+    fit(quick(data, tmp_path / "run"), True, quiet=True, callbacks=[again])
+    assert [event[:2] for event in again.events] == [
+        ("start", 4),
+        ("step", 4),
+        ("step", 5),
+        ("epoch", 1),
+        ("end", 2),
+    ]
+
 
 class Broken(Heard):
     def on_step(self, run, step, terms):
         raise ZeroDivisionError
 
+
 def test_the_end_is_told_after_an_error_too(data, tmp_path):
     broken = Broken()
     with pytest.raises(ZeroDivisionError):
-        fit(quick(data, tmp_path/"run"), quiet=True, callbacks=[broken])
+        fit(quick(data, tmp_path / "run"), quiet=True, callbacks=[broken])
     assert [event[0] for event in broken.events] == ["start", "end"]
+
 
 def on_epoch(run, epoch, row):
     return "stop" if epoch == 1 else None
 
+
 def test_early_stopping_stops_and_the_run_can_go_on(data, tmp_path):
     def config(out):
-        return quick(data, tmp_path/out, epochs=4)
+        return quick(data, tmp_path / out, epochs=4)
+
     whole_run = fit(config("whole"), quiet=True)
     rows = fit(config("run"), quiet=True, callbacks=[on_epoch])
-    assert len(rows) == 2 and "stopped after epoch 2 by on_epoch; all of it is safe" in (tmp_path/"run/log.txt").read_text()
-    assert fit(config("run"), True, quiet=True) == whole_run and same(tmp_path/"run", tmp_path/"whole")
-    flat = dict(monitor="dice_mean", min_delta=2.)                 # no Dice improves by 2
+    assert (
+        len(rows) == 2
+        and "stopped after epoch 2 by on_epoch; all of it is safe"
+        in (tmp_path / "run/log.txt").read_text()
+    )
+    assert fit(config("run"), True, quiet=True) == whole_run and same(
+        tmp_path / "run", tmp_path / "whole"
+    )
+    flat = dict(monitor="dice_mean", min_delta=2.0)  # no Dice improves by 2
     rows = fit(config("early"), quiet=True, callbacks=[EarlyStopping(1, **flat)])
     assert len(rows) == 2
-    assert len(fit(config("early"), True, quiet=True, callbacks=[EarlyStopping(1, **flat)])) == 2           # it had enough
+    assert (
+        len(fit(config("early"), True, quiet=True, callbacks=[EarlyStopping(1, **flat)])) == 2
+    )  # it had enough
     assert fit(config("early"), True, quiet=True, callbacks=[EarlyStopping(9)]) == whole_run
+
 
 def on_step(run, step, terms):
     return "stop" if step == 3 else None
 
+
 def test_a_step_may_stop_too(data, tmp_path):
-    rows = fit(quick(data, tmp_path/"run"), quiet=True, callbacks=[on_step])
-    assert len(rows) == 1 and "stopped in epoch 2 after step 2" in (tmp_path/"run/log.txt").read_text()
-    fit(quick(data, tmp_path/"run"), True, quiet=True)
-    fit(quick(data, tmp_path/"whole"), quiet=True)
-    assert same(tmp_path/"run", tmp_path/"whole")
+    rows = fit(quick(data, tmp_path / "run"), quiet=True, callbacks=[on_step])
+    assert (
+        len(rows) == 1
+        and "stopped in epoch 2 after step 2" in (tmp_path / "run/log.txt").read_text()
+    )
+    fit(quick(data, tmp_path / "run"), True, quiet=True)
+    fit(quick(data, tmp_path / "whole"), quiet=True)
+    assert same(tmp_path / "run", tmp_path / "whole")
+
 
 def test_wrong_callbacks_are_told_at_once(data, tmp_path):
     for odd in (print, Heard, 3):
         with pytest.raises(InputError, match="has none of on_start"):
-            fit(settings(data, tmp_path/"run"), quiet=True, callbacks=[odd])
-    assert not (tmp_path/"run").exists()
+            fit(settings(data, tmp_path / "run"), quiet=True, callbacks=[odd])
+    assert not (tmp_path / "run").exists()
+
 
 def test_tensorboard_gets_the_numbers_of_the_run(data, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    fit(settings(data, tmp_path/"run"), quiet=True, callbacks=[TensorBoardLogger()], stop=after(2))
-    rows = fit(settings(data, tmp_path/"run"), True, quiet=True, callbacks=[TensorBoardLogger()])
-    events = EventAccumulator(str(tmp_path/"run/tensorboard"))
+
+    fit(
+        settings(data, tmp_path / "run"), quiet=True, callbacks=[TensorBoardLogger()], stop=after(2)
+    )
+    rows = fit(settings(data, tmp_path / "run"), True, quiet=True, callbacks=[TensorBoardLogger()])
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
     events.Reload()
     found = [(event.step, event.value) for event in events.Scalars("epoch/dice_mean")]
-    assert found == [(2, pytest.approx(rows[0]["dice_mean"])), (5, pytest.approx(rows[1]["dice_mean"]))]
+    assert found == [
+        (2, pytest.approx(rows[0]["dice_mean"])),
+        (5, pytest.approx(rows[1]["dice_mean"])),
+    ]
     assert [event.step for event in events.Scalars("step/total")] == list(range(6))
 
+
 # --- two processes
+
 
 def two_at_once(data, out):
     "Started by torchrun: a run that its first process stops; each process notes its events"
     heard = Heard()
-    seed_everything(torch.distributed.get_rank())                  # each process has other weights, those of the first count
+    seed_everything(
+        torch.distributed.get_rank()
+    )  # each process has other weights, those of the first count
     config = settings(data, out, ours=False, epochs=4)
-    rows = fit(config, quiet=True, model=Foreign(1, 3), loss=plain_loss, callbacks=[heard, on_epoch])
+    rows = fit(
+        config, quiet=True, model=Foreign(1, 3), loss=plain_loss, callbacks=[heard, on_epoch]
+    )
     return {"events": [event[:2] for event in heard.events], "rows": rows}
 
+
 def plain_loss(output, target):
-    return (output-target).square().mean()
+    return (output - target).square().mean()
+
 
 def test_two_processes_stop_together_and_the_first_one_tells(data, tmp_path):
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(data), str(tmp_path)]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        __file__,
+        str(data),
+        str(tmp_path),
+    ]
     done = subprocess.run(words, capture_output=True, text=True, timeout=200, env=ENV)
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path/f"{rank}.json").read_text()) for rank in (0, 1))
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     steps = [["step", i] for i in range(6)]
-    assert first["events"] == [["start", 0], *steps[:3], ["epoch", 0], *steps[3:], ["epoch", 1], ["end", 2]]
+    assert first["events"] == [
+        ["start", 0],
+        *steps[:3],
+        ["epoch", 0],
+        *steps[3:],
+        ["epoch", 1],
+        ["end", 2],
+    ]
     assert second["events"] == [] and first["rows"] == second["rows"] and len(first["rows"]) == 2
-    assert "stopped after epoch 2 by on_epoch" in (tmp_path/"run/log.txt").read_text()
+    assert "stopped after epoch 2 by on_epoch" in (tmp_path / "run/log.txt").read_text()
+
 
 # --- the command line
 
-MODULE = '''
+MODULE = """
 from torch import nn
 
 class Net(nn.Module):
@@ -460,104 +673,162 @@ class Net(nn.Module):
 
 def build(in_channels, out_channels):
     return Net(in_channels, out_channels)
-'''
+"""
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     "The current directory, with my_module.py in it, which nobody has imported"
-    (tmp_path/"my_module.py").write_text(MODULE)
+    (tmp_path / "my_module.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "my_module", raising=False)
     yield tmp_path
     sys.modules.pop("my_module", None)
 
+
 GIVEN = "--patch_size 16 16 16 --batch_size 4 --validation 2 --precision fp32 --lr 1e-3 --epochs 1 --cache off".split()
+
 
 def train(data, *words):
     "`egcnn_train` in this process: its exit code"
     return train_main([str(word) for word in (data, "--out", "run", *GIVEN, *words)])
+
 
 @pytest.mark.parametrize("edge", ["on", "off"])
 def test_a_network_of_ones_own_on_the_command_line(data, folder, edge, capsys):
     words = ["--network", "my_module:build", "--edge", edge]
     assert train(data, *words) == 0
     kept = json.loads(Path("run/config.json").read_text())["settings"]
-    assert kept["network"] == "my_module:build" and kept["edge"] is (edge == "on") and "norm_head" not in kept["readings"]
+    assert (
+        kept["network"] == "my_module:build"
+        and kept["edge"] is (edge == "on")
+        and "norm_head" not in kept["readings"]
+    )
     names = weights("run")
     assert ("main.a.weight" in names) is (edge == "on") and ("a.weight" in names) is (edge == "off")
-    assert train(data, *words, "--resume") == 0 and "resumed after epoch 1" in Path("run/log.txt").read_text()
+    assert (
+        train(data, *words, "--resume") == 0
+        and "resumed after epoch 1" in Path("run/log.txt").read_text()
+    )
     saves = ["--save", "edges"] if edge == "on" else []
-    assert predict_main(["run", str(data/"scan03.nii.gz"), "--out", "out", *saves]) == 0
+    assert predict_main(["run", str(data / "scan03.nii.gz"), "--out", "out", *saves]) == 0
     labels = nib.load("out/scan03.nii.gz")
-    assert labels.shape == (18, 17, 16) and Path("out/scan03_edges.nii.gz").exists() is (edge == "on")
+    assert labels.shape == (18, 17, 16) and Path("out/scan03_edges.nii.gz").exists() is (
+        edge == "on"
+    )
     assert load_run("run")[0](torch.zeros(1, 1, 16, 16, 16)) is not None
     capsys.readouterr()
-    assert train(data, "--resume") == 2                            # without its network
+    assert train(data, "--resume") == 2  # without its network
     told = capsys.readouterr().err
     assert "found network my_module:build" in told and "expected network None" in told
+
 
 def test_a_network_that_has_changed_is_told(data, folder, capsys):
     words = ["--network", "my_module:build", "--edge", "off"]
     assert train(data, *words) == 0
-    (folder/"my_module.py").write_text(MODULE.replace("nn.Conv3d(4, o, 1)", "nn.Conv3d(4, o, 3, padding=1)"))
+    (folder / "my_module.py").write_text(
+        MODULE.replace("nn.Conv3d(4, o, 1)", "nn.Conv3d(4, o, 3, padding=1)")
+    )
     importlib.invalidate_caches()
     sys.modules.pop("my_module")
-    shutil.rmtree(folder/"__pycache__", ignore_errors=True)
-    assert train(data, *words, "--resume") == 2 and "head.weight has the shape" in capsys.readouterr().err
-    assert predict_main(["run", str(data/"scan03.nii.gz"), "--out", "out"]) == 2 and "head.weight has the shape" in capsys.readouterr().err
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+    assert (
+        train(data, *words, "--resume") == 2
+        and "head.weight has the shape" in capsys.readouterr().err
+    )
+    assert (
+        predict_main(["run", str(data / "scan03.nii.gz"), "--out", "out"]) == 2
+        and "head.weight has the shape" in capsys.readouterr().err
+    )
+
 
 def test_the_installed_command_finds_the_module(data, folder):
     "The folder is not on Python's path there"
     start = "import sys; sys.path = [p for p in sys.path if p]; from egcnn_nb.{} import main; sys.exit(main(sys.argv[1:]))"
     env = {**ENV, "PYTHONPATH": str(Path(__file__).parents[1])}
+
     def command_of(module, where, *words):
         line = [sys.executable, "-c", start.format(module), *map(str, words)]
         return subprocess.run(line, capture_output=True, text=True, env=env, cwd=where, timeout=200)
-    done = command_of("train", folder, data, "--out", "run", *GIVEN, "--network", "my_module:build", "--edge", "off")
+
+    done = command_of(
+        "train",
+        folder,
+        data,
+        "--out",
+        "run",
+        *GIVEN,
+        "--network",
+        "my_module:build",
+        "--edge",
+        "off",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    away = folder/"away"
+    away = folder / "away"
     away.mkdir()
-    lost = command_of("inference", away, folder/"run", data, "--out", "out")
-    assert lost.returncode == 2 and f"names the module my_module, which is not found from {away}" in lost.stderr
+    lost = command_of("inference", away, folder / "run", data, "--out", "out")
+    assert (
+        lost.returncode == 2
+        and f"names the module my_module, which is not found from {away}" in lost.stderr
+    )
+
 
 def test_what_cannot_be_trained_is_told_before_anything_is_written(data, folder, capsys):
-    (folder/"broken.py").write_text("1/0")
+    (folder / "broken.py").write_text("1/0")
     wrong = {
         "Choose multiples of 4": ["my_module:build", "--patch_size", 16, 16, 18],
         "has no function make": ["my_module:make"],
         "cannot be imported (ZeroDivisionError": ["broken:build"],
         "is no name": ["my_module"],
-        "width is 4, but the network is built by my_module:build": ["my_module:build", "--width", 4],
+        "width is 4, but the network is built by my_module:build": [
+            "my_module:build",
+            "--width",
+            4,
+        ],
     }
     for told, words in wrong.items():
         assert train(data, "--network", *words) == 2
-        assert told in capsys.readouterr().err and not (folder/"run").exists()
+        assert told in capsys.readouterr().err and not (folder / "run").exists()
+
 
 def test_the_logger_of_the_command_line(data, folder, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)              # as where tensorboard is missing
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", None
+    )  # as where tensorboard is missing
     assert train(data, "--edge", "off", "--logger", "tensorboard") == 2
-    assert "pip install tensorboard" in capsys.readouterr().err and not (folder/"run").exists()
+    assert "pip install tensorboard" in capsys.readouterr().err and not (folder / "run").exists()
     written = []
+
     class Writer:
         def __init__(self, path, purge_step):
             written.append(path)
+
         def add_scalar(self, name, value, step):
             written.append((name, step))
+
         def flush(self):
             pass
+
         def close(self):
             pass
+
     board = ModuleType("torch.utils.tensorboard")
     board.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     assert train(data, "--edge", "off", "--width", 4, "--levels", 2, "--logger", "tensorboard") == 0
-    assert written[0] == str(Path("run")/"tensorboard") and ("step/total", 2) in written and ("epoch/dice_mean", 2) in written
+    assert (
+        written[0] == str(Path("run") / "tensorboard")
+        and ("step/total", 2) in written
+        and ("epoch/dice_mean", 2) in written
+    )
 
-if __name__ == "__main__":                                         # started by torchrun
+
+if __name__ == "__main__":  # started by torchrun
     import torch.distributed as dist
+
     dist.init_process_group("gloo")
-    told = two_at_once(sys.argv[1], Path(sys.argv[2])/"run")
-    (Path(sys.argv[2])/f"{dist.get_rank()}.json").write_text(json.dumps(told))
+    told = two_at_once(sys.argv[1], Path(sys.argv[2]) / "run")
+    (Path(sys.argv[2]) / f"{dist.get_rank()}.json").write_text(json.dumps(told))
     dist.barrier()
     dist.destroy_process_group()

@@ -1,4 +1,5 @@
 "Real MRI, where it is at hand: EGCNN_HIPPOCAMPUS names the folder of the Decathlon's Task04_Hippocampus."
+
 import os
 from pathlib import Path
 
@@ -8,7 +9,11 @@ from egcnn_nb.data.datasets import load_case
 from egcnn_nb.data.layouts import find_dataset
 
 FOLDER = os.environ.get("EGCNN_HIPPOCAMPUS")
-pytestmark = pytest.mark.skipif(not FOLDER or not Path(FOLDER).is_dir(), reason="set EGCNN_HIPPOCAMPUS to the folder of Task04_Hippocampus")
+pytestmark = pytest.mark.skipif(
+    not FOLDER or not Path(FOLDER).is_dir(),
+    reason="set EGCNN_HIPPOCAMPUS to the folder of Task04_Hippocampus",
+)
+
 
 def test_the_decathlon_layout_reads_real_cases():
     dataset = find_dataset(FOLDER)

@@ -1,4 +1,5 @@
 "The launch lines and files of docs/launch, as far as they can be seen without a cluster."
+
 import re
 import shlex
 import subprocess
@@ -9,39 +10,75 @@ from torch.distributed.run import get_args_parser
 
 from egcnn_nb.commands.train import LAUNCH, arguments
 
-FOLDER = Path(__file__).parents[1]/"docs/launch"
+FOLDER = Path(__file__).parents[1] / "docs/launch"
+
 
 def understood(words):
     "Parse a launch line by torchrun's flags and ours"
     if words[0] == "torchrun":
-        args = get_args_parser().parse_args(words[1:]); assert args.module and args.training_script == "egcnn_nb.train"; words = args.training_script_args
-    else: words = words[1:]
+        args = get_args_parser().parse_args(words[1:])
+        assert args.module and args.training_script == "egcnn_nb.train"
+        words = args.training_script_args
+    else:
+        words = words[1:]
     return arguments().parse_args(words)
 
+
 def test_every_line_is_understood():
-    text = (FOLDER/"README.md").read_text()
-    lines = [l for l in text.splitlines() if l.startswith(("torchrun", "egcnn_train"))]; assert len(lines) == 6
-    for line in [*lines, *(l.strip() for l in LAUNCH.splitlines() if l.startswith("    "))]: assert understood(shlex.split(line)).data == "DATA"
+    text = (FOLDER / "README.md").read_text()
+    lines = [l for l in text.splitlines() if l.startswith(("torchrun", "egcnn_train"))]
+    assert len(lines) == 6
+    for line in [*lines, *(l.strip() for l in LAUNCH.splitlines() if l.startswith("    "))]:
+        assert understood(shlex.split(line)).data == "DATA"
+
 
 def test_the_slurm_file():
-    path = FOLDER/"slurm.sbatch"; text = path.read_text()
+    path = FOLDER / "slurm.sbatch"
+    text = path.read_text()
     assert subprocess.run(["bash", "-n", path]).returncode == 0
-    assert {"nodes", "ntasks-per-node", "gpus-per-node", "signal", "requeue"} <= set(re.findall(r"^#SBATCH --([a-z-]+)", text, re.M))
+    assert {"nodes", "ntasks-per-node", "gpus-per-node", "signal", "requeue"} <= set(
+        re.findall(r"^#SBATCH --([a-z-]+)", text, re.M)
+    )
     line = re.sub(r"\\\n", " ", text).split("srun ")[1].split("\n")[0]
-    for name, value in {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_PER_NODE": "8", "SLURM_JOB_ID": "1", "first": "host", "DATA": "DATA", "RUN": "RUN"}.items(): line = line.replace(f"${name}", value)
+    for name, value in {
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_PER_NODE": "8",
+        "SLURM_JOB_ID": "1",
+        "first": "host",
+        "DATA": "DATA",
+        "RUN": "RUN",
+    }.items():
+        line = line.replace(f"${name}", value)
     assert understood(shlex.split(line)).resume == "if_there"
 
+
 def test_the_slurm_file_knows_when_a_run_is_finished(tmp_path):
-    code = re.search(r"python -c '(.*?)' \"", (FOLDER/"slurm.sbatch").read_text())[1]
-    (tmp_path/"config.json").write_text('{"settings": {"epochs": 2}}')
+    code = re.search(r"python -c '(.*?)' \"", (FOLDER / "slurm.sbatch").read_text())[1]
+    (tmp_path / "config.json").write_text('{"settings": {"epochs": 2}}')
     for rows, finished in ((1, "False"), (2, "True")):
-        (tmp_path/"metrics.csv").write_text("epoch\n"+"0\n"*rows)
-        assert subprocess.run(["python3", "-c", code, tmp_path], capture_output=True, text=True).stdout.strip() == finished
+        (tmp_path / "metrics.csv").write_text("epoch\n" + "0\n" * rows)
+        assert (
+            subprocess.run(
+                ["python3", "-c", code, tmp_path], capture_output=True, text=True
+            ).stdout.strip()
+            == finished
+        )
+
 
 def test_the_manifest():
-    job = yaml.safe_load((FOLDER/"kubernetes.yaml").read_text()); worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]; pod = worker["template"]["spec"]
-    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob") and worker["restartPolicy"] in ("Always", "OnFailure", "Never", "ExitCode")
-    policy = job["spec"]["elasticPolicy"]; assert policy["minReplicas"] <= worker["replicas"] <= policy["maxReplicas"] and policy["rdzvBackend"] in ("c10d", "etcd", "etcd-v2")
-    box, = pod["containers"]; assert box["name"] == "pytorch" and {m["name"] for m in box["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+    job = yaml.safe_load((FOLDER / "kubernetes.yaml").read_text())
+    worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
+    pod = worker["template"]["spec"]
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob") and worker[
+        "restartPolicy"
+    ] in ("Always", "OnFailure", "Never", "ExitCode")
+    policy = job["spec"]["elasticPolicy"]
+    assert policy["minReplicas"] <= worker["replicas"] <= policy["maxReplicas"] and policy[
+        "rdzvBackend"
+    ] in ("c10d", "etcd", "etcd-v2")
+    (box,) = pod["containers"]
+    assert box["name"] == "pytorch" and {m["name"] for m in box["volumeMounts"]} == {
+        v["name"] for v in pod["volumes"]
+    }
     assert int(job["spec"]["nprocPerNode"]) == box["resources"]["limits"]["nvidia.com/gpu"]
     assert understood(box["command"]).out == "/runs/one"

@@ -1,4 +1,5 @@
 "A room imports the rooms below it; every export comes with its notebook."
+
 import ast
 import json
 import re
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT/"tools"))
+sys.path.insert(0, str(ROOT / "tools"))
 from books import modules, notebooks
 from diagrams import ALLOWED, imported, name_of, room_of
 
@@ -24,7 +25,11 @@ def sources():
 def forbidden(module, source):
     "The modules that a module imports and may not"
     below = ALLOWED[room_of(module)]
-    return [m for m in imported(source, module) if room_of(m) != room_of(module) and room_of(m) not in below]
+    return [
+        m
+        for m in imported(source, module)
+        if room_of(m) != room_of(module) and room_of(m) not in below
+    ]
 
 
 def circle(graph):
@@ -33,7 +38,7 @@ def circle(graph):
 
     def visit(module, path):
         if module in path:
-            return path[path.index(module):]
+            return path[path.index(module) :]
         if module in done:
             return None
         for other in graph.get(module, ()):
@@ -61,10 +66,15 @@ def test_an_import_from_above_is_seen():
     assert forbidden("data.nifti", "from ..run.steps import train_step") == ["run.steps"]
     assert forbidden("data.nifti", "from egcnn_nb.method.losses import EGLoss") == ["method.losses"]
     assert forbidden("data.nifti", "from ..core import expect") == []
-    assert forbidden("method.egcnn", "def f():\n    from ..show.viewers import view") == ["show.viewers"]
+    assert forbidden("method.egcnn", "def f():\n    from ..show.viewers import view") == [
+        "show.viewers"
+    ]
 
 
-@pytest.mark.parametrize("module", ["run.training", "run.predict", "study.experiments", "commands.train", "commands.experiment"])
+@pytest.mark.parametrize(
+    "module",
+    ["run.training", "run.predict", "study.experiments", "commands.train", "commands.experiment"],
+)
 def test_what_computes_loads_nothing_that_draws(module):
     code = f"import sys, egcnn_nb.{module}; print([n for n in {NOT_LOADED} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -79,7 +89,9 @@ def test_the_floor_needs_no_torch():
 
 def test_no_public_function_is_named_like_its_module():
     for module, source in sources().items():
-        own = [n.name for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+        own = [
+            n.name for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))
+        ]
         assert module == "run.predict" or module.split(".")[-1] not in own, module
 
 
@@ -92,7 +104,9 @@ def test_the_library_needs_no_nbdev():
                 names += [alias.name for alias in node.names]
             if isinstance(node, ast.ImportFrom):
                 names.append(node.module or "")
-        assert not [n for n in names if n.split(".")[0] in ("nbdev", "fastcore", "execnb")], path.name
+        assert not [n for n in names if n.split(".")[0] in ("nbdev", "fastcore", "execnb")], (
+            path.name
+        )
 
 
 def test_notebooks_are_committed_with_outputs_and_without_state():
@@ -101,7 +115,7 @@ def test_notebooks_are_committed_with_outputs_and_without_state():
         outputs = [out for cell in content["cells"] for out in cell.get("outputs", [])]
         assert "widgets" not in content["metadata"], path.name
         assert outputs or path.stem.startswith("command_"), path.name
-        assert path.stat().st_size < 500*1024, path.name
+        assert path.stat().st_size < 500 * 1024, path.name
         assert not [out for out in outputs if out["output_type"] == "error"], path.name
 
 
@@ -133,13 +147,17 @@ def test_every_lesson_has_the_same_order():
         at = next((i for i, t in enumerate(text) if re.search(r"^## \*Try it\*", t, re.M)), None)
         assert at is not None, path.name
         questions, solutions = text[at].split("<details>")
-        assert all(f"\n{k}. " in questions and f"\n{k}. " in solutions for k in (1, 2, 3)), path.name
-        tests = text[at+1] if "which the next cell tests" in text[at] else text[at-1]
+        assert all(f"\n{k}. " in questions and f"\n{k}. " in solutions for k in (1, 2, 3)), (
+            path.name
+        )
+        tests = text[at + 1] if "which the next cell tests" in text[at] else text[at - 1]
         assert re.search(r"assert |test_eq|test_close|ExceptionExpected", tests), path.name
-        end = next((t for t in text[at+1:] if "## Summary" in t), "")
+        end = next((t for t in text[at + 1 :] if "## Summary" in t), "")
         assert len(re.findall(r"^- ", end, re.M)) == 3 and "**Common mistakes**" in end, path.name
 
 
 def test_the_diagrams_show_what_the_code_is():
-    done = subprocess.run([sys.executable, str(ROOT/"tools/diagrams.py"), "--check"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools/diagrams.py"), "--check"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

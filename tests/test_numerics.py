@@ -1,4 +1,5 @@
 "Layers in half types, on maps of every size, and normalisation at every mean: compared with float64. Then the check of a run."
+
 import copy
 import itertools
 
@@ -29,7 +30,8 @@ from egcnn_nb.run.settings import Settings
 from egcnn_nb.tensors import to_target
 
 BF16 = torch.bfloat16
-UNIT = 2**-8                                                       # bfloat16 rounds by no more than this share
+UNIT = 2**-8  # bfloat16 rounds by no more than this share
+
 
 def litter():
     "Leave huge numbers in memory that is free again, so that what is never written is seen"
@@ -37,11 +39,13 @@ def litter():
         torch.full((n,), 3e38)
         torch.full((n,), 3e38, dtype=BF16)
 
+
 def passed(layer, x, grad):
     "Output, and derivatives of x and of each parameter"
     x = x.detach().requires_grad_()
     y = layer(x)
     return [y.detach(), *torch.autograd.grad(y, (x, *layer.parameters()), grad.to(y.dtype))]
+
 
 def rounded(layer, kind=BF16):
     "The layer's weights become what `kind` can hold"
@@ -50,10 +54,12 @@ def rounded(layer, kind=BF16):
             p.copy_(p.to(kind))
     return layer
 
+
 def off(found, truth):
     "Error as a share of the truth, over all numbers"
     found, truth = found.double(), truth.double()
-    return float((found-truth).norm()/truth.norm().clamp(min=1e-30))
+    return float((found - truth).norm() / truth.norm().clamp(min=1e-30))
+
 
 def judge_of(layer):
     "torch's own layer in float64, which no library for half types computes"
@@ -62,9 +68,12 @@ def judge_of(layer):
             break
     names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     settings = {n: getattr(layer, n) for n in names}
-    judge = theirs(layer.in_channels, layer.out_channels, bias=layer.bias is not None, **settings).double()
+    judge = theirs(
+        layer.in_channels, layer.out_channels, bias=layer.bias is not None, **settings
+    ).double()
     judge.load_state_dict(layer.state_dict())
     return judge
+
 
 def check(layer, size, batch=2, pure=False):
     "Forward, input gradient and weight gradients of one layer on one size, within what the rounding of results explains"
@@ -81,20 +90,30 @@ def check(layer, size, batch=2, pure=False):
             found = passed(layer, x, grad)
     assert found[0].dtype == BF16
     thin = min(*size, *found[0].shape[2:]) < 8
-    allowed = UNIT if thin else 4*UNIT                             # some libraries round between the taps of a kernel
-    for what, u, v in zip(("output", "input gradient", "weight gradient", "bias gradient"), found, truth):
+    allowed = UNIT if thin else 4 * UNIT  # some libraries round between the taps of a kernel
+    for what, u, v in zip(
+        ("output", "input gradient", "weight gradient", "bias gradient"), found, truth
+    ):
         assert u.shape == v.shape
         assert off(u, v) < allowed, (layer, size, batch, what, off(u, v))
 
+
 CUBES = [(n, n, n) for n in range(1, 9)]
-THIN = [tuple(n if axis == i else 9 for i in range(3)) for axis in range(3) for n in (1, 2, 3, 5, 7, 8)]
+THIN = [
+    tuple(n if axis == i else 9 for i in range(3)) for axis in range(3) for n in (1, 2, 3, 5, 7, 8)
+]
 PLATES = [(1, 2, 9), (2, 1, 9), (2, 9, 2), (9, 2, 2), (3, 2, 1), (4, 3, 2), (2, 4, 8), (8, 2, 4)]
 SIZES = [*CUBES, *THIN, *PLATES]
 
-def fits(size, kernel, padding):
-    return min(size)+2*padding >= kernel
 
-@pytest.mark.parametrize("kernel,stride,padding", [(1, 1, 0), (1, 2, 0), (2, 1, 0), (2, 2, 0), (3, 1, 1), (3, 2, 1), (3, 1, 0), (4, 2, 1)])
+def fits(size, kernel, padding):
+    return min(size) + 2 * padding >= kernel
+
+
+@pytest.mark.parametrize(
+    "kernel,stride,padding",
+    [(1, 1, 0), (1, 2, 0), (2, 1, 0), (2, 2, 0), (3, 1, 1), (3, 2, 1), (3, 1, 0), (4, 2, 1)],
+)
 def test_a_convolution_in_bfloat16_is_right_on_every_size(kernel, stride, padding):
     torch.manual_seed(0)
     for number, size in enumerate(SIZES):
@@ -102,13 +121,15 @@ def test_a_convolution_in_bfloat16_is_right_on_every_size(kernel, stride, paddin
             continue
         channels = ((8, 16), (16, 32), (3, 8), (8, 4))[number % 4]
         layer = Conv3d(*channels, kernel, stride, padding, bias=number % 3 == 0)
-        check(layer, size, batch=1+number % 2, pure=number % 5 == 0)
+        check(layer, size, batch=1 + number % 2, pure=number % 5 == 0)
+
 
 @pytest.mark.parametrize("channels", [(8, 16), (16, 32), (8, 8), (1, 8)])
 def test_two_planes_have_right_weight_gradients(channels):
     torch.manual_seed(1)
     for size in ((2, 8, 8), (2, 16, 16), (1, 8, 8), (2, 2, 2), (8, 2, 8), (8, 8, 2), (2, 5, 16)):
         check(Conv3d(*channels, 3, padding=1, bias=False), size)
+
 
 def test_pairs_of_voxels_are_right(monkeypatch):
     monkeypatch.setattr("egcnn_nb.fast.layers._LANES", 16)
@@ -118,24 +139,38 @@ def test_pairs_of_voxels_are_right(monkeypatch):
             rounded_twice = Conv3d(*channels, 3, padding=1, bias=False)
             check(rounded_twice, size)
 
-@pytest.mark.parametrize("kernel,stride,padding", [(2, 2, 0), (3, 2, 1), (3, 1, 1), (4, 2, 1), (1, 1, 0)])
+
+@pytest.mark.parametrize(
+    "kernel,stride,padding", [(2, 2, 0), (3, 2, 1), (3, 1, 1), (4, 2, 1), (1, 1, 0)]
+)
 def test_a_transposed_convolution_in_bfloat16_is_right_on_every_size(kernel, stride, padding):
     torch.manual_seed(3)
     for number, size in enumerate(SIZES[::2]):
-        if any((n-1)*stride-2*padding+kernel < 1 for n in size):
+        if any((n - 1) * stride - 2 * padding + kernel < 1 for n in size):
             continue
         layer = ConvTranspose3d(*((16, 8), (8, 3))[number % 2], kernel, stride, padding)
-        check(layer, size, batch=1+number % 2, pure=number % 5 == 0)
+        check(layer, size, batch=1 + number % 2, pure=number % 5 == 0)
+
 
 def test_two_dimensions_in_bfloat16_are_right_on_every_size():
     torch.manual_seed(4)
     for number, size in enumerate(itertools.product((1, 2, 3, 5, 7, 8), repeat=2)):
-        check(Conv2d(8, 16, 3, 1+number % 2, 1), size)
+        check(Conv2d(8, 16, 3, 1 + number % 2, 1), size)
         check(ConvTranspose2d(8, 4, 2, 2), size, pure=number % 5 == 0)
     assert isinstance(conv_transpose(2, 8, 4, 2), ConvTranspose2d)
 
-@pytest.mark.parametrize("odd", [{"groups": 2}, {"padding": "same"}, {"padding": "valid"}, {"padding": 2, "dilation": 2},
-                                 {"padding": 1, "padding_mode": "replicate"}, {"kernel_size": (1, 3, 3), "padding": (0, 1, 1)}])
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"groups": 2},
+        {"padding": "same"},
+        {"padding": "valid"},
+        {"padding": 2, "dilation": 2},
+        {"padding": 1, "padding_mode": "replicate"},
+        {"kernel_size": (1, 3, 3), "padding": (0, 1, 1)},
+    ],
+)
 def test_whatever_else_a_convolution_can_do_is_right_in_bfloat16(odd):
     torch.manual_seed(5)
     for size in ((2, 8, 8), (3, 3, 3), (8, 2, 9), (9, 8, 8), (9, 10, 11)):
@@ -143,49 +178,67 @@ def test_whatever_else_a_convolution_can_do_is_right_in_bfloat16(odd):
             continue
         check(Conv3d(8, 16, **{"kernel_size": 3, **odd}), size)
 
+
 def test_channels_are_mixed_and_maps_resized_rightly_in_bfloat16():
     torch.manual_seed(6)
     for size in SIZES:
         x, w = torch.randn(2, 8, *size).to(BF16), torch.randn(5, 8, 1, 1, 1).to(BF16)
         with torch.autocast("cpu", BF16):
-            mixed, larger = mix_channels(x, w), resize_maps(x[:, :3], [2*n for n in size])
+            mixed, larger = mix_channels(x, w), resize_maps(x[:, :3], [2 * n for n in size])
         assert mixed.dtype == larger.dtype == BF16
         assert off(mixed, F.conv3d(x.double(), w.double())) < UNIT
-        truth = F.interpolate(x[:, :3].double(), scale_factor=2, mode="trilinear", align_corners=False)
-        assert off(larger, truth) < 2*UNIT                            # each of three products rounds
+        truth = F.interpolate(
+            x[:, :3].double(), scale_factor=2, mode="trilinear", align_corners=False
+        )
+        assert off(larger, truth) < 2 * UNIT  # each of three products rounds
+
 
 def test_no_thin_map_is_convolved_in_a_half_type(monkeypatch):
     "Whatever the processor: what torch's operations are given on this one"
     seen = []
+
     def noting(operation):
         def call(x, weight, *args, **kwargs):
             out = operation(x, weight, *args, **kwargs)
             small = min(*x.shape[2:], *out.shape[2:])
             seen.append((out.dtype, small))
             return out
+
         return call
+
     for name in ("conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d"):
         monkeypatch.setattr(F, name, noting(getattr(F, name)))
     for kind in (BF16, torch.float16):
         for size in SIZES:
             with torch.autocast("cpu", kind), torch.no_grad():
-                for layer in (Conv3d(4, 9, 3, padding=1), Conv3d(4, 4, 3, 2, 1), ConvTranspose3d(4, 9, 2, 2), Conv3d(4, 4, 3, padding=1, bias=False)):
+                for layer in (
+                    Conv3d(4, 9, 3, padding=1),
+                    Conv3d(4, 4, 3, 2, 1),
+                    ConvTranspose3d(4, 9, 2, 2),
+                    Conv3d(4, 4, 3, padding=1, bias=False),
+                ):
                     assert layer(torch.randn(2, 4, *size)).dtype == kind
     halves = [small for dtype, small in seen if dtype != torch.float32]
     assert halves and min(halves) >= 8
     assert any(small == 1 for dtype, small in seen if dtype == torch.float32)
+
 
 def normalised(layer, x):
     "What GroupNorm makes of x in float64, in the order of memory in which torch's is exact"
     weight, bias = (None if p is None else p.double() for p in (layer.weight, layer.bias))
     return F.group_norm(x.double().contiguous(), layer.num_groups, weight, bias, layer.eps)
 
+
 def normed(f, layer, x, grad):
     x = x.detach().requires_grad_()
     y = f(x)
     return [y.detach(), *torch.autograd.grad(y, (x, *layer.parameters()), grad.to(y.dtype))]
 
-@pytest.mark.parametrize("mean,deviation", [(0, .1), (0, 1), (100, .1), (100, 1), (1000, .1), (1000, 1), (-1000, .1), (3, 1)])
+
+@pytest.mark.parametrize(
+    "mean,deviation",
+    [(0, 0.1), (0, 1), (100, 0.1), (100, 1), (1000, 0.1), (1000, 1), (-1000, 0.1), (3, 1)],
+)
 @pytest.mark.parametrize("size", [(4, 5, 6), (2, 1, 3), (33, 32, 30), (6, 5), (130, 128)])
 def test_group_norm_keeps_its_digits_at_any_mean(mean, deviation, size):
     torch.manual_seed(7)
@@ -196,24 +249,25 @@ def test_group_norm_keeps_its_digits_at_any_mean(mean, deviation, size):
         for p in layer.parameters():
             nn.init.normal_(p)
         for order in (torch.contiguous_format, deep if len(size) == 3 else flat):
-            x = (mean + deviation*torch.randn(2, channels, *size)).contiguous(memory_format=order)
+            x = (mean + deviation * torch.randn(2, channels, *size)).contiguous(memory_format=order)
             grad = torch.randn_like(x)
             for kind, allowed in ((torch.float32, 3e-6), (BF16, UNIT)):
                 given, g = x.to(kind), grad.to(kind)
                 found = normed(layer, layer, given, g)
                 truth = normed(lambda t: normalised(layer, t), layer, given, g)
-                slabs = len(size) == 3 and x.numel() > 1 << 17     # channels last, whatever was given
+                slabs = len(size) == 3 and x.numel() > 1 << 17  # channels last, whatever was given
                 assert found[0].dtype == kind
                 assert found[0].is_contiguous(memory_format=deep if slabs else order)
                 for u, v in zip(found, truth):
                     assert off(u, v) < allowed, (groups, order, kind, off(u, v))
 
+
 def test_groups_of_different_means_do_not_disturb_each_other():
     torch.manual_seed(8)
-    means = torch.tensor([0., 0, 1000, 1000, -300, -300, .01, 100]).view(-1, 1, 1, 1)
+    means = torch.tensor([0.0, 0, 1000, 1000, -300, -300, 0.01, 100]).view(-1, 1, 1, 1)
     layer = norm(8)
     for size in ((5, 6, 7), (33, 32, 30)):
-        x = channels_last(means+.1*torch.randn(2, 8, *size))
+        x = channels_last(means + 0.1 * torch.randn(2, 8, *size))
         grad = torch.randn_like(x)
         for groups in (8, 4, 2):
             layer = GroupNorm(groups, 8)
@@ -221,13 +275,15 @@ def test_groups_of_different_means_do_not_disturb_each_other():
             for u, v in zip(found, normed(lambda t: normalised(layer, t), layer, x, grad)):
                 assert off(u, v) < 3e-6, (size, groups, off(u, v))
 
+
 def test_group_norm_of_bfloat16_weights_is_right():
     torch.manual_seed(9)
     layer = norm(8).to(BF16)
     for size in ((4, 5, 6), (33, 32, 34)):
-        x = channels_last(5+torch.randn(2, 8, *size)).to(BF16)
+        x = channels_last(5 + torch.randn(2, 8, *size)).to(BF16)
         found, truth = layer(x).detach(), normalised(layer, x).detach()
         assert found.dtype == BF16 and off(found, truth) < UNIT
+
 
 def test_slopes_in_bfloat16_are_right_on_every_size():
     torch.manual_seed(10)
@@ -237,13 +293,20 @@ def test_slopes_in_bfloat16_are_right_on_every_size():
         with torch.autocast("cpu", BF16):
             found = passed(layer, x, grad)
         truth = passed(nn.PReLU(8).double(), x.double(), grad.double())
-        assert off(found[0], truth[0]) < UNIT and off(found[1], truth[1]) < UNIT and off(found[2], truth[2]) < 4*UNIT
+        assert (
+            off(found[0], truth[0]) < UNIT
+            and off(found[1], truth[1]) < UNIT
+            and off(found[2], truth[2]) < 4 * UNIT
+        )
+
 
 class WrongWeights(Conv3d):
     "A convolution whose weight gradient is garbage within autocast"
+
     def forward(self, x):
         y = super().forward(x)
         return Garbage.apply(y, self.weight) if torch.is_autocast_enabled("cpu") else y
+
 
 class Garbage(torch.autograd.Function):
     @staticmethod
@@ -253,11 +316,13 @@ class Garbage(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, torch.full(ctx.shape, .1)
+        return grad, torch.full(ctx.shape, 0.1)
+
 
 def halved(layer, args, out):
     "A hook that makes an output wrong within autocast"
-    return out/2 if torch.is_autocast_enabled("cpu") else None
+    return out / 2 if torch.is_autocast_enabled("cpu") else None
+
 
 def small_run(backbone, edge=True, levels=3):
     "Settings, network, loss and one batch"
@@ -265,14 +330,20 @@ def small_run(backbone, edge=True, levels=3):
     labels = torch.zeros(2, 16, 16, 16, dtype=torch.int64)
     labels[:, 3:12, 4:12, 5:13] = 1
     labels[:, 6:9, 6:10, 7:11] = 2
-    x = labels[:, None]+.5*torch.randn(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    x = labels[:, None] + 0.5 * torch.randn(
+        2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0)
+    )
     return run, make_model(run, KITS), EGLoss(KITS.activation), x, to_target(labels, KITS)
+
 
 @pytest.mark.parametrize("backbone", ["segnet", "unet", "vnet", "segresnet", "dynunet"])
 def test_no_layer_of_ours_or_of_monai_is_found_wrong(backbone):
     for edge in (True, False):
-        run, model, loss, x, target = small_run(backbone, edge, levels=3 if backbone == "dynunet" else 2)  # its least
+        run, model, loss, x, target = small_run(
+            backbone, edge, levels=3 if backbone == "dynunet" else 2
+        )  # its least
         assert wrong_layers(model, loss, x, target, run) == []
+
 
 def test_exactly_the_wrong_layers_are_found_and_then_gone():
     run, model, loss, x, target = small_run("vnet")
@@ -284,17 +355,26 @@ def test_exactly_the_wrong_layers_are_found_and_then_gone():
     model.eval()
     found = wrong_layers(model, loss, x, target, run)
     assert not model.training and sorted(f.name for f in found) == sorted(wrong)
-    assert all(isinstance(f, WrongLayer) and f.error > 10*f.allowed for f in found)
+    assert all(isinstance(f, WrongLayer) and f.error > 10 * f.allowed for f in found)
     lines = describe_check(found)
     assert len(lines) == 3 and all(f.name in line for f, line in zip(found, lines))
     compute_in_float32(model, [f.name for f in found])
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[n], before[n]) for n in before)
-    assert [f.name for f in wrong_layers(model, loss, x, target, run)] == [wrong[0]]       # a hook lies outside of the layer
+    assert [f.name for f in wrong_layers(model, loss, x, target, run)] == [
+        wrong[0]
+    ]  # a hook lies outside of the layer
+
 
 def test_the_check_leaves_running_statistics_gradients_and_random_numbers_as_they_are():
     run, _, loss, x, target = small_run("segnet", False)
-    model = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(inplace=True), nn.Dropout(.5), nn.Conv3d(4, 3, 1))
+    model = nn.Sequential(
+        nn.Conv3d(1, 4, 3, padding=1),
+        nn.BatchNorm3d(4),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.5),
+        nn.Conv3d(4, 3, 1),
+    )
     model(x).sum().backward()
     buffers = [b.clone() for b in model.buffers()]
     grads = [p.grad.clone() for p in model.parameters()]
@@ -303,6 +383,7 @@ def test_the_check_leaves_running_statistics_gradients_and_random_numbers_as_the
     assert all(map(torch.equal, buffers, model.buffers()))
     assert all(torch.equal(g, p.grad) for g, p in zip(grads, model.parameters()))
     assert torch.equal(random, torch.get_rng_state())
+
 
 def test_a_layer_in_float32_trains_with_ddp(tmp_path):
     run, model, loss, x, target = small_run("segnet")
@@ -321,16 +402,19 @@ def test_a_layer_in_float32_trains_with_ddp(tmp_path):
     layer = twin.get_submodule("main.encoder.0.0.conv1")
     assert layer.forward.layer is layer
 
+
 def test_large_logits_in_half_do_not_make_the_loss_infinite():
     "An output that is left out of the loss counts 0 times its sum, and the sum of a volume of halves exceeds 65504"
     from egcnn_nb.run.steps import _total
+
     logits = torch.zeros(1, 2, 8, 8, 8, requires_grad=True)
-    main = torch.full((1, 2, 64, 64, 64), 3., dtype=torch.float16, requires_grad=True)
+    main = torch.full((1, 2, 64, 64, 64), 3.0, dtype=torch.float16, requires_grad=True)
     loss = EGLoss(supervise="fused")
-    total = _total({"total": logits.sum()+1.5}, loss, logits, main)
+    total = _total({"total": logits.sum() + 1.5}, loss, logits, main)
     total.backward()
     assert total.item() == 1.5 and total.dtype == torch.float32
     assert main.grad is not None and not main.grad.any()
+
 
 def test_a_trained_run_predicts_with_the_float32_layers_of_its_training(tmp_path):
     "They are named in model.safetensors, whose weights were chosen by a validation that computed them so"
@@ -340,17 +424,20 @@ def test_a_trained_run_predicts_with_the_float32_layers_of_its_training(tmp_path
 
     from egcnn_nb.run.folders import describe
     from egcnn_nb.run.predict import load_run
+
     settings = Settings("", "", width=4, levels=2, precision="bf16", patch_size=(16, 16, 16))
     model, name = make_model(settings, KITS), "main.encoder.0.0.conv1"
-    (tmp_path/"config.json").write_text(json.dumps(describe(settings, KITS, [], [])))
+    (tmp_path / "config.json").write_text(json.dumps(describe(settings, KITS, [], [])))
     for about, names in (({"float32": json.dumps([name])}, [name]), (None, [])):
-        save_file(model.state_dict(), tmp_path/"model.safetensors", about)
+        save_file(model.state_dict(), tmp_path / "model.safetensors", about)
         loaded = load_run(tmp_path)[0]
         assert [n for n, m in loaded.named_modules() if "forward" in vars(m)] == names
         layer = dict(loaded.named_modules())[name]
-        x = torch.randn(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(1, layer.in_channels, 1, 1, 1)
+        x = torch.randn(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(
+            1, layer.in_channels, 1, 1, 1
+        )
         with torch.no_grad(), torch.autocast("cpu", BF16):
             found = layer(x)
         with torch.no_grad():
             exact = layer(x)
-        assert torch.equal(found, exact.to(BF16)) == bool(names)          # rounded once, at the end
+        assert torch.equal(found, exact.to(BF16)) == bool(names)  # rounded once, at the end

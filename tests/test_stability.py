@@ -20,6 +20,7 @@ Measured on the patch below with seed 0: the largest total, as a multiple of the
 
 Over three seeds and all networks below the norm keeps every edge logit under 5.1, and no total rises above its start.
 """
+
 import warnings
 from dataclasses import dataclass
 
@@ -50,12 +51,12 @@ def patch(size: tuple = PATCH) -> tuple[Tensor, Tensor]:
     images, labels = brain(PHANTOM)
     modalities = np.stack(list(images.values())).astype(np.float32)
     x = torch.from_numpy(modalities)
-    x = (x - x.mean((1, 2, 3), keepdim=True))/x.std((1, 2, 3), keepdim=True)
+    x = (x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True)
     masks = region_masks(torch.from_numpy(labels.astype(np.int64))[None], BRATS_REGIONS)
     centre = np.argwhere(labels > 0).mean(0).round().astype(int)
     box = []
     for middle, n, whole in zip(centre, size, labels.shape, strict=True):
-        start = int(np.clip(middle - n//2, 0, whole - n))
+        start = int(np.clip(middle - n // 2, 0, whole - n))
         box.append(slice(start, start + n))
     return x[:, *box][None], masks[:, :, *box]
 
@@ -63,6 +64,7 @@ def patch(size: tuple = PATCH) -> tuple[Tensor, Tensor]:
 @dataclass
 class FirstSteps:
     "What the first steps of training did"
+
     totals: list  # of the loss, the first one before any step
     edge: float  # largest edge logit, whatever its sign
     fused: float  # largest fused logit
@@ -70,7 +72,7 @@ class FirstSteps:
     @property
     def rise(self) -> float:
         "Largest total, as a multiple of the first"
-        return max(self.totals)/self.totals[0]
+        return max(self.totals) / self.totals[0]
 
     @property
     def calm(self) -> bool:
@@ -108,7 +110,12 @@ def ours(name: str, width: int, levels: int, **readings) -> EGCNN:
 
 OURS = {}  # id -> network, width, levels, residual layer in each gate; large networks have one kind
 for _name in BACKBONES:
-    for _width, _levels, _residual in ((8, 3, "layer"), (8, 3, "block"), (16, 3, "layer"), (16, 4, "block")):
+    for _width, _levels, _residual in (
+        (8, 3, "layer"),
+        (8, 3, "block"),
+        (16, 3, "layer"),
+        (16, 4, "block"),
+    ):
         OURS[f"{_name}-{_width}-{_levels}-{_residual}"] = (_name, _width, _levels, _residual)
 OURS["segnet-8-4-layer"] = ("segnet", 8, 4, "layer")
 OURS["segnet-8-5-block"] = ("segnet", 8, 5, "block")
@@ -126,6 +133,7 @@ def test_the_first_steps_are_calm(case, seed=0):
 def monai_net(name: str, *args, **options) -> nn.Module:
     "A network of MONAI, which takes seconds to import"
     import monai.networks.nets as nets
+
     return getattr(nets, name)(*args, **options)
 
 
@@ -133,12 +141,14 @@ def mednext() -> nn.Module:
     "MedNeXt with one block a level"
     ratios = {f"{part}_expansion_ratio": 2 for part in ("encoder", "decoder", "bottleneck")}
     blocks = {"blocks_down": (1, 1, 1), "blocks_bottleneck": 1, "blocks_up": (1, 1, 1)}
-    return monai_net("MedNeXt", 3, init_filters=8, in_channels=4, out_channels=3, **ratios, **blocks)
+    return monai_net(
+        "MedNeXt", 3, init_filters=8, in_channels=4, out_channels=3, **ratios, **blocks
+    )
 
 
 def dynunet() -> nn.Module:
     "DynUNet with four levels"
-    return monai_net("DynUNet", 3, 4, 3, [3]*4, [1, 2, 2, 2], [2]*3, filters=[8, 16, 32, 64])
+    return monai_net("DynUNet", 3, 4, 3, [3] * 4, [1, 2, 2, 2], [2] * 3, filters=[8, 16, 32, 64])
 
 
 FOREIGN = {  # name -> (network, size of the patch)
@@ -168,22 +178,24 @@ def test_the_first_steps_are_calm_around_other_networks(name, residual, seed=0):
 def test_the_plain_head_of_0_1_explodes(seed=0):
     seed_everything(seed)
     done = train(ours("segnet", 16, 4, edge_head="plain"), *patch())
-    assert done.rise > 2*MOST_RISE, done
-    assert done.edge > 5*MOST_LOGIT, done
+    assert done.rise > 2 * MOST_RISE, done
+    assert done.edge > 5 * MOST_LOGIT, done
 
 
 class Gain(nn.Module):
     "Its input times a number"
+
     def __init__(self, gain: float):
         super().__init__()
         self.gain = gain
 
     def forward(self, x: Tensor) -> Tensor:
-        return x*self.gain
+        return x * self.gain
 
 
 class Loud(nn.Module):
     "A U-Net whose maps are `gain` times as large where others read them; its output has no gain"
+
     def __init__(self, gain: float):
         super().__init__()
         self.gain = gain
@@ -203,11 +215,11 @@ class Loud(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
-        b = self.b(a/self.gain)
-        c = self.c(b/self.gain)
-        d = self.d(torch.cat([self.up_b(c/self.gain), b], 1)/self.gain)
-        e = self.e(torch.cat([self.up_a(d/self.gain), a], 1)/self.gain)
-        return self.out(e)/self.gain
+        b = self.b(a / self.gain)
+        c = self.c(b / self.gain)
+        d = self.d(torch.cat([self.up_b(c / self.gain), b], 1) / self.gain)
+        e = self.e(torch.cat([self.up_a(d / self.gain), a], 1) / self.gain)
+        return self.out(e) / self.gain
 
 
 LOUD = 1024.0  # a power of two, so that scaling up and down again changes no digit
@@ -216,7 +228,9 @@ LOUD = 1024.0  # a power of two, so that scaling up and down again changes no di
 def loud(gain: float, x: Tensor, seed: int = 0, **readings) -> EGCNN:
     "The loud network with an edge stream, which begins with its up-sampled map"
     seed_everything(seed)
-    return EGCNN(Loud(gain), x, activation="sigmoid", decoder_entry="up_b", verbose=False, **readings)
+    return EGCNN(
+        Loud(gain), x, activation="sigmoid", decoder_entry="up_b", verbose=False, **readings
+    )
 
 
 def test_the_loud_network_itself_does_not_depend_on_its_gain():
@@ -258,8 +272,8 @@ def gradient_of_the_first_block(gain: float, entry_norm: bool) -> float:
 
 def test_the_gradient_reaches_the_first_block_of_a_stream_that_begins_with_a_norm():
     quiet = gradient_of_the_first_block(1.0, True)
-    assert gradient_of_the_first_block(LOUD, True) > quiet/2
-    assert gradient_of_the_first_block(LOUD, False) < quiet/50
+    assert gradient_of_the_first_block(LOUD, True) > quiet / 2
+    assert gradient_of_the_first_block(LOUD, False) < quiet / 50
 
 
 @pytest.mark.parametrize("entry_norm", [False, True], ids=["raw entry", "entry_norm"])
@@ -271,7 +285,7 @@ def test_the_first_steps_are_calm_beside_maps_1000_times_as_large(entry_norm, se
 
 def test_the_plain_head_of_0_1_starts_with_huge_logits_beside_maps_1000_times_as_large():
     x, masks = patch()
-    assert train(loud(LOUD, x, edge_head="plain"), x, masks, steps=0).edge > 10*MOST_LOGIT
+    assert train(loud(LOUD, x, edge_head="plain"), x, masks, steps=0).edge > 10 * MOST_LOGIT
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -1,4 +1,5 @@
 "3D views of volumes that have hardly anything to show, outside of a browser."
+
 import numpy as np
 import pytest
 
@@ -6,10 +7,12 @@ from egcnn_nb.show.scenes import view3d
 
 SHAPES = [(24, 22, 1), (1, 22, 20), (24, 1, 1), (1, 1, 1), (5, 4, 3)]
 
+
 def volumes(shape):
     "Noise, and volumes that are constant or hold no number"
     noise = np.random.default_rng(0).random(shape).astype(np.float32)
     return [noise, np.ones(shape), np.full(shape, np.nan), np.full(shape, np.inf)]
+
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("value", [1, 0, -1])

@@ -1,7 +1,8 @@
 """Find a Chromium for the tests, or get one: Playwright's download, else Debian's package where this runs as root.
 
-    python tools/browser.py     # says what it does; exit code 1 and one sentence where there is none to be had
+python tools/browser.py     # says what it does; exit code 1 and one sentence where there is none to be had
 """
+
 import os
 import shutil
 import signal
@@ -10,24 +11,46 @@ import sys
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PLACES = ("/Applications/Chromium.app/Contents/MacOS/Chromium",
-          "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
-MINUTES = 10                                                       # for a download
-APT = ("apt-get", "-q", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=20",
-       "-o", "Acquire::https::Timeout=20", "-o", "DPkg::Lock::Timeout=120")
-SENTENCE = ("There is no Chromium on this machine, and it could not be downloaded. Install one (on Debian, "
-            "as root: apt-get install chromium), then run this again.")
+PLACES = (
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+)
+MINUTES = 10  # for a download
+APT = (
+    "apt-get",
+    "-q",
+    "-o",
+    "Acquire::Retries=1",
+    "-o",
+    "Acquire::http::Timeout=20",
+    "-o",
+    "Acquire::https::Timeout=20",
+    "-o",
+    "DPkg::Lock::Timeout=120",
+)
+SENTENCE = (
+    "There is no Chromium on this machine, and it could not be downloaded. Install one (on Debian, "
+    "as root: apt-get install chromium), then run this again."
+)
 
-def run(*words, seconds=60*MINUTES, quiet=False):
+
+def run(*words, seconds=60 * MINUTES, quiet=False):
     "Run a command, and end it with all that it started after so many seconds: exit code (1 if ended), output"
     if not quiet:
         print("+", " ".join(words), flush=True)
     output = subprocess.PIPE if quiet else None
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    environment.setdefault("PLAYWRIGHT_DOWNLOAD_CONNECTION_TIMEOUT", "15000")          # ms
+    environment.setdefault("PLAYWRIGHT_DOWNLOAD_CONNECTION_TIMEOUT", "15000")  # ms
     try:
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                                   text=True, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
     except OSError as e:
         return 1, str(e)
     try:
@@ -38,16 +61,19 @@ def run(*words, seconds=60*MINUTES, quiet=False):
         process.communicate()
         return 1, f"it took more than {seconds} s"
 
+
 def works(path):
     "Whether a browser starts: some systems have a script of that name that only says how to install one"
     code, text = run(str(path), "--version", seconds=30, quiet=True)
     return code == 0 and "Chrom" in text
+
 
 def playwrights_own():
     "Where Playwright keeps the Chromium that it downloads, whether it is there or not; None without Playwright"
     code = "from playwright.sync_api import sync_playwright as s\nwith s() as p: print(p.chromium.executable_path)"
     failed, text = run(sys.executable, "-c", code, seconds=60, quiet=True)
     return None if failed else Path(text.strip().splitlines()[-1])
+
 
 def find():
     "Path of a Chromium or Chrome that starts, or None"
@@ -60,9 +86,11 @@ def find():
         return str(own)
     return None
 
+
 def is_root():
     "Whether this may install packages"
     return hasattr(os, "geteuid") and os.geteuid() == 0
+
 
 def from_playwright():
     "Playwright's Chromium, and as root the system libraries that it needs: path, or None"
@@ -74,6 +102,7 @@ def from_playwright():
         path = find()
     return path
 
+
 def from_debian():
     "Debian's Chromium, where this runs as root: path, or None"
     if not is_root() or not shutil.which("apt-get"):
@@ -82,11 +111,13 @@ def from_debian():
     run(*APT, "install", "-y", "chromium")
     return find()
 
+
 def main():
     "Say where the browser is; exit code 1 where there is none to be had"
     path = find() or from_playwright() or from_debian()
     print(f"browser: {path}" if path else SENTENCE, file=sys.stdout if path else sys.stderr)
     return 0 if path else 1
+
 
 if __name__ == "__main__":
     sys.exit(main())

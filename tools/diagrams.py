@@ -4,6 +4,7 @@
     python tools/diagrams.py --check    # exit 1 if the code has changed since
 
 What a picture shows is kept in its own description, which --check compares with the code."""
+
 import ast
 import html
 import json
@@ -21,10 +22,10 @@ from egcnn_nb.method.egcnn import EGCNN
 from egcnn_nb.show.anatomy import drawing
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT/"tools"))
+sys.path.insert(0, str(ROOT / "tools"))
 from books import modules
 
-IMAGES = ROOT/"nbs/images"
+IMAGES = ROOT / "nbs/images"
 
 # Which rooms a room may import. `core` stands for the two modules on the ground floor, core and tensors.
 ALLOWED = {
@@ -38,12 +39,19 @@ ALLOWED = {
     "adapters": {"core", "data", "method", "run"},
     "commands": {"core", "fast", "data", "method", "run", "study", "adapters"},
 }
-FLOORS = [["core"], ["fast", "data"], ["method"], ["run"], ["show", "study", "adapters"], ["commands"]]
+FLOORS = [
+    ["core"],
+    ["fast", "data"],
+    ["method"],
+    ["run"],
+    ["show", "study", "adapters"],
+    ["commands"],
+]
 
 
 def name_of(path):
     "A module's name, such as method.sobel, from its path"
-    return ".".join(path.relative_to(ROOT/"egcnn_nb").with_suffix("").parts)
+    return ".".join(path.relative_to(ROOT / "egcnn_nb").with_suffix("").parts)
 
 
 def room_of(module):
@@ -63,7 +71,7 @@ def imported(source, module):
         if node.level == 0 and name.startswith("egcnn_nb."):
             yield name.removeprefix("egcnn_nb.")
         elif node.level:
-            above = room[:len(room)-node.level+1]
+            above = room[: len(room) - node.level + 1]
             yield ".".join([*above, name])
 
 
@@ -74,9 +82,14 @@ def rooms():
         module = name_of(path)
         own = found.setdefault(room_of(module), {"modules": [], "imports": set()})
         own["modules"].append(module.split(".")[-1])
-        own["imports"] |= {room_of(m) for m in imported(path.read_text(), module)}-{room_of(module)}
+        own["imports"] |= {room_of(m) for m in imported(path.read_text(), module)} - {
+            room_of(module)
+        }
     order = [room for floor in FLOORS for room in floor if room in found]
-    return {room: {"modules": found[room]["modules"], "imports": sorted(found[room]["imports"])} for room in order}
+    return {
+        room: {"modules": found[room]["modules"], "imports": sorted(found[room]["imports"])}
+        for room in order
+    }
 
 
 def direct(graph, room):
@@ -96,22 +109,37 @@ def draw_rooms(graph):
     fig = Figure(figsize=(8.5, 7.2), layout="constrained")
     ax = fig.subplots()
     ax.axis("off")
-    ax.set(xlim=(0, 10), ylim=(-.6, len(floors)-.4))
+    ax.set(xlim=(0, 10), ylim=(-0.6, len(floors) - 0.4))
     place = {}
     for y, floor in enumerate(floors):
         for i, room in enumerate(floor):
-            place[room] = (10*(i+.5)/len(floor), y)
-    place["method"] = (3.2, place["method"][1])    # so that no arrow crosses it
+            place[room] = (10 * (i + 0.5) / len(floor), y)
+    place["method"] = (3.2, place["method"][1])  # so that no arrow crosses it
     drawn = {}
     for room, (x, y) in place.items():
         width = 34 if len(floors[y]) > 1 else 64
         text = fill(", ".join(dict.fromkeys(graph[room]["modules"])), width)
         box = {"boxstyle": "round,pad=.45", "fc": "white", "ec": COLOURS["edge"], "lw": 1.2}
-        label = ax.text(x, y, f"{room}\n{text}", ha="center", va="center", fontsize=9, bbox=box, linespacing=1.35)
+        label = ax.text(
+            x,
+            y,
+            f"{room}\n{text}",
+            ha="center",
+            va="center",
+            fontsize=9,
+            bbox=box,
+            linespacing=1.35,
+        )
         drawn[room] = label.get_bbox_patch()
     for room in graph:
         for other in direct(graph, room):
-            arrow = {"arrowstyle": "-|>", "color": "#5b6472", "lw": 1, "patchA": drawn[room], "patchB": drawn[other]}
+            arrow = {
+                "arrowstyle": "-|>",
+                "color": "#5b6472",
+                "lw": 1,
+                "patchA": drawn[room],
+                "patchB": drawn[other],
+            }
             ax.annotate("", place[other], place[room], arrowprops=arrow)
     return fig
 
@@ -131,11 +159,13 @@ def main():
     matplotlib.rcParams["svg.hashsalt"] = "egcnn_nb"
     check = "--check" in sys.argv
     for name, (shows, draw) in diagrams().items():
-        path = IMAGES/f"{name}.svg"
+        path = IMAGES / f"{name}.svg"
         if not check:
             draw().savefig(path, metadata={"Date": None, "Description": shows})
         elif not path.exists() or html.escape(shows, quote=False) not in path.read_text():
-            sys.exit(f"{path.name} does not show what the code is; run tools/diagrams.py and look at it")
+            sys.exit(
+                f"{path.name} does not show what the code is; run tools/diagrams.py and look at it"
+            )
 
 
 if __name__ == "__main__":

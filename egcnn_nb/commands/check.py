@@ -15,32 +15,54 @@ from ..data.layouts import check_dataset, check_text
 
 # %% ../../nbs/4_inside/command_check.ipynb #4ec1965d
 def main(
-    argv=None, # words of the command line; None: those of this process
-)->int: # exit code
+    argv=None,  # words of the command line; None: those of this process
+) -> int:  # exit code
     "The command `egcnn_check`: 0, 1 with problems, 2 without a dataset"
-    p = argparse.ArgumentParser("egcnn_check", description=(
-        "Read every file of a dataset, and tell what it is and every problem with it."),
-        allow_abbrev=False)
+    p = argparse.ArgumentParser(
+        "egcnn_check",
+        description=(
+            "Read every file of a dataset, and tell what it is and every problem with it."
+        ),
+        allow_abbrev=False,
+    )
     p.add_argument("data", metavar="DATA", help="dataset folder")
-    p.add_argument("--spacing", nargs="+", type=float, default=[1.], metavar="MM", help=(
-        "voxel size of the run that you plan: three lengths in mm, or one for all axes; "
-        "default 1"))
-    p.add_argument("--readers", type=int, metavar="N", help=(
-        "cases that are read at once; default as many as cores and memory allow"))
+    p.add_argument(
+        "--spacing",
+        nargs="+",
+        type=float,
+        default=[1.0],
+        metavar="MM",
+        help=(
+            "voxel size of the run that you plan: three lengths in mm, or one for all axes; "
+            "default 1"
+        ),
+    )
+    p.add_argument(
+        "--readers",
+        type=int,
+        metavar="N",
+        help=("cases that are read at once; default as many as cores and memory allow"),
+    )
     p.add_argument("--json", action="store_true", help="print everything as JSON")
     args = p.parse_args(argv)
+
     def run():
         good = len(args.spacing) in (1, 3) and all(0 < s < float("inf") for s in args.spacing)
-        require(good,
-            f"--spacing {args.spacing} is no voxel size. Give one or three lengths in mm "
-            "above 0.")
-        require(args.readers is None or args.readers > 0,
-            f"--readers is {args.readers}. Give 1 or more.")
-        spacing = tuple(args.spacing)*3 if len(args.spacing) == 1 else tuple(args.spacing)
+        require(
+            good,
+            f"--spacing {args.spacing} is no voxel size. Give one or three lengths in mm above 0.",
+        )
+        require(
+            args.readers is None or args.readers > 0,
+            f"--readers is {args.readers}. Give 1 or more.",
+        )
+        spacing = tuple(args.spacing) * 3 if len(args.spacing) == 1 else tuple(args.spacing)
         found = check_dataset(args.data, spacing, args.readers)
         print(json.dumps(found) if args.json else check_text(found))
         return int(bool(found["problems"]))
+
     return exit_on_error(run)
+
 
 if __name__ == "__main__" and "get_ipython" not in globals():
     sys.exit(main())

@@ -32,79 +32,221 @@ from ..study.experiments import write_results
 from ..study.report import NAMES
 
 # %% ../../nbs/4_inside/command_experiment.ipynb #914f6f23
-QUICK = {"epochs": 2, "width": 4, "levels": 2, "patch_size": [24, 24, 24], "lr": [3e-3], "seeds": 2, "validation": 1., "test_cases": "2", "jobs": 2, "precision": "fp32"}
+QUICK = {
+    "epochs": 2,
+    "width": 4,
+    "levels": 2,
+    "patch_size": [24, 24, 24],
+    "lr": [3e-3],
+    "seeds": 2,
+    "validation": 1.0,
+    "test_cases": "2",
+    "jobs": 2,
+    "precision": "fp32",
+}
+
 
 def _number_or_all(word):
     "all, or a number of training cases"
     return None if word == "all" else int(word)
 
-def arguments()->argparse.ArgumentParser:
+
+def arguments() -> argparse.ArgumentParser:
     "The flags of `egcnn_experiment`"
-    p = PresetParser("egcnn_experiment", description="Train every backbone bare, wider and with EG-CNN, by one recipe and with several seeds; then, as a step of its own, compare them on test cases that nothing has seen.",
-                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p = PresetParser(
+        "egcnn_experiment",
+        description="Train every backbone bare, wider and with EG-CNN, by one recipe and with several seeds; then, as a step of its own, compare them on test cases that nothing has seen.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
     p.add_argument("data", metavar="DATA", help="dataset folder, or a folder of such folders")
-    p.add_argument("--out", required=True, metavar="DIR", help="folder of the experiment; the same command goes on with what was begun")
-    p.add_argument("--test", action="store_true", help="the last step: score every run on the test cases, once, and write tables, figures and report.html; refused while a run is missing")
-    p.add_argument("--robust", action="store_true", help="with --test: also noise, blur, bias field and gamma in five strengths, twenty times as long")
-    p.add_argument("--exploratory", action="store_true", help="with --test: no comparison is the primary one, for an experiment that asks again what another was made to answer")
-    p.add_argument("--score_validation", action="store_true", help="a step of its own: score every run that has ended on its own validation cases, with edge metrics, into validation_scores.csv; trains nothing and opens no test case")
-    p.add_argument("--plan", action="store_true", help="print runs, hours and disk, and start nothing")
-    p.add_argument("--quick", action="store_true", help="tiny runs and the test step at once, to see every table and figure within minutes; no evidence. What a preset sets stays")
-    p.add_argument("--backbones", nargs="+", choices=list(NAMES), default=["unet", "vnet", "segnet"], help="main streams; segresnet and dynunet are MONAI's")
-    p.add_argument("--arms", nargs="+", default=["bare", "matched", "eg"], metavar="ARM", help=f"what is compared: {', '.join(ARMS)}, or one of them with readings of the paper, such as eg+supervise=main")
+    p.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="folder of the experiment; the same command goes on with what was begun",
+    )
+    p.add_argument(
+        "--test",
+        action="store_true",
+        help="the last step: score every run on the test cases, once, and write tables, figures and report.html; refused while a run is missing",
+    )
+    p.add_argument(
+        "--robust",
+        action="store_true",
+        help="with --test: also noise, blur, bias field and gamma in five strengths, twenty times as long",
+    )
+    p.add_argument(
+        "--exploratory",
+        action="store_true",
+        help="with --test: no comparison is the primary one, for an experiment that asks again what another was made to answer",
+    )
+    p.add_argument(
+        "--score_validation",
+        action="store_true",
+        help="a step of its own: score every run that has ended on its own validation cases, with edge metrics, into validation_scores.csv; trains nothing and opens no test case",
+    )
+    p.add_argument(
+        "--plan", action="store_true", help="print runs, hours and disk, and start nothing"
+    )
+    p.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny runs and the test step at once, to see every table and figure within minutes; no evidence. What a preset sets stays",
+    )
+    p.add_argument(
+        "--backbones",
+        nargs="+",
+        choices=list(NAMES),
+        default=["unet", "vnet", "segnet"],
+        help="main streams; segresnet and dynunet are MONAI's",
+    )
+    p.add_argument(
+        "--arms",
+        nargs="+",
+        default=["bare", "matched", "eg"],
+        metavar="ARM",
+        help=f"what is compared: {', '.join(ARMS)}, or one of them with readings of the paper, such as eg+supervise=main",
+    )
     p.add_argument("--seeds", type=int, default=5, help="runs of each")
-    p.add_argument("--train_cases", type=_number_or_all, nargs="+", default=[None], metavar="N|all", help="training sets: numbers of cases, or all of them; the first chooses learning rates and fills the tables (default: all)")
-    p.add_argument("--lr", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="learning rates that each arm tries")
-    p.add_argument("--tune_seeds", type=int, default=1, metavar="N", help="seeds with which each of them is tried; the one with the best validation Dice on average is kept")
-    p.add_argument("--test_cases", default="0.2", metavar="FILE|N", help="names of the test cases, one a line, or their share or number, drawn once")
-    p.add_argument("--jobs", type=int, default=1, help="runs at a time; each gets its share of the processor's cores")
-    p.add_argument("--credit", default="", metavar="TEXT", help="source and licence of the images, for the figures")
-    for name in ("epochs", "width", "levels", "batch_size"): p.add_argument(f"--{name}", type=int, default=getattr(Settings, name), help="as in egcnn_train")
-    p.add_argument("--patch_size", type=int, nargs=3, metavar=("D", "H", "W"), help="as in egcnn_train")
-    p.add_argument("--spacing", nargs="+", metavar="MM", help="as in egcnn_train; median: that of the training cases of one split, for all runs")
-    p.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="as in egcnn_train")
-    p.add_argument("--validation", type=share_or_file, default=Settings.validation, metavar="N|FILE", help="share or number of the cases that are no test cases, or a file with their names; without a file each seed has a split of its own")
-    p.add_argument("--augment", nargs="*", choices=AUGMENTATIONS, metavar="NAME", help="as in egcnn_train")
-    p.add_argument("--reading", metavar="NAME=VALUE", action="append", default=[], help="as in egcnn_train, for every arm; again for more")
+    p.add_argument(
+        "--train_cases",
+        type=_number_or_all,
+        nargs="+",
+        default=[None],
+        metavar="N|all",
+        help="training sets: numbers of cases, or all of them; the first chooses learning rates and fills the tables (default: all)",
+    )
+    p.add_argument(
+        "--lr",
+        type=float,
+        nargs="+",
+        default=[5e-4, 1e-3, 2e-3],
+        help="learning rates that each arm tries",
+    )
+    p.add_argument(
+        "--tune_seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="seeds with which each of them is tried; the one with the best validation Dice on average is kept",
+    )
+    p.add_argument(
+        "--test_cases",
+        default="0.2",
+        metavar="FILE|N",
+        help="names of the test cases, one a line, or their share or number, drawn once",
+    )
+    p.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="runs at a time; each gets its share of the processor's cores",
+    )
+    p.add_argument(
+        "--credit",
+        default="",
+        metavar="TEXT",
+        help="source and licence of the images, for the figures",
+    )
+    for name in ("epochs", "width", "levels", "batch_size"):
+        p.add_argument(
+            f"--{name}", type=int, default=getattr(Settings, name), help="as in egcnn_train"
+        )
+    p.add_argument(
+        "--patch_size", type=int, nargs=3, metavar=("D", "H", "W"), help="as in egcnn_train"
+    )
+    p.add_argument(
+        "--spacing",
+        nargs="+",
+        metavar="MM",
+        help="as in egcnn_train; median: that of the training cases of one split, for all runs",
+    )
+    p.add_argument(
+        "--precision",
+        default="auto",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        help="as in egcnn_train",
+    )
+    p.add_argument(
+        "--validation",
+        type=share_or_file,
+        default=Settings.validation,
+        metavar="N|FILE",
+        help="share or number of the cases that are no test cases, or a file with their names; without a file each seed has a split of its own",
+    )
+    p.add_argument(
+        "--augment", nargs="*", choices=AUGMENTATIONS, metavar="NAME", help="as in egcnn_train"
+    )
+    p.add_argument(
+        "--reading",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="as in egcnn_train, for every arm; again for more",
+    )
     p.add_argument("--cache", metavar="DIR", help="as in egcnn_train")
     return p
+
 
 def _tell_preset(args):
     "Print the preset, and what is not the preset's value, before anything is trained"
     if args.preset == "default":
         return
-    values = {"batch_size": args.batch_size, "lr": args.lr, "augment": args.augment, "spacing": spacing_of(args.spacing)}
+    values = {
+        "batch_size": args.batch_size,
+        "lr": args.lr,
+        "augment": args.augment,
+        "spacing": spacing_of(args.spacing),
+    }
     readings = preset_values(args.preset, True, readings_of(args.reading))["readings"]
     print(preset_note(args.preset, {**values, **readings}), flush=True)
 
 # %% ../../nbs/4_inside/command_experiment.ipynb #cea3ce1e
 def run_experiment(
-    data, # dataset folder
-    out, # folder of the experiment
-    args:argparse.Namespace, # of `arguments`
-)->None:
+    data,  # dataset folder
+    out,  # folder of the experiment
+    args: argparse.Namespace,  # of `arguments`
+) -> None:
     "One dataset: plan, or train what is missing, or test; `--quick` does both; raises `InputError` where another process is at it"
     check_arms(args)
     others = [f"--{name}" for name in ("test", "plan", "quick") if getattr(args, name)]
-    require(not (args.score_validation and others), f"--score_validation is a step of its own. Leave out {' '.join(others)}.")
-    require(Path(out).is_dir() or not args.score_validation, f"{out} does not exist, so it has no runs to score. Train first, without --score_validation.")
-    expect(1 <= args.tune_seeds <= args.seeds, "--tune_seeds", args.tune_seeds, f"1 to {args.seeds}, the number of seeds")
-    Path(out).mkdir(parents=True, exist_ok=True); lock = None if args.plan else lock_run(out, "egcnn_experiment")
+    require(
+        not (args.score_validation and others),
+        f"--score_validation is a step of its own. Leave out {' '.join(others)}.",
+    )
+    require(
+        Path(out).is_dir() or not args.score_validation,
+        f"{out} does not exist, so it has no runs to score. Train first, without --score_validation.",
+    )
+    expect(
+        1 <= args.tune_seeds <= args.seeds,
+        "--tune_seeds",
+        args.tune_seeds,
+        f"1 to {args.seeds}, the number of seeds",
+    )
+    Path(out).mkdir(parents=True, exist_ok=True)
+    lock = None if args.plan else lock_run(out, "egcnn_experiment")
     try:
         if args.score_validation:
             _score_validation(data, out, args)
         else:
             _run_steps(data, out, args)
     finally:
-        if lock: lock.release()
+        if lock:
+            lock.release()
+
 
 def _score_validation(data, out, args):
     "The step `--score_validation`, whatever the learning rates of the runs"
     pairs = list(product(args.backbones, args.arms))
     cells = []
     for lr in args.lr:
-        cells += grid(args.backbones, args.arms, range(args.seeds), args.train_cases, dict.fromkeys(pairs, lr))
+        cells += grid(
+            args.backbones, args.arms, range(args.seeds), args.train_cases, dict.fromkeys(pairs, lr)
+        )
     print(f"The scores on validation cases: {score_finished(cells, data, out, args.epochs)}")
+
 
 def _run_steps(data, out, args):
     "`run_experiment`, in a folder that is ours"
@@ -113,39 +255,71 @@ def _run_steps(data, out, args):
     every = lambda lrs: grid(args.backbones, args.arms, range(args.seeds), args.train_cases, lrs)
     here = lambda cells: (cells, data, out, d["recipe"], d["widths"], args.jobs)
     if not args.test or args.quick:
-        likely = list(dict.fromkeys([*tries, *every(dict.fromkeys(product(args.backbones, args.arms), args.lr[0]))]))
-        print(plan(likely, d["costs"], args.epochs, d["steps"], d["windows"], args.jobs), flush=True)
-        if args.plan: return
-        with live_table(likely, out, args.epochs, args.jobs) as tell: run_cells(*here(tries), tell)
-    lrs = tuned(tries, out, args.epochs); cells = every(lrs)
+        likely = list(
+            dict.fromkeys(
+                [*tries, *every(dict.fromkeys(product(args.backbones, args.arms), args.lr[0]))]
+            )
+        )
+        print(
+            plan(likely, d["costs"], args.epochs, d["steps"], d["windows"], args.jobs), flush=True
+        )
+        if args.plan:
+            return
+        with live_table(likely, out, args.epochs, args.jobs) as tell:
+            run_cells(*here(tries), tell)
+    lrs = tuned(tries, out, args.epochs)
+    cells = every(lrs)
     check_readings([*tries, *cells], out, d["recipe"])
     if not args.test or args.quick:
-        with live_table(list(dict.fromkeys([*tries, *cells])), out, args.epochs, args.jobs) as tell: run_cells(*here(cells), tell)
-    if not (args.test or args.quick): print(f"All {len({*tries, *cells})} runs are done. The last step, once: the same command with --test"); return
-    if not (Path(out)/"scores.csv").exists(): evaluate(cells, data, out, d["names"], args.epochs)
-    if args.robust and not (Path(out)/"robustness.csv").exists(): robustness([c for c in cells if c.train_cases == args.train_cases[0]], data, out, d["names"])
+        with live_table(list(dict.fromkeys([*tries, *cells])), out, args.epochs, args.jobs) as tell:
+            run_cells(*here(cells), tell)
+    if not (args.test or args.quick):
+        print(
+            f"All {len({*tries, *cells})} runs are done. The last step, once: the same command with --test"
+        )
+        return
+    if not (Path(out) / "scores.csv").exists():
+        evaluate(cells, data, out, d["names"], args.epochs)
+    if args.robust and not (Path(out) / "robustness.csv").exists():
+        robustness(
+            [c for c in cells if c.train_cases == args.train_cases[0]], data, out, d["names"]
+        )
     print(f"The report: {write_results(data, out, d, tries, lrs, cells, args)}")
 
+
 def main(
-    argv=None, # words of the command line; None: those of this process
-)->int: # exit code
+    argv=None,  # words of the command line; None: those of this process
+) -> int:  # exit code
     "The command `egcnn_experiment`; bad input ends with one line and exit code 2"
     given, p = [str(w) for w in (sys.argv[1:] if argv is None else argv)], arguments()
-    if "--quick" in given: p.set_defaults(**QUICK)
-    args = p.parse_args(given); args.command = shlex.join(["egcnn_experiment", *given])
-    def stopped(*_): raise SystemExit(0)                            # the runs are told, and save
+    if "--quick" in given:
+        p.set_defaults(**QUICK)
+    args = p.parse_args(given)
+    args.command = shlex.join(["egcnn_experiment", *given])
+
+    def stopped(*_):
+        raise SystemExit(0)  # the runs are told, and save
+
     own = current_thread() is main_thread()
     before = signal.signal(signal.SIGTERM, stopped) if own else None
+
     def run():
         check_arms(args)
         _tell_preset(args)
         found = datasets_in(args.data)
-        for folder in found: run_experiment(folder, Path(args.out)/folder.name if found != [Path(args.data)] else Path(args.out), args)
+        for folder in found:
+            run_experiment(
+                folder,
+                Path(args.out) / folder.name if found != [Path(args.data)] else Path(args.out),
+                args,
+            )
+
     try:
         return exit_on_error(run)
     finally:
         if own:
             signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
 
 if __name__ == "__main__" and "get_ipython" not in globals():
     sys.exit(main())

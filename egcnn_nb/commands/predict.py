@@ -16,22 +16,63 @@ from ..run.predict import SAVES, predict_all
 
 # %% ../../nbs/4_inside/command_predict.ipynb #d256d65b
 def main(
-    argv=None, # words of the command line; None: those of this process
-)->int: # exit code
+    argv=None,  # words of the command line; None: those of this process
+) -> int:  # exit code
     "The command `egcnn_predict`; bad input ends with one line and exit code 2"
-    p = argparse.ArgumentParser("egcnn_predict", description="Label maps of new scans by a trained run, or by several whose probabilities are averaged.",
-                                usage="egcnn_predict RUN [RUN ...] INPUT [INPUT ...] --out DIR [options]", allow_abbrev=False)
-    p.add_argument("paths", metavar="RUN or INPUT", nargs="+", help="folders written by egcnn_train, then NIfTI files, folders of them, case folders or dataset folders; NAME_0000.nii.gz, NAME_0001.nii.gz and so on are the channels of one case NAME")
-    p.add_argument("--out", required=True, metavar="DIR", help="folder for NAME.nii.gz; existing files are never replaced")
-    p.add_argument("--save", nargs="+", choices=SAVES, default=[], metavar="MAP", help=f"also NAME_MAP.nii.gz, MAP out of {', '.join(SAVES)}")
-    p.add_argument("--flips", action="store_true", help="average over the eight mirror images: eight times as long")
-    p.add_argument("--resume", action="store_true", help="go on with a folder that was begun: what is there is left out")
+    p = argparse.ArgumentParser(
+        "egcnn_predict",
+        description="Label maps of new scans by a trained run, or by several whose probabilities are averaged.",
+        usage="egcnn_predict RUN [RUN ...] INPUT [INPUT ...] --out DIR [options]",
+        allow_abbrev=False,
+    )
+    p.add_argument(
+        "paths",
+        metavar="RUN or INPUT",
+        nargs="+",
+        help="folders written by egcnn_train, then NIfTI files, folders of them, case folders or dataset folders; NAME_0000.nii.gz, NAME_0001.nii.gz and so on are the channels of one case NAME",
+    )
+    p.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="folder for NAME.nii.gz; existing files are never replaced",
+    )
+    p.add_argument(
+        "--save",
+        nargs="+",
+        choices=SAVES,
+        default=[],
+        metavar="MAP",
+        help=f"also NAME_MAP.nii.gz, MAP out of {', '.join(SAVES)}",
+    )
+    p.add_argument(
+        "--flips",
+        action="store_true",
+        help="average over the eight mirror images: eight times as long",
+    )
+    p.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a folder that was begun: what is there is left out",
+    )
     args = p.parse_args(argv)
-    runs = list(takewhile(lambda f: (Path(f)/"config.json").is_file(), args.paths)) or args.paths[:1]
+    runs = (
+        list(takewhile(lambda f: (Path(f) / "config.json").is_file(), args.paths)) or args.paths[:1]
+    )
+
     def run():
-        expect(len(args.paths) > len(runs), "INPUT", "none after the runs", "a NIfTI file, a folder of NIfTI files, a case folder or a dataset folder")
-        predict_all(runs, args.paths[len(runs):], Path(args.out), args.save, args.flips, args.resume)
+        expect(
+            len(args.paths) > len(runs),
+            "INPUT",
+            "none after the runs",
+            "a NIfTI file, a folder of NIfTI files, a case folder or a dataset folder",
+        )
+        predict_all(
+            runs, args.paths[len(runs) :], Path(args.out), args.save, args.flips, args.resume
+        )
+
     return exit_on_error(run)
+
 
 if __name__ == "__main__" and "get_ipython" not in globals():
     sys.exit(main())

@@ -42,65 +42,205 @@ one or two machines, begun again by itself from the last checkpoint when a proce
     torchrun --nnodes=1:2 --nproc_per_node=8 --max-restarts=3 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 -m egcnn_nb.train DATA --out RUN
 """
 
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     "Defaults shown where there are any, launch lines as they are"
+
     def _get_help_string(self, action):
         if action.default is None:
             return action.help
         return super()._get_help_string(action)
 
-def arguments()->argparse.ArgumentParser:
+
+def arguments() -> argparse.ArgumentParser:
     "The flags of `egcnn_train`, with the defaults of `Settings`"
-    p = PresetParser("egcnn_train", description="Train EG-CNN, or a bare backbone, on BraTS, KiTS, a Decathlon task, an nnU-Net folder or a table of cases.",
-                     formatter_class=_Help, epilog=LAUNCH, allow_abbrev=False)
+    p = PresetParser(
+        "egcnn_train",
+        description="Train EG-CNN, or a bare backbone, on BraTS, KiTS, a Decathlon task, an nnU-Net folder or a table of cases.",
+        formatter_class=_Help,
+        epilog=LAUNCH,
+        allow_abbrev=False,
+    )
     p.add_argument("data", metavar="DATA", help="dataset folder")
     p.add_argument("--out", required=True, metavar="RUN", help="run folder to write")
-    p.add_argument("--backbone", choices=NETWORKS, default="segnet", help="main stream; segresnet and dynunet are MONAI's")
-    p.add_argument("--network", metavar="MODULE:FUNCTION", help="a network of yours in place of --backbone: function(in_channels, out_channels) of a module in the current directory")
-    p.add_argument("--edge", choices=["on", "off"], default="on", help="EG-CNN, or the bare backbone")
-    p.add_argument("--epochs", type=int, default=Settings.epochs, help="passes over the training cases")
+    p.add_argument(
+        "--backbone",
+        choices=NETWORKS,
+        default="segnet",
+        help="main stream; segresnet and dynunet are MONAI's",
+    )
+    p.add_argument(
+        "--network",
+        metavar="MODULE:FUNCTION",
+        help="a network of yours in place of --backbone: function(in_channels, out_channels) of a module in the current directory",
+    )
+    p.add_argument(
+        "--edge", choices=["on", "off"], default="on", help="EG-CNN, or the bare backbone"
+    )
+    p.add_argument(
+        "--epochs", type=int, default=Settings.epochs, help="passes over the training cases"
+    )
     p.add_argument("--batch_size", type=int, default=Settings.batch_size, help="over all processes")
-    p.add_argument("--accumulate", type=int, default=Settings.accumulate, metavar="PARTS", help="parts in which each process computes its share of a batch, to save memory")
-    p.add_argument("--shard", action="store_true", help="spread weights and optimizer over the processes too (FSDP)")
-    p.add_argument("--width", type=int, default=Settings.width, help="channels at the finest resolution")
+    p.add_argument(
+        "--accumulate",
+        type=int,
+        default=Settings.accumulate,
+        metavar="PARTS",
+        help="parts in which each process computes its share of a batch, to save memory",
+    )
+    p.add_argument(
+        "--shard",
+        action="store_true",
+        help="spread weights and optimizer over the processes too (FSDP)",
+    )
+    p.add_argument(
+        "--width", type=int, default=Settings.width, help="channels at the finest resolution"
+    )
     p.add_argument("--levels", type=int, default=Settings.levels, help="number of resolutions")
-    p.add_argument("--patch_size", type=int, nargs=3, metavar=("D", "H", "W"), help="voxels at --spacing; default from the cases, at most 128")
+    p.add_argument(
+        "--patch_size",
+        type=int,
+        nargs=3,
+        metavar=("D", "H", "W"),
+        help="voxels at --spacing; default from the cases, at most 128",
+    )
     p.add_argument("--lr", type=float, default=Settings.lr, help="initial learning rate")
-    p.add_argument("--seed", type=int, default=Settings.seed, help="of split, weights, order, patches and noise")
-    p.add_argument("--workers", type=int, default=Settings.workers, help="loader processes; they change no result")
-    p.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16", "fp64"], default=Settings.precision, help="of the network, losses are always fp32; auto: bf16 where the processor has it")
-    p.add_argument("--validation", type=share_or_file, default=Settings.validation, metavar="N|FILE", help="share of the cases for validation, or their number, or a file with their names, one a line")
+    p.add_argument(
+        "--seed",
+        type=int,
+        default=Settings.seed,
+        help="of split, weights, order, patches and noise",
+    )
+    p.add_argument(
+        "--workers",
+        type=int,
+        default=Settings.workers,
+        help="loader processes; they change no result",
+    )
+    p.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16", "fp16", "fp64"],
+        default=Settings.precision,
+        help="of the network, losses are always fp32; auto: bf16 where the processor has it",
+    )
+    p.add_argument(
+        "--validation",
+        type=share_or_file,
+        default=Settings.validation,
+        metavar="N|FILE",
+        help="share of the cases for validation, or their number, or a file with their names, one a line",
+    )
     p.add_argument("--exclude", metavar="FILE", help="names of cases to leave out, one a line")
-    p.add_argument("--train_cases", type=int, metavar="N", help="use N of the training cases, each the more often, so that an epoch stays as long; default all")
-    p.add_argument("--augment", nargs="*", choices=AUGMENTATIONS, default=Settings.augment, metavar="NAME", help=f"random changes of a patch, out of {' '.join(AUGMENTATIONS)}; none: --augment alone")
-    p.add_argument("--cache", metavar="DIR", help=f"folder of prepared cases, or off; default {default_cache() or 'off, since no home folder is known'}")
-    p.add_argument("--cache_gb", type=float, default=Settings.cache_gb, help="size that this folder may reach")
-    p.add_argument("--reading", metavar="NAME=VALUE", action="append", default=[], help="a reading of the paper: an argument of EGCNN, EGLoss or SegNet, such as attention_relu=False; again for more")
-    p.add_argument("--save_minutes", type=float, default=Settings.save_minutes, help="a checkpoint that often, besides the one after each epoch; 0: after each step")
-    p.add_argument("--spacing", nargs="+", default=Settings.spacing, metavar="MM", help="voxel size to which cases are resampled: three lengths in mm, one for all axes, or median for that of the training cases")
-    p.add_argument("--init", metavar="RUN", help="start from the trained weights of this run; layers whose classes or channels differ start anew")
-    p.add_argument("--no-self-check", dest="self_check", action="store_false", help="do not compare the gradients of every layer with float32 before a run in reduced precision")
-    p.add_argument("--readers", type=int, metavar="N", help="cases that are read at once; default as many as cores and memory allow")
-    p.add_argument("--logger", nargs="+", choices=["tensorboard", "wandb"], default=[], metavar="NAME", help="also write the losses for tensorboard, into RUN/tensorboard, or wandb")
-    p.add_argument("--timeout", type=float, default=10., metavar="MINUTES", help="how long the processes wait for each other")
-    p.add_argument("--resume", nargs="?", const="there", choices=["there", "if_there"], help="go on with the run in RUN; if_there: begin it where there is none, as schedulers need that start a job again")
+    p.add_argument(
+        "--train_cases",
+        type=int,
+        metavar="N",
+        help="use N of the training cases, each the more often, so that an epoch stays as long; default all",
+    )
+    p.add_argument(
+        "--augment",
+        nargs="*",
+        choices=AUGMENTATIONS,
+        default=Settings.augment,
+        metavar="NAME",
+        help=f"random changes of a patch, out of {' '.join(AUGMENTATIONS)}; none: --augment alone",
+    )
+    p.add_argument(
+        "--cache",
+        metavar="DIR",
+        help=f"folder of prepared cases, or off; default {default_cache() or 'off, since no home folder is known'}",
+    )
+    p.add_argument(
+        "--cache_gb", type=float, default=Settings.cache_gb, help="size that this folder may reach"
+    )
+    p.add_argument(
+        "--reading",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="a reading of the paper: an argument of EGCNN, EGLoss or SegNet, such as attention_relu=False; again for more",
+    )
+    p.add_argument(
+        "--save_minutes",
+        type=float,
+        default=Settings.save_minutes,
+        help="a checkpoint that often, besides the one after each epoch; 0: after each step",
+    )
+    p.add_argument(
+        "--spacing",
+        nargs="+",
+        default=Settings.spacing,
+        metavar="MM",
+        help="voxel size to which cases are resampled: three lengths in mm, one for all axes, or median for that of the training cases",
+    )
+    p.add_argument(
+        "--init",
+        metavar="RUN",
+        help="start from the trained weights of this run; layers whose classes or channels differ start anew",
+    )
+    p.add_argument(
+        "--no-self-check",
+        dest="self_check",
+        action="store_false",
+        help="do not compare the gradients of every layer with float32 before a run in reduced precision",
+    )
+    p.add_argument(
+        "--readers",
+        type=int,
+        metavar="N",
+        help="cases that are read at once; default as many as cores and memory allow",
+    )
+    p.add_argument(
+        "--logger",
+        nargs="+",
+        choices=["tensorboard", "wandb"],
+        default=[],
+        metavar="NAME",
+        help="also write the losses for tensorboard, into RUN/tensorboard, or wandb",
+    )
+    p.add_argument(
+        "--timeout",
+        type=float,
+        default=10.0,
+        metavar="MINUTES",
+        help="how long the processes wait for each other",
+    )
+    p.add_argument(
+        "--resume",
+        nargs="?",
+        const="there",
+        choices=["there", "if_there"],
+        help="go on with the run in RUN; if_there: begin it where there is none, as schedulers need that start a job again",
+    )
     return p
 
+
 def settings_from(
-    args:argparse.Namespace, # of `arguments`
-)->Settings:
+    args: argparse.Namespace,  # of `arguments`
+) -> Settings:
     "Settings of a run from its flags"
-    values = {k: v for k, v in vars(args).items() if k not in ("resume", "reading", "timeout", "logger")}
+    values = {
+        k: v for k, v in vars(args).items() if k not in ("resume", "reading", "timeout", "logger")
+    }
     edge = args.edge == "on"
     readings = preset_values(args.preset, edge, readings_of(args.reading))["readings"]
-    return Settings(**{**values, "readings": readings, "edge": edge, "augment": tuple(args.augment), "spacing": spacing_of(args.spacing),
-                       "patch_size": tuple(args.patch_size) if args.patch_size else None})
+    return Settings(
+        **{
+            **values,
+            "readings": readings,
+            "edge": edge,
+            "augment": tuple(args.augment),
+            "spacing": spacing_of(args.spacing),
+            "patch_size": tuple(args.patch_size) if args.patch_size else None,
+        }
+    )
 
 # %% ../../nbs/5_scale/13_multi_gpu.ipynb #7dc43906
 def _meet(store, rank, world, minutes):
     "The store under a name that only this attempt has, the same for all its processes"
     from torch.distributed import DistStoreError, PrefixStore
-    mine, deadline = uuid4().hex, time.monotonic()+60*minutes
+
+    mine, deadline = uuid4().hex, time.monotonic() + 60 * minutes
     if rank > 0:
         store.set(f"call/{rank}", mine)
         name = store.get(f"answer/{mine}").decode()
@@ -109,18 +249,23 @@ def _meet(store, rank, world, minutes):
     missing = set(range(1, world))
     while missing:
         for r in list(missing):
-            if store.check([f"call/{r}"]): store.set("answer/"+store.get(f"call/{r}").decode(), mine)
-            if store.check([f"confirm/{mine}/{r}"]): missing.remove(r)
-        if time.monotonic() > deadline: raise DistStoreError(f"rank {sorted(missing)} did not come within {minutes:g} minutes")
-        time.sleep(.01)
+            if store.check([f"call/{r}"]):
+                store.set("answer/" + store.get(f"call/{r}").decode(), mine)
+            if store.check([f"confirm/{mine}/{r}"]):
+                missing.remove(r)
+        if time.monotonic() > deadline:
+            raise DistStoreError(f"rank {sorted(missing)} did not come within {minutes:g} minutes")
+        time.sleep(0.01)
     return PrefixStore(mine, store)
 
 # %% ../../nbs/5_scale/13_multi_gpu.ipynb #ce46486d
 class Lost(Exception):
     "Another process, or a loader's, is gone"
 
+
 class _Asked:
     "Whether a signal asked the run to stop: the first SIGTERM or Ctrl-C is noted, the second Ctrl-C ends at once. Leaving the `with` puts back the handlers that were there"
+
     def __init__(self):
         self.signal, self.before = None, {}
 
@@ -132,75 +277,123 @@ class _Asked:
 
     def __exit__(self, *error):
         for s, handler in self.before.items():
-            signal.signal(s, signal.SIG_DFL if handler is None else handler)           # None: it was not set by Python
+            signal.signal(
+                s, signal.SIG_DFL if handler is None else handler
+            )  # None: it was not set by Python
 
     def note(self, number, frame):
-        if self.signal == number == signal.SIGINT: raise KeyboardInterrupt
+        if self.signal == number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.signal = number
+
 
 def _is_of_connections(error):
     "Whether an error of torch says that another process cannot be reached; those are RuntimeErrors of several kinds"
     from torch.distributed import DistError
-    text = str(error).lower()
-    return isinstance(error, DistError) or any(word in text for word in ("peer", "timed out", "timeout"))
 
-_ADDRESS = ("On one machine add --local_addr=127.0.0.1 to torchrun's words. "
-            "On several set MASTER_ADDR, or --rdzv_endpoint, to an address that all of them reach.")
+    text = str(error).lower()
+    return isinstance(error, DistError) or any(
+        word in text for word in ("peer", "timed out", "timeout")
+    )
+
+
+_ADDRESS = (
+    "On one machine add --local_addr=127.0.0.1 to torchrun's words. "
+    "On several set MASTER_ADDR, or --rdzv_endpoint, to an address that all of them reach."
+)
+
 
 def _check_own_name():
     "Raise `InputError` at once where the processes are to meet at this machine, and it does not know its own name"
     host = os.environ.get("MASTER_ADDR", "")
     if host not in (socket.gethostname(), socket.getfqdn()):
-        return                                                      # another machine's name may become known later
+        return  # another machine's name may become known later
     try:
         socket.getaddrinfo(host, None)
     except OSError:
-        raise InputError(f"This machine's name {host} has no address, so its processes cannot meet. {_ADDRESS}") from None
+        raise InputError(
+            f"This machine's name {host} has no address, so its processes cannot meet. {_ADDRESS}"
+        ) from None
+
 
 def _join(device, minutes):
     "Meet the other processes; an error of one line when they do not come"
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
+
     _check_own_name()
     wait = timedelta(minutes=minutes)
     try:
         store, rank, world = next(rendezvous("env://", timeout=wait))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=_meet(store, rank, world, minutes), rank=rank, world_size=world, timeout=wait)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=_meet(store, rank, world, minutes),
+            rank=rank,
+            world_size=world,
+            timeout=wait,
+        )
     except RuntimeError as e:
         if not _is_of_connections(e):
             raise
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise Lost(f"rank {os.environ['RANK']}: the {os.environ['WORLD_SIZE']} processes did not meet at {where} ({str(e).splitlines()[0][:150]}). {_ADDRESS}") from e
+        raise Lost(
+            f"rank {os.environ['RANK']}: the {os.environ['WORLD_SIZE']} processes did not meet at {where} ({str(e).splitlines()[0][:150]}). {_ADDRESS}"
+        ) from e
+
 
 def _together(args, fit):
     "`fit` with the other processes; when one of them is gone, an error of one line"
     import torch
     import torch.distributed as dist
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda": torch.cuda.set_device(device)
-    if "RANK" not in os.environ: return fit(device)
+
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return fit(device)
     try:
         _join(device, args.timeout)
-        fit(device); dist.barrier()
+        fit(device)
+        dist.barrier()
     except RuntimeError as e:
         if not _is_of_connections(e):
             raise
-        raise Lost(f"rank {os.environ['RANK']}: found that another process of this run is gone or unreachable ({str(e).splitlines()[0][:150]}), expected {os.environ['WORLD_SIZE']} of them; the last checkpoint is safe, go on with --resume") from e
+        raise Lost(
+            f"rank {os.environ['RANK']}: found that another process of this run is gone or unreachable ({str(e).splitlines()[0][:150]}), expected {os.environ['WORLD_SIZE']} of them; the last checkpoint is safe, go on with --resume"
+        ) from e
     finally:
-        if dist.is_initialized(): dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
 
 def run(
-    args:argparse.Namespace, # of `arguments`
-)->int: # exit code
+    args: argparse.Namespace,  # of `arguments`
+) -> int:  # exit code
     "One process of a run: join the others if there are any, train, leave"
     from egcnn_nb.run.parts import LOGGERS
     from egcnn_nb.run.training import fit
+
     loggers = [LOGGERS[name]() for name in args.logger]
-    again = args.resume == "if_there" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0                  # torchrun started this process again
-    resume = args.resume == "there" or again and (Path(args.out)/"config.json").is_file()
+    again = (
+        args.resume == "if_there" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    )  # torchrun started this process again
+    resume = args.resume == "there" or again and (Path(args.out) / "config.json").is_file()
     with _Asked() as asked:
         try:
-            _together(args, lambda device: fit(settings_from(args), resume, device, stop=lambda: asked.signal is not None, callbacks=loggers))
+            _together(
+                args,
+                lambda device: fit(
+                    settings_from(args),
+                    resume,
+                    device,
+                    stop=lambda: asked.signal is not None,
+                    callbacks=loggers,
+                ),
+            )
         except (MemoryError, RuntimeError) as e:
             sentence = worker_died(e)
             if sentence:
@@ -208,16 +401,21 @@ def run(
             raise
     return 130 if asked.signal == signal.SIGINT else 0
 
+
 def main(
-    argv=None, # words of the command line; None: those of this process
-)->int: # exit code
+    argv=None,  # words of the command line; None: those of this process
+) -> int:  # exit code
     "The command `egcnn_train`; bad input ends with one line and exit code 2, a lost process with 1"
     args = arguments().parse_args(argv)
-    try: return exit_on_error(lambda: run(args))
-    except Lost as e: error = e
+    try:
+        return exit_on_error(lambda: run(args))
+    except Lost as e:
+        error = e
     print(f"error: {error}", file=sys.stderr, flush=True)
-    if argv is None:                                                    # the command, not a notebook
-        os._exit(1)                                                     # no waiting for connections that are dead
+    if argv is None:  # the command, not a notebook
+        os._exit(1)  # no waiting for connections that are dead
     return 1
 
-if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())
+
+if __name__ == "__main__" and "get_ipython" not in globals():
+    sys.exit(main())

@@ -39,49 +39,58 @@ from ..tensors import bounding_box, resize
 
 # %% ../../nbs/4_inside/datasets.ipynb #7925fa4a
 def normalize(
-    x:np.ndarray, # one channel (D,H,W)
-    how:str, # "zscore_nonzero" (BraTS), "hu" (KiTS) or "zscore"
-)->np.ndarray: # float32 (D,H,W)
+    x: np.ndarray,  # one channel (D,H,W)
+    how: str,  # "zscore_nonzero" (BraTS), "hu" (KiTS) or "zscore"
+) -> np.ndarray:  # float32 (D,H,W)
     "Intensities to a common scale (section 3.2)"
     x = np.asarray(x, np.float32)
-    if how == "hu": return np.clip(x/1000, -1, 1)
+    if how == "hu":
+        return np.clip(x / 1000, -1, 1)
     inside = x != 0 if how == "zscore_nonzero" else np.ones_like(x, bool)
-    if not inside.any(): return np.zeros_like(x)
+    if not inside.any():
+        return np.zeros_like(x)
     values = x[inside].astype(np.float64)
     spread = values.std()
-    rounding = 1e-8*np.abs(values).max()                           # less than float32 can tell apart
-    if spread <= rounding: return np.zeros_like(x)
-    return np.where(inside, (x-values.mean())/spread, 0).astype(np.float32)
+    rounding = 1e-8 * np.abs(values).max()  # less than float32 can tell apart
+    if spread <= rounding:
+        return np.zeros_like(x)
+    return np.where(inside, (x - values.mean()) / spread, 0).astype(np.float32)
 
 # %% ../../nbs/4_inside/datasets.ipynb #7da3ff5b
 def target_size(
-    shape, # voxels along D, H, W
-    spacing, # voxel size in mm
-    target=(1, 1, 1), # voxel size in mm that is wanted
-)->tuple: # voxels of that size
+    shape,  # voxels along D, H, W
+    spacing,  # voxel size in mm
+    target=(1, 1, 1),  # voxel size in mm that is wanted
+) -> tuple:  # voxels of that size
     "Number of voxels of another size in the same field of view (section 3.2)"
-    return tuple(max(1, round(n*s/t)) for n, s, t in zip(shape, spacing, target))
+    return tuple(max(1, round(n * s / t)) for n, s, t in zip(shape, spacing, target))
+
 
 def label_dtype(
-    task:Task, # whose labels are stored
-)->np.dtype: # uint8, int16 or int32
+    task: Task,  # whose labels are stored
+) -> np.dtype:  # uint8, int16 or int32
     "The smallest type that holds every label of a task; raises `InputError` where there is none"
     values = [*task.labels, *(v for region in task.regions.values() for v in region)]
     for kind in (np.uint8, np.int16, np.int32):
         limits = np.iinfo(kind)
         if limits.min <= min(values) and max(values) <= limits.max:
             return np.dtype(kind)
-    raise InputError(f"{task.name} has labels from {min(values)} to {max(values)}. Remap them to whole numbers of 32 bits.")
+    raise InputError(
+        f"{task.name} has labels from {min(values)} to {max(values)}. Remap them to whole numbers of 32 bits."
+    )
+
 
 def resample_labels(
-    labels:Tensor, # whole numbers (D,H,W)
-    size, # voxels along D, H, W
-)->Tensor: # only values of `labels`, in its type
+    labels: Tensor,  # whole numbers (D,H,W)
+    size,  # voxels along D, H, W
+) -> Tensor:  # only values of `labels`, in its type
     "Labels on another grid: one-hot masks, linearly, the likeliest wins (our choice: no invented classes)"
     if tuple(labels.shape) == tuple(size):
         return labels
     best, winner = torch.zeros(tuple(size)), torch.zeros(tuple(size), dtype=labels.dtype)
-    for value in labels.unique(): # one mask at a time, so that 100 labels take no more memory than two
+    for (
+        value
+    ) in labels.unique():  # one mask at a time, so that 100 labels take no more memory than two
         mask = resize((labels == value)[None, None].float(), size)[0, 0]
         better = mask > best
         best[better] = mask[better]
@@ -89,39 +98,48 @@ def resample_labels(
     return winner
 
 # %% ../../nbs/4_inside/datasets.ipynb #6ab3532e
-RAS = np.array([[0, 1], [1, 1], [2, 1]])                       # output axis and direction of each axis, as nibabel writes an orientation
+RAS = np.array(
+    [[0, 1], [1, 1], [2, 1]]
+)  # output axis and direction of each axis, as nibabel writes an orientation
+
 
 def foreground(
-    arrays:list, # channels (D,H,W) as read
-    how:str, # normalisation of the task: "hu" for CT, else MRI
-    truth:np.ndarray=None, # label map (D,H,W); where it has a label, the box reaches there too
-)->tuple: # three slices
+    arrays: list,  # channels (D,H,W) as read
+    how: str,  # normalisation of the task: "hu" for CT, else MRI
+    truth: np.ndarray = None,  # label map (D,H,W); where it has a label, the box reaches there too
+) -> tuple:  # three slices
     "The smallest box around what is not background: zero in MRI, below -500 HU in CT (our choice)"
     there = np.any([a > -500 if how == "hu" else a != 0 for a in arrays], 0)
-    if truth is not None: there |= truth > 0
+    if truth is not None:
+        there |= truth > 0
     return bounding_box(there)
 
 # %% ../../nbs/4_inside/datasets.ipynb #4377ff9f
 @dataclass
 class Loaded:
     "A case in memory, ready for the network"
-    name:str # of the case
-    x:Tensor # float32 (C,D,H,W), normalised, RAS, cropped, of the voxel size `spacing`
-    labels:Tensor|None # (D,H,W) on the grid of `x`, in the type of `label_dtype`, or None
-    spots:Tensor|None # flat indices of the foreground voxels of `labels`, where patches are centred; or None
-    grid:Volume # affine and header of the file, without voxels
-    shape:tuple # voxels of the file along its own axes
-    box:tuple # three slices: where `x` lies in the file's voxels once turned to RAS
-    spacing:tuple=(1., 1., 1.) # voxel size in mm along R, A, S to which `x` was resampled
+
+    name: str  # of the case
+    x: Tensor  # float32 (C,D,H,W), normalised, RAS, cropped, of the voxel size `spacing`
+    labels: Tensor | None  # (D,H,W) on the grid of `x`, in the type of `label_dtype`, or None
+    spots: (
+        Tensor | None
+    )  # flat indices of the foreground voxels of `labels`, where patches are centred; or None
+    grid: Volume  # affine and header of the file, without voxels
+    shape: tuple  # voxels of the file along its own axes
+    box: tuple  # three slices: where `x` lies in the file's voxels once turned to RAS
+    spacing: tuple = (1.0, 1.0, 1.0)  # voxel size in mm along R, A, S to which `x` was resampled
 
     @property
-    def box_size(self)->tuple:
+    def box_size(self) -> tuple:
         "Voxels of the box along R, A, S, before resampling"
-        return tuple(s.stop-s.start for s in self.box)
+        return tuple(s.stop - s.start for s in self.box)
+
 
 def _turned(values, affine):
     "Three values along the file's own axes in the order of R, A, S"
     return tuple(values[i] for i in np.argsort(io_orientation(affine)[:, 0]))
+
 
 def _lengths(spacing):
     "A voxel size as three floats, once it is seen to be one"
@@ -130,35 +148,44 @@ def _lengths(spacing):
     require(all(isinstance(s, (int, float)) and 0 < s < inf for s in spacing), message)
     return tuple(float(s) for s in spacing)
 
+
 def _new_size(case, old, voxel, spacing):
     "Voxels of the box at the run's spacing, once they are seen to be enough for a network"
     size = target_size(old, voxel, spacing)
     thin = any(n < 2 <= before for n, before in zip(size, old))
     sides = ["x".join(f"{v:.4g}" for v in values) for values in (old, voxel, size, spacing)]
-    require(not thin, f"{case.name}: {sides[0]} voxels of {sides[1]} mm become {sides[2]} at {sides[3]} mm. Choose another --spacing.")
+    require(
+        not thin,
+        f"{case.name}: {sides[0]} voxels of {sides[1]} mm become {sides[2]} at {sides[3]} mm. Choose another --spacing.",
+    )
     return size
 
 # %% ../../nbs/4_inside/datasets.ipynb #070a4984
 @contextmanager
 def enough_memory(
-    name:str, # of the case that is worked on
-): # context
+    name: str,  # of the case that is worked on
+):  # context
     "Turn the errors of NumPy and torch about memory into an `InputError`"
     message = f"{name}: the memory is too small for it. Free some memory, or choose fewer --readers or a larger --spacing."
     try:
         yield
     except MemoryError as e:
         raise InputError(message) from e
-    except RuntimeError as e: # torch has no class of its own for this on a CPU
+    except RuntimeError as e:  # torch has no class of its own for this on a CPU
         if "allocate memory" not in str(e) and "out of memory" not in str(e):
             raise
         raise InputError(message) from e
 
+
 def _expect_memory(case, need):
     "Raise `InputError` unless so many bytes are free"
     free = free_memory()
-    require(need <= free, f"{case.name}: preparing it takes about {need/1e9:.1f} GB of memory and {free/1e9:.1f} GB are free. "
-                          "Free some memory, or choose a larger --spacing.")
+    require(
+        need <= free,
+        f"{case.name}: preparing it takes about {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free. "
+        "Free some memory, or choose a larger --spacing.",
+    )
+
 
 def _voxel_size(case):
     "Shape of a case's first image and its voxel size in mm, along R, A, S, from the header alone"
@@ -167,38 +194,46 @@ def _voxel_size(case):
     lengths = [float(v) for v in voxel_sizes(header.affine)]
     return _turned(shape, header.affine), _turned(lengths, header.affine)
 
+
 def _made_bytes(size, task):
     "Memory that resampling to so many voxels takes"
-    return prod(size)*(18 + 4*len(task.channels))
+    return prod(size) * (18 + 4 * len(task.channels))
+
 
 def reading_bytes(
-    case:Case, # which; its first image exists
-    task:Task, # what the dataset asks for
-    spacing=(1., 1., 1.), # voxel size in mm along R, A, S
-)->tuple: # bytes that the files take at the most, and with them what is made of the whole field of view
+    case: Case,  # which; its first image exists
+    task: Task,  # what the dataset asks for
+    spacing=(1.0, 1.0, 1.0),  # voxel size in mm along R, A, S
+) -> (
+    tuple
+):  # bytes that the files take at the most, and with them what is made of the whole field of view
     "Memory that `load_case` takes at its peak, from the header alone (measured, our choice)"
     shape, lengths = _voxel_size(case)
-    read = prod(shape)*(28 + 8*len(task.channels))
+    read = prod(shape) * (28 + 8 * len(task.channels))
     return read, read + _made_bytes(target_size(shape, lengths, _lengths(spacing)), task)
 
+
 def median_spacing(
-    cases:list, # of Case
-    task:Task, # what the dataset asks for
-)->tuple: # mm along R, A, S
+    cases: list,  # of Case
+    task: Task,  # what the dataset asks for
+) -> tuple:  # mm along R, A, S
     "The middle voxel size of the cases along each axis, from their headers alone, as nnU-Net chooses it"
     lengths = []
     for case in cases:
         expect_files(case, task)
         lengths.append(_voxel_size(case)[1])
-    require(lengths, "There is no case to take the spacing from. Give --spacing three lengths in mm.")
+    require(
+        lengths, "There is no case to take the spacing from. Give --spacing three lengths in mm."
+    )
     return tuple(round(float(v), 6) for v in np.median(lengths, 0))
 
+
 def load_case(
-    case:Case, # which
-    task:Task, # what the dataset asks for
-    need_label:bool=False, # raise if there is no label map
-    spacing=(1., 1., 1.), # voxel size in mm along R, A, S to which it is resampled
-)->Loaded:
+    case: Case,  # which
+    task: Task,  # what the dataset asks for
+    need_label: bool = False,  # raise if there is no label map
+    spacing=(1.0, 1.0, 1.0),  # voxel size in mm along R, A, S to which it is resampled
+) -> Loaded:
     "Read, check, turn, crop, normalise and resample one case (section 3.2); raises `InputError` that names the file"
     spacing = _lengths(spacing)
     expect_files(case, task, need_label)
@@ -207,13 +242,16 @@ def load_case(
         images, label = read_case(case, task, need_label, spacing)
         return _prepared(case, task, images, label, spacing)
 
+
 def _prepared(case, task, images, label, spacing):
     "What `load_case` makes of a case's images and its label map"
     grid, turn = images[0], io_orientation(images[0].affine)
     arrays = [apply_orientation(i.array, turn) for i in images]
     truth = None if label is None else apply_orientation(label.array, turn)
     box = foreground(arrays, task.normalize, truth)
-    size = _new_size(case, [s.stop-s.start for s in box], _turned(grid.spacing, grid.affine), spacing)
+    size = _new_size(
+        case, [s.stop - s.start for s in box], _turned(grid.spacing, grid.affine), spacing
+    )
     _expect_memory(case, _made_bytes(size, task))
     channels = []
     for array in arrays:
@@ -224,101 +262,157 @@ def _prepared(case, task, images, label, spacing):
         values = np.ascontiguousarray(truth[box].astype(label_dtype(task)))
         labels = resample_labels(torch.from_numpy(values), size)
         spots = labels.flatten().nonzero()[:, 0].to(torch.int32)
-    header = replace(grid, array=grid.array[:0].copy()) # not a view, which would keep all the voxels
-    return Loaded(case.name, torch.stack(channels), labels, spots, header, grid.array.shape, box, spacing)
+    header = replace(
+        grid, array=grid.array[:0].copy()
+    )  # not a view, which would keep all the voxels
+    return Loaded(
+        case.name, torch.stack(channels), labels, spots, header, grid.array.shape, box, spacing
+    )
+
 
 def place(
-    array:np.ndarray, # (box_size): values in the box of a case, along R, A, S
-    case:Loaded, # whose grid they go back to
-    outside=0, # value around the box
-)->np.ndarray: # the file's own shape and axes, dtype of `array`
+    array: np.ndarray,  # (box_size): values in the box of a case, along R, A, S
+    case: Loaded,  # whose grid they go back to
+    outside=0,  # value around the box
+) -> np.ndarray:  # the file's own shape and axes, dtype of `array`
     "From the box of a case to the scan's own grid"
     whole = np.full(_turned(case.shape, case.grid.affine), outside, array.dtype)
     whole[case.box] = array
-    return np.ascontiguousarray(apply_orientation(whole, ornt_transform(RAS, io_orientation(case.grid.affine))))
+    return np.ascontiguousarray(
+        apply_orientation(whole, ornt_transform(RAS, io_orientation(case.grid.affine)))
+    )
 
 # %% ../../nbs/4_inside/datasets.ipynb #9d133c7f
-_PREPARED = 2                                                      # counts changes of `load_case` and of what an entry holds
+_PREPARED = 2  # counts changes of `load_case` and of what an entry holds
+
 
 def cache_key(
-    case:Case, # which; all its files exist
-    task:Task, # what the dataset asks for
-    spacing=(1., 1., 1.), # voxel size in mm along R, A, S
-)->str: # 32 hexadecimal digits
+    case: Case,  # which; all its files exist
+    task: Task,  # what the dataset asks for
+    spacing=(1.0, 1.0, 1.0),  # voxel size in mm along R, A, S
+) -> str:  # 32 hexadecimal digits
     "A name for a prepared case that changes with the contents of its files and with whatever decides what is made of them"
-    about = [_PREPARED, task.normalize, task.channels, list(task.labels), label_dtype(task).name, _lengths(spacing)]
+    about = [
+        _PREPARED,
+        task.normalize,
+        task.channels,
+        list(task.labels),
+        label_dtype(task).name,
+        _lengths(spacing),
+    ]
     h = hashlib.sha256(json.dumps(about).encode())
     for path in (*case.images, cast(Path, case.label)):
-        with open(path, "rb") as f: h.update(hashlib.file_digest(f, "sha256").digest())
+        with open(path, "rb") as f:
+            h.update(hashlib.file_digest(f, "sha256").digest())
     return h.hexdigest()[:32]
+
 
 def _checksum(tensors, about):
     "CRC-32 of everything in an entry"
     crc = zlib.crc32(about.encode())
-    for name in sorted(tensors): crc = zlib.crc32(tensors[name].numpy().reshape(-1).view(np.uint8), crc)
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].numpy().reshape(-1).view(np.uint8), crc)
     return str(crc)
+
 
 def _write_entry(path, case):
     "A prepared case as one file"
     tensors = {"x": case.x.contiguous(), "labels": case.labels.contiguous(), "spots": case.spots}
     header = case.grid.header.binaryblock.hex()
     box = [(s.start, s.stop) for s in case.box]
-    about = json.dumps({"affine": case.grid.affine.tolist(), "header": header, "shape": case.shape, "box": box, "spacing": case.spacing})
-    write_whole(path, lambda p: save_file(tensors, p, {"about": about, "crc": _checksum(tensors, about)}))
+    about = json.dumps(
+        {
+            "affine": case.grid.affine.tolist(),
+            "header": header,
+            "shape": case.shape,
+            "box": box,
+            "spacing": case.spacing,
+        }
+    )
+    write_whole(
+        path, lambda p: save_file(tensors, p, {"about": about, "crc": _checksum(tensors, about)})
+    )
+
 
 _DTYPES = {"F32": np.float32, "U8": np.uint8, "I16": np.int16, "I32": np.int32}
 
+
 def _map_tensors(path):
     "A safetensors file by NumPy's memory map: the library's own reader for torch keeps 64 bytes of each tensor for ever"
-    file = np.memmap(path, np.uint8, "c"); start = 8+int.from_bytes(file[:8].tobytes(), "little")
-    head = json.loads(file[8:start].tobytes()); about = head.pop("__metadata__")
-    values = lambda t: file[start+t["data_offsets"][0]:start+t["data_offsets"][1]].view(_DTYPES[t["dtype"]]).reshape(t["shape"])
+    file = np.memmap(path, np.uint8, "c")
+    start = 8 + int.from_bytes(file[:8].tobytes(), "little")
+    head = json.loads(file[8:start].tobytes())
+    about = head.pop("__metadata__")
+    values = lambda t: (
+        file[start + t["data_offsets"][0] : start + t["data_offsets"][1]]
+        .view(_DTYPES[t["dtype"]])
+        .reshape(t["shape"])
+    )
     return {name: torch.from_numpy(values(t)) for name, t in head.items()}, about
+
 
 def _read_entry(path, case):
     "The prepared case of a file, mapped into memory, or None if there is none or it is broken"
     try:
         tensors, about = _map_tensors(path)
-        if _checksum(tensors, about["about"]) != about["crc"]: return None
+        if _checksum(tensors, about["about"]) != about["crc"]:
+            return None
         about = json.loads(about["about"])
         header = bytes.fromhex(about["header"])
-        place_of = {"shape": tuple(about["shape"]), "box": tuple(slice(*s) for s in about["box"]), "spacing": tuple(about["spacing"])}
-    except (OSError, AttributeError, KeyError, TypeError, ValueError): return None
-    with suppress(OSError): # used just now: the last to be thrown away; a folder that others fill may be read-only
+        place_of = {
+            "shape": tuple(about["shape"]),
+            "box": tuple(slice(*s) for s in about["box"]),
+            "spacing": tuple(about["spacing"]),
+        }
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+        return None
+    with suppress(
+        OSError
+    ):  # used just now: the last to be thrown away; a folder that others fill may be read-only
         os.utime(path)
     kind = nib.Nifti1Header if len(header) == 348 else nib.Nifti2Header
-    grid = Volume(np.zeros((0, 0, 0), np.float32), np.array(about["affine"]), kind(header), case.images[0])
+    grid = Volume(
+        np.zeros((0, 0, 0), np.float32), np.array(about["affine"]), kind(header), case.images[0]
+    )
     return Loaded(case.name, **tensors, grid=grid, **place_of)
 
 # %% ../../nbs/4_inside/datasets.ipynb #4765c2b6
 def _present(paths):
     "(path, its stat) of the files that are still there: another process may move or remove its own at any time"
     for path in paths:
-        with suppress(FileNotFoundError): yield path, path.stat()
+        with suppress(FileNotFoundError):
+            yield path, path.stat()
+
 
 def make_room(
-    cache:Path, # folder of prepared cases
-    need:int, # bytes
-    limit:int, # bytes that the folder may hold
-    keep:set, # files that stay
-)->bool: # whether `need` bytes fit now
+    cache: Path,  # folder of prepared cases
+    need: int,  # bytes
+    limit: int,  # bytes that the folder may hold
+    keep: set,  # files that stay
+) -> bool:  # whether `need` bytes fit now
     "Throw away the entries that were not used for longest, and what killed processes left behind"
     for part, stat in _present(cache.glob(".part-*")):
-        if time.time()-stat.st_mtime > 86400: part.unlink(missing_ok=True)
+        if time.time() - stat.st_mtime > 86400:
+            part.unlink(missing_ok=True)
     oldest = sorted(_present(cache.glob("[!.]*.safetensors")), key=lambda e: e[1].st_mtime)
     used = sum(stat.st_size for _, stat in oldest)
     for entry, stat in oldest:
-        if used+need <= limit: break
-        if entry not in keep: used -= stat.st_size; entry.unlink(missing_ok=True)
-    return used+need <= limit
+        if used + need <= limit:
+            break
+        if entry not in keep:
+            used -= stat.st_size
+            entry.unlink(missing_ok=True)
+    return used + need <= limit
+
 
 class _Cache:
     "A folder of prepared cases, and what kept cases out of it"
+
     def __init__(self, folder, limit, entries):
         self.folder, self.limit, self.keep = Path(folder), limit, set(entries)
-        self.lock = threading.Lock() # two threads that look for room at once would both find it
-        self.broken = None # the first error of writing
-        self.left_out = 0 # cases that are not in the folder
+        self.lock = threading.Lock()  # two threads that look for room at once would both find it
+        self.broken = None  # the first error of writing
+        self.left_out = 0  # cases that are not in the folder
 
     def write(self, path, case):
         "Write the entry of a case if there is room; after an error of writing nothing more is tried"
@@ -333,49 +427,75 @@ class _Cache:
 
     def _has_room(self, case):
         self.folder.mkdir(parents=True, exist_ok=True)
-        return make_room(self.folder, sum(t.nbytes for t in (case.x, case.labels, case.spots)), self.limit, self.keep)
+        return make_room(
+            self.folder,
+            sum(t.nbytes for t in (case.x, case.labels, case.spots)),
+            self.limit,
+            self.keep,
+        )
 
     def tell(self, cases):
         "One warning for all the cases that are not in the folder"
         if self.left_out == 0:
             return
         if self.broken is None:
-            reason, fix = f"there is no room within {self.limit/1e9:g} GB", "raise --cache_gb"
+            reason, fix = f"there is no room within {self.limit / 1e9:g} GB", "raise --cache_gb"
         else:
-            reason, fix = f"it cannot be written ({self.broken})", "name a folder with free space with --cache"
-        warnings.warn(f"{self.folder}: {self.left_out} of {cases} cases are not kept there, since {reason}. What was not kept stays in memory; {fix}.", stacklevel=3)
+            reason, fix = (
+                f"it cannot be written ({self.broken})",
+                "name a folder with free space with --cache",
+            )
+        warnings.warn(
+            f"{self.folder}: {self.left_out} of {cases} cases are not kept there, since {reason}. What was not kept stays in memory; {fix}.",
+            stacklevel=3,
+        )
+
 
 def prepared_cases(
-    cases:list, # of Case, with labels
-    task:Task, # what the dataset asks for
-    cache:Path|None=None, # folder to keep them in; None: in memory alone
-    cache_gb:float=50., # size that the folder may reach; what does not fit stays in memory
-    quiet:bool=False, # no progress bar
-    spacing=(1., 1., 1.), # voxel size in mm along R, A, S
-    readers:int|None=None, # cases that are read at once; None: as many as cores and memory allow
-)->list: # of Loaded, in the order of `cases`
+    cases: list,  # of Case, with labels
+    task: Task,  # what the dataset asks for
+    cache: Path | None = None,  # folder to keep them in; None: in memory alone
+    cache_gb: float = 50.0,  # size that the folder may reach; what does not fit stays in memory
+    quiet: bool = False,  # no progress bar
+    spacing=(1.0, 1.0, 1.0),  # voxel size in mm along R, A, S
+    readers: int
+    | None = None,  # cases that are read at once; None: as many as cores and memory allow
+) -> list:  # of Loaded, in the order of `cases`
     "Cases as `load_case` makes them, from the cache where they are there, several at a time; raises `InputError` that names the file"
-    require(readers is None or readers >= 1, f"--readers is {readers}. Give a whole number of 1 or more.")
+    require(
+        readers is None or readers >= 1,
+        f"--readers is {readers}. Give a whole number of 1 or more.",
+    )
     for case in cases:
         expect_files(case, task, need_label=True)
     largest = max((reading_bytes(case, task, spacing)[1] for case in cases), default=0)
     at_once = fitting_readers(largest, readers)
     if cache is None:
-        def load(case): return load_case(case, task, True, spacing)
+
+        def load(case):
+            return load_case(case, task, True, spacing)
+
         return _each(load, cases, at_once, "reading cases", quiet)
-    def entry(case): return Path(cache)/f"{cache_key(case, task, spacing)}.safetensors"
+
+    def entry(case):
+        return Path(cache) / f"{cache_key(case, task, spacing)}.safetensors"
+
     entries = _each(entry, cases, readers or processors(), "looking for changes", quiet)
-    kept = _Cache(cache, cache_gb*1e9, entries)
+    kept = _Cache(cache, cache_gb * 1e9, entries)
+
     def fetch(pair):
         case, path = pair
         return _read_entry(path, case) or _prepare(case, task, spacing, path, kept)
+
     found = _each(fetch, list(zip(cases, entries)), at_once, "reading cases", quiet)
     kept.tell(len(cases))
     return found
 
+
 def _each(do, items, threads, what, quiet):
     "The results of a function for each item, by several threads, with a bar"
     return thread_map(do, items, max_workers=threads, desc=what, disable=quiet, leave=False)
+
 
 def _prepare(case, task, spacing, path, kept):
     "Load a case, and write its entry if there is room"

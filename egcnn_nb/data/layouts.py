@@ -33,40 +33,46 @@ from .volumes import Volume, expect_finite, read_labels, read_volume
 @dataclass(frozen=True)
 class Case:
     "One patient: the files of its channels, and of its label map if there is one"
-    name:str # e.g. "BraTS19_PHANTOM_001_1"
-    images:tuple # one path per channel of the task
-    label:Path|None=None # label map; None where only prediction is possible
+
+    name: str  # e.g. "BraTS19_PHANTOM_001_1"
+    images: tuple  # one path per channel of the task
+    label: Path | None = None  # label map; None where only prediction is possible
+
 
 @dataclass(frozen=True)
 class Dataset:
     "A folder of a known layout"
-    root:Path # the folder
-    task:Task # what the dataset asks for
-    cases:list # of Case, ordered by name
-    problems:tuple=() # sentences on the folder that `egcnn_check` prints
-    conflicts:tuple=() # such sentences for which training is refused too
+
+    root: Path  # the folder
+    task: Task  # what the dataset asks for
+    cases: list  # of Case, ordered by name
+    problems: tuple = ()  # sentences on the folder that `egcnn_check` prints
+    conflicts: tuple = ()  # such sentences for which training is refused too
 
 # %% ../../nbs/2_practice/prepare_your_data.ipynb #a1f0c0d2
 def name_of(
-    path, # a file, or its name
-)->str:
+    path,  # a file, or its name
+) -> str:
     "Name of a file without .nii or .nii.gz, in upper or lower case; its other dots stay"
     name = Path(path).name
     for ending in (".nii.gz", ".nii"):
         if name.lower().endswith(ending):
-            return name[:-len(ending)]
+            return name[: -len(ending)]
     return name
+
 
 def _is_nifti(path):
     "Whether the name of a file ends as NIfTI files do"
     return path.name.lower().endswith((".nii", ".nii.gz"))
 
+
 def is_run(
-    folder:Path, # any folder
-)->bool:
+    folder: Path,  # any folder
+) -> bool:
     "Whether `egcnn_train` wrote a folder: it is no data set and no case"
     begun = ("model*.safetensors", "checkpoint-*.pt", "metrics.csv")
-    return (folder/"config.json").is_file() and any(any(folder.glob(name)) for name in begun)
+    return (folder / "config.json").is_file() and any(any(folder.glob(name)) for name in begun)
+
 
 def _visible(folder):
     "What lies in a folder, without hidden files, ordered by name; nothing where there is no folder"
@@ -74,19 +80,23 @@ def _visible(folder):
         return []
     return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
 
+
 def _images(folder):
     "NIfTI files in a folder, without hidden ones"
     return [p for p in _visible(folder) if _is_nifti(p)]
+
 
 def _is_case_folder(path):
     "Whether it is a folder and no run, or a link to a folder that is gone, which is a case that lacks its files"
     gone = path.is_symlink() and not path.exists() and not _is_nifti(path)
     return gone or path.is_dir() and not is_run(path)
 
+
 def _case_folders(root, prefix):
     "Folders whose name begins with `prefix` in upper or lower case, without run folders"
     found = [p for p in _visible(root) if p.name.lower().startswith(prefix)]
     return [p for p in found if _is_case_folder(p)]
+
 
 def _copies(folder):
     "Sentences on files of one name with two endings, such as a.nii and a.nii.gz"
@@ -96,7 +106,9 @@ def _copies(folder):
         return []
     return [
         f"{folder} holds {twice[:4]}, which are one name with two endings. Remove all but one "
-        "of each name."]
+        "of each name."
+    ]
+
 
 def _text(path):
     "A text file in UTF-8, with or without a byte order mark"
@@ -105,46 +117,62 @@ def _text(path):
     except UnicodeDecodeError as e:
         raise InputError(f"{path} is not encoded in UTF-8. Save it as UTF-8.") from e
 
+
 def _listed(root, text):
     "The file that a description names, relative to its folder; a Windows separator is read as one"
     good = isinstance(text, str) and text.strip()
-    require(good,
+    require(
+        good,
         f"{root} has a description that names {text!r} where it should name a file. Write the "
-        "path of a file there.")
-    path = root/text
+        "path of a file there.",
+    )
+    path = root / text
     if "\\" in text and not path.exists():
-        path = root/text.replace("\\", "/")
+        path = root / text.replace("\\", "/")
     return path
 
 # %% ../../nbs/2_practice/prepare_your_data.ipynb #f4c8ab28
 BRATS_2023 = replace(
-    BRATS, name="BraTS 2023",
+    BRATS,
+    name="BraTS 2023",
     labels={0: "background", 1: "necrosis", 2: "edema", 3: "enhancing"},
-    regions={"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)})
+    regions={"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)},
+)
 BRATS_2024 = replace(
-    BRATS_2023, name="BraTS 2024 GLI",
+    BRATS_2023,
+    name="BraTS 2024 GLI",
     labels={**BRATS_2023.labels, 4: "resection cavity"},
-    regions={**BRATS_2023.regions, "RC": (4,)})
+    regions={**BRATS_2023.regions, "RC": (4,)},
+)
 BRATS_PED = replace(
-    BRATS, name="BraTS-PED",
+    BRATS,
+    name="BraTS-PED",
     labels={0: "background", 1: "enhancing", 2: "non-enhancing", 3: "cyst", 4: "edema"},
-    regions={"WT": (1, 2, 3, 4), "TC": (1, 2, 3), "ET": (1,), "CC": (3,)})
+    regions={"WT": (1, 2, 3, 4), "TC": (1, 2, 3), "ET": (1,), "CC": (3,)},
+)
 BRATS_KINDS = {"": BRATS, "GLI": BRATS_2023, "GLI after treatment": BRATS_2024, "PED": BRATS_PED}
-for _kind in ("MEN", "MET", "SSA", "GOAT"):                      # the labels of 2023
+for _kind in ("MEN", "MET", "SSA", "GOAT"):  # the labels of 2023
     BRATS_KINDS[_kind] = replace(BRATS_2023, name=f"BraTS-{_kind}")
 KITS_2021 = replace(
-    KITS, name="KiTS 2021",
+    KITS,
+    name="KiTS 2021",
     labels={**KITS.labels, 3: "cyst"},
-    regions={"kidneys": (1, 2, 3), "masses": (2, 3), "tumor": (2,)})
+    regions={"kidneys": (1, 2, 3), "masses": (2, 3), "tumor": (2,)},
+)
 
-_BRATS_ENDS = {                                                  # up to 2021, and since 2023
-    "t1": ("_t1", "-t1n"), "t1ce": ("_t1ce", "-t1c"),
-    "t2": ("_t2", "-t2w"), "flair": ("_flair", "-t2f")}
+_BRATS_ENDS = {  # up to 2021, and since 2023
+    "t1": ("_t1", "-t1n"),
+    "t1ce": ("_t1ce", "-t1c"),
+    "t2": ("_t2", "-t2w"),
+    "flair": ("_flair", "-t2f"),
+}
+
 
 def _ending(folder, endings):
     "The NIfTI file of a folder whose name ends so, or None"
     fits = [p for p in _images(folder) if name_of(p).lower().endswith(endings)]
     return fits[0] if fits else None
+
 
 def _brats_kind(name):
     "Which challenge a folder belongs to: '' up to 2021, later the word after 'BraTS-'"
@@ -152,44 +180,51 @@ def _brats_kind(name):
     if len(words) == 1:
         return ""
     if len(words) > 2 and not words[2].isdigit():
-        return "-".join(words[1:3]).upper() # BraTS-MEN-RT-0001-1
+        return "-".join(words[1:3]).upper()  # BraTS-MEN-RT-0001-1
     if words[1].upper() == "GLI" and words[-1].isdigit() and int(words[-1]) >= 100:
-        return "GLI after treatment" # BraTS-GLI-00005-100
+        return "GLI after treatment"  # BraTS-GLI-00005-100
     return words[1].upper()
+
 
 def _brats_task(root, names):
     "The task of a challenge; raises `InputError` on an unknown one, and on several in one folder"
     kinds = {_brats_kind(n) for n in names}
     if kinds == {"GLI", "GLI after treatment"}:
-        kinds = {"GLI after treatment"} # the same labels and one more
-    require(len(kinds) == 1,
+        kinds = {"GLI after treatment"}  # the same labels and one more
+    require(
+        len(kinds) == 1,
         f"{root} mixes the BraTS challenges {sorted(kinds)}, whose labels differ in meaning. "
-        "Put each into a folder of its own.")
+        "Put each into a folder of its own.",
+    )
     kind = kinds.pop()
-    require(kind in BRATS_KINDS,
+    require(
+        kind in BRATS_KINDS,
         f"{root} holds BraTS-{kind}, whose labels are not known here. Describe the cases in a "
-        "cases.csv.")
+        "cases.csv.",
+    )
     return BRATS_KINDS[kind]
+
 
 def _brats_case(folder):
     "The files of one folder; a channel that is missing gets the name that it should have"
     new = "-" in folder.name
     images = []
     for ends in _BRATS_ENDS.values():
-        named = folder/f"{folder.name}{ends[new]}.nii.gz"
+        named = folder / f"{folder.name}{ends[new]}.nii.gz"
         images.append(_ending(folder, ends) or named)
-    label = _ending(folder, ("_seg", "-seg", "_segm")) # one file of 2020 is called ..._Segm.nii
+    label = _ending(folder, ("_seg", "-seg", "_segm"))  # one file of 2020 is called ..._Segm.nii
     return Case(folder.name, tuple(images), label)
 
+
 def brats(
-    root:Path, # dataset folder, or the folder of one case
-)->Dataset|None:
+    root: Path,  # dataset folder, or the folder of one case
+) -> Dataset | None:
     "BraTS 2017 to 2024: a folder a case, in HGG/ and LGG/ or not, with NAME_t1 or NAME-t1n, ..."
     ends = tuple(e for pair in _BRATS_ENDS.values() for e in pair)
     one = root.name.lower().startswith("brats") and _ending(root, ends) is not None
     folders = [root]
     if not one:
-        folders = [f for part in ("", "HGG", "LGG") for f in _case_folders(root/part, "brats")]
+        folders = [f for part in ("", "HGG", "LGG") for f in _case_folders(root / part, "brats")]
     filled = [f for f in folders if _ending(f, ends)]
     if not filled:
         return None
@@ -202,6 +237,7 @@ def brats(
     task = _brats_task(root, [c.name for c in cases])
     return Dataset(root, task, cases, tuple(problems), tuple(conflicts))
 
+
 def _called(folder, *names):
     "The NIfTI file of a folder with the first of these names that is there, or None"
     for name in names:
@@ -210,18 +246,19 @@ def _called(folder, *names):
                 return path
     return None
 
+
 def kits(
-    root:Path, # dataset folder, or the folder of one case
-)->Dataset|None:
+    root: Path,  # dataset folder, or the folder of one case
+) -> Dataset | None:
     "KiTS 2019, 2021, 2023: case_00000/imaging.nii.gz and its segmentation"
     labels = ("aggregated_MAJ_seg", "segmentation")
     folders = [root] if root.name.lower().startswith("case_") else _case_folders(root, "case_")
     if not any(_called(f, "imaging", *labels) for f in folders):
         return None
-    cysts = any((f/"instances").is_dir() or _called(f, labels[0]) for f in folders)
+    cysts = any((f / "instances").is_dir() or _called(f, labels[0]) for f in folders)
     cases = []
     for folder in folders:
-        image = _called(folder, "imaging") or folder/"imaging.nii.gz"
+        image = _called(folder, "imaging") or folder / "imaging.nii.gz"
         cases.append(Case(folder.name, (image,), _called(folder, *labels)))
     conflicts = [c for f in folders for c in _copies(f)]
     return Dataset(root, KITS_2021 if cysts else KITS, cases, (), tuple(conflicts))
@@ -231,13 +268,16 @@ def _once(pairs):
     "A dict of the names and values of a JSON object; raises `InputError` on a name that is there twice"
     count = Counter(name for name, _ in pairs)
     twice = [name for name in count if count[name] > 1]
-    require(not twice,
-        f"The name {twice[:3]} is there several times in one object. Give each a name of its own.")
+    require(
+        not twice,
+        f"The name {twice[:3]} is there several times in one object. Give each a name of its own.",
+    )
     return dict(pairs)
+
 
 def _json(root, *keys):
     "dataset.json of a folder if it has `keys`, else None; raises `InputError` if it is no JSON"
-    path = root/"dataset.json"
+    path = root / "dataset.json"
     if not path.is_file():
         return None
     try:
@@ -249,6 +289,7 @@ def _json(root, *keys):
         raise InputError(f"{path} is no JSON ({e}). Correct it, or copy it again.") from e
     return info if isinstance(info, dict) and all(k in info for k in keys) else None
 
+
 def _number(value):
     "A whole number, whether it is written 1, 1.0 or '1'; None for anything else"
     if isinstance(value, bool):
@@ -259,91 +300,120 @@ def _number(value):
         return int(value) if re.fullmatch(r"\s*-?\d{1,9}\s*", value) else None
     return value if isinstance(value, int) else None
 
+
 def _numbers(given):
     "A tuple of whole numbers from a label's value, without repetition; None if it is anything else"
     several = given if isinstance(given, list) else [given]
     values = [_number(v) for v in several]
     return None if not values or None in values else tuple(dict.fromkeys(cast(list, values)))
 
+
 def _declared(labels):
     "name -> tuple of label values, from the labels of dataset.json either way round"
-    require(isinstance(labels, dict) and labels,
-        f"labels is {labels!r}. Give names and numbers, such as {{\"background\": 0, "
-        f"\"tumor\": 1}}.")
+    require(
+        isinstance(labels, dict) and labels,
+        f'labels is {labels!r}. Give names and numbers, such as {{"background": 0, "tumor": 1}}.',
+    )
     numbered_keys = all(_number(k) is not None for k in labels)
     numbered_values = all(_numbers(v) for v in labels.values())
     if numbered_keys and numbered_values:
         same = all((_number(k),) == _numbers(v) for k, v in labels.items())
-        require(same,
+        require(
+            same,
             f"labels is {labels}, and nobody can tell which numbers are the names. Write name "
-            "-> number.")
-    if numbered_keys and not numbered_values:                                    # number -> name
+            "-> number.",
+        )
+    if numbered_keys and not numbered_values:  # number -> name
         names = [str(n) for n in labels.values()]
         twice = sorted({n for n in names if names.count(n) > 1})
-        require(not twice,
+        require(
+            not twice,
             f"labels gives the name {twice[:3]} to several numbers. Give each number a name "
-            "of its own.")
+            "of its own.",
+        )
         labels = dict(zip(names, labels))
     found = {}
     for name, given in labels.items():
         values = _numbers(given)
-        require(values,
+        require(
+            values,
             f"labels gives {name!r} the value {given!r}. Write name -> number, with a whole "
-            "number or a list of whole numbers.")
+            "number or a list of whole numbers.",
+        )
         found[name] = values
     return found
+
 
 def _expect_labels(declared):
     "Raise `InputError` on labels that would be trained with another meaning than their author's"
     ignored = [n for n in declared if n.lower() == "ignore"]
-    require(not ignored,
+    require(
+        not ignored,
         "labels declares 'ignore', and ignore labels are not supported. Give these voxels a "
-        "class of their own or leave these cases out, and remove 'ignore' from labels.")
+        "class of their own or leave these cases out, and remove 'ignore' from labels.",
+    )
     below = {n: v for n, v in declared.items() if min(v) < 0}
-    require(not below,
-        f"labels declares {below}, and values below 0 are not supported. Use values of 0 or "
-        "more.")
+    require(
+        not below,
+        f"labels declares {below}, and values below 0 are not supported. Use values of 0 or more.",
+    )
     large = {n: v for n, v in declared.items() if max(v) >= 2**31}
-    require(not large,
+    require(
+        not large,
         f"labels declares {large}, and values of 2,147,483,648 and more are not supported. "
-        "Use smaller ones.")
-    require((0,) in declared.values(),
-        f"labels has no background: {list(declared)}. Add \"background\": 0.")
+        "Use smaller ones.",
+    )
+    require(
+        (0,) in declared.values(),
+        f'labels has no background: {list(declared)}. Add "background": 0.',
+    )
     single = [v for v in declared.values() if len(v) == 1]
     twice = sorted({v[0] for v in single if single.count(v) > 1})
-    require(not twice,
-        f"labels gives the values {twice[:3]} to several names. Give each name a value of its "
-        "own.")
+    require(
+        not twice,
+        f"labels gives the values {twice[:3]} to several names. Give each name a value of its own.",
+    )
     require(len(declared) > 1, "labels has nothing but a background. Add what is to be segmented.")
+
 
 def _ordered_regions(regions, order):
     "Regions, outer ones first; each begins with the label that it is painted with"
-    require(order is None or isinstance(order, list) and len(order) == len(regions),
+    require(
+        order is None or isinstance(order, list) and len(order) == len(regions),
         f"regions_class_order is {order!r}, but there are {len(regions)} regions. Give one "
-        f"label for each of {list(regions)}.")
+        f"label for each of {list(regions)}.",
+    )
     for (name, values), given in zip(list(regions.items()), order or []):
         first = _number(given)
-        require(first in values,
+        require(
+            first in values,
             f"regions_class_order paints the region {name!r} with {given!r}, which is not one "
-            f"of its labels {list(values)}. Choose one of these.")
+            f"of its labels {list(values)}. Choose one of these.",
+        )
         smaller = [set(v) for v in regions.values() if set(v) < set(values)]
         own = [v for v in values if not any(v in s for s in smaller)]
         lost = own and first not in own
-        require(not lost,
+        require(
+            not lost,
             f"regions_class_order paints the region {name!r} with {first}, which is an inner "
-            f"region's, so that {own} would never be predicted. Write one of these there.")
+            f"region's, so that {own} would never be predicted. Write one of these there.",
+        )
         regions[name] = (first, *(v for v in values if v != first))
     return outer_first(regions)
+
 
 def _intensities(channels):
     "How channels are normalised: Hounsfield units for CT alone, else z-scores"
     return "hu" if all(c.upper() in ("CT", "CT IMAGE") for c in channels) else "zscore"
 
+
 def _task(name, channels, declared, order=None):
     "A task of exclusive labels, or of regions if a name has several labels; CT in Hounsfield units"
     _expect_labels(declared)
-    require(channels and all(isinstance(c, str) for c in channels),
-        f"The channels are {list(channels)!r}. Give each a name.")
+    require(
+        channels and all(isinstance(c, str) for c in channels),
+        f"The channels are {list(channels)!r}. Give each a name.",
+    )
     nested = any(len(v) > 1 for v in declared.values())
     classes = {n: v for n, v in declared.items() if v != (0,)}
     regions = _ordered_regions(classes, order) if nested else classes
@@ -353,15 +423,18 @@ def _task(name, channels, declared, order=None):
     labels = dict(sorted(labels.items()))
     return Task(name, tuple(channels), labels, regions, activation, _intensities(channels))
 
+
 def _channels(given, key):
     "Names of the channels in the order of their numbers"
     numbers = [_number(k) for k in given] if isinstance(given, dict) else []
     counted = bool(numbers) and set(numbers) == set(range(len(numbers)))
-    require(counted,
-        f"{key} is {given!r}. Number the channels from 0, such as {{\"0\": \"T1\", \"1\": "
-        f"\"T2\"}}.")
+    require(
+        counted,
+        f'{key} is {given!r}. Number the channels from 0, such as {{"0": "T1", "1": "T2"}}.',
+    )
     named = dict(zip(numbers, given.values()))
     return [str(named[i]) for i in range(len(numbers))]
+
 
 def _described(root, info, key):
     "The task of a dataset.json; an `InputError` names the file"
@@ -371,7 +444,7 @@ def _described(root, info, key):
         name = str(info.get("name", root.name))
         return _task(name, channels, declared, info.get("regions_class_order"))
     except InputError as e:
-        raise InputError(f"{root/'dataset.json'}: {e}") from e
+        raise InputError(f"{root / 'dataset.json'}: {e}") from e
 
 # %% ../../nbs/2_practice/prepare_your_data.ipynb #a1f0c0d3
 def _count_problem(root, info, cases):
@@ -380,17 +453,20 @@ def _count_problem(root, info, cases):
     if promised is None or _number(promised) == len(cases):
         return []
     return [
-        f"{root/'dataset.json'} says numTraining {promised!r}, but there are {len(cases)} "
-        "cases. Correct the number, or complete the folder."]
+        f"{root / 'dataset.json'} says numTraining {promised!r}, but there are {len(cases)} "
+        "cases. Correct the number, or complete the folder."
+    ]
+
 
 def _channel_files(root, text, count):
     "The files of a case: one, several, or those of nnU-Net 1, which end in _0000 and so on"
     if isinstance(text, list):
         return tuple(_listed(root, t) for t in text)
     path = _listed(root, text)
-    ending = path.name[len(name_of(path)):]
+    ending = path.name[len(name_of(path)) :]
     apart = [path.with_name(f"{name_of(path)}_{i:04d}{ending}") for i in range(count)]
     return tuple(apart) if not path.exists() and any(p.exists() for p in apart) else (path,)
+
 
 def _shared_name(images):
     "What the names of a case's files have in common, or the name of their folder"
@@ -398,9 +474,10 @@ def _shared_name(images):
         return name_of(images[0])
     names = [name_of(p) for p in images]
     same = 0
-    while same < min(map(len, names)) and len({n[:same+1] for n in names}) == 1:
+    while same < min(map(len, names)) and len({n[: same + 1] for n in names}) == 1:
         same += 1
     return re.sub(r"([-_. ]0*)$", "", names[0][:same]) or images[0].parent.name
+
 
 def _named_cases(entries):
     "Cases of (files, label); where two have one file name, the names of their folders go before it"
@@ -413,44 +490,54 @@ def _named_cases(entries):
         cases.append(Case(name, images, label))
     return sorted(cases, key=lambda c: c.name)
 
+
 def _not_listed(root, cases):
     "Sentences on files in imagesTr and labelsTr that dataset.json does not list"
     known = {p.resolve() for c in cases for p in (*c.images, *([c.label] if c.label else []))}
     found = []
     for folder in ("imagesTr", "labelsTr"):
-        more = [p.name for p in _images(root/folder) if p.resolve() not in known]
+        more = [p.name for p in _images(root / folder) if p.resolve() not in known]
         if more:
             found.append(
-                f"{root/folder} holds {len(more)} files that dataset.json does not list, such "
-                f"as {more[:3]}. List or remove them.")
+                f"{root / folder} holds {len(more)} files that dataset.json does not list, such "
+                f"as {more[:3]}. List or remove them."
+            )
     return found
 
+
 def decathlon(
-    root:Path, # dataset folder
-)->Dataset|None:
+    root: Path,  # dataset folder
+) -> Dataset | None:
     "Decathlon, nnU-Net 1, lists of MONAI: a dataset.json with modality, labels and training"
     info = _json(root, "training")
     if info is None:
         return None
-    path = root/"dataset.json"
+    path = root / "dataset.json"
     examples = {"modality": '{"0": "T1"}', "labels": '{"0": "background", "1": "tumor"}'}
     for key, example in examples.items():
-        require(key in info,
-            f"{path} lists cases, but it has no {key!r}. Add one, such as {key!r}: {example}.")
+        require(
+            key in info,
+            f"{path} lists cases, but it has no {key!r}. Add one, such as {key!r}: {example}.",
+        )
     task = _described(root, info, "modality")
     rows = info["training"]
-    require(isinstance(rows, list),
+    require(
+        isinstance(rows, list),
         f"{path}: training is {type(rows).__name__}. Make it a list of objects with image and "
-        "label.")
+        "label.",
+    )
     entries = []
     for row in rows:
         good = isinstance(row, dict) and "image" in row
-        require(good,
-            f"{path}: training holds {str(row)[:80]}. Make it an object with image and label.")
+        require(
+            good, f"{path}: training holds {str(row)[:80]}. Make it an object with image and label."
+        )
         images = _channel_files(root, row["image"], len(task.channels))
-        require(len(images) in (1, len(task.channels)),
+        require(
+            len(images) in (1, len(task.channels)),
             f"{path}: {images[0].name} is one of {len(images)} files, but the channels are "
-            f"{list(task.channels)}. List a file for each.")
+            f"{list(task.channels)}. List a file for each.",
+        )
         entries.append((images, _listed(root, row["label"]) if row.get("label") else None))
     cases = _named_cases(entries)
     problems = _count_problem(root, info, cases) + _not_listed(root, cases)
@@ -462,12 +549,13 @@ def _near(name):
     name = re.sub(r"_0\d{3}$", "", name.lower())
     return re.sub(r"[^a-z0-9]", "", re.sub(r"(?<!\d)0+(?=\d)", "", name))
 
+
 def _unpaired(root, images, labels):
     "Sentences on labels without an image, and on images without a label: problems, conflicts"
-    without = sorted(set(images)-set(labels))
+    without = sorted(set(images) - set(labels))
     problems = []
     conflicts = []
-    for name in sorted(set(labels)-set(images)):
+    for name in sorted(set(labels) - set(images)):
         meant = [n for n in without if _near(n) == _near(name)]
         hint = "Rename, complete or remove it"
         if meant:
@@ -476,28 +564,35 @@ def _unpaired(root, images, labels):
     if labels and without:
         problems.append(
             f"{root}: labelsTr has no label for {len(without)} images of imagesTr, such as "
-            f"{without[:3]}, so that training leaves them out. Complete or remove them.")
+            f"{without[:3]}, so that training leaves them out. Complete or remove them."
+        )
     return problems, conflicts
+
 
 def _ending_of(root, info):
     "The file ending that dataset.json gives, or that of the files"
-    files = _images(root/"imagesTr")
+    files = _images(root / "imagesTr")
     packed = any(p.name.lower().endswith(".gz") for p in files)
     default = ".nii.gz" if packed or not files else ".nii"
     ending = info.get("file_ending", default)
     if isinstance(ending, str):
         ending = ending.lower()
-    require(ending not in ("nii", "nii.gz"),
-        f"{root/'dataset.json'} gives file_ending {ending!r}. Write it with its dot, \".{ending}\".")
-    require(ending in (".nii", ".nii.gz"),
-        f"{root/'dataset.json'} gives file_ending {ending!r}, which is not read. Convert the "
+    require(
+        ending not in ("nii", "nii.gz"),
+        f'{root / "dataset.json"} gives file_ending {ending!r}. Write it with its dot, ".{ending}".',
+    )
+    require(
+        ending in (".nii", ".nii.gz"),
+        f"{root / 'dataset.json'} gives file_ending {ending!r}, which is not read. Convert the "
         "files to .nii.gz with SimpleITK, SimpleITK.WriteImage(SimpleITK.ReadImage(old), "
-        "new), and write \".nii.gz\" there.")
+        'new), and write ".nii.gz" there.',
+    )
     return ending
+
 
 def _with_ending(folder, ending):
     "NIfTI files with an ending in upper or lower case, and sentences on other images"
-    fits = [p for p in _images(folder) if p.name[len(name_of(p)):].lower() == ending]
+    fits = [p for p in _images(folder) if p.name[len(name_of(p)) :].lower() == ending]
     endings = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
     images = [p for p in _visible(folder) if p.name.lower().endswith(endings)]
     known = set(fits)
@@ -506,7 +601,9 @@ def _with_ending(folder, ending):
         return fits, []
     return fits, [
         f"{folder} holds {len(others)} files that do not end in {ending}, the file_ending of "
-        f"dataset.json, such as {others[:3]}. Convert or remove them."]
+        f"dataset.json, such as {others[:3]}. Convert or remove them."
+    ]
+
 
 def _numbered(root, files, channels):
     "name -> {number of the channel: file}, and sentences on the files that do not fit"
@@ -521,46 +618,54 @@ def _numbered(root, files, channels):
     if not odd:
         return found, []
     return found, [
-        f"{root/'imagesTr'} holds {len(odd)} files without the number of a channel, _0000 to "
-        f"_{channels-1:04d}, such as {odd[:3]}, so that there are {len(found)} cases "
-        "(imagesTr/*_0000.nii.gz). Rename them, as in NAME_0000.nii.gz."]
+        f"{root / 'imagesTr'} holds {len(odd)} files without the number of a channel, _0000 to "
+        f"_{channels - 1:04d}, such as {odd[:3]}, so that there are {len(found)} cases "
+        "(imagesTr/*_0000.nii.gz). Rename them, as in NAME_0000.nii.gz."
+    ]
+
 
 def _nnunet_files(root, info, task):
     "Cases of imagesTr and labelsTr, problems, conflicts"
     ending = _ending_of(root, info)
-    files, odd_images = _with_ending(root/"imagesTr", ending)
-    label_files, odd_labels = _with_ending(root/"labelsTr", ending)
+    files, odd_images = _with_ending(root / "imagesTr", ending)
+    label_files, odd_labels = _with_ending(root / "labelsTr", ending)
     found, unnumbered = _numbered(root, files, len(task.channels))
     labels = {name_of(p): p for p in label_files}
     cases = []
     for name, numbered in sorted(found.items()):
         images = []
         for i in range(len(task.channels)):
-            images.append(numbered.get(i, root/"imagesTr"/f"{name}_{i:04d}{ending}"))
+            images.append(numbered.get(i, root / "imagesTr" / f"{name}_{i:04d}{ending}"))
         cases.append(Case(name, tuple(images), labels.get(name)))
     problems, conflicts = _unpaired(root, found, labels) if found else ([], [])
     return cases, problems, [*odd_images, *odd_labels, *unnumbered, *conflicts]
 
+
 def _nnunet_section(root, info, task):
     "Cases of the section `dataset` of dataset.json"
-    path, section = root/"dataset.json", info["dataset"]
-    require(isinstance(section, dict),
+    path, section = root / "dataset.json", info["dataset"]
+    require(
+        isinstance(section, dict),
         f"{path}: dataset is {type(section).__name__}. Make it an object: case -> images and "
-        "label.")
+        "label.",
+    )
     cases = []
     for name, row in sorted(section.items()):
         given = row.get("images") if isinstance(row, dict) else None
         good = isinstance(given, list) and len(given) == len(task.channels)
-        require(good,
+        require(
+            good,
             f"{path}: dataset gives {name} the images {given!r}. List a file for each of "
-            f"{list(task.channels)}.")
+            f"{list(task.channels)}.",
+        )
         label = _listed(root, row["label"]) if row.get("label") else None
         cases.append(Case(name, tuple(_listed(root, t) for t in cast(list, given)), label))
     return cases
 
+
 def nnunet(
-    root:Path, # dataset folder
-)->Dataset|None:
+    root: Path,  # dataset folder
+) -> Dataset | None:
     "nnU-Net raw: dataset.json with channel_names and labels, imagesTr/NAME_0000.nii.gz, labelsTr/"
     info = _json(root, "channel_names", "labels")
     if info is None:
@@ -574,7 +679,18 @@ def nnunet(
     return Dataset(root, task, cases, tuple(problems), tuple(conflicts))
 
 # %% ../../nbs/2_practice/prepare_your_data.ipynb #c5840d30
-_FILES = (".gz", ".nii", ".mha", ".mhd", ".nrrd", ".dcm", ".hdr", ".img", ".mgz") # endings of images
+_FILES = (
+    ".gz",
+    ".nii",
+    ".mha",
+    ".mhd",
+    ".nrrd",
+    ".dcm",
+    ".hdr",
+    ".img",
+    ".mgz",
+)  # endings of images
+
 
 def _rows(path):
     "The lines of a cases.csv as dicts, and the names of its columns"
@@ -584,44 +700,60 @@ def _rows(path):
         cells = [cell.strip() for cell in line]
         if any(cells):
             numbered.append((number, cells))
-    require(numbered,
-        f"{path} is empty. Write a first line such as case,t1,label, then a line a case.")
+    require(
+        numbered, f"{path} is empty. Write a first line such as case,t1,label, then a line a case."
+    )
     columns = numbered[0][1]
     for mark, word in ((";", "semicolons"), ("\t", "tabs")):
-        require(len(columns) > 1 or mark not in columns[0],
-            f"{path} separates its columns by {word}. Save it with commas.")
+        require(
+            len(columns) > 1 or mark not in columns[0],
+            f"{path} separates its columns by {word}. Save it with commas.",
+        )
     needed = {"case", "label"} <= set(columns) and len(columns) > 2
-    require(needed,
+    require(
+        needed,
         f"{path} has the columns {columns}. It needs case, one or more channels, and label: "
-        "name them in the first line.")
+        "name them in the first line.",
+    )
     good = all(columns) and len(set(columns)) == len(columns)
     require(good, f"{path} has the columns {columns}. Give each column a name of its own.")
     rows = []
     for number, cells in numbered[1:]:
-        require(len(cells) <= len(columns),
+        require(
+            len(cells) <= len(columns),
             f"{path}, line {number}, has {len(cells)} cells, but there are {len(columns)} "
-            "columns. Put a path that holds a comma between quotes.")
-        require(not any("\n" in cell for cell in cells),
+            "columns. Put a path that holds a comma between quotes.",
+        )
+        require(
+            not any("\n" in cell for cell in cells),
             f"{path}, line {number}, has a quote that is not closed, so that it goes on over "
-            "the lines below it. Close or remove the quote.")
-        row = dict(zip(columns, cells + [""]*(len(columns)-len(cells))))
+            "the lines below it. Close or remove the quote.",
+        )
+        row = dict(zip(columns, cells + [""] * (len(columns) - len(cells))))
         empty = [c for c in columns if c != "label" and not row[c]]
-        require(not empty,
+        require(
+            not empty,
             f"{path}, line {number}, has nothing in the column {', '.join(empty)}. Complete "
-            "or remove the line.")
+            "or remove the line.",
+        )
         rows.append(row)
     return rows, columns
 
-_MANY = 20 # values of label maps without background that are believed
+
+_MANY = 20  # values of label maps without background that are believed
+
 
 def _expect_files_in(path, rows, channels):
     "Raise `InputError` on a column that names no file at all, such as an age"
     for channel in channels:
         cells = [row[channel] for row in rows]
         files = any(Path(cell).suffix.lower() in _FILES for cell in cells)
-        require(files or not cells,
+        require(
+            files or not cells,
             f"{path} has the column {channel!r} with cells such as {cells[:2]}, which are no "
-            "files. Remove the column: each one besides case and label is a channel.")
+            "files. Remove the column: each one besides case and label is a channel.",
+        )
+
 
 def _values(case):
     "The values of a label map; none if it cannot be read, which is told when the case is read"
@@ -630,11 +762,12 @@ def _values(case):
     except InputError:
         return []
 
+
 def table(
-    root:Path, # dataset folder
-)->Dataset|None:
+    root: Path,  # dataset folder
+) -> Dataset | None:
     "cases.csv: case, one column a channel, label; paths relative to the table (our choice)"
-    path = root/"cases.csv"
+    path = root / "cases.csv"
     if not path.is_file():
         return None
     rows, columns = _rows(path)
@@ -646,7 +779,7 @@ def table(
         label = _listed(root, row["label"]) if row["label"] else None
         cases.append(Case(row["case"], images, label))
     found = {v for c in cases if c.label for v in _values(c)}
-    known = sorted({0, *(v for v in found if v >= 0)}) # `expect_known_labels` refuses the others
+    known = sorted({0, *(v for v in found if v >= 0)})  # `expect_known_labels` refuses the others
     names = {v: "background" if v == 0 else f"label {v}" for v in known}
     classes = {n: (v,) for v, n in names.items() if v}
     task = Task(root.name, tuple(channels), names, classes, "softmax", _intensities(channels))
@@ -654,20 +787,39 @@ def table(
     if len(found) > _MANY and 0 not in found:
         conflicts.append(
             f"{path} names label maps with {len(found)} values, and none of them is 0. Check the "
-            "column label: it seems to name the images.")
+            "column label: it seems to name the images."
+        )
     return Dataset(root, task, sorted(cases, key=lambda c: c.name), (), tuple(conflicts))
 
 # %% ../../nbs/2_practice/prepare_your_data.ipynb #65682a3e
 LAYOUTS = {
-    "cases.csv": table, "nnU-Net": nnunet, "BraTS": brats, "KiTS": kits, "Decathlon": decathlon}
+    "cases.csv": table,
+    "nnU-Net": nnunet,
+    "BraTS": brats,
+    "KiTS": kits,
+    "Decathlon": decathlon,
+}
 
-_SENSELESS = ( # what Python raises on a description that makes no sense
-    ValueError, KeyError, AttributeError, TypeError, IndexError, OverflowError, RecursionError,
-    NotImplementedError, csv.Error)
+_SENSELESS = (  # what Python raises on a description that makes no sense
+    ValueError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    IndexError,
+    OverflowError,
+    RecursionError,
+    NotImplementedError,
+    csv.Error,
+)
+
 
 def _recognise(root):
     "The dataset of a folder in the first layout that fits, or None"
-    if is_run(root) and not (root/"cases.csv").is_file() and not (root/"dataset.json").is_file():
+    if (
+        is_run(root)
+        and not (root / "cases.csv").is_file()
+        and not (root / "dataset.json").is_file()
+    ):
         return None
     try:
         for layout in LAYOUTS.values():
@@ -680,7 +832,9 @@ def _recognise(root):
     except _SENSELESS as e:
         raise InputError(
             f"{root} has a dataset.json or cases.csv that makes no sense ({type(e).__name__}: "
-            f"{e}). Correct it, or copy it again.") from e
+            f"{e}). Correct it, or copy it again."
+        ) from e
+
 
 def _expect_names(found):
     "Raise `InputError` on names that cannot be files, or that are one file on some file systems"
@@ -688,40 +842,60 @@ def _expect_names(found):
         name = case.name
         plain = name.strip() and name.isprintable() and not name.startswith(".")
         good = plain and not set(name) & set("/\\:")
-        require(good,
+        require(
+            good,
             f"{found.root} has a case called {name!r}. Rename it without folders in its name: "
-            "files are called after their case.")
+            "files are called after their case.",
+        )
     count = Counter(c.name.lower() for c in found.cases)
     twice = sorted({c.name for c in found.cases if count[c.name.lower()] > 1})
-    require(not twice,
+    require(
+        not twice,
         f"{found.root} has several cases of one name: {twice[:4]}. Give each a name of its "
-        "own, whatever upper and lower case.")
+        "own, whatever upper and lower case.",
+    )
+
 
 _HINTS = {
-    (".dcm", ".ima", ".dicom"): 
-        "It holds DICOM slices: convert each series to .nii.gz with dcm2niix, "
-        "then describe the files in a cases.csv",
-    (".mha", ".mhd", ".nrrd", ".nhdr"): 
-        "It holds MetaImage or NRRD files: convert them to .nii.gz with SimpleITK, "
-        "SimpleITK.WriteImage(SimpleITK.ReadImage(old), new)",
+    (
+        ".dcm",
+        ".ima",
+        ".dicom",
+    ): "It holds DICOM slices: convert each series to .nii.gz with dcm2niix, "
+    "then describe the files in a cases.csv",
+    (
+        ".mha",
+        ".mhd",
+        ".nrrd",
+        ".nhdr",
+    ): "It holds MetaImage or NRRD files: convert them to .nii.gz with SimpleITK, "
+    "SimpleITK.WriteImage(SimpleITK.ReadImage(old), new)",
     (".hdr", ".img"): "It holds pairs of .hdr and .img: convert them to .nii.gz with nibabel",
     (".mgz", ".mgh"): "It holds FreeSurfer files: convert them to .nii.gz with nibabel",
-    (".png", ".jpg", ".tif", ".tiff", ".bmp"): 
-        "It holds pictures: stack them into volumes and save these as .nii.gz",
+    (
+        ".png",
+        ".jpg",
+        ".tif",
+        ".tiff",
+        ".bmp",
+    ): "It holds pictures: stack them into volumes and save these as .nii.gz",
     (".npy", ".npz", ".h5"): "It holds arrays: save them as .nii.gz with their voxel size",
-    (".zip", ".tar", ".tgz", ".7z"): "It holds archives: unpack them first"}
+    (".zip", ".tar", ".tgz", ".7z"): "It holds archives: unpack them first",
+}
+
 
 def _walk(folder, depth=4):
     "Files below a folder, without hidden ones, a hundred entries a folder at most"
     try:
         inside = _visible(folder)[:100]
-    except OSError: # a folder that may not be read
+    except OSError:  # a folder that may not be read
         return
     for path in inside:
         if path.is_file():
             yield path
         elif depth > 1:
-            yield from _walk(path, depth-1)
+            yield from _walk(path, depth - 1)
+
 
 def _is_dicom(path):
     "Whether a file without an ending begins as DICOM files do"
@@ -729,6 +903,7 @@ def _is_dicom(path):
         return False
     with open(path, "rb") as f:
         return f.read(132)[128:] == b"DICM"
+
 
 def _hint(root):
     "What the files of an unknown folder are, and what to do with them"
@@ -741,26 +916,31 @@ def _hint(root):
         return (
             "It looks like BIDS: write a cases.csv with a line a subject, such as "
             "case,T1w,label and "
-            "sub-01,sub-01/anat/sub-01_T1w.nii.gz,derivatives/labels/sub-01/anat/sub-01_T1w_seg.nii.gz")
+            "sub-01,sub-01/anat/sub-01_T1w.nii.gz,derivatives/labels/sub-01/anat/sub-01_T1w_seg.nii.gz"
+        )
     if any(p.parent.name.lower() in ("segmentations", "masks") for p in images):
         return (
             "It has one file for each class, as TotalSegmentator's: merge the masks of a "
-            "case into one label map (1, 2, 3 and so on), then write a cases.csv")
-    if (root/"imagesTr").is_dir():
+            "case into one label map (1, 2, 3 and so on), then write a cases.csv"
+        )
+    if (root / "imagesTr").is_dir():
         return (
             "It has imagesTr, but no dataset.json that names channels and labels: copy that "
-            "again, or write a cases.csv")
+            "again, or write a cases.csv"
+        )
     if images:
         example = images[0].relative_to(root).as_posix()
         return (
             f"It holds NIfTI files, such as {example}: write a cases.csv with a line a case, "
-            f"such as case,t1,label and {name_of(example)},{example},LABEL")
+            f"such as case,t1,label and {name_of(example)},{example},LABEL"
+        )
     for endings, hint in _HINTS.items():
         if any(p.name.lower().endswith(endings) for p in files):
             return hint
     if any(_is_dicom(p) for p in files[:20]):
         return _HINTS[".dcm", ".ima", ".dicom"]
     return "See the notebook prepare_your_data"
+
 
 def _below(root):
     "Folders in a folder that are data sets, sound or not"
@@ -771,9 +951,10 @@ def _below(root):
                 found.append(str(folder))
         except InputError:
             found.append(str(folder))
-        except OSError: # a folder that may not be read
+        except OSError:  # a folder that may not be read
             continue
     return found
+
 
 def _found(root):
     "The dataset of a folder, which may be without cases"
@@ -787,203 +968,269 @@ def _found(root):
     hint = f"Name one of {below}" if below else _hint(root.resolve())
     raise InputError(f"{root}: found no known layout, out of {list(LAYOUTS)}. {hint}.")
 
+
 def find_dataset(
-    root, # folder
-)->Dataset:
+    root,  # folder
+) -> Dataset:
     "Recognise the layout of a folder; raises `InputError` if there is none, or no case in it"
     found = _found(root)
     told = [*found.conflicts, *found.problems, "Complete the folder."]
     require(found.cases, f"{root} has no cases. {told[0]}")
     return found
 
+
 def expect_paired(
-    data:Dataset, # to train on
-)->None:
+    data: Dataset,  # to train on
+) -> None:
     "Raise `InputError` on labels without an image and on files that no case takes"
     require(not data.conflicts, data.conflicts[0] if data.conflicts else "")
 
+
 def expect_foreground(
-    cases, # of Loaded, with the `spots` of their foreground
-    where, # folder that they come from
-)->None:
+    cases,  # of Loaded, with the `spots` of their foreground
+    where,  # folder that they come from
+) -> None:
     "Raise `InputError` if no case has a voxel of any label: a Dice of 1 would mean nothing"
     filled = any(c.spots is not None and len(c.spots) > 0 for c in cases)
-    require(filled,
+    require(
+        filled,
         f"{where}: no label map of {len(cases)} cases has a voxel above 0. Export the labels "
-        "again.")
+        "again.",
+    )
 
 # %% ../../nbs/2_practice/prepare_your_data.ipynb #a1f0c0d6
-MOST_FIELD = WIDEST # mm along an axis: longer scans are refused
-WIDE_FIELD = 2000.                                                 # mm: longer ones get a warning
-NARROW_FIELD = 5.                                                  # mm: shorter ones get a warning
-FEW_VOXELS = 8 # along an axis, at the spacing of the run: fewer get a warning
-MOST_VOXELS = 2**31 # a channel, at the spacing of the run: 8 GiB in float32
+MOST_FIELD = WIDEST  # mm along an axis: longer scans are refused
+WIDE_FIELD = 2000.0  # mm: longer ones get a warning
+NARROW_FIELD = 5.0  # mm: shorter ones get a warning
+FEW_VOXELS = 8  # along an axis, at the spacing of the run: fewer get a warning
+MOST_VOXELS = 2**31  # a channel, at the spacing of the run: 8 GiB in float32
+
 
 def size_at(
-    shape, # voxels along the axes of the file
-    affine:np.ndarray, # (4,4) of the file
-    spacing=(1., 1., 1.), # voxel size of the run in mm along R, A, S
-)->tuple: # voxels along the axes of the file
+    shape,  # voxels along the axes of the file
+    affine: np.ndarray,  # (4,4) of the file
+    spacing=(1.0, 1.0, 1.0),  # voxel size of the run in mm along R, A, S
+) -> tuple:  # voxels along the axes of the file
     "How many voxels a scan has at the spacing of the run"
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    towards = io_orientation(affine)[:, 0].astype(int) # R, A or S, for each axis of the file
-    return tuple(max(1, round(float(n*s/spacing[r]))) for n, s, r in zip(shape, lengths, towards))
+    towards = io_orientation(affine)[:, 0].astype(int)  # R, A or S, for each axis of the file
+    return tuple(
+        max(1, round(float(n * s / spacing[r]))) for n, s, r in zip(shape, lengths, towards)
+    )
+
 
 def _sizes(numbers):
     "24x22x20"
     return "x".join(f"{n:g}" for n in numbers)
 
+
 def _shrinking(shape, lengths, size, spacing):
     "What becomes of a scan whose voxels are much smaller than those of the run"
-    per = max(spacing)/float(min(lengths))
+    per = max(spacing) / float(min(lengths))
     return (
         f"{max(spacing):g} mm is {per:.3g} voxels of this scan; {_sizes(shape)} voxels become "
-        f"{_sizes(size)}. Choose --spacing.")
+        f"{_sizes(size)}. Choose --spacing."
+    )
+
 
 def expect_plausible(
-    shape, # voxels along the axes of the file
-    affine:np.ndarray, # (4,4) of the file
-    where, # file or case
-    spacing=(1., 1., 1.), # voxel size of the run in mm along R, A, S
-)->None:
+    shape,  # voxels along the axes of the file
+    affine: np.ndarray,  # (4,4) of the file
+    where,  # file or case
+    spacing=(1.0, 1.0, 1.0),  # voxel size of the run in mm along R, A, S
+) -> None:
     "Raise `InputError` on a scan of more than 5 m, one too large, and one that becomes one voxel"
     shape = tuple(shape)[:3]
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    longest = float(max(n*s for n, s in zip(shape, lengths)))
-    require(longest <= MOST_FIELD,
-        f"{where} has a field of view of {longest/1000:.3g} m (voxels of {_sizes(lengths)} "
-        "mm). Correct the voxel size in its header: it may be in micrometres.")
+    longest = float(max(n * s for n, s in zip(shape, lengths)))
+    require(
+        longest <= MOST_FIELD,
+        f"{where} has a field of view of {longest / 1000:.3g} m (voxels of {_sizes(lengths)} "
+        "mm). Correct the voxel size in its header: it may be in micrometres.",
+    )
     size = size_at(shape, affine, spacing)
-    require(max(size) > 1 or max(shape) == 1,
-        f"{where} is too small: {_shrinking(shape, lengths, size, spacing)}")
+    require(
+        max(size) > 1 or max(shape) == 1,
+        f"{where} is too small: {_shrinking(shape, lengths, size, spacing)}",
+    )
     told = f"{_sizes(shape)} voxels become {_sizes(size)} at a spacing of {_sizes(spacing)} mm"
-    require(np.prod(size, dtype=float) <= MOST_VOXELS,
+    require(
+        np.prod(size, dtype=float) <= MOST_VOXELS,
         f"{where} is too large: {told}. Choose a larger --spacing, or correct the voxel size "
-        "in its header.")
+        "in its header.",
+    )
+
 
 def odd_sizes(
-    shape, # voxels along the axes of the file
-    affine:np.ndarray, # (4,4) of the file
-    spacing=(1., 1., 1.), # voxel size of the run in mm along R, A, S
-)->list: # of sentences
+    shape,  # voxels along the axes of the file
+    affine: np.ndarray,  # (4,4) of the file
+    spacing=(1.0, 1.0, 1.0),  # voxel size of the run in mm along R, A, S
+) -> list:  # of sentences
     "What is unusual about the size of a scan, without being refused"
     shape = tuple(shape)[:3]
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    fields = [float(n*s) for n, s in zip(shape, lengths)]
+    fields = [float(n * s) for n, s in zip(shape, lengths)]
     size = size_at(shape, affine, spacing)
     found = []
     if max(fields) > WIDE_FIELD:
         found.append(
-            f"The field of view is {max(fields)/1000:.3g} m. Is the voxel size in its header "
-            "right?")
+            f"The field of view is {max(fields) / 1000:.3g} m. Is the voxel size in its header "
+            "right?"
+        )
     if max(fields) < NARROW_FIELD:
         found.append(
             f"The field of view is {_sizes(np.round(fields, 4))} mm. Is the voxel size in its "
-            "header right?")
+            "header right?"
+        )
     shrunk = any(n < FEW_VOXELS and n < old for n, old in zip(size, shape))
     if shrunk:
         found.append(_shrinking(shape, lengths, size, spacing))
     elif min(size) < FEW_VOXELS:
         found.append(
             f"The scan has {min(size)} voxels along an axis ({_sizes(size)}). The network "
-            "sees hardly any depth there.")
+            "sees hardly any depth there."
+        )
     return found
 
 # %% ../../nbs/2_practice/prepare_your_data.ipynb #f66e3ea7
 def expect_files(
-    case:Case, # which
-    task:Task, # what the dataset asks for
-    need_label:bool=False, # raise if there is no label map
-)->None:
+    case: Case,  # which
+    task: Task,  # what the dataset asks for
+    need_label: bool = False,  # raise if there is no label map
+) -> None:
     "Raise `InputError` unless every file of a case is there"
     for channel, path in zip(task.channels, case.images):
-        expect(path.is_file(), path,
-            f"no file for the channel {channel} of {case.name}", f"all of {list(task.channels)}", "complete or remove the case")
-    expect(case.label is not None or not need_label, case.name, "no label map", "one to train or score with", "leave the case out")
-    expect(case.label is None or case.label.is_file(), case.label, "no such file", f"the label map of {case.name}", "complete or remove the case")
+        expect(
+            path.is_file(),
+            path,
+            f"no file for the channel {channel} of {case.name}",
+            f"all of {list(task.channels)}",
+            "complete or remove the case",
+        )
+    expect(
+        case.label is not None or not need_label,
+        case.name,
+        "no label map",
+        "one to train or score with",
+        "leave the case out",
+    )
+    expect(
+        case.label is None or case.label.is_file(),
+        case.label,
+        "no such file",
+        f"the label map of {case.name}",
+        "complete or remove the case",
+    )
+
 
 def read_images(
-    case:Case, # which
-    task:Task, # what the dataset asks for
-)->list: # of Volume, one a channel
+    case: Case,  # which
+    task: Task,  # what the dataset asks for
+) -> list:  # of Volume, one a channel
     "The channels of a case: one file each, or the last axis of a single 4D file"
-    if len(case.images) == len(task.channels): return [read_volume(p) for p in case.images]
+    if len(case.images) == len(task.channels):
+        return [read_volume(p) for p in case.images]
     path, n = case.images[0], len(task.channels)
     array, affine, header = read_array(path)
-    expect(array.ndim == 4 and array.shape[-1] == n, path, f"shape {array.shape}",
-        f"(D, H, W, {n}), the channels {list(task.channels)}", "complete the file")
+    expect(
+        array.ndim == 4 and array.shape[-1] == n,
+        path,
+        f"shape {array.shape}",
+        f"(D, H, W, {n}), the channels {list(task.channels)}",
+        "complete the file",
+    )
     expect_finite(array, path)
     return [Volume(array[..., i].astype(np.float32), affine, header, path) for i in range(n)]
 
 # %% ../../nbs/2_practice/prepare_your_data.ipynb #4b45896d
-SAME_GRID = .1 # voxels that a corner may be away
+SAME_GRID = 0.1  # voxels that a corner may be away
+
 
 def corner_distance(
-    affine:np.ndarray, # (4,4) of one volume
-    first:np.ndarray, # (4,4) of another, in whose voxels the distance is told
-    shape, # voxels along the three axes of both
-)->float: # in voxels
+    affine: np.ndarray,  # (4,4) of one volume
+    first: np.ndarray,  # (4,4) of another, in whose voxels the distance is told
+    shape,  # voxels along the three axes of both
+) -> float:  # in voxels
     "The largest distance between the eight corners of a volume under two affines"
-    corners = np.array([[*corner, 1] for corner in product(*[(-.5, n-.5) for n in shape])]).T
+    corners = np.array([[*corner, 1] for corner in product(*[(-0.5, n - 0.5) for n in shape])]).T
     there = np.linalg.inv(first) @ affine @ corners
-    return float(np.linalg.norm((there-corners)[:3], axis=0).max())
+    return float(np.linalg.norm((there - corners)[:3], axis=0).max())
+
 
 def expect_same_grid(
-    volume:Volume, # whose shape and affine are compared
-    first:Volume, # with these
-)->None:
+    volume: Volume,  # whose shape and affine are compared
+    first: Volume,  # with these
+) -> None:
     "Raise `InputError` unless both volumes lie on one grid, to a tenth of a voxel at each corner"
     name = cast(Path, first.path).name
     same = volume.array.shape == first.array.shape
     gap = corner_distance(volume.affine, first.affine, first.array.shape)
     if same and gap <= SAME_GRID:
         return
-    require(volume.orientation == first.orientation,
+    require(
+        volume.orientation == first.orientation,
         f"{volume.path} lies in orientation {volume.orientation}, {name} in "
         f"{first.orientation}. Reorient it, for instance with nibabel.as_closest_canonical "
-        "for both.")
-    expect(same, volume.path, f"shape {volume.array.shape}", f"{first.array.shape} as {name}", "export both from one series")
-    require(gap <= SAME_GRID,
+        "for both.",
+    )
+    expect(
+        same,
+        volume.path,
+        f"shape {volume.array.shape}",
+        f"{first.array.shape} as {name}",
+        "export both from one series",
+    )
+    require(
+        gap <= SAME_GRID,
         f"{volume.path} has another affine than {name}: a corner is {gap:.3g} voxels away. "
-        f"Resample it onto {name}.")
+        f"Resample it onto {name}.",
+    )
+
 
 def _meaning(labels, task):
     "What may be meant by labels that a task does not know"
     if min(labels) < 0:
         return (
             "Values below 0, such as -1 for what is not annotated, are not supported: give "
-            "these voxels a label of 0 or more, or leave the case out.")
+            "these voxels a label of 0 or more, or leave the case out."
+        )
     if task.name == KITS.name and labels == [3]:
         return (
             "Label 3 is the cyst of KiTS 2021 and 2023, which are told by the folders "
             "instances/ of their cases or by aggregated_MAJ_seg.nii.gz: make an empty folder "
-            "instances/ in one case.")
+            "instances/ in one case."
+        )
     if task.name == BRATS_2023.name and labels == [4]:
         return (
             "Label 4 is the resection cavity of BraTS 2024, whose cases are called "
-            "BraTS-GLI-00000-100.")
+            "BraTS-GLI-00000-100."
+        )
     return "Remap the labels, or describe the dataset in a cases.csv."
 
+
 def expect_known_labels(
-    label:Volume, # label map
-    task:Task, # whose labels are known
-)->None:
+    label: Volume,  # label map
+    task: Task,  # whose labels are known
+) -> None:
     "Raise `InputError` on a label that the task does not know"
     odd = sorted(set(np.unique(label.array).tolist()) - set(task.labels))
-    require(not odd,
+    require(
+        not odd,
         f"{label.path} holds the labels {odd}, and {task.name} has only {list(task.labels)}. "
-        f"{_meaning(odd, task) if odd else ''}")
+        f"{_meaning(odd, task) if odd else ''}",
+    )
+
 
 def read_case(
-    case:Case, # which
-    task:Task, # what the dataset asks for
-    need_label:bool=False, # raise if there is no label map
-    spacing=(1., 1., 1.), # voxel size of the run in mm along R, A, S
-)->tuple: # images (list of Volume, one a channel), label (Volume or None)
+    case: Case,  # which
+    task: Task,  # what the dataset asks for
+    need_label: bool = False,  # raise if there is no label map
+    spacing=(1.0, 1.0, 1.0),  # voxel size of the run in mm along R, A, S
+) -> tuple:  # images (list of Volume, one a channel), label (Volume or None)
     "Read and check the files of a case, on its own grid; raises `InputError` that names the file"
     expect_files(case, task, need_label)
     header = read_header(case.images[0])
-    if len(header.shape) >= 3: # `read_images` refuses fewer
+    if len(header.shape) >= 3:  # `read_images` refuses fewer
         expect_plausible(header.shape, header.affine, case.images[0], spacing)
     images = read_images(case, task)
     label = read_labels(case.label) if case.label else None
@@ -1001,6 +1248,7 @@ def _attempt(problems, read, *args):
     except InputError as e:
         problems.append(str(e))
 
+
 def _rounded(label):
     "A sentence if the values of a label map were not whole in its file"
     header = read_header(label.path)
@@ -1012,7 +1260,9 @@ def _rounded(label):
         return []
     return [
         f"Label values such as {float(off[0]):.6g} are rounded to whole numbers. Save the "
-        "label map as whole numbers, without a scale."]
+        "label map as whole numbers, without a scale."
+    ]
+
 
 def _odd_values(channel, volume, task):
     "Sentences on the intensities of a channel: problems, warnings"
@@ -1024,12 +1274,15 @@ def _odd_values(channel, volume, task):
     if -1.5 <= low and high <= 1.5:
         return [], [
             f"The channel {channel} is CT, but its values lie between {low:.3g} and "
-            f"{high:.3g}. They are not Hounsfield units: undo their normalisation."]
+            f"{high:.3g}. They are not Hounsfield units: undo their normalisation."
+        ]
     if low >= -500:
         return [], [
             f"The channel {channel} is CT, but nothing below -500 HU is in it. Is the "
-            "intercept of -1024 missing?"]
+            "intercept of -1024 missing?"
+        ]
     return [], []
+
 
 def _digest(volumes):
     "A fingerprint of the voxels of all channels"
@@ -1038,25 +1291,27 @@ def _digest(volumes):
         h.update(np.ascontiguousarray(v.array).data)
     return h.hexdigest()
 
+
 def _label_counts(label, ml):
     "value -> (voxels, ml)"
     if not label:
         return {}
     values, counts = np.unique(label.array, return_counts=True)
-    return {int(v): (int(n), round(int(n)*ml, 3)) for v, n in zip(values, counts)}
+    return {int(v): (int(n), round(int(n) * ml, 3)) for v, n in zip(values, counts)}
+
 
 def check_case(
-    case:Case, # which
-    task:Task, # what the dataset asks for
-    spacing=(1., 1., 1.), # voxel size of the run in mm along R, A, S
-)->dict: # case, shape, spacing, orientation, ranges, labels {value: (voxels, ml)}, problems, ...
+    case: Case,  # which
+    task: Task,  # what the dataset asks for
+    spacing=(1.0, 1.0, 1.0),  # voxel size of the run in mm along R, A, S
+) -> dict:  # case, shape, spacing, orientation, ranges, labels {value: (voxels, ml)}, problems, ...
     "All there is to know of a case, and every problem with it"
     problems, warnings = [], []
     labelled = case.label is not None
     row = {"case": case.name, "labelled": labelled, "problems": problems, "warnings": warnings}
     if len(case.images) == len(task.channels):
         images = [_attempt(problems, read_volume, p) for p in case.images]
-    else:                                                                          # one 4D file
+    else:  # one 4D file
         images = _attempt(problems, read_images, case, task) or []
     label = _attempt(problems, read_labels, case.label) if case.label else None
     seen = [v for v in (*images, label) if v]
@@ -1075,12 +1330,17 @@ def check_case(
         bad, odd = _odd_values(channel, volume, task)
         problems += bad
         warnings += odd
-    ml = float(np.prod(first.spacing))/1000
+    ml = float(np.prod(first.spacing)) / 1000
     ranges = {c: (float(v.array.min()), float(v.array.max())) for c, v in channels.items()}
     return {
-        **row, "shape": first.array.shape, "orientation": first.orientation, "ranges": ranges,
-        "spacing": [round(s, 6) for s in first.spacing], "labels": _label_counts(label, ml),
-        "digest": _digest(channels.values())}
+        **row,
+        "shape": first.array.shape,
+        "orientation": first.orientation,
+        "ranges": ranges,
+        "spacing": [round(s, 6) for s in first.spacing],
+        "labels": _label_counts(label, ml),
+        "digest": _digest(channels.values()),
+    }
 
 # %% ../../nbs/2_practice/prepare_your_data.ipynb #3abf497c
 def _bytes_each(data):
@@ -1090,22 +1350,24 @@ def _bytes_each(data):
         try:
             shape = read_header(case.images[0]).shape
         except InputError:
-            continue # told when the case is read
+            continue  # told when the case is read
         volumes = len(data.task.channels) + 2
-        copies = 3 # of a volume while it is read
-        largest = max(largest, int(np.prod(shape[:3]))*4*(volumes+copies))
+        copies = 3  # of a volume while it is read
+        largest = max(largest, int(np.prod(shape[:3])) * 4 * (volumes + copies))
     return largest
+
 
 def _doubles(rows):
     "Sentences on cases with the same voxels"
     first, found = {}, []
     for r in rows:
         if not r.get("ranges"):
-            continue # no image could be read
+            continue  # no image could be read
         twin = first.setdefault(r["digest"], r["case"])
         if twin != r["case"]:
             found.append(f"{r['case']} has the very voxels of {twin}. Remove one of both.")
     return found
+
 
 def _on_labels(data, rows):
     "Sentences on the label maps of all cases: problems, warnings"
@@ -1113,13 +1375,15 @@ def _on_labels(data, rows):
     if data.cases and not any(r["labelled"] for r in rows):
         return [
             "No case has a label map, so that nothing can be trained. Add labels, unless you "
-            "only predict."], []
+            "only predict."
+        ], []
     if not read:
         return [], []
     here = {v for r in read for v in r["labels"]}
     if not here - {0}:
         return [
-            f"No label map of {len(read)} cases has a voxel above 0. Export the labels again."], []
+            f"No label map of {len(read)} cases has a voxel above 0. Export the labels again."
+        ], []
     gone = []
     for value, name in data.task.labels.items():
         if value not in here:
@@ -1128,8 +1392,10 @@ def _on_labels(data, rows):
     if large:
         gone.append(
             f"The labels {large[:5]} are above 255. Each is trained as a class of its own, "
-            "and predictions are written in a wider type with these values.")
+            "and predictions are written in a wider type with these values."
+        )
     return [], gone
+
 
 def _grouped(rows):
     "Warnings of all cases, each once, with the number of cases"
@@ -1139,35 +1405,46 @@ def _grouped(rows):
             cases.setdefault(text, []).append(r["case"])
     told = []
     for text, names in cases.items():
-        more = f" and {len(names)-1} more" if len(names) > 1 else ""
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         told.append(f"{text} ({names[0]}{more})")
     return told
 
+
 def check_dataset(
-    root, # dataset folder
-    spacing=(1., 1., 1.), # voxel size of the run in mm along R, A, S
-    most:int|None=None, # cases that are read at once; None: as many as cores and memory allow
-)->dict: # dataset, cases (rows of `check_case`), problems, warnings
+    root,  # dataset folder
+    spacing=(1.0, 1.0, 1.0),  # voxel size of the run in mm along R, A, S
+    most: int | None = None,  # cases that are read at once; None: as many as cores and memory allow
+) -> dict:  # dataset, cases (rows of `check_case`), problems, warnings
     "Every case of a dataset, read in parallel; raises `InputError` if there is no dataset"
     data = _found(root)
     problems = [*data.conflicts, *data.problems]
     if not data.cases:
         problems.append(f"{root} has no cases. Complete the folder.")
+
     def one(case):
         return check_case(case, data.task, spacing)
+
     together = readers(_bytes_each(data), most)
     rows = thread_map(one, data.cases, max_workers=together, desc="checking cases", leave=False)
     bad, odd = _on_labels(data, rows)
     problems += [p for r in rows for p in r["problems"]]
     problems += [*_doubles(rows), *bad]
-    return {"dataset": data.task.name, "root": str(root), "labels": data.task.labels, "cases": rows,
-            "problems": problems, "warnings": [*_grouped(rows), *odd]}
+    return {
+        "dataset": data.task.name,
+        "root": str(root),
+        "labels": data.task.labels,
+        "cases": rows,
+        "problems": problems,
+        "warnings": [*_grouped(rows), *odd],
+    }
+
 
 def _common(rows, name):
     "The four commonest values of a column, with their number"
     counts = Counter(str(r[name]) for r in rows)
     text = ", ".join(f"{value} ({n})" for value, n in counts.most_common(4))
     return text + (" ..." if len(counts) > 4 else "")
+
 
 def _label_line(value, name, rows):
     "What the report says of one label"
@@ -1178,21 +1455,24 @@ def _label_line(value, name, rows):
     voxels = sum(n for n, _ in has)
     return f"{line}, {voxels:,} voxels, {np.median([ml for _, ml in has]):.4g} ml in the median"
 
+
 def _told(sentences, what):
     "A heading with a number, and the sentences"
-    heading = (
-        f"{len(sentences)} {what}{'' if len(sentences) == 1 else 's'}") + (":" if sentences else "")
+    heading = (f"{len(sentences)} {what}{'' if len(sentences) == 1 else 's'}") + (
+        ":" if sentences else ""
+    )
     return [heading, *(f"  {s}" for s in sentences)]
 
+
 def check_text(
-    found:dict, # of `check_dataset`
-)->str: # several lines
+    found: dict,  # of `check_dataset`
+) -> str:  # several lines
     "What a dataset is, for reading"
     rows = [r for r in found["cases"] if "shape" in r]
     labelled = sum(r["labelled"] for r in found["cases"])
     lines = [
-        f"{found['root']}: {found['dataset']}, {len(found['cases'])} cases, {labelled} with "
-        "labels"]
+        f"{found['root']}: {found['dataset']}, {len(found['cases'])} cases, {labelled} with labels"
+    ]
     if rows:
         columns = ("shape", "spacing", "orientation")
         lines += [f"  {name:13} {_common(rows, name)}" for name in columns]

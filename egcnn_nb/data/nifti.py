@@ -23,41 +23,61 @@ from nibabel.volumeutils import apply_read_scaling
 from ..core import InputError, expect, require
 
 # %% ../../nbs/4_inside/nifti.ipynb #31997cbf
-_GZIP = 1032                                                       # the most that gzip can shrink
-LARGEST = 8 << 30                                                  # bytes of voxels that are read at all: a CT of 1000 slices of 512², in float64, has 2 GiB
-WIDEST = 5000.                                                     # mm of a field of view that are believed: a whole body has 2000
+_GZIP = 1032  # the most that gzip can shrink
+LARGEST = (
+    8 << 30
+)  # bytes of voxels that are read at all: a CT of 1000 slices of 512², in float64, has 2 GiB
+WIDEST = 5000.0  # mm of a field of view that are believed: a whole body has 2000
 _TYPES = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8")
-_MM = {0: 1., 1: 1000., 2: 1., 3: .001}                            # unit code of the header -> mm; where it names no unit, mm are meant
+_MM = {
+    0: 1.0,
+    1: 1000.0,
+    2: 1.0,
+    3: 0.001,
+}  # unit code of the header -> mm; where it names no unit, mm are meant
 _UNITS = {0: "no unit", 1: "metres", 2: "mm", 3: "microns"}
+
 
 @dataclass
 class NiftiHeader:
     "What the header of a NIfTI file says, checked"
-    shape:tuple # voxels along each axis, at least three
-    dtype:np.dtype # of a stored voxel, with its byte order
-    offset:int # byte where the voxels begin
-    slope:float # value = stored * slope + inter
-    inter:float
-    affine:np.ndarray # (4,4): voxel indices to millimetres, whatever the unit of the file
-    header:nib.Nifti1Header # nibabel's, in millimetres, without extensions
+
+    shape: tuple  # voxels along each axis, at least three
+    dtype: np.dtype  # of a stored voxel, with its byte order
+    offset: int  # byte where the voxels begin
+    slope: float  # value = stored * slope + inter
+    inter: float
+    affine: np.ndarray  # (4,4): voxel indices to millimetres, whatever the unit of the file
+    header: nib.Nifti1Header  # nibabel's, in millimetres, without extensions
 
     @property
-    def size(self)->int:
+    def size(self) -> int:
         "Bytes up to the end of the voxels"
-        return self.offset + prod(self.shape)*self.dtype.itemsize
+        return self.offset + prod(self.shape) * self.dtype.itemsize
+
 
 def _gzipped(path):
     "Whether the name of a file says that gzip packed it"
     return path.name.lower().endswith(".gz")
 
+
 def _first_bytes(path, n):
     "The first bytes of a file, unpacked if it is a .gz"
     known = path.name.lower().endswith((".nii", ".nii.gz"))
-    expect(known, path, "another kind of file", "a name that ends in .nii or .nii.gz", "convert it, for instance with nibabel")
+    expect(
+        known,
+        path,
+        "another kind of file",
+        "a name that ends in .nii or .nii.gz",
+        "convert it, for instance with nibabel",
+    )
     expect(path.is_file(), path, "no such file", "a NIfTI file")
-    expect(path.stat().st_size > 0, path, "an empty file", "a NIfTI file", "copy or download it again")
+    expect(
+        path.stat().st_size > 0, path, "an empty file", "a NIfTI file", "copy or download it again"
+    )
     with _unpacked(path) as f:
         return f.read(n)
+
 
 def _check_packed(path):
     "Refuse a .gz that gzip did not pack, where its first bytes are those of a NIfTI header"
@@ -66,10 +86,15 @@ def _check_packed(path):
     with open(path, "rb") as f:
         first = f.read(4)
     sizes = {int.from_bytes(first, order) for order in ("little", "big")}
-    require(not sizes & {348, 540}, f"{path} is not packed by gzip, but its name says so. Rename it to end in .nii.")
+    require(
+        not sizes & {348, 540},
+        f"{path} is not packed by gzip, but its name says so. Rename it to end in .nii.",
+    )
+
 
 class _unpacked:
     "A file opened for reading, unpacked if it is a .gz; what goes wrong while it is read becomes an `InputError`"
+
     def __init__(self, path):
         self.path = path
 
@@ -85,52 +110,97 @@ class _unpacked:
         if hasattr(self, "file"):
             self.file.close()
         if kind and issubclass(kind, (OSError, EOFError, zlib.error)):
-            raise InputError(f"{self.path}: found a file that cannot be read ({e}), expected a whole NIfTI file; copy or download it again") from e
+            raise InputError(
+                f"{self.path}: found a file that cannot be read ({e}), expected a whole NIfTI file; copy or download it again"
+            ) from e
 
 # %% ../../nbs/4_inside/nifti.ipynb #a497df23
 def _fields(path, raw):
     "nibabel's header of the first bytes, whichever of two versions and byte orders"
-    require(raw[:2] != b"\x1f\x8b", f"{path} is packed by gzip, but its name does not say so. Rename it to end in .nii.gz.")
+    require(
+        raw[:2] != b"\x1f\x8b",
+        f"{path} is packed by gzip, but its name does not say so. Rename it to end in .nii.gz.",
+    )
     kinds = {348: (nib.Nifti1Header, b"n+1"), 540: (nib.Nifti2Header, b"n+2")}
     for order in ("little", "big"):
         kind, magic = kinds.get(int.from_bytes(raw[:4], order), (None, None))
         if not kind:
             continue
         n = kind.template_dtype.itemsize
-        expect(len(raw) >= n, path, f"a file that cannot be read, it ends after {len(raw)} bytes", f"a header of {n}", "copy or download it again")
+        expect(
+            len(raw) >= n,
+            path,
+            f"a file that cannot be read, it ends after {len(raw)} bytes",
+            f"a header of {n}",
+            "copy or download it again",
+        )
         header = kind(raw[:n], "<" if order == "little" else ">", check=False)
         found = header["magic"].item()[:3]
-        expect(found == magic, path, f"the magic {found!r}", f"{magic!r}: header and voxels in one file", "convert pairs of .hdr and .img to .nii")
+        expect(
+            found == magic,
+            path,
+            f"the magic {found!r}",
+            f"{magic!r}: header and voxels in one file",
+            "convert pairs of .hdr and .img to .nii",
+        )
         return header
-    raise InputError(f"{path}: found a file that cannot be read, its first bytes are {raw[:4]!r}, expected a NIfTI header; copy or download it again")
+    raise InputError(
+        f"{path}: found a file that cannot be read, its first bytes are {raw[:4]!r}, expected a NIfTI header; copy or download it again"
+    )
+
 
 def _shape(path, h):
     "Voxels along each axis: at least three axes, and no axis of one voxel behind the third"
     n = int(h["dim"][0])
     expect(1 <= n <= 7, path, f"{n} axes", "1 to 7", "repair the header")
-    shape = tuple(int(d) for d in h["dim"][1:n+1])
-    expect(min(shape) > 0, path, f"shape {shape}", "at least one voxel along each axis", "repair the header")
-    space = (*shape, 1, 1)[:3]                                # a slice (H, W) is a volume (H, W, 1)
-    return space + tuple(d for d in shape[3:] if d > 1)      # (D, H, W, 1, C), as ITK writes channels, is (D, H, W, C)
+    shape = tuple(int(d) for d in h["dim"][1 : n + 1])
+    expect(
+        min(shape) > 0,
+        path,
+        f"shape {shape}",
+        "at least one voxel along each axis",
+        "repair the header",
+    )
+    space = (*shape, 1, 1)[:3]  # a slice (H, W) is a volume (H, W, 1)
+    return space + tuple(
+        d for d in shape[3:] if d > 1
+    )  # (D, H, W, 1, C), as ITK writes channels, is (D, H, W, C)
+
 
 def _layout(path, h):
     "Shape, type and offset"
     shape, code = _shape(path, h), int(h["datatype"])
-    kind:Any = data_type_codes.dtype.get(code) if code in data_type_codes.dtype else None
+    kind: Any = data_type_codes.dtype.get(code) if code in data_type_codes.dtype else None
     known = kind is not None and np.dtype(kind).str[1:] in _TYPES
-    expect(known, path, f"voxels of type {code} ({kind})", "whole numbers or floats of 32 or 64 bits", "split colours or complex numbers into channels")
-    offset, least = float(h["vox_offset"]), len(h.binaryblock)+4
+    expect(
+        known,
+        path,
+        f"voxels of type {code} ({kind})",
+        "whole numbers or floats of 32 or 64 bits",
+        "split colours or complex numbers into channels",
+    )
+    offset, least = float(h["vox_offset"]), len(h.binaryblock) + 4
     whole = np.isfinite(offset) and offset >= least and offset == int(offset)
-    expect(whole, path, f"voxels that begin at byte {offset}", f"a whole number from {least} on", "repair the header")
+    expect(
+        whole,
+        path,
+        f"voxels that begin at byte {offset}",
+        f"a whole number from {least} on",
+        "repair the header",
+    )
     return shape, np.dtype(kind).newbyteorder(h.endianness), int(offset)
+
 
 def _scale(path, h):
     "Slope and intercept; a slope of 0 or NaN means unscaled"
     slope, inter = float(h["scl_slope"]), float(h["scl_inter"])
     if slope == 0 or np.isnan(slope):
-        return 1., 0.
+        return 1.0, 0.0
     finite = np.isfinite([slope, inter]).all()
-    require(finite, f"{path} scales its voxels by a slope {slope} and an intercept {inter}. Set scl_slope and scl_inter in its header to finite numbers.")
+    require(
+        finite,
+        f"{path} scales its voxels by a slope {slope} and an intercept {inter}. Set scl_slope and scl_inter in its header to finite numbers.",
+    )
     return slope, inter
 
 # %% ../../nbs/4_inside/nifti.ipynb #94bd4059
@@ -138,11 +208,12 @@ def _as_the_standard_says(header):
     "A copy of a header whose pixdim[0] is 1 or -1, and in which the third axis of a slice has a size"
     found = header.copy()
     if found["pixdim"][0] not in (1, -1):
-        found["pixdim"][0] = 1                                     # the standard: 0 means 1
-    for axis in range(int(found["dim"][0])+1, 4):
+        found["pixdim"][0] = 1  # the standard: 0 means 1
+    for axis in range(int(found["dim"][0]) + 1, 4):
         if not found["pixdim"][axis] > 0:
             found["pixdim"][axis] = 1
     return found
+
 
 def _mend_qform(header):
     "Where an sform counts, let it replace a qform that nobody can read"
@@ -153,40 +224,63 @@ def _mend_qform(header):
     if int(header["sform_code"]) > 0 and not (sound and int(header["qform_code"]) in range(6)):
         header.set_qform(header.get_sform(), 0)
 
+
 def header_in_mm(
-    header:nib.Nifti1Header, # nibabel's, in any unit
-)->nib.Nifti1Header:
+    header: nib.Nifti1Header,  # nibabel's, in any unit
+) -> nib.Nifti1Header:
     "A copy of a NIfTI header whose lengths are in mm, and whose qform can be read"
     found, unit = _as_the_standard_says(header), mm_per_unit(header)
     with np.errstate(over="ignore"):
         for name in ("srow_x", "srow_y", "srow_z", "qoffset_x", "qoffset_y", "qoffset_z"):
-            found[name] = header[name].astype(float)*unit
-        found["pixdim"][1:4] = found["pixdim"][1:4].astype(float)*unit
-    found["xyzt_units"] = (int(header["xyzt_units"]) & 0x38) | 2   # the unit of time stays
+            found[name] = header[name].astype(float) * unit
+        found["pixdim"][1:4] = found["pixdim"][1:4].astype(float) * unit
+    found["xyzt_units"] = (int(header["xyzt_units"]) & 0x38) | 2  # the unit of time stays
     _mend_qform(found)
     return found
 
+
 def mm_per_unit(
-    header, # nibabel's header of an image of any kind
-)->float:
+    header,  # nibabel's header of an image of any kind
+) -> float:
     "How many mm are in the unit of length of a header; 1 where it names none"
     if not isinstance(header, nib.Nifti1Header):
-        return 1.
-    return _MM.get(int(header["xyzt_units"]) & 7, 1.)
+        return 1.0
+    return _MM.get(int(header["xyzt_units"]) & 7, 1.0)
+
 
 def _check_sizes(path, h):
     "The voxel sizes of a header without sform"
-    axes = min(int(h["dim"][0]), 3)                                # a slice (H, W) has no third size
-    sizes = h["pixdim"][1:axes+1].astype(float)
-    expect(np.isfinite(sizes).all() and (sizes > 0).all(), path, f"voxel sizes {sizes.tolist()}", "three lengths in mm", "repair the header")
+    axes = min(int(h["dim"][0]), 3)  # a slice (H, W) has no third size
+    sizes = h["pixdim"][1 : axes + 1].astype(float)
+    expect(
+        np.isfinite(sizes).all() and (sizes > 0).all(),
+        path,
+        f"voxel sizes {sizes.tolist()}",
+        "three lengths in mm",
+        "repair the header",
+    )
+
 
 def _check_rotation(path, h):
     "The quaternion and the origin of a qform: as much above length 1 as nibabel believes is a rounding error"
     q = np.array([h[f"quatern_{x}"] for x in "bcd"], np.longdouble)
     most = 1 + abs(float(h.quaternion_threshold))
-    expect(np.isfinite(q).all() and q @ q < most, path, f"the rotation {q.astype(float).tolist()}", "a quaternion of length 1", "repair the header")
+    expect(
+        np.isfinite(q).all() and q @ q < most,
+        path,
+        f"the rotation {q.astype(float).tolist()}",
+        "a quaternion of length 1",
+        "repair the header",
+    )
     origin = [float(h[f"qoffset_{x}"]) for x in "xyz"]
-    expect(np.isfinite(origin).all(), path, "an origin that is not finite", "three coordinates in mm", "repair the header")
+    expect(
+        np.isfinite(origin).all(),
+        path,
+        "an origin that is not finite",
+        "three coordinates in mm",
+        "repair the header",
+    )
+
 
 def _raw_affine(path, h):
     "The affine of a header in its own unit: of the sform, else the qform, else the voxel sizes"
@@ -200,38 +294,71 @@ def _raw_affine(path, h):
         _check_rotation(path, h)
     return _as_the_standard_says(h).get_best_affine()
 
+
 def _affine(path, h):
     "The affine of a header in mm, once every number that it is made of is seen to be sound"
     code = int(h["xyzt_units"]) & 7
-    require(code in _MM, f"{path} has the unit code {code}, which NIfTI does not know. Set xyzt_units in its header to 2 (mm).")
-    affine = np.diag([_MM[code]]*3 + [1]) @ _raw_affine(path, h)
+    require(
+        code in _MM,
+        f"{path} has the unit code {code}, which NIfTI does not know. Set xyzt_units in its header to 2 (mm).",
+    )
+    affine = np.diag([_MM[code]] * 3 + [1]) @ _raw_affine(path, h)
     with np.errstate(over="ignore"):
-        finite = np.isfinite(affine.astype(np.float32)).all()      # what a NIfTI file can say in mm
+        finite = np.isfinite(affine.astype(np.float32)).all()  # what a NIfTI file can say in mm
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    expect(finite and (lengths > 1e-6).all(), path, f"the affine {np.round(affine, 3).tolist()}", "one that gives every axis a length in mm", "repair the header")
-    cosines = np.abs((affine[:3, :3]/lengths).T @ (affine[:3, :3]/lengths) - np.eye(3)).max()
-    expect(cosines < 1e-2, path, f"an affine whose axes are not at right angles (cosine {cosines:.2g})", "an orthogonal grid", "resample the image onto one")
+    expect(
+        finite and (lengths > 1e-6).all(),
+        path,
+        f"the affine {np.round(affine, 3).tolist()}",
+        "one that gives every axis a length in mm",
+        "repair the header",
+    )
+    cosines = np.abs((affine[:3, :3] / lengths).T @ (affine[:3, :3] / lengths) - np.eye(3)).max()
+    expect(
+        cosines < 1e-2,
+        path,
+        f"an affine whose axes are not at right angles (cosine {cosines:.2g})",
+        "an orthogonal grid",
+        "resample the image onto one",
+    )
     return affine
+
 
 def _check_field(path, found, unit):
     "Refuse a field of view that no scanner has: its numbers are microns, or its unit is wrong"
     lengths = np.linalg.norm(found.affine[:3, :3], axis=0)
-    sides = np.array(found.shape[:3])*lengths
+    sides = np.array(found.shape[:3]) * lengths
     axis = int(sides.argmax())
-    require(sides[axis] <= WIDEST, f"{path} has a field of view of {sides[axis]/1000:,.4g} m: {found.shape[axis]} voxels of {lengths[axis]:,.4g} mm"
-            f" (its header names {unit}). Correct the voxel size or the unit (xyzt_units) in the header.")
+    require(
+        sides[axis] <= WIDEST,
+        f"{path} has a field of view of {sides[axis] / 1000:,.4g} m: {found.shape[axis]} voxels of {lengths[axis]:,.4g} mm"
+        f" (its header names {unit}). Correct the voxel size or the unit (xyzt_units) in the header.",
+    )
+
 
 def read_header(
-    path, # a .nii or .nii.gz file
-)->NiftiHeader:
+    path,  # a .nii or .nii.gz file
+) -> NiftiHeader:
     "Header of a NIfTI file, its voxels not yet read; raises `InputError` that names the file and the field"
     path = Path(path)
     h = _fields(path, _first_bytes(path, 540))
     shape, dtype, offset = _layout(path, h)
     found = NiftiHeader(shape, dtype, offset, *_scale(path, h), _affine(path, h), header_in_mm(h))
-    there = path.stat().st_size*(_GZIP if _gzipped(path) else 1)
-    expect(found.size <= there, path, f"a file that cannot be read, its header promises {found.size:,} bytes and it can hold {there:,}", "a whole NIfTI file", "copy or download it again")
-    expect(found.size <= LARGEST, path, f"{found.size:,} bytes of voxels", f"at most {LARGEST:,}", "cut the volume")
+    there = path.stat().st_size * (_GZIP if _gzipped(path) else 1)
+    expect(
+        found.size <= there,
+        path,
+        f"a file that cannot be read, its header promises {found.size:,} bytes and it can hold {there:,}",
+        "a whole NIfTI file",
+        "copy or download it again",
+    )
+    expect(
+        found.size <= LARGEST,
+        path,
+        f"{found.size:,} bytes of voxels",
+        f"at most {LARGEST:,}",
+        "cut the volume",
+    )
     _check_field(path, found, _UNITS[int(h["xyzt_units"]) & 7])
     return found
 
@@ -240,39 +367,60 @@ def _contents(path, size):
     "The first `size` bytes of a file, which is read to its end so that a checksum is verified"
     with _unpacked(path) as f:
         data = f.read(size)
-        expect(len(data) == size, path, f"a file that cannot be read, it ends after {len(data):,} bytes", f"{size:,}", "copy or download it again")
+        expect(
+            len(data) == size,
+            path,
+            f"a file that cannot be read, it ends after {len(data):,} bytes",
+            f"{size:,}",
+            "copy or download it again",
+        )
         rest = 0
         while chunk := f.read(1 << 20):
             rest += len(chunk)
-            expect(rest <= 1 << 20, path, "more than a MiB behind the voxels", f"a file of {size:,} bytes", "copy or download it again")
+            expect(
+                rest <= 1 << 20,
+                path,
+                "more than a MiB behind the voxels",
+                f"a file of {size:,} bytes",
+                "copy or download it again",
+            )
     return data
+
 
 def _extensions(data, found):
     "The header with the extensions that lie before the voxels; without them if they cannot be read"
     header = found.header.copy()
     try:
-        read = type(header).from_fileobj(BytesIO(data[:found.offset]), header.endianness, check=False)
+        read = type(header).from_fileobj(
+            BytesIO(data[: found.offset]), header.endianness, check=False
+        )
         header.extensions.extend(read.extensions)
     except Exception:
-        return found.header                                        # they carry no voxels: comments, provenance
+        return found.header  # they carry no voxels: comments, provenance
     return header
+
 
 def _scaled(array, found, dtype):
     "Stored numbers times slope plus intercept"
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype == np.float64:
-            return array.astype(dtype)*found.slope + found.inter
+            return array.astype(dtype) * found.slope + found.inter
         return apply_read_scaling(array, found.slope, found.inter).astype(dtype)
 
+
 def read_array(
-    path, # a .nii or .nii.gz file
-    scaled:type=np.float32, # type of voxels that the header scales; float64 keeps large whole numbers exact
-)->tuple: # array in its own type (`scaled` where the header scales it), affine (4,4) in mm, header in mm
+    path,  # a .nii or .nii.gz file
+    scaled: type = np.float32,  # type of voxels that the header scales; float64 keeps large whole numbers exact
+) -> (
+    tuple
+):  # array in its own type (`scaled` where the header scales it), affine (4,4) in mm, header in mm
     "Array, affine and header of a NIfTI file; raises `InputError` if any promise of it is broken"
     path = Path(path)
     found = read_header(path)
     data = _contents(path, found.size)
-    array = np.frombuffer(data, found.dtype, prod(found.shape), found.offset).reshape(found.shape, order="F")
+    array = np.frombuffer(data, found.dtype, prod(found.shape), found.offset).reshape(
+        found.shape, order="F"
+    )
     if (found.slope, found.inter) != (1, 0):
         array = _scaled(array, found, scaled)
     return array.astype(array.dtype.newbyteorder("=")), found.affine, _extensions(data, found)

@@ -19,122 +19,182 @@ from ..tensors import keyed_generator
 
 # %% ../../nbs/4_inside/patches.ipynb #35193131
 def split_cases(
-    cases:list, # of Case
-    seed:int=0, # whole number
-    validation:float|set=0.2, # share of the cases if below 1, else their number; or their names
-)->tuple: # training cases, validation cases
+    cases: list,  # of Case
+    seed: int = 0,  # whole number
+    validation: float
+    | set = 0.2,  # share of the cases if below 1, else their number; or their names
+) -> tuple:  # training cases, validation cases
     "Shuffle by seed and split by case (section 3.2), or take the cases that are named"
     if isinstance(validation, set):
-        unknown, n = sorted(validation-{c.name for c in cases}), len(validation)
-        expect(n and not unknown, "validation", unknown[:3] or "no name", "names of labelled cases that are not left out")
+        unknown, n = sorted(validation - {c.name for c in cases}), len(validation)
+        expect(
+            n and not unknown,
+            "validation",
+            unknown[:3] or "no name",
+            "names of labelled cases that are not left out",
+        )
         held = {i for i, c in enumerate(cases) if c.name in validation}
     else:
-        expect(0 < validation < inf, "validation", validation, "a share of the cases below 1, or their number")
-        n = max(round(len(cases)*validation) if validation < 1 else int(validation), 1)
+        expect(
+            0 < validation < inf,
+            "validation",
+            validation,
+            "a share of the cases below 1, or their number",
+        )
+        n = max(round(len(cases) * validation) if validation < 1 else int(validation), 1)
         held = set(torch.randperm(len(cases), generator=keyed_generator(seed, 80, 20))[:n].tolist())
-    expect(len(cases) > n, "the split", f"{len(cases)} labelled cases", f"more than the {n} for validation, so that some train", "add cases or lower --validation")
-    return [c for i, c in enumerate(cases) if i not in held], [c for i, c in enumerate(cases) if i in held]
+    expect(
+        len(cases) > n,
+        "the split",
+        f"{len(cases)} labelled cases",
+        f"more than the {n} for validation, so that some train",
+        "add cases or lower --validation",
+    )
+    return [c for i, c in enumerate(cases) if i not in held], [
+        c for i, c in enumerate(cases) if i in held
+    ]
 
 # %% ../../nbs/4_inside/patches.ipynb #0dd8c375
 def fill(
-    x:Tensor, # (C,D,H,W), of any type
-    patch_size, # voxels along D, H, W
-)->tuple: # x, at least as large as a patch (C,D',H',W'); slices along D', H', W' where it lies in there
+    x: Tensor,  # (C,D,H,W), of any type
+    patch_size,  # voxels along D, H, W
+) -> (
+    tuple
+):  # x, at least as large as a patch (C,D',H',W'); slices along D', H', W' where it lies in there
     "Repeat the border of a volume that is smaller than a patch (our choice)"
-    missing = [max(p-n, 0) for p, n in zip(patch_size, x.shape[1:])]
-    inside = tuple(slice(m//2, m//2+n) for m, n in zip(missing, x.shape[1:]))
+    missing = [max(p - n, 0) for p, n in zip(patch_size, x.shape[1:])]
+    inside = tuple(slice(m // 2, m // 2 + n) for m, n in zip(missing, x.shape[1:]))
     if x.is_floating_point():
-        pads = [v for m in reversed(missing) for v in (m//2, m-m//2)]
+        pads = [v for m in reversed(missing) for v in (m // 2, m - m // 2)]
         return F.pad(x[None], pads, mode="replicate")[0] if any(pads) else x, inside
     for axis, (m, n) in enumerate(zip(missing, x.shape[1:]), 1):
-        if m > 0: # torch pads floats alone, which do not hold every whole number
-            nearest = (torch.arange(n+m, device=x.device) - m//2).clamp(0, n-1)
+        if m > 0:  # torch pads floats alone, which do not hold every whole number
+            nearest = (torch.arange(n + m, device=x.device) - m // 2).clamp(0, n - 1)
             x = x.index_select(axis, nearest)
     return x, inside
 
+
 def cut_patch(
-    x:Tensor, # (C,D,H,W)
-    labels:Tensor, # (D,H,W)
-    patch_size, # voxels along D, H, W
-    generator:torch.Generator, # source of randomness
-    foreground:float=0.5, # share of patches centred on a foreground voxel
-    spots:Tensor=None, # flat indices of the foreground voxels; None: looked up, which reads the whole volume
-)->tuple: # x (C,*patch_size), labels (*patch_size)
+    x: Tensor,  # (C,D,H,W)
+    labels: Tensor,  # (D,H,W)
+    patch_size,  # voxels along D, H, W
+    generator: torch.Generator,  # source of randomness
+    foreground: float = 0.5,  # share of patches centred on a foreground voxel
+    spots: Tensor = None,  # flat indices of the foreground voxels; None: looked up, which reads the whole volume
+) -> tuple:  # x (C,*patch_size), labels (*patch_size)
     "A random patch; where it is larger than the volume, the border is repeated (our choice)"
     size = labels.shape
     centre = [int(torch.randint(n, (), generator=generator)) for n in size]
-    if spots is None: spots = labels.flatten().nonzero()[:, 0]
+    if spots is None:
+        spots = labels.flatten().nonzero()[:, 0]
     if torch.rand((), generator=generator) < foreground and len(spots):
-        centre = np.unravel_index(int(spots[torch.randint(len(spots), (), generator=generator)]), size)
-    start = [min(max(c - p//2, 0), max(n-p, 0)) for c, p, n in zip(centre, patch_size, size)]
-    where = (..., *[slice(a, a+p) for a, p in zip(start, patch_size)])
+        centre = np.unravel_index(
+            int(spots[torch.randint(len(spots), (), generator=generator)]), size
+        )
+    start = [min(max(c - p // 2, 0), max(n - p, 0)) for c, p, n in zip(centre, patch_size, size)]
+    where = (..., *[slice(a, a + p) for a, p in zip(start, patch_size)])
     x, labels = x[where], labels[where]
-    if labels.shape == tuple(patch_size): return x, labels
+    if labels.shape == tuple(patch_size):
+        return x, labels
     return fill(x, patch_size)[0], fill(labels[None], patch_size)[0][0]
 
 # %% ../../nbs/4_inside/patches.ipynb #7f469c5c
 def _flip(x, labels, generator):
     "Mirror each axis with probability 1/2"
     axes = [a for a in range(3) if torch.rand((), generator=generator) < 0.5]
-    return x.flip([a+1 for a in axes]), labels.flip(axes)
+    return x.flip([a + 1 for a in axes]), labels.flip(axes)
+
 
 def _intensity(x, labels, generator):
     "Shift in ±0.1 and scale in 0.9 to 1.1 per channel (Myronenko 2018)"
     shift, scale = torch.rand(2, x.shape[0], 1, 1, 1, generator=generator)
-    return (x*(0.9+0.2*scale)).add_(0.2*shift-0.1), labels
+    return (x * (0.9 + 0.2 * scale)).add_(0.2 * shift - 0.1), labels
+
 
 @lru_cache
 def _monai(name):
     "MONAI's random transform of that name, for {'x': (C,D,H,W), 'labels': (1,D,H,W)}"
     T = need("monai.transforms", f"the augmentation {name!r}", "monai")
     warp = {"keys": ["x", "labels"], "mode": ["bilinear", "nearest"], "padding_mode": "border"}
-    return {"affine": lambda: T.RandAffined(prob=.5, rotate_range=[np.pi/12]*3, scale_range=[.1]*3, **warp),
-            "elastic": lambda: T.Rand3DElasticd(prob=.3, sigma_range=(5, 7), magnitude_range=(100, 300), **warp),
-            "noise": lambda: T.RandGaussianNoised("x", prob=.3, std=.15), "bias": lambda: T.RandBiasFieldd("x", prob=.3, coeff_range=(0, .3)),
-            "gamma": lambda: T.RandAdjustContrastd("x", prob=.3, gamma=(.7, 1.5), retain_stats=True)}[name]()
+    return {
+        "affine": lambda: T.RandAffined(
+            prob=0.5, rotate_range=[np.pi / 12] * 3, scale_range=[0.1] * 3, **warp
+        ),
+        "elastic": lambda: T.Rand3DElasticd(
+            prob=0.3, sigma_range=(5, 7), magnitude_range=(100, 300), **warp
+        ),
+        "noise": lambda: T.RandGaussianNoised("x", prob=0.3, std=0.15),
+        "bias": lambda: T.RandBiasFieldd("x", prob=0.3, coeff_range=(0, 0.3)),
+        "gamma": lambda: T.RandAdjustContrastd("x", prob=0.3, gamma=(0.7, 1.5), retain_stats=True),
+    }[name]()
+
 
 def _by_monai(name, x, labels, generator):
     "One of MONAI's transforms, its draws taken from `generator`"
-    floor, threads = x.amin((1, 2, 3), keepdim=True) if name == "bias" else 0, torch.get_num_threads()
+    floor, threads = (
+        x.amin((1, 2, 3), keepdim=True) if name == "bias" else 0,
+        torch.get_num_threads(),
+    )
     values, numbers = labels, labels
-    if labels.dtype == torch.int32: # MONAI moves labels as float32, which does not hold every number of 32 bits: move their places in a list
+    if (
+        labels.dtype == torch.int32
+    ):  # MONAI moves labels as float32, which does not hold every number of 32 bits: move their places in a list
         values, numbers = labels.unique(return_inverse=True)
-    torch.set_num_threads(1)                                       # as in a loader's worker: the last bits depend on the number of threads
-    try: out = _monai(name).set_random_state(int(torch.randint(2**31, (), generator=generator)))({"x": x-floor, "labels": numbers[None]})
-    finally: torch.set_num_threads(threads)
+    torch.set_num_threads(
+        1
+    )  # as in a loader's worker: the last bits depend on the number of threads
+    try:
+        out = _monai(name).set_random_state(int(torch.randint(2**31, (), generator=generator)))(
+            {"x": x - floor, "labels": numbers[None]}
+        )
+    finally:
+        torch.set_num_threads(threads)
     moved = torch.as_tensor(out["labels"])[0].as_subclass(Tensor)
     moved = values[moved.long()] if labels.dtype == torch.int32 else moved.to(labels.dtype)
-    return torch.as_tensor(out["x"]).as_subclass(Tensor).float()+floor, moved
+    return torch.as_tensor(out["x"]).as_subclass(Tensor).float() + floor, moved
+
 
 def augment(
-    x:Tensor, # (C,D,H,W)
-    labels:Tensor, # (D,H,W)
-    generator:torch.Generator, # source of randomness
-    names=("flip", "intensity"), # out of AUGMENTATIONS, applied in this order
-)->tuple: # the same shapes
+    x: Tensor,  # (C,D,H,W)
+    labels: Tensor,  # (D,H,W)
+    generator: torch.Generator,  # source of randomness
+    names=("flip", "intensity"),  # out of AUGMENTATIONS, applied in this order
+) -> tuple:  # the same shapes
     "Random changes of a patch that keep its meaning; voxels of exactly 0, the background of MRI, stay 0 (our choice)"
     for name in names:
-        new, labels = {"flip": _flip, "intensity": _intensity}.get(name, lambda *args: _by_monai(name, *args))(x, labels, generator)
+        new, labels = {"flip": _flip, "intensity": _intensity}.get(
+            name, lambda *args: _by_monai(name, *args)
+        )(x, labels, generator)
         x = new if name in ("flip", "affine", "elastic") else new.mul_(x != 0)
     return x, labels
 
 # %% ../../nbs/4_inside/patches.ipynb #47c5d4ab
 class Patches(torch.utils.data.Dataset):
     "Augmented training patches of cases that are in memory, addressed by (epoch, sample, case)"
-    def __init__(self,
-        cases:list, # of Loaded
-        patch_size, # voxels along D, H, W
-        seed:int=0, # of the run
-        names=("flip", "intensity"), # augmentations
+
+    def __init__(
+        self,
+        cases: list,  # of Loaded
+        patch_size,  # voxels along D, H, W
+        seed: int = 0,  # of the run
+        names=("flip", "intensity"),  # augmentations
     ):
-        self.cases, self.patch_size, self.seed, self.names = cases, tuple(patch_size), seed, tuple(names)
-        odd = sorted(set(self.names) - set(AUGMENTATIONS)); expect(not odd, "augment", odd, f"names out of {AUGMENTATIONS}")
+        self.cases, self.patch_size, self.seed, self.names = (
+            cases,
+            tuple(patch_size),
+            seed,
+            tuple(names),
+        )
+        odd = sorted(set(self.names) - set(AUGMENTATIONS))
+        expect(not odd, "augment", odd, f"names out of {AUGMENTATIONS}")
 
-    def __len__(self): return len(self.cases)
+    def __len__(self):
+        return len(self.cases)
 
-    def __getitem__(self,
-        key:tuple, # (epoch, number of the sample, index of the case)
-    )->tuple: # x (C,D,H,W), labels (D,H,W) in the type of the case, number of the sample
+    def __getitem__(
+        self,
+        key: tuple,  # (epoch, number of the sample, index of the case)
+    ) -> tuple:  # x (C,D,H,W), labels (D,H,W) in the type of the case, number of the sample
         epoch, sample, index = key
         g, case = keyed_generator(self.seed, 1, epoch, sample), self.cases[index]
         x, labels = cut_patch(case.x, case.labels, self.patch_size, g, spots=case.spots)
@@ -144,30 +204,51 @@ class Patches(torch.utils.data.Dataset):
 # %% ../../nbs/4_inside/patches.ipynb #b4a7a310
 class EpochBatches:
     "Batches of keys for `Patches`; set `epoch`, and `first` to begin within it, before each pass"
-    def __init__(self,
-        cases:int, # number of cases
-        batch_size:int, # over all processes
-        seed:int=0, # of the run
-        rank:int=0, # number of this process
-        world:int=1, # number of processes
+
+    def __init__(
+        self,
+        cases: int,  # number of cases
+        batch_size: int,  # over all processes
+        seed: int = 0,  # of the run
+        rank: int = 0,  # number of this process
+        world: int = 1,  # number of processes
     ):
-        expect(batch_size >= world, "batch_size", batch_size, f"at least one case for each of the {world} processes", "it counts over all of them")
-        self.cases, self.batch_size, self.seed, self.rank, self.world, self.epoch, self.first = cases, batch_size, seed, rank, world, 0, 0
+        expect(
+            batch_size >= world,
+            "batch_size",
+            batch_size,
+            f"at least one case for each of the {world} processes",
+            "it counts over all of them",
+        )
+        self.cases, self.batch_size, self.seed, self.rank, self.world, self.epoch, self.first = (
+            cases,
+            batch_size,
+            seed,
+            rank,
+            world,
+            0,
+            0,
+        )
 
-    def __len__(self): return -(-self.cases//self.batch_size)
+    def __len__(self):
+        return -(-self.cases // self.batch_size)
 
-    def whole(self)->list: # a list of keys (epoch, number of the sample, case) per step
+    def whole(self) -> list:  # a list of keys (epoch, number of the sample, case) per step
         "The batches of this epoch over all processes; the last may be smaller"
-        order = torch.randperm(self.cases, generator=keyed_generator(self.seed, 2, self.epoch)).tolist()
+        order = torch.randperm(
+            self.cases, generator=keyed_generator(self.seed, 2, self.epoch)
+        ).tolist()
         keys = [(self.epoch, i, case) for i, case in enumerate(order)]
-        return [keys[s:s+self.batch_size] for s in range(0, self.cases, self.batch_size)]
+        return [keys[s : s + self.batch_size] for s in range(0, self.cases, self.batch_size)]
 
-    def weight(self,
-        step:int, # in the epoch
-    )->float: # 1 when all processes have as many cases
+    def weight(
+        self,
+        step: int,  # in the epoch
+    ) -> float:  # 1 when all processes have as many cases
         "By how much this process's mean counts, so that the mean over processes is the mean over the cases of the batch"
-        n = min(self.batch_size, self.cases-step*self.batch_size)
-        return len(range(self.rank, n, self.world))*self.world/n
+        n = min(self.batch_size, self.cases - step * self.batch_size)
+        return len(range(self.rank, n, self.world)) * self.world / n
 
     def __iter__(self):
-        for batch in self.whole()[self.first:]: yield batch[self.rank::self.world] or batch[:1]
+        for batch in self.whole()[self.first :]:
+            yield batch[self.rank :: self.world] or batch[:1]

@@ -20,68 +20,75 @@ from .volumes import Volume, distance_from, smooth_noise, write_volume
 SHAPES = ("round", "lobed", "bent")
 PHANTOM_SIZE = (60, 68, 60)
 
+
 def random_direction(
-    rng:np.random.Generator, # source of randomness
-)->np.ndarray: # unit vector (3,)
+    rng: np.random.Generator,  # source of randomness
+) -> np.ndarray:  # unit vector (3,)
     "A direction in space, all directions equally likely"
     vector = rng.standard_normal(3)
-    return vector/np.linalg.norm(vector)
+    return vector / np.linalg.norm(vector)
+
 
 def round_field(
-    rng:np.random.Generator, # source of randomness
-    size:tuple, # (D,H,W)
-    centre:np.ndarray, # in voxels (3,)
-    radius:float, # in voxels
-)->np.ndarray: # (D,H,W): 1 on the surface, less inside
+    rng: np.random.Generator,  # source of randomness
+    size: tuple,  # (D,H,W)
+    centre: np.ndarray,  # in voxels (3,)
+    radius: float,  # in voxels
+) -> np.ndarray:  # (D,H,W): 1 on the surface, less inside
     "An ellipsoid whose axes differ a little"
-    return distance_from(centre, size, radius*rng.uniform(.88, 1.14, 3))
+    return distance_from(centre, size, radius * rng.uniform(0.88, 1.14, 3))
+
 
 def lobed_field(
-    rng:np.random.Generator, # source of randomness
-    size:tuple, # (D,H,W)
-    centre:np.ndarray, # in voxels (3,)
-    radius:float, # in voxels
-)->np.ndarray: # (D,H,W): 1 on the surface, less inside
+    rng: np.random.Generator,  # source of randomness
+    size: tuple,  # (D,H,W)
+    centre: np.ndarray,  # in voxels (3,)
+    radius: float,  # in voxels
+) -> np.ndarray:  # (D,H,W): 1 on the surface, less inside
     "Three balls, joined by a smooth minimum of their fields"
     fields = []
     for _ in range(3):
-        lobe = centre + .42*radius*random_direction(rng)
-        fields.append(distance_from(lobe, size, [.78*radius]*3))
-    return -np.log(np.exp(-6*np.stack(fields)).sum(0))/6
+        lobe = centre + 0.42 * radius * random_direction(rng)
+        fields.append(distance_from(lobe, size, [0.78 * radius] * 3))
+    return -np.log(np.exp(-6 * np.stack(fields)).sum(0)) / 6
+
 
 def bent_field(
-    rng:np.random.Generator, # source of randomness
-    size:tuple, # (D,H,W)
-    centre:np.ndarray, # in voxels (3,)
-    radius:float, # in voxels
-)->np.ndarray: # (D,H,W): 1 on the surface, less inside
+    rng: np.random.Generator,  # source of randomness
+    size: tuple,  # (D,H,W)
+    centre: np.ndarray,  # in voxels (3,)
+    radius: float,  # in voxels
+) -> np.ndarray:  # (D,H,W): 1 on the surface, less inside
     "A long ellipsoid, bent along its second axis"
     x, y, z = np.indices(size, dtype=float) - np.reshape(centre, (3, 1, 1, 1))
-    x = x + rng.choice([-1, 1])*.3*y**2/radius
-    return np.sqrt((x/.85)**2 + (y/1.25)**2 + (z/.95)**2)/radius
+    x = x + rng.choice([-1, 1]) * 0.3 * y**2 / radius
+    return np.sqrt((x / 0.85) ** 2 + (y / 1.25) ** 2 + (z / 0.95) ** 2) / radius
+
 
 FIELDS = {"round": round_field, "lobed": lobed_field, "bent": bent_field}
 
 # %% ../../nbs/4_inside/phantoms.ipynb #ee53543f
 def tumor_labels(
-    rng:np.random.Generator, # source of randomness
-    size:tuple=PHANTOM_SIZE, # (D,H,W)
-    enhancing:bool=True, # high grade: the core enhances
-)->tuple: # head (D,H,W) bool, labels (D,H,W) int16 with the values 0 1 2 4
+    rng: np.random.Generator,  # source of randomness
+    size: tuple = PHANTOM_SIZE,  # (D,H,W)
+    enhancing: bool = True,  # high grade: the core enhances
+) -> tuple:  # head (D,H,W) bool, labels (D,H,W) int16 with the values 0 1 2 4
     "Head and tumor of a large brain phantom"
-    half = np.array(size)/2
-    skull = distance_from(half-.5, size, half*.97)
-    head = skull + .02*smooth_noise(rng, size, 7) < 1
-    radius = rng.uniform(.56, .66)*half.min()
-    centre = half + rng.uniform(-.16, .16, 3)*half
+    half = np.array(size) / 2
+    skull = distance_from(half - 0.5, size, half * 0.97)
+    head = skull + 0.02 * smooth_noise(rng, size, 7) < 1
+    radius = rng.uniform(0.56, 0.66) * half.min()
+    centre = half + rng.uniform(-0.16, 0.16, 3) * half
     shape = SHAPES[rng.integers(len(SHAPES))]
-    tumor = FIELDS[shape](rng, size, centre, radius) + .07*smooth_noise(rng, size, 3.5)
-    inside = (tumor < 1) & (skull < .94)
+    tumor = FIELDS[shape](rng, size, centre, radius) + 0.07 * smooth_noise(rng, size, 3.5)
+    inside = (tumor < 1) & (skull < 0.94)
     away = np.indices(size, dtype=float) - np.reshape(centre, (3, 1, 1, 1))
-    tilt = .3/radius*np.tensordot(random_direction(rng), away, 1)
-    core = inside & (tumor + tilt + .04*smooth_noise(rng, size, 3) < .82)
-    side = centre + .45*radius*random_direction(rng)
-    necrosis = distance_from(side, size, [.38*radius]*3) + .06*smooth_noise(rng, size, 3) < 1
+    tilt = 0.3 / radius * np.tensordot(random_direction(rng), away, 1)
+    core = inside & (tumor + tilt + 0.04 * smooth_noise(rng, size, 3) < 0.82)
+    side = centre + 0.45 * radius * random_direction(rng)
+    necrosis = (
+        distance_from(side, size, [0.38 * radius] * 3) + 0.06 * smooth_noise(rng, size, 3) < 1
+    )
     labels = np.where(inside, 2, 0).astype(np.int16)
     labels[core] = 4 if enhancing else 1
     labels[core & necrosis] = 1
@@ -89,17 +96,17 @@ def tumor_labels(
 
 # %% ../../nbs/4_inside/phantoms.ipynb #a75a74d6
 def twin_and_wall(
-    rng:np.random.Generator, # source of randomness
-    head:np.ndarray, # (D,H,W) bool
-    labels:np.ndarray, # (D,H,W), 0 outside the tumor
-    thickness:float=2., # of the wall, in voxels
-)->tuple: # twin (D,H,W) bool, wall (D,H,W) bool
+    rng: np.random.Generator,  # source of randomness
+    head: np.ndarray,  # (D,H,W) bool
+    labels: np.ndarray,  # (D,H,W), 0 outside the tumor
+    thickness: float = 2.0,  # of the wall, in voxels
+) -> tuple:  # twin (D,H,W) bool, wall (D,H,W) bool
     "A body outside the tumor, and the thin wall that separates it from the tumor"
     depth = np.asarray(distance_transform_edt(labels == 0))
     places = np.argwhere((depth > 2) & (depth < 5) & head)
     centre = places[rng.integers(len(places))]
     field = distance_from(centre, labels.shape, rng.uniform(11, 16, 3))
-    field = field + .08*smooth_noise(rng, labels.shape, 3)
+    field = field + 0.08 * smooth_noise(rng, labels.shape, 3)
     tissue = head & (labels == 0)
     twin = tissue & (field < 1) & (depth > thickness)
     wall = tissue & (field < 1.15) & (depth <= thickness)
@@ -108,35 +115,39 @@ def twin_and_wall(
 # %% ../../nbs/4_inside/phantoms.ipynb #6bc73349
 TEXTURES = ("smooth", "grainy", "striped")
 
+
 def texture(
-    rng:np.random.Generator, # source of randomness
-    size:tuple, # (D,H,W)
-    kind:str, # one of `TEXTURES`
-)->np.ndarray: # (D,H,W), mean about 0, standard deviation about 1
+    rng: np.random.Generator,  # source of randomness
+    size: tuple,  # (D,H,W)
+    kind: str,  # one of `TEXTURES`
+) -> np.ndarray:  # (D,H,W), mean about 0, standard deviation about 1
     "A pattern that fills tissue; raises `InputError` on another kind"
     require(kind in TEXTURES, f"texture {kind!r} is unknown. Choose one of {list(TEXTURES)}.")
     if kind == "smooth":
         return smooth_noise(rng, size, 4)
     if kind == "grainy":
-        return smooth_noise(rng, size, .9)
+        return smooth_noise(rng, size, 0.9)
     way = np.tensordot(random_direction(rng), np.indices(size, dtype=float), 1)
-    phase = 2*np.pi*way/6 + 1.5*smooth_noise(rng, size, 5)
-    return np.sqrt(2)*np.sin(phase)
+    phase = 2 * np.pi * way / 6 + 1.5 * smooth_noise(rng, size, 5)
+    return np.sqrt(2) * np.sin(phase)
 
 # %% ../../nbs/4_inside/phantoms.ipynb #9b859c5f
 #                         healthy necrosis edema enhancing wall
-BRIGHTNESS = {"t1":      (505,    400,     450,  460,      560),
-              "t1ce":    (505,    410,     455,  640,      590),
-              "t2":      (475,    640,     575,  530,      390),
-              "flair":   (470,    450,     590,  560,      400)}
+BRIGHTNESS = {
+    "t1": (505, 400, 450, 460, 560),
+    "t1ce": (505, 410, 455, 640, 590),
+    "t2": (475, 640, 575, 530, 390),
+    "flair": (470, 450, 590, 560, 400),
+}
 TISSUE_OF_LABEL = np.array([0, 1, 2, 2, 3])
 EDEMA, WALL = 2, 4
 
+
 def phantom_tissues(
-    rng:np.random.Generator, # source of randomness
-    head:np.ndarray, # (D,H,W) bool
-    labels:np.ndarray, # (D,H,W) with the values 0 1 2 4
-)->np.ndarray: # (D,H,W) int: columns of `BRIGHTNESS`
+    rng: np.random.Generator,  # source of randomness
+    head: np.ndarray,  # (D,H,W) bool
+    labels: np.ndarray,  # (D,H,W) with the values 0 1 2 4
+) -> np.ndarray:  # (D,H,W) int: columns of `BRIGHTNESS`
     "The tissue of each voxel: that of its label, and outside the tumor a twin behind a wall"
     tissue = TISSUE_OF_LABEL[labels]
     twin, wall = twin_and_wall(rng, head, labels)
@@ -144,30 +155,32 @@ def phantom_tissues(
     tissue[wall] = WALL
     return tissue
 
+
 def phantom_scans(
-    rng:np.random.Generator, # source of randomness
-    head:np.ndarray, # (D,H,W) bool
-    tissue:np.ndarray, # (D,H,W) int, see `phantom_tissues`
-    noise:float=50., # standard deviation of the noise
-)->dict: # scan -> int16 (D,H,W), 0 outside the head
+    rng: np.random.Generator,  # source of randomness
+    head: np.ndarray,  # (D,H,W) bool
+    tissue: np.ndarray,  # (D,H,W) int, see `phantom_tissues`
+    noise: float = 50.0,  # standard deviation of the noise
+) -> dict:  # scan -> int16 (D,H,W), 0 outside the head
     "The four scans of a large brain phantom"
     size = head.shape
     inner, outer = (texture(rng, size, TEXTURES[rng.integers(len(TEXTURES))]) for _ in range(2))
     pattern = np.where(tissue == 0, outer, inner)
     pattern[tissue == WALL] = 0
-    bias = 1 + .1*smooth_noise(rng, size, 14)
+    bias = 1 + 0.1 * smooth_noise(rng, size, 14)
     scans = {}
     for name, means in BRIGHTNESS.items():
-        clean = gaussian_filter(np.array(means)[tissue] + 30*pattern, .6)
-        noisy = clean*bias + noise*rng.standard_normal(size)
+        clean = gaussian_filter(np.array(means)[tissue] + 30 * pattern, 0.6)
+        noisy = clean * bias + noise * rng.standard_normal(size)
         scan = np.where(head, noisy.clip(8), 0)
-        scans[name] = np.rint(scan/8).astype(np.int16)*8              # fewer values: smaller files
+        scans[name] = np.rint(scan / 8).astype(np.int16) * 8  # fewer values: smaller files
     return scans
 
+
 def phantom(
-    number:int, # seed of the phantom; every third has a low grade
-    size:tuple=PHANTOM_SIZE, # (D,H,W)
-)->tuple: # scans (name -> int16 (D,H,W)), labels int16 (D,H,W), tissue int (D,H,W)
+    number: int,  # seed of the phantom; every third has a low grade
+    size: tuple = PHANTOM_SIZE,  # (D,H,W)
+) -> tuple:  # scans (name -> int16 (D,H,W)), labels int16 (D,H,W), tissue int (D,H,W)
     "A large brain phantom in memory: a number always gives the same one"
     rng = np.random.default_rng(number)
     head, labels = tumor_labels(rng, size, number % 3 != 0)
@@ -176,15 +189,15 @@ def phantom(
 
 # %% ../../nbs/4_inside/phantoms.ipynb #ec446010
 def write_phantom(
-    root:Path, # dataset folder
-    number:int, # seed and name of the case
-)->Path: # folder of the case
+    root: Path,  # dataset folder
+    number: int,  # seed and name of the case
+) -> Path:  # folder of the case
     "Write one large phantom in the layout of BraTS 2019: high grades in HGG/, low ones in LGG/"
     scans, labels, _ = phantom(number)
     name = f"BraTS19_PHANTOM_{number:03d}_1"
     grade = "HGG" if number % 3 else "LGG"
-    folder = Path(root)/grade/name
-    grid = Volume(labels, np.diag([-1., -1, 1, 1]))
+    folder = Path(root) / grade / name
+    grid = Volume(labels, np.diag([-1.0, -1, 1, 1]))
     for kind, array in {**scans, "seg": labels.astype(np.uint8)}.items():
-        write_volume(folder/f"{name}_{kind}.nii.gz", array, grid)
+        write_volume(folder / f"{name}_{kind}.nii.gz", array, grid)
     return folder

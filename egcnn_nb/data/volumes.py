@@ -27,26 +27,27 @@ from .nifti import header_in_mm, read_array, read_header
 @dataclass
 class Volume:
     "One NIfTI volume: an array and where its voxels lie"
-    array:np.ndarray # (D,H,W): nibabel's axes i, j, k
-    affine:np.ndarray # (4,4): voxel indices to millimetres
-    header:nib.Nifti1Header|None=None # as read, in mm, for writing on the same grid
-    path:Path|None=None # where it was read from
-    rounded:int=0 # voxels of a label map that were not exactly whole numbers in the file
+
+    array: np.ndarray  # (D,H,W): nibabel's axes i, j, k
+    affine: np.ndarray  # (4,4): voxel indices to millimetres
+    header: nib.Nifti1Header | None = None  # as read, in mm, for writing on the same grid
+    path: Path | None = None  # where it was read from
+    rounded: int = 0  # voxels of a label map that were not exactly whole numbers in the file
 
     @property
-    def spacing(self)->tuple:
+    def spacing(self) -> tuple:
         "Voxel size in mm along i, j, k"
         return tuple(float(s) for s in voxel_sizes(self.affine))
 
     @property
-    def orientation(self)->str:
+    def orientation(self) -> str:
         "Anatomical direction in which i, j, k grow, e.g. 'RAS'"
         return "".join(nib.aff2axcodes(self.affine))
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #e4de6726
 def read_shape(
-    path, # a .nii or .nii.gz file
-)->tuple: # voxels along each axis
+    path,  # a .nii or .nii.gz file
+) -> tuple:  # voxels along each axis
     "Shape of a NIfTI file from its header alone; raises `InputError` as `read_header` does"
     return read_header(path).shape
 
@@ -61,38 +62,51 @@ def _command(where, change, dtype):
     image = f"nib.Nifti1Image({change}, i.affine, i.header, dtype={dtype!r})"
     return f'python -c "import nibabel as nib, numpy as np; i = nib.load({str(path)!r}); nib.save({image}, {str(copy)!r})"'
 
+
 def expect_finite(
-    array:np.ndarray, # voxels
-    path, # file that they come from
-)->None:
+    array: np.ndarray,  # voxels
+    path,  # file that they come from
+) -> None:
     "Raise `InputError` on voxels that are NaN, infinite or beyond float32, in which images are kept"
     if array.dtype.kind != "f":
         return
     bad = int(array.size - np.isfinite(array).sum())
     fix = _command(path, "np.nan_to_num(i.get_fdata(), nan=0, posinf=0, neginf=0)", "float32")
-    require(not bad, f"{path} has {bad:,} voxels that are NaN or infinite, of {array.size:,}. If they lie outside of what was scanned, set them to 0 in a copy: {fix}")
+    require(
+        not bad,
+        f"{path} has {bad:,} voxels that are NaN or infinite, of {array.size:,}. If they lie outside of what was scanned, set them to 0 in a copy: {fix}",
+    )
     most = float(np.abs(array).max(initial=0))
-    require(most <= float(np.finfo(np.float32).max), f"{path} has values up to {most:.3g}, which float32 cannot hold. Divide the image by a constant.")
+    require(
+        most <= float(np.finfo(np.float32).max),
+        f"{path} has values up to {most:.3g}, which float32 cannot hold. Divide the image by a constant.",
+    )
+
 
 _SPLIT = "split a series into one file a channel"
 _MERGE = "merge the masks of a case into one label map, with a number for each class"
 
+
 def _read_three_axes(path, scaled, fix=_SPLIT):
     "Array of three axes, affine and header of a file"
     array, affine, header = read_array(path, scaled)
-    expect(array.ndim == 3 and array.size, path, f"shape {array.shape}", "three axes (D, H, W)", fix)
+    expect(
+        array.ndim == 3 and array.size, path, f"shape {array.shape}", "three axes (D, H, W)", fix
+    )
     expect_finite(array, path)
     return array, affine, header
 
+
 def read_volume(
-    path, # a .nii or .nii.gz file; a slice (H,W) is read as (H,W,1)
-)->Volume: # array float32 (D,H,W)
+    path,  # a .nii or .nii.gz file; a slice (H,W) is read as (H,W,1)
+) -> Volume:  # array float32 (D,H,W)
     "Read one 3D NIfTI volume; raises `InputError` if it is missing, cut off, not 3D or not finite"
     array, affine, header = _read_three_axes(path, np.float32)
     return Volume(array.astype(np.float32), affine, header, Path(path))
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #5dfc1a4f
-_ROUNDING = 1e-3                                   # of a label: what scaling on disk and float32 leave behind, and no interpolation
+_ROUNDING = 1e-3  # of a label: what scaling on disk and float32 leave behind, and no interpolation
+
 
 def _check_whole(array, whole, where):
     "Raise `InputError` on values that are not close to whole numbers, with the remedy that fits"
@@ -101,14 +115,19 @@ def _check_whole(array, whole, where):
     if not odd.size:
         return
     found = f"{where} has label values such as {[float(f'{v:.6g}') for v in odd[:3]]}, which are no whole numbers."
-    if away.max() > .05:
-        raise InputError(f"{found} They come from interpolation, or are no labels. Resample the original label map with nearest neighbour.")
-    raise InputError(f"{found} All lie within 0.05 of one. Round them in a copy: {_command(where, 'np.rint(i.get_fdata()).astype(int)', 'int32')}")
+    if away.max() > 0.05:
+        raise InputError(
+            f"{found} They come from interpolation, or are no labels. Resample the original label map with nearest neighbour."
+        )
+    raise InputError(
+        f"{found} All lie within 0.05 of one. Round them in a copy: {_command(where, 'np.rint(i.get_fdata()).astype(int)', 'int32')}"
+    )
+
 
 def whole_numbers(
-    array:np.ndarray, # label values, of any real type, finite
-    where, # file or argument that they come from
-)->tuple: # the labels (int32, same shape), number of voxels that were not exactly whole
+    array: np.ndarray,  # label values, of any real type, finite
+    where,  # file or argument that they come from
+) -> tuple:  # the labels (int32, same shape), number of voxels that were not exactly whole
     "Label values as whole numbers, those within 0.001 of one rounded; raises `InputError` on others, and beyond 32 bits"
     rounded, whole = 0, array
     if array.dtype.kind == "f":
@@ -118,20 +137,37 @@ def whole_numbers(
     limits = np.iinfo(np.int32)
     for value in (whole.min(), whole.max()) if whole.size else ():
         fits = limits.min <= int(value) <= limits.max
-        require(fits, f"{where} has the label value {int(value)}, which 32 bits cannot hold. Renumber its labels.")
+        require(
+            fits,
+            f"{where} has the label value {int(value)}, which 32 bits cannot hold. Renumber its labels.",
+        )
     return whole.astype(np.int32), rounded
 
+
 def read_labels(
-    path, # a .nii or .nii.gz file
-)->Volume: # array int32 (D,H,W), and in `rounded` how many voxels were not exactly whole
+    path,  # a .nii or .nii.gz file
+) -> Volume:  # array int32 (D,H,W), and in `rounded` how many voxels were not exactly whole
     "Read one label map; raises `InputError` as `read_volume` does, and as `whole_numbers` on its values"
     array, affine, header = _read_three_axes(path, np.float64, _MERGE)
     labels, rounded = whole_numbers(array, path)
     return Volume(labels, affine, header, Path(path), rounded)
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #03be9c6c
-_GRID = ("sform_code", "srow_x", "srow_y", "srow_z", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
+_GRID = (
+    "sform_code",
+    "srow_x",
+    "srow_y",
+    "srow_z",
+    "qform_code",
+    "quatern_b",
+    "quatern_c",
+    "quatern_d",
+    "qoffset_x",
+    "qoffset_y",
+    "qoffset_z",
+)
 _WRITABLE = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8")
+
 
 def _grid_header(array, like):
     "A new header for `array` with the grid of `like`, in mm, and nothing else that its header says"
@@ -148,24 +184,37 @@ def _grid_header(array, like):
     for name in _GRID:
         found[name] = own[name]
     found["pixdim"][:4] = own["pixdim"][:4]
-    place:Any = found.get_best_affine()
+    place: Any = found.get_best_affine()
     same = np.allclose(place, like.affine, rtol=1e-5, atol=1e-4)
     return found if same else header
 
+
 def write_volume(
-    path, # file to write, .nii or .nii.gz
-    array:np.ndarray, # (D,H,W), or (D,H,W,C), saved in its own dtype
-    like:Volume, # whose grid (affine in mm, forms and their codes) it takes
-    overwrite:bool=False, # replace an existing file
-)->Path: # the file
+    path,  # file to write, .nii or .nii.gz
+    array: np.ndarray,  # (D,H,W), or (D,H,W,C), saved in its own dtype
+    like: Volume,  # whose grid (affine in mm, forms and their codes) it takes
+    overwrite: bool = False,  # replace an existing file
+) -> Path:  # the file
     "Write `array` on the grid of `like`, in mm, whole or not at all; raises `InputError` if the file exists"
     path, array = Path(path), np.asarray(array)
-    require(path.name.lower().endswith((".nii", ".nii.gz")), f"{path} cannot be written as NIfTI. Give it a name that ends in .nii or .nii.gz.")
-    require(array.dtype.str[1:] in _WRITABLE, f"{path} cannot hold values of type {array.dtype}. Convert the array, for instance with array.astype(np.uint8).")
-    expect(overwrite or not path.exists(), path, "a file that is already there", "a new name", "remove it or choose another")
+    require(
+        path.name.lower().endswith((".nii", ".nii.gz")),
+        f"{path} cannot be written as NIfTI. Give it a name that ends in .nii or .nii.gz.",
+    )
+    require(
+        array.dtype.str[1:] in _WRITABLE,
+        f"{path} cannot hold values of type {array.dtype}. Convert the array, for instance with array.astype(np.uint8).",
+    )
+    expect(
+        overwrite or not path.exists(),
+        path,
+        "a file that is already there",
+        "a new name",
+        "remove it or choose another",
+    )
     slice_only = isinstance(like.header, nib.Nifti1Header) and like.header["dim"][0] == 2
     if slice_only and array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]                                  # a slice (H, W) stays one
+        array = array[..., 0]  # a slice (H, W) stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     header = _grid_header(array, like)
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
@@ -175,143 +224,174 @@ def write_volume(
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #960b5bb8
 def smooth_noise(
-    rng:np.random.Generator, # source of randomness
-    shape:tuple, # (D,H,W)
-    sigma:float|tuple, # width of the blur in voxels: the size of the structures
-)->np.ndarray: # float64 (D,H,W), mean 0, standard deviation 1
+    rng: np.random.Generator,  # source of randomness
+    shape: tuple,  # (D,H,W)
+    sigma: float | tuple,  # width of the blur in voxels: the size of the structures
+) -> np.ndarray:  # float64 (D,H,W), mean 0, standard deviation 1
     "White noise blurred to structures of about `sigma` voxels"
     x = gaussian_filter(rng.standard_normal(shape), sigma, mode="wrap")
     return (x - x.mean()) / x.std()
 
+
 def distance_from(
-    centre:Iterable, # in voxels
-    shape:tuple, # (D,H,W)
-    radii:Iterable, # semi-axes in voxels
-)->np.ndarray: # (D,H,W): 1 on the surface of the ellipsoid, less inside
+    centre: Iterable,  # in voxels
+    shape: tuple,  # (D,H,W)
+    radii: Iterable,  # semi-axes in voxels
+) -> np.ndarray:  # (D,H,W): 1 on the surface of the ellipsoid, less inside
     "Distance from `centre`, measured in semi-axes of an ellipsoid"
     grid = np.indices(shape, dtype=float)
-    return np.sqrt(sum(((g-c)/r)**2 for g, c, r in zip(grid, centre, radii)))
+    return np.sqrt(sum(((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii)))
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #35f0de60
 def brain_labels(
-    rng:np.random.Generator, # source of randomness
-    shape:tuple, # (D,H,W)
-    enhancing:bool=True, # high grade: the rim of the core enhances
-)->tuple: # head (D,H,W) bool, labels (D,H,W) int16 with the values 0 1 2 4
+    rng: np.random.Generator,  # source of randomness
+    shape: tuple,  # (D,H,W)
+    enhancing: bool = True,  # high grade: the rim of the core enhances
+) -> tuple:  # head (D,H,W) bool, labels (D,H,W) int16 with the values 0 1 2 4
     "Head and tumor of a brain phantom"
-    half = np.array(shape)/2
-    head = distance_from(half-.5, shape, half*.92) + .03*smooth_noise(rng, shape, 6) < 1
-    centre = half + rng.uniform(-.35, .35, 3)*half
-    size = rng.uniform(.32, .46)*half.min()
-    tumor = distance_from(centre, shape, size*rng.uniform(.8, 1.25, 3)) + .16*smooth_noise(rng, shape, 3)
-    core = distance_from(centre + rng.uniform(-.12, .12, 3)*size, shape, [.62*size]*3) + .14*smooth_noise(rng, shape, 2.5)
+    half = np.array(shape) / 2
+    head = distance_from(half - 0.5, shape, half * 0.92) + 0.03 * smooth_noise(rng, shape, 6) < 1
+    centre = half + rng.uniform(-0.35, 0.35, 3) * half
+    size = rng.uniform(0.32, 0.46) * half.min()
+    tumor = distance_from(centre, shape, size * rng.uniform(0.8, 1.25, 3)) + 0.16 * smooth_noise(
+        rng, shape, 3
+    )
+    core = distance_from(
+        centre + rng.uniform(-0.12, 0.12, 3) * size, shape, [0.62 * size] * 3
+    ) + 0.14 * smooth_noise(rng, shape, 2.5)
     inside = (tumor < 1) & head
     labels = np.where(inside, 2, 0).astype(np.int16)
     labels[inside & (core < 1)] = 4 if enhancing else 1
-    labels[inside & (core < .6)] = 1
+    labels[inside & (core < 0.6)] = 1
     return head, labels
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #286b8e7f
 #          gray white necrosis edema enhancing
-_CONTRAST = {"t1":    (430, 560, 330, 440, 450), "t1ce":  (440, 570, 340, 450, 760),
-             "t2":    (540, 430, 720, 640, 560), "flair": (500, 430, 470, 640, 600)}
+_CONTRAST = {
+    "t1": (430, 560, 330, 440, 450),
+    "t1ce": (440, 570, 340, 450, 760),
+    "t2": (540, 430, 720, 640, 560),
+    "flair": (500, 430, 470, 640, 600),
+}
+
 
 def brain_images(
-    rng:np.random.Generator, # source of randomness
-    head:np.ndarray, # (D,H,W) bool
-    labels:np.ndarray, # (D,H,W) with the values 0 1 2 4
-    swap:float=0., # share of their textures that tumor and tissue exchange; the mean of each stays
-)->dict: # modality -> int16 (D,H,W), 0 outside the head
+    rng: np.random.Generator,  # source of randomness
+    head: np.ndarray,  # (D,H,W) bool
+    labels: np.ndarray,  # (D,H,W) with the values 0 1 2 4
+    swap: float = 0.0,  # share of their textures that tumor and tissue exchange; the mean of each stays
+) -> dict:  # modality -> int16 (D,H,W), 0 outside the head
     "The four modalities of a brain phantom: blurred tissue, texture, a false friend, a bias field, noise"
     shape = head.shape
     blobs, part = smooth_noise(rng, shape, 3) > 0, np.array([0, 2, 3, 3, 4])[labels]
-    friend = np.exp(-3*distance_from(rng.uniform(.3, .7, 3)*shape, shape, [.4*min(shape)]*3)**2)*(labels == 0)
-    grain, bias = smooth_noise(rng, shape, 1.2), 1 + .1*smooth_noise(rng, shape, 12)
+    friend = np.exp(
+        -3 * distance_from(rng.uniform(0.3, 0.7, 3) * shape, shape, [0.4 * min(shape)] * 3) ** 2
+    ) * (labels == 0)
+    grain, bias = smooth_noise(rng, shape, 1.2), 1 + 0.1 * smooth_noise(rng, shape, 12)
     images = {}
     for name, mean in _CONTRAST.items():
-        base, spots = np.where(part == 0, sum(mean[:2])/2, np.take(mean, part)), (mean[1]-mean[0])*(blobs-.5)      # grey and white in blobs
-        x = gaussian_filter(base + spots*np.where(part == 0, 1-swap, swap), .7)
-        x += friend*(mean[3]-mean[0])*1.3 + 28*grain + 30*rng.standard_normal(shape)
-        images[name] = np.rint(np.where(head, (x*bias).clip(1), 0)/8).astype(np.int16)*8
+        base, spots = (
+            np.where(part == 0, sum(mean[:2]) / 2, np.take(mean, part)),
+            (mean[1] - mean[0]) * (blobs - 0.5),
+        )  # grey and white in blobs
+        x = gaussian_filter(base + spots * np.where(part == 0, 1 - swap, swap), 0.7)
+        x += friend * (mean[3] - mean[0]) * 1.3 + 28 * grain + 30 * rng.standard_normal(shape)
+        images[name] = np.rint(np.where(head, (x * bias).clip(1), 0) / 8).astype(np.int16) * 8
     return images
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #1b4d754f
 def abdomen(
-    rng:np.random.Generator, # source of randomness
-    shape:tuple=(28, 72, 80), # (D,H,W): slices, rows, columns
-)->tuple: # HU int16 (D,H,W), labels int16 (D,H,W): 1 kidney, 2 tumor
+    rng: np.random.Generator,  # source of randomness
+    shape: tuple = (28, 72, 80),  # (D,H,W): slices, rows, columns
+) -> tuple:  # HU int16 (D,H,W), labels int16 (D,H,W): 1 kidney, 2 tumor
     "A CT phantom with two kidneys and a tumor"
     size, wobble = np.array(shape), smooth_noise(rng, shape, (2, 4, 4))
-    at = lambda centre, radii: distance_from(np.array(centre)*size, shape, np.array(radii)*size)
-    body, hu = at((.5, .5, .5), (9, .46, .47)) < 1, np.full(shape, -1000.)
-    hu[body] = -100 + 12*wobble[body]
-    hu[at((.5, .42, .5), (9, .3, .34)) + .06*wobble < 1] = 40
-    hu[at((.4, .36, .3), (.5, .2, .16)) + .05*wobble < 1] = 135                       # liver
-    hu[at((.5, .7, .5), (9, .09, .08)) < 1] = 350                                   # spine
-    centres = [(.5+rng.uniform(-.05, .05), .57, x+rng.uniform(-.02, .02)) for x in (.28, .72)]
+    at = lambda centre, radii: distance_from(np.array(centre) * size, shape, np.array(radii) * size)
+    body, hu = at((0.5, 0.5, 0.5), (9, 0.46, 0.47)) < 1, np.full(shape, -1000.0)
+    hu[body] = -100 + 12 * wobble[body]
+    hu[at((0.5, 0.42, 0.5), (9, 0.3, 0.34)) + 0.06 * wobble < 1] = 40
+    hu[at((0.4, 0.36, 0.3), (0.5, 0.2, 0.16)) + 0.05 * wobble < 1] = 135  # liver
+    hu[at((0.5, 0.7, 0.5), (9, 0.09, 0.08)) < 1] = 350  # spine
+    centres = [
+        (0.5 + rng.uniform(-0.05, 0.05), 0.57, x + rng.uniform(-0.02, 0.02)) for x in (0.28, 0.72)
+    ]
     labels = np.zeros(shape, np.int16)
-    for c in centres: labels[at(c, (.36, .14, .1)) + .08*wobble < 1] = 1
-    c = np.array(centres[rng.integers(2)]) + rng.uniform(-1, 1, 3)*(.12, .07, .05)
-    labels[at(c, rng.uniform(.8, 1.2)*np.array((.22, .1, .09))) + .15*smooth_noise(rng, shape, (1.5, 3, 3)) < 1] = 2
-    hu[labels == 1] = 165 + 18*wobble[labels == 1]
-    hu[labels == 2] = 85 + 25*wobble[labels == 2]
-    hu = gaussian_filter(hu, (.4, .8, .8)) + 22*rng.standard_normal(shape)
-    return (np.rint(hu/4)*4).clip(-1024, 2000).astype(np.int16), labels
+    for c in centres:
+        labels[at(c, (0.36, 0.14, 0.1)) + 0.08 * wobble < 1] = 1
+    c = np.array(centres[rng.integers(2)]) + rng.uniform(-1, 1, 3) * (0.12, 0.07, 0.05)
+    labels[
+        at(c, rng.uniform(0.8, 1.2) * np.array((0.22, 0.1, 0.09)))
+        + 0.15 * smooth_noise(rng, shape, (1.5, 3, 3))
+        < 1
+    ] = 2
+    hu[labels == 1] = 165 + 18 * wobble[labels == 1]
+    hu[labels == 2] = 85 + 25 * wobble[labels == 2]
+    hu = gaussian_filter(hu, (0.4, 0.8, 0.8)) + 22 * rng.standard_normal(shape)
+    return (np.rint(hu / 4) * 4).clip(-1024, 2000).astype(np.int16), labels
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #94e3e3b9
 def brain(
-    number:int, # seed of the phantom; every third has a low grade
-    swap:float=0., # see `brain_images`
-    shape:tuple=(48, 56, 44), # (D,H,W)
-)->tuple: # images (modality -> int16 (D,H,W)), labels int16 (D,H,W)
+    number: int,  # seed of the phantom; every third has a low grade
+    swap: float = 0.0,  # see `brain_images`
+    shape: tuple = (48, 56, 44),  # (D,H,W)
+) -> tuple:  # images (modality -> int16 (D,H,W)), labels int16 (D,H,W)
     "A brain phantom in memory: a number always gives the same tumor in the same head"
     rng = np.random.default_rng(number)
     head, labels = brain_labels(rng, shape, number % 3 != 0)
     return brain_images(rng, head, labels, swap), labels
 
+
 def write_brain(
-    root:Path, # dataset folder
-    number:int, # seed and name of the case
-)->Path: # folder of the case
+    root: Path,  # dataset folder
+    number: int,  # seed and name of the case
+) -> Path:  # folder of the case
     "Write one brain phantom in the layout of BraTS 2019: high grades in HGG/, low ones in LGG/"
     images, labels = brain(number)
     name = f"BraTS19_PHANTOM_{number:03d}_1"
-    folder, grid = Path(root)/("HGG" if number % 3 else "LGG")/name, Volume(labels, np.diag([-1., -1, 1, 1]))
-    for kind, array in {**images, "seg": labels.astype(np.uint8)}.items(): write_volume(folder/f"{name}_{kind}.nii.gz", array, grid)
+    folder, grid = (
+        Path(root) / ("HGG" if number % 3 else "LGG") / name,
+        Volume(labels, np.diag([-1.0, -1, 1, 1])),
+    )
+    for kind, array in {**images, "seg": labels.astype(np.uint8)}.items():
+        write_volume(folder / f"{name}_{kind}.nii.gz", array, grid)
     return folder
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #c93c7ade
 def write_abdomen(
-    root:Path, # dataset folder
-    number:int, # seed and name of the case
-)->Path: # folder of the case
+    root: Path,  # dataset folder
+    number: int,  # seed and name of the case
+) -> Path:  # folder of the case
     "Write one CT phantom in the layout of KiTS 2019: slices of 3 mm along the first axis"
-    hu, labels = abdomen(np.random.default_rng(1000+number))
-    affine = np.array([[0, 0, -.8, 0], [0, -.8, 0, 0], [-3., 0, 0, 0], [0, 0, 0, 1]])
-    folder, grid = Path(root)/f"case_{number:05d}", Volume(labels, affine)
-    write_volume(folder/"imaging.nii.gz", hu, grid)
-    write_volume(folder/"segmentation.nii.gz", labels.astype(np.uint8), grid)
+    hu, labels = abdomen(np.random.default_rng(1000 + number))
+    affine = np.array([[0, 0, -0.8, 0], [0, -0.8, 0, 0], [-3.0, 0, 0, 0], [0, 0, 0, 1]])
+    folder, grid = Path(root) / f"case_{number:05d}", Volume(labels, affine)
+    write_volume(folder / "imaging.nii.gz", hu, grid)
+    write_volume(folder / "segmentation.nii.gz", labels.astype(np.uint8), grid)
     return folder
 
+
 def write_data_samples(
-    root, # folder to write, must not hold these cases yet
-    brains:int=12, # number of brain phantoms
-    abdomens:int=5, # number of CT phantoms
-)->Path: # the folder
+    root,  # folder to write, must not hold these cases yet
+    brains: int = 12,  # number of brain phantoms
+    abdomens: int = 5,  # number of CT phantoms
+) -> Path:  # the folder
     "Write `data_samples/`: phantoms in the layouts of BraTS 2019 and KiTS 2019, the same at each call"
-    for n in range(1, brains+1): write_brain(Path(root)/"brats2019", n)
-    for n in range(abdomens): write_abdomen(Path(root)/"kits2019", n)
+    for n in range(1, brains + 1):
+        write_brain(Path(root) / "brats2019", n)
+    for n in range(abdomens):
+        write_abdomen(Path(root) / "kits2019", n)
     return Path(root)
 
+
 def data_samples(
-    path:str="", # of a file or folder in it, such as "brats2019"
-)->Path: # relative to the current folder
+    path: str = "",  # of a file or folder in it, such as "brats2019"
+) -> Path:  # relative to the current folder
     "A path in `data_samples/`, which is found in the current folder or above it, and written first where it is missing (our choice)"
     here = Path.cwd()
     above = (here, *here.parents)
     for folder in above:
-        if (folder/"data_samples/kits2019").is_dir():
-            return Path(os.path.relpath(folder/"data_samples"/path))
-    project = next((folder for folder in above if (folder/"settings.ini").is_file()), here)
-    write_data_samples(project/"data_samples")
-    return Path(os.path.relpath(project/"data_samples"/path))
+        if (folder / "data_samples/kits2019").is_dir():
+            return Path(os.path.relpath(folder / "data_samples" / path))
+    project = next((folder for folder in above if (folder / "settings.ini").is_file()), here)
+    write_data_samples(project / "data_samples")
+    return Path(os.path.relpath(project / "data_samples" / path))

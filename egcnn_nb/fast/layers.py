@@ -19,47 +19,69 @@ from ..tensors import resize
 
 # %% ../../nbs/4_inside/layers.ipynb #d831b9f9
 def channels_last(
-    x:Tensor, # (B,C,D,H,W)
-)->Tensor: # the same numbers; the channels of a voxel lie side by side
+    x: Tensor,  # (B,C,D,H,W)
+) -> Tensor:  # the same numbers; the channels of a voxel lie side by side
     "Memory in the order in which convolutions are fast; no copy where it is so already (our choice)"
-    if x.shape[1] == 1: return x.contiguous()[:, 0, ..., None].movedim(-1, 1)           # either order is both, and torch would take it for the other
+    if x.shape[1] == 1:
+        return x.contiguous()[:, 0, ..., None].movedim(
+            -1, 1
+        )  # either order is both, and torch would take it for the other
     return x.contiguous(memory_format=torch.channels_last_3d)
+
 
 def _on_cpu(x):
     "Whether a volume is computed by a processor's library in float32 or bfloat16, now"
-    return x.device.type == "cpu" and x.dim() == 5 and x.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling()
+    return (
+        x.device.type == "cpu"
+        and x.dim() == 5
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and not torch.compiler.is_compiling()
+    )
 
 # %% ../../nbs/4_inside/layers.ipynb #44c4c790
-_LANES = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8          # float32 numbers that are multiplied at once
+_LANES = (
+    16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+)  # float32 numbers that are multiplied at once
+
 
 def _pair_kernel(w):
     "(K,C,3,3,3) -> (2K,C,3,3,4), which makes two neighbours along W"
     return channels_last(torch.cat([F.pad(w, (0, 1)), F.pad(w, (1, 0))]))
+
 
 def _conv_pairs(x, w):
     "3×3×3 convolution of a channels-last volume whose W is even, two neighbours at a time"
     pairs = F.conv3d(x, _pair_kernel(w), stride=(1, 1, 2), padding=1)
     return pairs.movedim(1, -1).unflatten(-1, (2, -1)).flatten(3, 4).movedim(-1, 1)
 
+
 class _Pairs(torch.autograd.Function):
     "`_conv_pairs` and its derivatives"
+
     @staticmethod
-    def forward(ctx, x, w): ctx.save_for_backward(x, w); return _conv_pairs(x, w)
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return _conv_pairs(x, w)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (x, w), grad = ctx.saved_tensors, channels_last(grad)
-        if not ctx.needs_input_grad[0]: dx = None
-        elif 2*w.shape[1] <= _LANES: dx = _conv_pairs(grad, w.flip(2, 3, 4).transpose(0, 1))
-        else: dx = conv3d_input(x.shape, w, grad, padding=1)
-        if not ctx.needs_input_grad[1]: return dx, None                # a frozen network
+        if not ctx.needs_input_grad[0]:
+            dx = None
+        elif 2 * w.shape[1] <= _LANES:
+            dx = _conv_pairs(grad, w.flip(2, 3, 4).transpose(0, 1))
+        else:
+            dx = conv3d_input(x.shape, w, grad, padding=1)
+        if not ctx.needs_input_grad[1]:
+            return dx, None  # a frozen network
         pairs = grad.movedim(1, -1).unflatten(3, (-1, 2)).flatten(4).movedim(-1, 1)
-        dw = conv3d_weight(x, [2*len(w), *w.shape[1:4], 4], pairs, cast(Any, (1, 1, 2)), 1)
-        return dx, dw[:len(w), ..., :3] + dw[len(w):, ..., 1:]
+        dw = conv3d_weight(x, [2 * len(w), *w.shape[1:4], 4], pairs, cast(Any, (1, 1, 2)), 1)
+        return dx, dw[: len(w), ..., :3] + dw[len(w) :, ..., 1:]
 
 # %% ../../nbs/4_inside/layers.ipynb #4fff957a
-_THIN = 8                                                          # voxels along an axis, below which half types are not trusted
+_THIN = 8  # voxels along an axis, below which half types are not trusted
+
 
 def _half_type(x, weight):
     "The half type in which a processor would compute x with weight now, or None"
@@ -71,49 +93,73 @@ def _half_type(x, weight):
         return kind if kind in halves and torch.float64 not in (x.dtype, weight.dtype) else None
     return x.dtype if x.dtype in halves and x.dtype == weight.dtype else None
 
+
 def _never_thin(compute, x, weight, bias, made=()):
     "compute(x, weight, bias), in float32 where a processor would take a thin map, or make one, in a half type"
     kind = _half_type(x, weight)
-    if kind is None or min(*x.shape[2-weight.dim():], *made) >= _THIN:
+    if kind is None or min(*x.shape[2 - weight.dim() :], *made) >= _THIN:
         return compute(x, weight, bias)
     bias = None if bias is None else bias.float()
     with torch.autocast("cpu", enabled=False):
         return compute(x.float(), weight.float(), bias).to(kind)
 
+
 def _made(layer, sizes):
     "Voxels along each axis that a convolution makes of `sizes`"
     pads = layer.padding
     if isinstance(pads, str):
-        pads = [(k-1)*d/2 if pads == "same" else 0 for k, d in zip(layer.kernel_size, layer.dilation)]
+        pads = [
+            (k - 1) * d / 2 if pads == "same" else 0
+            for k, d in zip(layer.kernel_size, layer.dilation)
+        ]
     axes = zip(sizes, pads, layer.dilation, layer.kernel_size, layer.stride)
-    return [int(n+2*p-d*(k-1)-1)//s + 1 for n, p, d, k, s in axes]
+    return [int(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in axes]
+
 
 def _made_by_transposed(layer, sizes):
     "Voxels along each axis that a transposed convolution makes of `sizes`, without any that its caller adds"
     axes = zip(sizes, layer.padding, layer.dilation, layer.kernel_size, layer.stride)
-    return [(n-1)*s-2*p+d*(k-1)+1 for n, p, d, k, s in axes]
+    return [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, p, d, k, s in axes]
+
 
 def mix_channels(
-    x:Tensor, # (B,C,D,H,W) or (B,C,H,W)
-    weight:Tensor, # kernel (K,C,1,1,1) or (K,C,1,1)
-    bias:Tensor|None=None, # (K,)
-)->Tensor: # (B,K,D,H,W) or (B,K,H,W)
+    x: Tensor,  # (B,C,D,H,W) or (B,C,H,W)
+    weight: Tensor,  # kernel (K,C,1,1,1) or (K,C,1,1)
+    bias: Tensor | None = None,  # (K,)
+) -> Tensor:  # (B,K,D,H,W) or (B,K,H,W)
     "A convolution with a kernel of one voxel, on a CPU as a product of two matrices (our choice: faster, the same numbers)"
     return _never_thin(_mix, x, weight, bias)
 
+
 def _mix(x, weight, bias):
     "`mix_channels` in whatever type it is given"
-    if not _on_cpu(x): return (F.conv3d if x.dim() == 5 else F.conv2d)(x, weight, bias)
-    w, of_maps = weight.flatten(1), x.shape[1] < 8 and x.movedim(1, 0).is_contiguous()                 # a few maps already, each in one piece
-    if len(w) >= 8: return F.linear(channels_last(x).movedim(1, -1), w, bias).movedim(-1, 1)
-    maps = w @ (x.movedim(1, 0).flatten(1) if of_maps else channels_last(x).movedim(1, -1).flatten(0, -2).t())
-    return (maps if bias is None else maps.add_(bias[:, None])).unflatten(1, (len(x), *x.shape[2:])).movedim(0, 1)
+    if not _on_cpu(x):
+        return (F.conv3d if x.dim() == 5 else F.conv2d)(x, weight, bias)
+    w, of_maps = (
+        weight.flatten(1),
+        x.shape[1] < 8 and x.movedim(1, 0).is_contiguous(),
+    )  # a few maps already, each in one piece
+    if len(w) >= 8:
+        return F.linear(channels_last(x).movedim(1, -1), w, bias).movedim(-1, 1)
+    maps = w @ (
+        x.movedim(1, 0).flatten(1)
+        if of_maps
+        else channels_last(x).movedim(1, -1).flatten(0, -2).t()
+    )
+    return (
+        (maps if bias is None else maps.add_(bias[:, None]))
+        .unflatten(1, (len(x), *x.shape[2:]))
+        .movedim(0, 1)
+    )
+
 
 class Conv3d(nn.Conv3d):
     "torch's Conv3d, on a CPU channels last, 1×1×1 as a matrix product, a few channels by pairs of voxels, a single small float32 volume as a batch of two halves (our choice: faster, the same numbers), and thin maps in float32"
-    def forward(self,
-        x:Tensor, # (B,C,D,H,W)
-    )->Tensor: # (B,K,D',H',W')
+
+    def forward(
+        self,
+        x: Tensor,  # (B,C,D,H,W)
+    ) -> Tensor:  # (B,K,D',H',W')
         return _never_thin(self._convolve, x, self.weight, self.bias, _made(self, x.shape[-3:]))
 
     def _convolve(self, x, weight, bias):
@@ -128,7 +174,9 @@ class Conv3d(nn.Conv3d):
         mixed = torch.is_autocast_enabled("cpu")
         kind = torch.get_autocast_dtype("cpu") if mixed else x.dtype
         in_float32 = x.dtype == torch.float32 and not mixed
-        if in_float32 and len(x) == 1 and x.shape[:4].numel() <= 20480 and self.kernel_size[0] > 1: # torch would not call oneDNN
+        if (
+            in_float32 and len(x) == 1 and x.shape[:4].numel() <= 20480 and self.kernel_size[0] > 1
+        ):  # torch would not call oneDNN
             return self._by_halves(x, weight, bias)
         if self._leaves_lanes(x, kind) and (mixed or x.dtype == weight.dtype):
             return _Pairs.apply(x.to(kind), weight.to(kind))
@@ -139,33 +187,53 @@ class Conv3d(nn.Conv3d):
         if kind not in (torch.float32, torch.bfloat16):
             return False
         usual = (self.kernel_size[0], self.stride[0], self.padding[0], self.bias) == (3, 1, 1, None)
-        least = 3 if kind == torch.float32 else 2*_THIN                # pairs along W must not be thin either
-        return usual and 2*self.out_channels <= _LANES and x.shape[4] % 2 == 0 and x.shape[4] >= least
+        least = 3 if kind == torch.float32 else 2 * _THIN  # pairs along W must not be thin either
+        return (
+            usual
+            and 2 * self.out_channels <= _LANES
+            and x.shape[4] % 2 == 0
+            and x.shape[4] >= least
+        )
 
     def _is_plain(self):
         "Whether it is the same along each axis, without groups, dilation or another padding than zeros"
-        same = all(not isinstance(v, str) and len(set(v)) == 1 for v in (self.kernel_size, self.stride, self.padding, self.dilation))
+        same = all(
+            not isinstance(v, str) and len(set(v)) == 1
+            for v in (self.kernel_size, self.stride, self.padding, self.dilation)
+        )
         return same and self.dilation[0] == self.groups == 1 and self.padding_mode == "zeros"
 
     def _by_halves(self, x, weight, bias):
-        (k, *_), (s, *_), p, planes = self.kernel_size, self.stride, int(self.padding[0]), x.movedim(1, -1)
-        out = _made(self, x.shape[2:])[0]                             # planes
-        half = (out+1)//2                                             # of them, for each half
-        pair = torch.cat([_planes(planes, i*half*s-p, (half-1)*s+k) for i in (0, 1)], 1).unflatten(1, (2, -1))[0]
+        (k, *_), (s, *_), p, planes = (
+            self.kernel_size,
+            self.stride,
+            int(self.padding[0]),
+            x.movedim(1, -1),
+        )
+        out = _made(self, x.shape[2:])[0]  # planes
+        half = (out + 1) // 2  # of them, for each half
+        pair = torch.cat(
+            [_planes(planes, i * half * s - p, (half - 1) * s + k) for i in (0, 1)], 1
+        ).unflatten(1, (2, -1))[0]
         both = F.conv3d(pair.movedim(-1, 1), weight, bias, self.stride, (0, p, p))
         return both.movedim(1, -1).flatten(0, 1)[None, :out].movedim(-1, 1)
 
+
 def _planes(x, start, n):
     "Planes `start` to `start+n` of (1,D,H,W,C), zeros where there are none"
-    low, high = min(max(-start, 0), n), min(max(start+n-x.shape[1], 0), n)
-    return F.pad(x[:, max(start, 0):max(start+n-high, 0)], (0, 0, 0, 0, 0, 0, low, high))
+    low, high = min(max(-start, 0), n), min(max(start + n - x.shape[1], 0), n)
+    return F.pad(x[:, max(start, 0) : max(start + n - high, 0)], (0, 0, 0, 0, 0, 0, low, high))
+
 
 class Conv2d(nn.Conv2d):
     "torch's Conv2d, on a CPU with thin maps in float32"
-    def forward(self,
-        x:Tensor, # (B,C,H,W)
-    )->Tensor: # (B,K,H',W')
+
+    def forward(
+        self,
+        x: Tensor,  # (B,C,H,W)
+    ) -> Tensor:  # (B,K,H',W')
         return _never_thin(self._conv_forward, x, self.weight, self.bias, _made(self, x.shape[-2:]))
+
 
 def _transposed(layer, x, output_size):
     "A transposed convolution, on a CPU with thin maps in float32"
@@ -174,75 +242,100 @@ def _transposed(layer, x, output_size):
         shape = layer.stride, layer.padding, layer.kernel_size
         extra = layer._output_padding(x, output_size, *shape, dims, layer.dilation)
     operation = {2: F.conv_transpose2d, 3: F.conv_transpose3d}[dims]
+
     def compute(x, weight, bias):
-        return operation(x, weight, bias, layer.stride, layer.padding, extra, layer.groups, layer.dilation)
+        return operation(
+            x, weight, bias, layer.stride, layer.padding, extra, layer.groups, layer.dilation
+        )
+
     made = _made_by_transposed(layer, x.shape[-dims:])
     return _never_thin(compute, x, layer.weight, layer.bias, made)
 
+
 class ConvTranspose3d(nn.ConvTranspose3d):
     "torch's ConvTranspose3d, on a CPU with thin maps in float32"
-    def forward(self,
-        x:Tensor, # (B,C,D,H,W)
-        output_size=None, # as for torch's: spatial size to make, where the stride leaves a choice
-    )->Tensor: # (B,K,D',H',W')
+
+    def forward(
+        self,
+        x: Tensor,  # (B,C,D,H,W)
+        output_size=None,  # as for torch's: spatial size to make, where the stride leaves a choice
+    ) -> Tensor:  # (B,K,D',H',W')
         return _transposed(self, x, output_size)
+
 
 class ConvTranspose2d(nn.ConvTranspose2d):
     "torch's ConvTranspose2d, on a CPU with thin maps in float32"
-    def forward(self,
-        x:Tensor, # (B,C,H,W)
-        output_size=None, # as for torch's: spatial size to make, where the stride leaves a choice
-    )->Tensor: # (B,K,H',W')
+
+    def forward(
+        self,
+        x: Tensor,  # (B,C,H,W)
+        output_size=None,  # as for torch's: spatial size to make, where the stride leaves a choice
+    ) -> Tensor:  # (B,K,H',W')
         return _transposed(self, x, output_size)
 
+
 def conv(
-    dims:int, # 2 or 3 spatial axes
-    *args, # as for torch's Conv3d: channels in, channels out, kernel size
-    **kwargs, # as for torch's Conv3d
-)->Conv2d|Conv3d: # of the package
+    dims: int,  # 2 or 3 spatial axes
+    *args,  # as for torch's Conv3d: channels in, channels out, kernel size
+    **kwargs,  # as for torch's Conv3d
+) -> Conv2d | Conv3d:  # of the package
     "A convolution over `dims` spatial axes"
     return {2: Conv2d, 3: Conv3d}[dims](*args, **kwargs)
 
+
 def conv_transpose(
-    dims:int, # 2 or 3 spatial axes
-    *args, # as for torch's ConvTranspose3d: channels in, channels out, kernel size
-    **kwargs, # as for torch's ConvTranspose3d
-)->ConvTranspose2d|ConvTranspose3d: # of the package
+    dims: int,  # 2 or 3 spatial axes
+    *args,  # as for torch's ConvTranspose3d: channels in, channels out, kernel size
+    **kwargs,  # as for torch's ConvTranspose3d
+) -> ConvTranspose2d | ConvTranspose3d:  # of the package
     "A transposed convolution over `dims` spatial axes"
     return {2: ConvTranspose2d, 3: ConvTranspose3d}[dims](*args, **kwargs)
 
 # %% ../../nbs/4_inside/layers.ipynb #d1782b4b
 def _weights(n, size, x):
     "What each of `size` points takes of `n`: (size,n), as `x` in kind"
-    return F.interpolate(torch.eye(n)[None], int(size), mode="linear", align_corners=False)[0].mT.to(x)
+    return F.interpolate(torch.eye(n)[None], int(size), mode="linear", align_corners=False)[
+        0
+    ].mT.to(x)
+
 
 def resize_maps(
-    x:Tensor, # a few maps (B,K,d,h,w) or (B,K,h,w)
-    size, # spatial size to reach
-)->Tensor: # (B,K,*size)
+    x: Tensor,  # a few maps (B,K,d,h,w) or (B,K,h,w)
+    size,  # spatial size to reach
+) -> Tensor:  # (B,K,*size)
     "`resize`, on a CPU by a matrix for each axis (our choice: faster where the maps are few, the same numbers)"
-    if not _on_cpu(x): return resize(x, size)
+    if not _on_cpu(x):
+        return resize(x, size)
+
     def by_matrices(x, *_):
         d, h, w = (_weights(n, m, x) for n, m in zip(x.shape[2:], size))
         return d.matmul((h @ (x @ w.mT)).flatten(3)).unflatten(3, tuple(size)[1:])
+
     return _never_thin(by_matrices, x, x, None, size)
 
 # %% ../../nbs/4_inside/layers.ipynb #2d18ff88
-_SLAB = 1 << 18                                                    # numbers that are worked on at a time
+_SLAB = 1 << 18  # numbers that are worked on at a time
+
 
 def _rows(x):
     "A channels-last volume as (B,rows,k*C) without a copy, k voxels being a row; and k"
-    voxels = x[0, 0].numel(); k = gcd(voxels, 64)
-    return x.movedim(1, -1).view(len(x), voxels//k, k*x.shape[1]), k
+    voxels = x[0, 0].numel()
+    k = gcd(voxels, 64)
+    return x.movedim(1, -1).view(len(x), voxels // k, k * x.shape[1]), k
+
 
 def _row_slabs(rows):
     "Case and rows of one slab after the other"
-    step = max(_SLAB//rows.shape[2], 1)
-    return [(b, slice(i, i+step)) for b in range(len(rows)) for i in range(0, rows.shape[1], step)]
+    step = max(_SLAB // rows.shape[2], 1)
+    return [
+        (b, slice(i, i + step)) for b in range(len(rows)) for i in range(0, rows.shape[1], step)
+    ]
+
 
 def _wide(values, k):
     "A number for each case and channel (B,C), for each place of a row: float32 (B,k*C)"
     return values.float().repeat(1, k)
+
 
 def _deviations(rows, k, centre):
     "A function of a slab: its numbers in float32, less `centre` (B,C), which None leaves out"
@@ -251,38 +344,44 @@ def _deviations(rows, k, centre):
     wide = _wide(centre, k)
     return lambda b, at: rows[b, at].float() - wide[b]
 
+
 def _means(rows, k, first, second):
     "Means over the voxels of what `first` makes of each slab, and of its product with `second`: float64 (2,B,C)"
     sums = torch.zeros(2, len(rows), rows.shape[2], dtype=torch.float64)
     for b, at in _row_slabs(rows):
         v = first(b, at)
         sums[0, b] += v.sum(0)
-        sums[1, b] += (v*(v if second is first else second(b, at))).sum(0)
-    return sums.view(2, len(rows), k, -1).sum(2)/(k*rows.shape[1])
+        sums[1, b] += (v * (v if second is first else second(b, at))).sum(0)
+    return sums.view(2, len(rows), k, -1).sum(2) / (k * rows.shape[1])
+
 
 def _mean_and_variance(rows, k, groups, centre=None):
     "Mean and variance of each group, float64 (B,groups), from sums of deviations from `centre` (B,C)"
     deviations = _deviations(rows, k, centre)
     mean, square = _means(rows, k, deviations, deviations).unflatten(2, (groups, -1)).mean(3)
-    variance = (square-mean**2).clamp(min=0)
+    variance = (square - mean**2).clamp(min=0)
     if centre is None:
         return mean, variance
     return mean + centre.view(len(rows), groups, -1)[:, :, 0], variance
 
+
 class _Norm(torch.autograd.Function):
     "GroupNorm of a channels-last volume, slab by slab in float32, and its derivative"
+
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps):
-        (rows, k), each, centre = _rows(x), x.shape[1]//groups, None
+        (rows, k), each, centre = _rows(x), x.shape[1] // groups, None
         mean, variance = _mean_and_variance(rows, k, groups)
-        if bool((mean**2 > 16*variance).any()):                       # sums about 0 have lost digits: once more, about the mean
+        if bool(
+            (mean**2 > 16 * variance).any()
+        ):  # sums about 0 have lost digits: once more, about the mean
             centre = mean.float().repeat_interleave(each, 1)
             mean, variance = _mean_and_variance(rows, k, groups, centre)
-        mean, rstd = (t.repeat_interleave(each, 1) for t in (mean, (variance+eps).rsqrt()))
-        rest = mean if centre is None else mean-centre                # what float32 deviations still need
-        scale, deviations = rstd*weight, _deviations(rows, k, centre)
+        mean, rstd = (t.repeat_interleave(each, 1) for t in (mean, (variance + eps).rsqrt()))
+        rest = mean if centre is None else mean - centre  # what float32 deviations still need
+        scale, deviations = rstd * weight, _deviations(rows, k, centre)
         out = torch.empty_like(x)
-        y, wide_scale, shift = _rows(out)[0], _wide(scale, k), _wide(bias-rest*scale, k)
+        y, wide_scale, shift = _rows(out)[0], _wide(scale, k), _wide(bias - rest * scale, k)
         for b, at in _row_slabs(rows):
             torch.addcmul(shift[b], deviations(b, at), wide_scale[b], out=y[b, at])
         ctx.save_for_backward(x, weight, centre, rest, rstd)
@@ -296,9 +395,11 @@ class _Norm(torch.autograd.Function):
         (rows, k), grads, out = _rows(x), _rows(channels_last(grad))[0], torch.empty_like(x)
         deviations, gradient = _deviations(rows, k, centre), _deviations(grads, k, None)
         dy, dyx = _means(rows, k, gradient, deviations)
-        dyx = rstd*(dyx-rest*dy)                                      # with x normalised
-        g, gx = (_over_groups(t*weight, ctx.groups) for t in (dy, dyx))
-        a, b, c = (_wide(t, k) for t in (rstd*weight, -rstd**2*gx, rstd*(rstd*rest*gx-g)))
+        dyx = rstd * (dyx - rest * dy)  # with x normalised
+        g, gx = (_over_groups(t * weight, ctx.groups) for t in (dy, dyx))
+        a, b, c = (
+            _wide(t, k) for t in (rstd * weight, -(rstd**2) * gx, rstd * (rstd * rest * gx - g))
+        )
         dx = _rows(out)[0]
         for i, at in _row_slabs(rows):
             mean_part = torch.addcmul(c[i], deviations(i, at), b[i])
@@ -306,10 +407,11 @@ class _Norm(torch.autograd.Function):
         dweight, dbias = (t.sum(0).mul(x[0, 0].numel()).to(weight.dtype) for t in (dyx, dy))
         return out, dweight, dbias, None, None
 
+
 def _over_groups(values, groups):
     "The mean over each group of (B,C), for each of its channels"
     means = values.unflatten(1, (groups, -1)).mean(2)
-    return means.repeat_interleave(values.shape[1]//groups, 1)
+    return means.repeat_interleave(values.shape[1] // groups, 1)
 
 # %% ../../nbs/4_inside/layers.ipynb #85114cfa
 def _norm_of_deviations(x, weight, bias, groups, eps):
@@ -322,32 +424,49 @@ def _norm_of_deviations(x, weight, bias, groups, eps):
         return y
     return channels_last(y) if x.dim() == 5 else y.contiguous(memory_format=torch.channels_last)
 
+
 class GroupNorm(nn.GroupNorm):
     "torch's GroupNorm, on a CPU exact whatever the mean and the order of memory, and by slabs for large volumes (our choice)"
-    def forward(self,
-        x:Tensor, # (B,C,D,H,W) or (B,C,H,W)
-    )->Tensor: # same shape
+
+    def forward(
+        self,
+        x: Tensor,  # (B,C,D,H,W) or (B,C,H,W)
+    ) -> Tensor:  # same shape
         ours = x.device.type == "cpu" and x.is_floating_point() and x.dtype != torch.float64
-        if not ours or x.numel() == 0 or x.dim() < 3 or x.shape[1] != self.num_channels or torch.compiler.is_compiling():
+        if (
+            not ours
+            or x.numel() == 0
+            or x.dim() < 3
+            or x.shape[1] != self.num_channels
+            or torch.compiler.is_compiling()
+        ):
             return super().forward(x)
         weight = x.new_ones((self.num_channels,)) if self.weight is None else self.weight
         bias = x.new_zeros((self.num_channels,)) if self.bias is None else self.bias
-        if _on_cpu(x) and x.numel() > _SLAB//2:
+        if _on_cpu(x) and x.numel() > _SLAB // 2:
             return _Norm.apply(channels_last(x), weight, bias, self.num_groups, self.eps)
         return _norm_of_deviations(x, weight, bias, self.num_groups, self.eps)
 
+
 def norm(
-    channels:int, # number of channels
-)->nn.GroupNorm: # `GroupNorm`
+    channels: int,  # number of channels
+) -> nn.GroupNorm:  # `GroupNorm`
     "GroupNorm with 8 groups, or the largest number below that divides `channels` (section 4)"
     return GroupNorm(next(g for g in range(8, 0, -1) if channels % g == 0), channels)
 
 # %% ../../nbs/4_inside/layers.ipynb #bcfdb805
 class PReLU(nn.PReLU):
     "torch's PReLU, on a CPU as a difference of two rectified volumes (our choice: faster, the same numbers)"
-    def forward(self,
-        x:Tensor, # (B,C,D,H,W) or (B,C,H,W)
-    )->Tensor: # same shape
-        if not _on_cpu(x) or not 1 < self.num_parameters == x.shape[1]: return super().forward(x)
+
+    def forward(
+        self,
+        x: Tensor,  # (B,C,D,H,W) or (B,C,H,W)
+    ) -> Tensor:  # same shape
+        if not _on_cpu(x) or not 1 < self.num_parameters == x.shape[1]:
+            return super().forward(x)
         rows, k = _rows(channels_last(x))
-        return torch.addcmul(F.relu(rows), F.relu(-rows), -_wide(self.weight[None], k).to(x.dtype)).view(len(x), *x.shape[2:], -1).movedim(-1, 1)
+        return (
+            torch.addcmul(F.relu(rows), F.relu(-rows), -_wide(self.weight[None], k).to(x.dtype))
+            .view(len(x), *x.shape[2:], -1)
+            .movedim(-1, 1)
+        )

@@ -18,152 +18,216 @@ from .gate import ResidualBlock
 
 # %% ../../nbs/1_method/06_backbones.ipynb #3b19c218
 def pad_to_multiple(
-    x:Tensor, # (B,C,D,H,W)
-    multiple:int, # every spatial size becomes a multiple of this
-)->Tensor: # (B,C,D',H',W'), x at the start
+    x: Tensor,  # (B,C,D,H,W)
+    multiple: int,  # every spatial size becomes a multiple of this
+) -> Tensor:  # (B,C,D',H',W'), x at the start
     "Repeat the last voxels until each size is a multiple (our choice: the paper's inputs all divide)"
     sizes = [-n % multiple for n in reversed(x.shape[2:])]
     return F.pad(x, [p for s in sizes for p in (0, s)], mode="replicate") if any(sizes) else x
 
+
 def crop(
-    x:Tensor, # (B,C,D,H,W)
-    size, # spatial size to keep
-)->Tensor: # (B,C,*size), from the start
+    x: Tensor,  # (B,C,D,H,W)
+    size,  # spatial size to keep
+) -> Tensor:  # (B,C,*size), from the start
     "Undo `pad_to_multiple`"
     return x[(..., *[slice(n) for n in size])] if tuple(x.shape[2:]) != tuple(size) else x
 
 # %% ../../nbs/1_method/06_backbones.ipynb #30b35166
 class EncoderDecoder(nn.Module):
     "The skeleton of all three backbones; see `UNet3d`, `VNet`, `SegNet`, which say what its parts are"
-    down:Callable # (channels in, channels out, number of blocks, whether it is the finest) -> one level of the encoder
-    rise:Callable # (deep channels, fine channels) -> up-sampling
-    merge:Callable # (up-sampled map, skip) -> what enters a level of the decoder
-    join:Callable # (channels) -> one level of the decoder
-    output:Callable # (channels, classes) -> the head
 
-    def __init__(self,
-        in_channels:int, # channels of the image
-        out_channels:int, # classes or regions
-        width:int=8, # channels at the finest resolution; doubled at each level
-        levels:int=4, # number of resolutions
-        dims:int=3, # 2 or 3 spatial axes
+    down: Callable  # (channels in, channels out, number of blocks, whether it is the finest) -> one level of the encoder
+    rise: Callable  # (deep channels, fine channels) -> up-sampling
+    merge: Callable  # (up-sampled map, skip) -> what enters a level of the decoder
+    join: Callable  # (channels) -> one level of the decoder
+    output: Callable  # (channels, classes) -> the head
+
+    def __init__(
+        self,
+        in_channels: int,  # channels of the image
+        out_channels: int,  # classes or regions
+        width: int = 8,  # channels at the finest resolution; doubled at each level
+        levels: int = 4,  # number of resolutions
+        dims: int = 3,  # 2 or 3 spatial axes
     ):
         super().__init__()
         expect(2 <= levels <= 8, "levels", levels, "2 to 8 resolutions")
         expect(1 <= width <= 1024, "width", width, "1 to 1024 channels")
-        self.in_channels, self.out_channels, self.levels, self.dims = in_channels, out_channels, levels, dims
-        c = self.channels = [width*2**i for i in range(levels)]
-        depths = (1, 2, 2, *[4]*levels)[:levels]                            # of Myronenko's encoder
+        self.in_channels, self.out_channels, self.levels, self.dims = (
+            in_channels,
+            out_channels,
+            levels,
+            dims,
+        )
+        c = self.channels = [width * 2**i for i in range(levels)]
+        depths = (1, 2, 2, *[4] * levels)[:levels]  # of Myronenko's encoder
         self.stem = conv(dims, in_channels, width, 3, padding=1, bias=False)
-        self.encoder = nn.ModuleList([self.down(c[max(i-1, 0)], c[i], depths[i], i == 0) for i in range(levels)])
-        self.up = nn.ModuleList([self.rise(c[i+1], c[i]) for i in range(levels-1)])
-        self.decoder = nn.ModuleList([self.join(c[i]) for i in range(levels-1)])
+        self.encoder = nn.ModuleList(
+            [self.down(c[max(i - 1, 0)], c[i], depths[i], i == 0) for i in range(levels)]
+        )
+        self.up = nn.ModuleList([self.rise(c[i + 1], c[i]) for i in range(levels - 1)])
+        self.decoder = nn.ModuleList([self.join(c[i]) for i in range(levels - 1)])
         self.head = self.output(width, out_channels)
 
     @property
-    def features(self)->dict:
+    def features(self) -> dict:
         "Names and channels of the features: encoder fine to deep, entry, head"
         encoder = [(f"encoder.{i}", c) for i, c in enumerate(self.channels)]
-        return {"encoder": encoder, "entry": (f"up.{self.levels-2}", self.channels[-2]), "head": ("head", self.channels[0])}
+        return {
+            "encoder": encoder,
+            "entry": (f"up.{self.levels - 2}", self.channels[-2]),
+            "head": ("head", self.channels[0]),
+        }
 
-    def forward(self,
-        x:Tensor, # (B,C,D,H,W), any size
-    )->Tensor: # logits (B,K,D,H,W)
-        expect(x.dim() == self.dims+2 and x.shape[1] == self.in_channels, "x", f"shape {tuple(x.shape)}",
-               f"{self.dims+2} axes with {self.in_channels} channels", "build the network for this input")
-        h, skips = self.stem(pad_to_multiple(x, 2**(self.levels-1))), []
-        for level in self.encoder: h = level(h); skips.append(h)
-        for i in reversed(range(self.levels-1)): h = self.decoder[i](self.merge(self.up[i](h), skips[i]))
+    def forward(
+        self,
+        x: Tensor,  # (B,C,D,H,W), any size
+    ) -> Tensor:  # logits (B,K,D,H,W)
+        expect(
+            x.dim() == self.dims + 2 and x.shape[1] == self.in_channels,
+            "x",
+            f"shape {tuple(x.shape)}",
+            f"{self.dims + 2} axes with {self.in_channels} channels",
+            "build the network for this input",
+        )
+        h, skips = self.stem(pad_to_multiple(x, 2 ** (self.levels - 1))), []
+        for level in self.encoder:
+            h = level(h)
+            skips.append(h)
+        for i in reversed(range(self.levels - 1)):
+            h = self.decoder[i](self.merge(self.up[i](h), skips[i]))
         return crop(self.head(h), x.shape[2:])
 
 # %% ../../nbs/1_method/06_backbones.ipynb #cef64979
 class SegNet(EncoderDecoder):
     "Seg-Net: residual blocks, strided convolutions, trilinear up-sampling, added skips (Myronenko 2018)"
-    def __init__(self,
-        *args, # of `EncoderDecoder`
-        norm_head:bool=True, # GroupNorm and ReLU before the last convolution, as in MONAI's code; Myronenko's text has neither
-        **kwargs, # of `EncoderDecoder`
+
+    def __init__(
+        self,
+        *args,  # of `EncoderDecoder`
+        norm_head: bool = True,  # GroupNorm and ReLU before the last convolution, as in MONAI's code; Myronenko's text has neither
+        **kwargs,  # of `EncoderDecoder`
     ):
         self.norm_head = norm_head
         super().__init__(*args, **kwargs)
 
     def down(self, before, channels, depth, first):
-        stride = [] if first else [conv(self.dims, before, channels, 3, stride=2, padding=1, bias=False)]
+        stride = (
+            [] if first else [conv(self.dims, before, channels, 3, stride=2, padding=1, bias=False)]
+        )
         return nn.Sequential(*stride, *[ResidualBlock(channels, self.dims) for _ in range(depth)])
 
     def rise(self, deep, channels):
         mode = {2: "bilinear", 3: "trilinear"}[self.dims]
-        return nn.Sequential(conv(self.dims, deep, channels, 1, bias=False), nn.Upsample(scale_factor=2, mode=mode, align_corners=False))
+        return nn.Sequential(
+            conv(self.dims, deep, channels, 1, bias=False),
+            nn.Upsample(scale_factor=2, mode=mode, align_corners=False),
+        )
 
-    def merge(self, up, skip): return up + skip
-    def join(self, channels): return ResidualBlock(channels, self.dims)
+    def merge(self, up, skip):
+        return up + skip
+
+    def join(self, channels):
+        return ResidualBlock(channels, self.dims)
+
     def output(self, channels, out):
         last = conv(self.dims, channels, out, 1)
-        return nn.Sequential(norm(channels), nn.ReLU(inplace=True), last) if self.norm_head else last
+        return (
+            nn.Sequential(norm(channels), nn.ReLU(inplace=True), last) if self.norm_head else last
+        )
 
 # %% ../../nbs/1_method/06_backbones.ipynb #11cd2443
 def _layers(dims, before, channels, depth, activation):
     "`depth` times convolution, GroupNorm, activation"
-    step = lambda c: [conv(dims, c, channels, 3, padding=1, bias=False), norm(channels), activation(channels)]
-    return nn.Sequential(*step(before), *[m for _ in range(depth-1) for m in step(channels)])
+    step = lambda c: [
+        conv(dims, c, channels, 3, padding=1, bias=False),
+        norm(channels),
+        activation(channels),
+    ]
+    return nn.Sequential(*step(before), *[m for _ in range(depth - 1) for m in step(channels)])
 
-def _relu(channels): return nn.ReLU(inplace=True)
+
+def _relu(channels):
+    return nn.ReLU(inplace=True)
 
 # %% ../../nbs/1_method/06_backbones.ipynb #5b4cafc2
 class UNet3d(EncoderDecoder):
     "U-Net: plain convolutions, max pooling, transposed convolutions, concatenated skips (Ronneberger 2015)"
+
     def down(self, before, channels, depth, first):
         pool = {2: nn.MaxPool2d, 3: nn.MaxPool3d}[self.dims]
-        return nn.Sequential(nn.Identity() if first else pool(2), _layers(self.dims, before, channels, 2*depth, _relu))
+        return nn.Sequential(
+            nn.Identity() if first else pool(2),
+            _layers(self.dims, before, channels, 2 * depth, _relu),
+        )
 
     def rise(self, deep, channels):
         return conv_transpose(self.dims, deep, channels, 2, stride=2)
 
-    def merge(self, up, skip): return torch.cat([up, skip], 1)
-    def join(self, channels): return _layers(self.dims, 2*channels, channels, 2, _relu)
-    def output(self, channels, out): return conv(self.dims, channels, out, 1)
+    def merge(self, up, skip):
+        return torch.cat([up, skip], 1)
+
+    def join(self, channels):
+        return _layers(self.dims, 2 * channels, channels, 2, _relu)
+
+    def output(self, channels, out):
+        return conv(self.dims, channels, out, 1)
 
 # %% ../../nbs/1_method/06_backbones.ipynb #5c78a792
 class ResidualStage(nn.Module):
     "Convolutions whose input is added to their output (Milletari 2016)"
-    def __init__(self,
-        before:int, # channels in; only the last `channels` of them are added
-        channels:int, # channels out
-        depth:int, # number of convolutions
-        dims:int=3, # 2 or 3 spatial axes
+
+    def __init__(
+        self,
+        before: int,  # channels in; only the last `channels` of them are added
+        channels: int,  # channels out
+        depth: int,  # number of convolutions
+        dims: int = 3,  # 2 or 3 spatial axes
     ):
         super().__init__()
         self.channels, self.layers = channels, _layers(dims, before, channels, depth, PReLU)
 
-    def forward(self,
-        x:Tensor, # (B,before,D,H,W)
-    )->Tensor: # (B,channels,D,H,W)
-        return self.layers(x) + x[:, -self.channels:]
+    def forward(
+        self,
+        x: Tensor,  # (B,before,D,H,W)
+    ) -> Tensor:  # (B,channels,D,H,W)
+        return self.layers(x) + x[:, -self.channels :]
 
 # %% ../../nbs/1_method/06_backbones.ipynb #739dcae3
 class VNet(EncoderDecoder):
     "V-Net: residual stages, strided convolutions down, transposed up, concatenated skips (Milletari 2016)"
+
     def down(self, before, channels, depth, first):
-        stage = ResidualStage(channels, channels, 2*depth, self.dims)
-        if first: return stage
-        return nn.Sequential(conv(self.dims, before, channels, 2, stride=2), norm(channels), PReLU(channels), stage)
+        stage = ResidualStage(channels, channels, 2 * depth, self.dims)
+        if first:
+            return stage
+        return nn.Sequential(
+            conv(self.dims, before, channels, 2, stride=2), norm(channels), PReLU(channels), stage
+        )
 
     def rise(self, deep, channels):
         up = conv_transpose(self.dims, deep, channels, 2, stride=2)
         return nn.Sequential(up, norm(channels), PReLU(channels))
 
-    def merge(self, up, skip): return torch.cat([skip, up], 1)
-    def join(self, channels): return ResidualStage(2*channels, channels, 2, self.dims)
-    def output(self, channels, out): return conv(self.dims, channels, out, 1)
+    def merge(self, up, skip):
+        return torch.cat([skip, up], 1)
+
+    def join(self, channels):
+        return ResidualStage(2 * channels, channels, 2, self.dims)
+
+    def output(self, channels, out):
+        return conv(self.dims, channels, out, 1)
 
 # %% ../../nbs/1_method/06_backbones.ipynb #f0b31a3c
 BACKBONES = {"unet": UNet3d, "vnet": VNet, "segnet": SegNet}
 
+
 def make_backbone(
-    name:str, # "unet", "vnet" or "segnet"
-    *args, # in_channels, out_channels, width, levels
-    **kwargs, # as for the backbone
-)->EncoderDecoder:
+    name: str,  # "unet", "vnet" or "segnet"
+    *args,  # in_channels, out_channels, width, levels
+    **kwargs,  # as for the backbone
+) -> EncoderDecoder:
     "A backbone by name; raises `InputError` on a name that is none"
     expect(name in BACKBONES, "backbone", repr(name), f"one of {list(BACKBONES)}")
     return BACKBONES[name](*args, **kwargs)

@@ -23,22 +23,25 @@ from ..tensors import probabilities, resize
 # %% ../../nbs/1_method/06_two_streams.ipynb #c15b1128
 class EdgeStream(nn.Module):
     "Residual block, up-sampling, gate, from deep to fine (section 2.1)"
-    def __init__(self,
-        entry_channels:int, # channels of the feature it begins with
-        main_channels, # channels of the gated main features, deep to fine
-        edge_classes:int, # number of edge maps to predict
-        rise_first:bool=False, # up-sample before the first gate (entry="decoder_up" and "bottleneck_up")
-        attention_relu:bool=True, # inner ReLU of eq. 1
-        attention_channels:str="one", # "one" map a gate, or "each" feature its own
-        last_block:bool=False, # a residual block after the last gate
-        dims:int=3, # 2 or 3 spatial axes
-        gate_residual:str="none", # residual layer w_r inside each gate: "none", "layer" or "block"
-        edge_head:str="plain", # what the head reads: the "plain" feature, or after GroupNorm and ReLU: "norm"
-        entry_norm:bool=False, # GroupNorm of the feature it begins with
-        fixed_attention:float|None=None, # a constant in place of alpha; None: learned
-        gate_norm:bool=False, # GroupNorm of both inputs of each gate
-        gate_bias:float|None=None, # initial bias of each gate's sum; None: torch's own
-        most:list|None=None, # most channels of the stream where it begins, and at each gate; None: no bound
+
+    def __init__(
+        self,
+        entry_channels: int,  # channels of the feature it begins with
+        main_channels,  # channels of the gated main features, deep to fine
+        edge_classes: int,  # number of edge maps to predict
+        rise_first: bool = False,  # up-sample before the first gate (entry="decoder_up" and "bottleneck_up")
+        attention_relu: bool = True,  # inner ReLU of eq. 1
+        attention_channels: str = "one",  # "one" map a gate, or "each" feature its own
+        last_block: bool = False,  # a residual block after the last gate
+        dims: int = 3,  # 2 or 3 spatial axes
+        gate_residual: str = "none",  # residual layer w_r inside each gate: "none", "layer" or "block"
+        edge_head: str = "plain",  # what the head reads: the "plain" feature, or after GroupNorm and ReLU: "norm"
+        entry_norm: bool = False,  # GroupNorm of the feature it begins with
+        fixed_attention: float | None = None,  # a constant in place of alpha; None: learned
+        gate_norm: bool = False,  # GroupNorm of both inputs of each gate
+        gate_bias: float | None = None,  # initial bias of each gate's sum; None: torch's own
+        most: list
+        | None = None,  # most channels of the stream where it begins, and at each gate; None: no bound
     ):
         super().__init__()
         self.blocks, self.halves, self.gates = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
@@ -50,35 +53,52 @@ class EdgeStream(nn.Module):
         for i, m in enumerate(main_channels):
             rises = i > 0 or rise_first
             self.blocks.append(ResidualBlock(c, dims))
-            half = max(c//2, 4) if rises else c
-            half = half if most is None else min(half, most[i+1])
-            self.halves.append(nn.Identity() if half == c and not rises else conv(dims, c, half, 1, bias=False))
+            half = max(c // 2, 4) if rises else c
+            half = half if most is None else min(half, most[i + 1])
+            self.halves.append(
+                nn.Identity() if half == c and not rises else conv(dims, c, half, 1, bias=False)
+            )
             c = half
             maps = 1 if attention_channels == "one" else c
-            self.gates.append(EdgeGate(c, m, attention_relu, maps, dims, gate_residual, fixed_attention, gate_norm, gate_bias))
+            self.gates.append(
+                EdgeGate(
+                    c,
+                    m,
+                    attention_relu,
+                    maps,
+                    dims,
+                    gate_residual,
+                    fixed_attention,
+                    gate_norm,
+                    gate_bias,
+                )
+            )
         self.last = ResidualBlock(c, dims) if last_block else nn.Identity()
         self.read = nn.Sequential(norm(c), nn.ReLU()) if edge_head == "norm" else nn.Identity()
         self.channels, self.head = c, conv(dims, c, edge_classes, 1)
 
-    def forward(self,
-        entry:Tensor, # feature it begins with (B,C,d,h,w)
-        features, # main features, deep to fine, each (B,C,d,h,w)
-    )->tuple: # edge logits (B,E,D,H,W), edge feature (B,C,D,H,W), list of alpha deep to fine
+    def forward(
+        self,
+        entry: Tensor,  # feature it begins with (B,C,d,h,w)
+        features,  # main features, deep to fine, each (B,C,d,h,w)
+    ) -> tuple:  # edge logits (B,E,D,H,W), edge feature (B,C,D,H,W), list of alpha deep to fine
         e, alphas = self.climb(entry, features)
         e = self.read(self.last(e))
         return self.head(e), e, alphas
 
-    def rise(self,
-        e:Tensor, # edge feature
-        i:int, # number of the gate, from the deepest
-    )->Tensor: # half the channels
+    def rise(
+        self,
+        e: Tensor,  # edge feature
+        i: int,  # number of the gate, from the deepest
+    ) -> Tensor:  # half the channels
         "Residual block before gate `i`, and half the channels"
         return self.halves[i](self.blocks[i](e))
 
-    def climb(self,
-        e:Tensor, # edge feature where the stream begins
-        features:list, # of the encoder, deep to fine
-    )->tuple: # edge feature, list of alpha
+    def climb(
+        self,
+        e: Tensor,  # edge feature where the stream begins
+        features: list,  # of the encoder, deep to fine
+    ) -> tuple:  # edge feature, list of alpha
         "Through the gates of `features`: edge feature and list of alpha"
         e, alphas = self.start(e), []
         for i, m in enumerate(features):
@@ -91,113 +111,207 @@ class EdgeStream(nn.Module):
         gate = cast(EdgeGate, self.gates[-1])
         if gate.fixed_attention is not None or gate.conv_e.out_channels > 1:
             return False
-        return all(isinstance(m, nn.Identity) for m in (gate.norm_e, gate.residual, self.last, self.read))
+        return all(
+            isinstance(m, nn.Identity) for m in (gate.norm_e, gate.residual, self.last, self.read)
+        )
 
-    def project(self,
-        entry:Tensor, # feature it begins with (B,C,d,h,w)
-        features, # main features, deep to fine, each (B,C,d,h,w)
-        weight:Tensor, # kernel (N,C,1,1,1) of a 1×1×1 convolution of the edge feature
-    )->tuple: # edge logits (B,E,D,H,W), convolved edge feature (B,N,D,H,W), list of alpha deep to fine
+    def project(
+        self,
+        entry: Tensor,  # feature it begins with (B,C,d,h,w)
+        features,  # main features, deep to fine, each (B,C,d,h,w)
+        weight: Tensor,  # kernel (N,C,1,1,1) of a 1×1×1 convolution of the edge feature
+    ) -> (
+        tuple
+    ):  # edge logits (B,E,D,H,W), convolved edge feature (B,N,D,H,W), list of alpha deep to fine
         "As `forward`, with the edge feature convolved by `weight`, but without making that feature where it can be avoided"
         if not self._ends_pointwise():
             edge, e, alphas = self(entry, features)
             return edge, mix_channels(e, weight), alphas
         gate, edges = cast(EdgeGate, self.gates[-1]), self.head.out_channels
         e, alphas = self.climb(entry, features[:-1])
-        maps = mix_channels(self.rise(e, len(alphas)), torch.cat([gate.conv_e.weight, self.head.weight, weight]))
-        of_e, edge, rest = resize_maps(maps, features[-1].shape[2:]).split([1, edges, len(weight)], 1)
-        bias = lambda c: cast(Tensor, c.bias).view(-1, *[1]*(maps.dim()-2))
+        maps = mix_channels(
+            self.rise(e, len(alphas)), torch.cat([gate.conv_e.weight, self.head.weight, weight])
+        )
+        of_e, edge, rest = resize_maps(maps, features[-1].shape[2:]).split(
+            [1, edges, len(weight)], 1
+        )
+        bias = lambda c: cast(Tensor, c.bias).view(-1, *[1] * (maps.dim() - 2))
         alpha = gate.alpha(of_e + bias(gate.conv_e), features[-1])
-        return edge*(1+alpha) + bias(self.head), rest*(1+alpha), [*alphas, alpha]
+        return edge * (1 + alpha) + bias(self.head), rest * (1 + alpha), [*alphas, alpha]
 
 # %% ../../nbs/1_method/06_two_streams.ipynb #a7d47d9b
-CHOICES = {"activation": ("softmax", "sigmoid"), "entry": ("decoder", "decoder_up", "bottleneck", "bottleneck_up"), "attention_channels": ("one", "each"),
-           "fuse": ("logits", "features", "probabilities"), "fuse_by": ("correction", "concatenation"), "edge_classes": ("each", "any"),
-           "gate_residual": tuple(RESIDUALS), "edge_head": ("plain", "norm")}
+CHOICES = {
+    "activation": ("softmax", "sigmoid"),
+    "entry": ("decoder", "decoder_up", "bottleneck", "bottleneck_up"),
+    "attention_channels": ("one", "each"),
+    "fuse": ("logits", "features", "probabilities"),
+    "fuse_by": ("correction", "concatenation"),
+    "edge_classes": ("each", "any"),
+    "gate_residual": tuple(RESIDUALS),
+    "edge_head": ("plain", "norm"),
+}
+
 
 def _own_features(net):
     "Where our backbones keep their features: they say so themselves"
-    expect(hasattr(net, "features") and isinstance(net.features, dict), "example_input", "none",
-           "an example for a network that does not name its features", "pass EGCNN(net, example_input)")
+    expect(
+        hasattr(net, "features") and isinstance(net.features, dict),
+        "example_input",
+        "none",
+        "an example for a network that does not name its features",
+        "pass EGCNN(net, example_input)",
+    )
     return {**net.features, "out_channels": net.out_channels, "dims": net.dims}
 
+
 def expect_gate(
-    fixed_attention:float|None=None, # as given to `EGCNN`
-    gate_norm:bool=False, # as given
-    gate_bias:float|None=None, # as given
-)->None:
+    fixed_attention: float | None = None,  # as given to `EGCNN`
+    gate_norm: bool = False,  # as given
+    gate_bias: float | None = None,  # as given
+) -> None:
     "Raise `InputError` on options of the gates that are no numbers, out of range, or without effect"
+
     def is_number(value):
         return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
-    require(gate_bias is None or is_number(gate_bias), f"gate_bias is {gate_bias!r}. Give a finite number.")
+
+    require(
+        gate_bias is None or is_number(gate_bias),
+        f"gate_bias is {gate_bias!r}. Give a finite number.",
+    )
     if fixed_attention is None:
         return
     fits = is_number(fixed_attention) and 0 <= fixed_attention <= 1
-    require(fits, f"fixed_attention={fixed_attention!r} is no attention. Give a number from 0 to 1.")
-    require(not gate_norm and gate_bias is None,
-            f"fixed_attention={fixed_attention} takes the gates out, so gate_norm and gate_bias have no effect. Leave them out.")
+    require(
+        fits, f"fixed_attention={fixed_attention!r} is no attention. Give a number from 0 to 1."
+    )
+    require(
+        not gate_norm and gate_bias is None,
+        f"fixed_attention={fixed_attention} takes the gates out, so gate_norm and gate_bias have no effect. Leave them out.",
+    )
+
 
 def _bounds(encoder, depth, gated, width):
     "Most channels of the stream where it begins and at each gate: `width`, or those of the encoder's feature there"
     if width is not None:
         whole = isinstance(width, int) and not isinstance(width, bool)
-        require(whole and width >= 1, f"width={width!r} is no number of channels. Give a whole number of 1 or more.")
-        return [width]*(len(gated)+1)
+        require(
+            whole and width >= 1,
+            f"width={width!r} is no number of channels. Give a whole number of 1 or more.",
+        )
+        return [width] * (len(gated) + 1)
     return [max(c, 4) for c in (encoder[::-1][depth][1], *[c for _, c in gated])]
 
 # %% ../../nbs/1_method/06_two_streams.ipynb #1a08b314
 class EGCNN(nn.Module):
     "Any encoder-decoder with an edge stream beside it; starts out equal to the bare network (section 2.1)"
-    def __init__(self,
-        net:nn.Module, # encoder-decoder; one of ours, or any other with `example_input`
-        example_input:Tensor|tuple|None=None, # (B,C,D,H,W), lets the features of a foreign network be found; or a tuple, see `find_features`
-        activation:str="softmax", # "softmax": an edge map per foreground class (K-1); "sigmoid": per region (K)
-        entry:str="decoder", # where the edge stream begins: "decoder", "decoder_up", "bottleneck", "bottleneck_up"
-        attention_relu:bool=True, # inner ReLU of eq. 1
-        attention_channels:str="one", # "one" attention map a gate, or "each" feature its own
-        fuse:str="logits", # what is concatenated: main "logits", last "features", or "probabilities"
-        edge_classes:str="each", # an edge map for "each" class, or one for "any"
-        last_block:bool=False, # a residual block after the last gate
-        gate_residual:str="none", # residual layer w_r inside each gate (eq. 2): "none", "layer" or "block"
-        edge_head:str="plain", # what the edge head reads: the "plain" feature, or after GroupNorm and ReLU: "norm"
-        entry_norm:bool=False, # GroupNorm of the feature that the edge stream begins with
-        fixed_attention:float|None=None, # a constant in [0,1] in place of every alpha, as a control; None: learned
-        gate_norm:bool=False, # GroupNorm of both inputs of each gate
-        gate_bias:float|None=None, # initial bias of the sum in eq. 1, above 0 so that its ReLU starts alive; None: torch's own
-        fuse_by:str="correction", # a "correction" added to the main logits, or the "concatenation" convolved, to the letter
-        features=None, # names of the encoder's features, fine to deep, instead of those found
-        decoder_entry:str=None, # name of the first up-sampled map, instead of the one found
-        head:str=None, # name of the output layer, instead of the one found
-        output:int|str|None=None, # which item of what the network returns holds the logits; None: the first
-        width:int|None=None, # most channels of the stream; None: those of the encoder's feature at each resolution of a foreign network, no bound for ours
-        verbose:bool=True, # print what was found in a foreign network
+
+    def __init__(
+        self,
+        net: nn.Module,  # encoder-decoder; one of ours, or any other with `example_input`
+        example_input: Tensor
+        | tuple
+        | None = None,  # (B,C,D,H,W), lets the features of a foreign network be found; or a tuple, see `find_features`
+        activation: str = "softmax",  # "softmax": an edge map per foreground class (K-1); "sigmoid": per region (K)
+        entry: str = "decoder",  # where the edge stream begins: "decoder", "decoder_up", "bottleneck", "bottleneck_up"
+        attention_relu: bool = True,  # inner ReLU of eq. 1
+        attention_channels: str = "one",  # "one" attention map a gate, or "each" feature its own
+        fuse: str = "logits",  # what is concatenated: main "logits", last "features", or "probabilities"
+        edge_classes: str = "each",  # an edge map for "each" class, or one for "any"
+        last_block: bool = False,  # a residual block after the last gate
+        gate_residual: str = "none",  # residual layer w_r inside each gate (eq. 2): "none", "layer" or "block"
+        edge_head: str = "plain",  # what the edge head reads: the "plain" feature, or after GroupNorm and ReLU: "norm"
+        entry_norm: bool = False,  # GroupNorm of the feature that the edge stream begins with
+        fixed_attention: float
+        | None = None,  # a constant in [0,1] in place of every alpha, as a control; None: learned
+        gate_norm: bool = False,  # GroupNorm of both inputs of each gate
+        gate_bias: float
+        | None = None,  # initial bias of the sum in eq. 1, above 0 so that its ReLU starts alive; None: torch's own
+        fuse_by: str = "correction",  # a "correction" added to the main logits, or the "concatenation" convolved, to the letter
+        features=None,  # names of the encoder's features, fine to deep, instead of those found
+        decoder_entry: str = None,  # name of the first up-sampled map, instead of the one found
+        head: str = None,  # name of the output layer, instead of the one found
+        output: int
+        | str
+        | None = None,  # which item of what the network returns holds the logits; None: the first
+        width: int
+        | None = None,  # most channels of the stream; None: those of the encoder's feature at each resolution of a foreign network, no bound for ours
+        verbose: bool = True,  # print what was found in a foreign network
     ):
         super().__init__()
-        for name, choices in CHOICES.items(): expect(locals()[name] in choices, name, repr(locals()[name]), f"one of {choices}")
+        for name, choices in CHOICES.items():
+            expect(locals()[name] in choices, name, repr(locals()[name]), f"one of {choices}")
         expect_gate(fixed_attention, gate_norm, gate_bias)
-        f = _own_features(net) if example_input is None else find_features(net, example_input, features, decoder_entry, head, output)
+        f = (
+            _own_features(net)
+            if example_input is None
+            else find_features(net, example_input, features, decoder_entry, head, output)
+        )
         dims, k = f["dims"], f["out_channels"]
         edges = 1 if edge_classes == "any" else k - (activation == "softmax")
-        expect(edges > 0, "net", f"{k} output channel", "a background and at least one class for softmax", "use activation='sigmoid'")
+        expect(
+            edges > 0,
+            "net",
+            f"{k} output channel",
+            "a background and at least one class for softmax",
+            "use activation='sigmoid'",
+        )
         skip = {"bottleneck": 0, "bottleneck_up": 1, "decoder": 1, "decoder_up": 2}[entry]
         gated = f["encoder"][::-1][skip:]
-        expect(gated, "entry", f"{entry!r} with {len(f['encoder'])} resolutions", "at least one resolution left to gate", "use entry='decoder'")
-        expect(fuse != "features" or f["head"][0], "net", f"no layer that puts out its {k} channels", "an output layer to take the last features from", "name the layer: head=...")
+        expect(
+            gated,
+            "entry",
+            f"{entry!r} with {len(f['encoder'])} resolutions",
+            "at least one resolution left to gate",
+            "use entry='decoder'",
+        )
+        expect(
+            fuse != "features" or f["head"][0],
+            "net",
+            f"no layer that puts out its {k} channels",
+            "an output layer to take the last features from",
+            "name the layer: head=...",
+        )
         deep = entry in ("bottleneck", "bottleneck_up")
         start = f["encoder"][-1] if deep else f["entry"]
         bounded = example_input is not None or width is not None
         most = _bounds(f["encoder"], 0 if deep else 1, gated, width) if bounded else None
-        self.main, self.activation, self.fuse, self.found, self.entry = net, activation, fuse, f, start[0]
+        self.main, self.activation, self.fuse, self.found, self.entry = (
+            net,
+            activation,
+            fuse,
+            f,
+            start[0],
+        )
         self.fuse_by = fuse_by
         self.gated, self.head = [n for n, _ in gated], f["head"][0]
-        self.edge = EdgeStream(start[1], [c for _, c in gated], edges, entry in ("decoder_up", "bottleneck_up"), attention_relu, attention_channels,
-                               last_block, dims, gate_residual, edge_head, entry_norm, fixed_attention, gate_norm, gate_bias, most)
-        extra = {"logits": k + self.edge.channels, "features": f["head"][1] + self.edge.channels, "probabilities": k + edges}[fuse]
+        self.edge = EdgeStream(
+            start[1],
+            [c for _, c in gated],
+            edges,
+            entry in ("decoder_up", "bottleneck_up"),
+            attention_relu,
+            attention_channels,
+            last_block,
+            dims,
+            gate_residual,
+            edge_head,
+            entry_norm,
+            fixed_attention,
+            gate_norm,
+            gate_bias,
+            most,
+        )
+        extra = {
+            "logits": k + self.edge.channels,
+            "features": f["head"][1] + self.edge.channels,
+            "probabilities": k + edges,
+        }[fuse]
         self.fusion = conv(dims, extra, k, 1)
         if fuse_by == "correction":
             for p in self.fusion.parameters():
                 nn.init.zeros_(p)
-        self.edge.to(like := next(net.parameters())); self.fusion.to(like)                     # device and dtype of the network
+        self.edge.to(like := next(net.parameters()))
+        self.fusion.to(like)  # device and dtype of the network
         if example_input is not None:
             for doubt in [*f["doubts"], *self._price()]:
                 warn(doubt, stacklevel=2)
@@ -217,65 +331,101 @@ class EGCNN(nn.Module):
     def _price(self):
         "A doubt where the stream is more than half as large as the network"
         own, added = self._sizes()
-        if added <= own/2:
+        if added <= own / 2:
             return []
-        return [f"The edge stream adds {added:,} parameters, more than half of the network's own {own:,}. "
-                f"Bound its channels by width=..., or name thinner maps: features=[...], decoder_entry=..."]
+        return [
+            f"The edge stream adds {added:,} parameters, more than half of the network's own {own:,}. "
+            f"Bound its channels by width=..., or name thinner maps: features=[...], decoder_entry=..."
+        ]
 
     def _sizes(self):
         "Parameters of the network, and those added"
         own = sum(p.numel() for p in self.main.parameters())
-        return own, sum(p.numel() for p in self.parameters())-own
+        return own, sum(p.numel() for p in self.parameters()) - own
 
-    def streams(self,
-        x:Tensor, # image (B,C,D,H,W)
-        *args, # further arguments of the wrapped network
-        **kwargs, # further arguments of the wrapped network, by name
-    )->tuple: # output of the wrapped network, its logits, fused logits, edge logits, list of alpha
+    def streams(
+        self,
+        x: Tensor,  # image (B,C,D,H,W)
+        *args,  # further arguments of the wrapped network
+        **kwargs,  # further arguments of the wrapped network, by name
+    ) -> (
+        tuple
+    ):  # output of the wrapped network, its logits, fused logits, edge logits, list of alpha
         "One pass through both: what the wrapped network returns, its logits, the fused logits, edge logits, alphas"
-        with listen(self.main, {*self.gated, self.entry}, [self.head] if self.fuse == "features" else []) as seen:
+        with listen(
+            self.main, {*self.gated, self.entry}, [self.head] if self.fuse == "features" else []
+        ) as seen:
             output = self.main(x, *args, **kwargs)
-        main = cast(Tensor, logits_of(output, x.dim()-2, self.found.get("output")))
+        main = cast(Tensor, logits_of(output, x.dim() - 2, self.found.get("output")))
         gated = [seen[n] for n in self.gated]
-        fit = lambda t: crop(t, main.shape[2:]) if all(a >= b and a < 2*b for a, b in zip(t.shape[2:], main.shape[2:])) else resize(t, main.shape[2:])
+        fit = lambda t: (
+            crop(t, main.shape[2:])
+            if all(a >= b and a < 2 * b for a, b in zip(t.shape[2:], main.shape[2:]))
+            else resize(t, main.shape[2:])
+        )
         if self.fuse == "probabilities":
-            edge, _, alphas = self.edge(seen[self.entry], gated); edge = fit(edge)
-            change = self.fusion(torch.cat([probabilities(main, self.activation), edge.sigmoid()], 1))
+            edge, _, alphas = self.edge(seen[self.entry], gated)
+            edge = fit(edge)
+            change = self.fusion(
+                torch.cat([probabilities(main, self.activation), edge.sigmoid()], 1)
+            )
         else:
             other = main if self.fuse == "logits" else fit(seen[f"{self.head}:input"])
-            w = self.fusion.weight                                        # the fusion, its two inputs apart
-            edge, share, alphas = self.edge.project(seen[self.entry], gated, w[:, other.shape[1]:])
-            edge, change = fit(edge), mix_channels(other, w[:, :other.shape[1]], self.fusion.bias) + fit(share)
+            w = self.fusion.weight  # the fusion, its two inputs apart
+            edge, share, alphas = self.edge.project(seen[self.entry], gated, w[:, other.shape[1] :])
+            edge, change = (
+                fit(edge),
+                mix_channels(other, w[:, : other.shape[1]], self.fusion.bias) + fit(share),
+            )
         logits = main + change if self.fuse_by == "correction" else change
         return output, main, logits, edge, alphas
 
-    def forward(self,
-        x:Tensor, # image (B,C,D,H,W)
-        *args, # further arguments of the wrapped network
-        return_main:bool=False, # also return the main stream's own logits
-        return_attention:bool=False, # also return the attention maps
-        return_output:bool=False, # also return what the wrapped network itself returns, such as the outputs of deep supervision
-        **kwargs, # further arguments of the wrapped network, by name
-    )->tuple: # logits (B,K,D,H,W), edge_logits (B,E,D,H,W)[, main_logits (B,K,D,H,W)][, list of alpha, deep to fine][, output]
+    def forward(
+        self,
+        x: Tensor,  # image (B,C,D,H,W)
+        *args,  # further arguments of the wrapped network
+        return_main: bool = False,  # also return the main stream's own logits
+        return_attention: bool = False,  # also return the attention maps
+        return_output: bool = False,  # also return what the wrapped network itself returns, such as the outputs of deep supervision
+        **kwargs,  # further arguments of the wrapped network, by name
+    ) -> tuple:  # logits (B,K,D,H,W), edge_logits (B,E,D,H,W)[, main_logits (B,K,D,H,W)][, list of alpha, deep to fine][, output]
         output, main, logits, edge, alphas = self.streams(x, *args, **kwargs)
-        return (logits, edge, *([main] if return_main else []), *([alphas] if return_attention else []), *([output] if return_output else []))
+        return (
+            logits,
+            edge,
+            *([main] if return_main else []),
+            *([alphas] if return_attention else []),
+            *([output] if return_output else []),
+        )
 
     @torch.no_grad()
-    def attention(self,
-        x:Tensor, # image (B,C,D,H,W)
-        *args, # further arguments of the wrapped network
-        **kwargs, # further arguments of the wrapped network, by name
-    )->list: # alpha of each gate, deep to fine, each (B,1,d,h,w)
+    def attention(
+        self,
+        x: Tensor,  # image (B,C,D,H,W)
+        *args,  # further arguments of the wrapped network
+        **kwargs,  # further arguments of the wrapped network, by name
+    ) -> list:  # alpha of each gate, deep to fine, each (B,1,d,h,w)
         "The attention maps of eq. 1"
         return self.streams(x, *args, **kwargs)[4]
 
-    def summary(self)->str:
+    def summary(self) -> str:
         "A table of what feeds what, of the parameters added, and of the multiply-adds where an example was given"
         f, (own, added) = self.found, self._sizes()
         at = lambda n: "  at " + "×".join(map(str, f["sizes"][n])) if "sizes" in f else ""
-        lines = [f"{'gate '+str(i):12} {n:32} {c:>5} channels{at(n)}" for i, (n, c) in enumerate((n, dict(f['encoder'])[n]) for n in self.gated)]
+        lines = [
+            f"{'gate ' + str(i):12} {n:32} {c:>5} channels{at(n)}"
+            for i, (n, c) in enumerate((n, dict(f["encoder"])[n]) for n in self.gated)
+        ]
         begin = f"{'begins with':12} {self.entry:32} {dict([*f['encoder'], f['entry']])[self.entry]:>5} channels"
-        return "\n".join([begin, *lines, f"{'head':12} {self.head or 'not found, not needed':32} {f['out_channels']:>5} classes", f"{own:,} parameters, {added:,} added", *self._work()])
+        return "\n".join(
+            [
+                begin,
+                *lines,
+                f"{'head':12} {self.head or 'not found, not needed':32} {f['out_channels']:>5} classes",
+                f"{own:,} parameters, {added:,} added",
+                *self._work(),
+            ]
+        )
 
     def _work(self):
         "A line about the multiply-adds of a foreign network, where they can be counted"
@@ -284,4 +434,4 @@ class EGCNN(nn.Module):
         if own is None or total is None:
             return []
         size = "×".join(map(str, self.found["shape"][2:]))
-        return [f"{own:,} multiply-adds at {size}, {total-own:,} added"]
+        return [f"{own:,} multiply-adds at {size}, {total - own:,} added"]

@@ -28,12 +28,14 @@ from ..core import InputError, expect, require
 # %% ../../nbs/4_inside/features.ipynb #6c000007
 _SITE = re.compile(r"([^#\[]*)(?:#(\d+))?((?:\[[^\]]*\])*)")
 
+
 def _parts(site):
     "Name of the module, number of the call (0: any), and keys into what it puts out"
     match = _SITE.fullmatch(site)
     if match is None:
         return site, 0, []
     return match[1], int(match[2] or 0), re.findall(r"\[([^\]]*)\]", match[3])
+
 
 def _item(output, keys):
     "What stands under `keys` in nested tuples, lists and dicts"
@@ -44,16 +46,20 @@ def _item(output, keys):
             output = output[int(key)]
     return output
 
+
 def _caught(seen, sites, of_call):
     "A hook that counts the calls of its module and keeps what `sites` name"
     count = 0
+
     def catch(value):
         nonlocal count
         count += 1
         for site, call, keys in sites:
             if call in (0, count):
                 seen[of_call.format(site)] = _item(value, keys)
+
     return catch
+
 
 def _by_module(sites):
     "Module -> (site, number of the call, keys) of each site"
@@ -63,12 +69,13 @@ def _by_module(sites):
         found.setdefault(module, []).append((site, call, keys))
     return found
 
+
 @contextmanager
 def listen(
-    net:nn.Module, # network to listen to
-    names, # of modules, as in net.named_modules(), of a call "up#2" or an item "enc[0]"
-    inputs=(), # names of modules whose first input is caught as well, under "name:input"
-)->Iterator[dict]: # name -> Tensor, filled while the network runs
+    net: nn.Module,  # network to listen to
+    names,  # of modules, as in net.named_modules(), of a call "up#2" or an item "enc[0]"
+    inputs=(),  # names of modules whose first input is caught as well, under "name:input"
+) -> Iterator[dict]:  # name -> Tensor, filled while the network runs
     "Catch the outputs of named modules during one pass"
     seen, handles = {}, []
     try:
@@ -85,10 +92,11 @@ def listen(
         for handle in handles:
             handle.remove()
 
+
 @contextmanager
 def evaluating(
-    net:nn.Module, # any network
-)->Iterator[None]: # context
+    net: nn.Module,  # any network
+) -> Iterator[None]:  # context
     "In evaluation mode for a while; afterwards each module is in the mode it was in, frozen ones too"
     modes = {m: m.training for m in net.modules()}
     net.eval()
@@ -107,16 +115,19 @@ def _entries(output):
         return list(enumerate(output))
     return []
 
+
 def logits_of(
-    output, # what a network returns: tensor, tuple, list, dict, or a stack (B,n,K,D,H,W) of deep supervision
-    dims:int, # 2 or 3 spatial axes
-    which:int|str|None=None, # number or key of the item that holds the logits; None: the first
-)->Tensor|None: # (B,K,D,H,W), or None where there is no such tensor
+    output,  # what a network returns: tensor, tuple, list, dict, or a stack (B,n,K,D,H,W) of deep supervision
+    dims: int,  # 2 or 3 spatial axes
+    which: int
+    | str
+    | None = None,  # number or key of the item that holds the logits; None: the first
+) -> Tensor | None:  # (B,K,D,H,W), or None where there is no such tensor
     "The logits in a network's output: the first tensor of the right number of axes, or the one you name (our choice)"
     if isinstance(output, Tensor):
-        if output.dim() == dims+3:
+        if output.dim() == dims + 3:
             return output[:, which if isinstance(which, int) else 0]
-        return output if output.dim() == dims+2 else None
+        return output if output.dim() == dims + 2 else None
     entries = _entries(output)
     if which is not None:
         keys = [k for k, _ in entries]
@@ -136,38 +147,54 @@ def logits_of(
     return None
 
 # %% ../../nbs/4_inside/features.ipynb #6c00000d
-_RESHAPES = {"view", "_unsafe_view", "_reshape_alias", "reshape", "unsqueeze", "squeeze", "expand",
-             "as_strided", "select", "unbind"}
+_RESHAPES = {
+    "view",
+    "_unsafe_view",
+    "_reshape_alias",
+    "reshape",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "as_strided",
+    "select",
+    "unbind",
+}
 _TURNS = {"permute", "transpose", "t", "mT", "movedim"}
-_MOVES = _RESHAPES | _TURNS | {"clone", "slice", "alias", "detach", "_to_copy", "constant_pad_nd", "cat"}
+_MOVES = (
+    _RESHAPES | _TURNS | {"clone", "slice", "alias", "detach", "_to_copy", "constant_pad_nd", "cat"}
+)
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
 _BOUNDED = {"sigmoid", "_softmax", "hardsigmoid"}
+
 
 @dataclass
 class _Step:
     "One tensor that a pass made"
-    op:str # operation that made it
-    inputs:tuple # numbers of the steps that it was made from
-    shape:tuple
-    scale:tuple|None=None # voxels of the image a voxel, along each axis; None: this is no map
-    spatial:bool=False # made by a convolution that looks at neighbours
-    widens:bool=False # made by a convolution with more channels than it takes
-    bounded:bool=False # a softmax or sigmoid, perhaps resized
-    gates:tuple=() # those of `inputs` that merely multiply another one by a number in (0,1)
-    macs:int=0 # multiply-adds
+
+    op: str  # operation that made it
+    inputs: tuple  # numbers of the steps that it was made from
+    shape: tuple
+    scale: tuple | None = None  # voxels of the image a voxel, along each axis; None: this is no map
+    spatial: bool = False  # made by a convolution that looks at neighbours
+    widens: bool = False  # made by a convolution with more channels than it takes
+    bounded: bool = False  # a softmax or sigmoid, perhaps resized
+    gates: tuple = ()  # those of `inputs` that merely multiply another one by a number in (0,1)
+    macs: int = 0  # multiply-adds
 
     @property
-    def level(self)->float:
+    def level(self) -> float:
         "Logarithm of the scale: 0 at full resolution, 1 more for each halving of one axis"
         return round(sum(log2(s) for s in self.scale or ()), 1)
 
+
 class _Recorder(TorchDispatchMode):
     "Writes down each tensor operation of a pass, and what it was made from"
+
     def __init__(self, image):
         super().__init__()
-        self.dims, self.size = image.dim()-2, image.shape[2:]
+        self.dims, self.size = image.dim() - 2, image.shape[2:]
         self.steps, self.of, self.written, self.scales = [], WeakTensorKeyDictionary(), {}, {}
-        self._add(image, _Step("input", (), tuple(image.shape), (1,)*self.dims))
+        self._add(image, _Step("input", (), tuple(image.shape), (1,) * self.dims))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -193,7 +220,7 @@ class _Recorder(TorchDispatchMode):
 
     def _add(self, t, step):
         self.steps.append(step)
-        self.of[t] = len(self.steps)-1
+        self.of[t] = len(self.steps) - 1
         if step.scale is not None:
             self.scales[tuple(t.shape[2:])] = step.scale
 
@@ -202,8 +229,8 @@ class _Recorder(TorchDispatchMode):
         for given, value in zip(func._schema.arguments, args):
             written = given.alias_info is not None and given.alias_info.is_write
             if written and isinstance(value, Tensor):
-                self.written[StorageWeakRef(value.untyped_storage())] = len(self.steps)-1
-                self.of[value] = len(self.steps)-1
+                self.written[StorageWeakRef(value.untyped_storage())] = len(self.steps) - 1
+                self.of[value] = len(self.steps) - 1
 
     def _step(self, op, args, inputs, out):
         steps = [self.steps[n] for n in inputs]
@@ -222,7 +249,7 @@ class _Recorder(TorchDispatchMode):
     def _scale(self, op, args, steps, out):
         "Voxels of the image a voxel of `out`, along each axis, or None where it is no map"
         size, maps = tuple(out.shape[2:]), [s for s in steps if s.scale is not None]
-        if out.dim() != self.dims+2 or prod(size) <= 1:
+        if out.dim() != self.dims + 2 or prod(size) <= 1:
             return None
         if op == "convolution" or "pool" in op or "upsample" in op or op.startswith("pixel_"):
             source = self.number(args[0])
@@ -237,17 +264,18 @@ class _Recorder(TorchDispatchMode):
             return None
         base = next((s for s in maps if s.shape[2:] == size), maps[0])
         if op == "slice" and len(args) == 5 and args[1] >= 2:
-            return tuple(s*args[4] if i == args[1]-2 else s for i, s in enumerate(base.scale))
+            return tuple(s * args[4] if i == args[1] - 2 else s for i, s in enumerate(base.scale))
         return base.scale
 
     def _source(self, step):
         "A step that is resampled, with a scale that follows from its size if unknown; None: no map"
-        if step.scale is None and len(step.shape) == self.dims+2 and prod(step.shape[2:]) > 1:
-            step.scale = tuple(max(round(n/m), 1) for n, m in zip(self.size, step.shape[2:]))
+        if step.scale is None and len(step.shape) == self.dims + 2 and prod(step.shape[2:]) > 1:
+            step.scale = tuple(max(round(n / m), 1) for n, m in zip(self.size, step.shape[2:]))
             self.scales[step.shape[2:]] = step.scale
             if step.op == "clone":
                 self._source(self.steps[step.inputs[0]])
         return step if step.scale is not None else None
+
 
 def _strides(op, args, dims):
     "Strides of a convolution or pooling, None where there are none"
@@ -257,48 +285,54 @@ def _strides(op, args, dims):
     if stride is None:
         return None
     stride = [stride] if isinstance(stride, int) else list(stride)
-    return stride*dims if len(stride) == 1 else stride
+    return stride * dims if len(stride) == 1 else stride
+
 
 def _resampled(op, args, base, size):
     "Scale of what a convolution, pooling or up-sampling makes of the map `base`"
     strides = _strides(op, args, len(size))
     if strides is None:
         before = base.shape[2:]
-        down = [max(round(n/m), 1) for n, m in zip(before, size)]
-        up = [max(round(m/n), 1) for n, m in zip(before, size)]
-        return tuple(s*d/u for s, d, u in zip(base.scale, down, up))
+        down = [max(round(n / m), 1) for n, m in zip(before, size)]
+        up = [max(round(m / n), 1) for n, m in zip(before, size)]
+        return tuple(s * d / u for s, d, u in zip(base.scale, down, up))
     if op == "convolution" and args[6]:
-        return tuple(s/stride for s, stride in zip(base.scale, strides))
-    return tuple(s*stride for s, stride in zip(base.scale, strides))
+        return tuple(s / stride for s, stride in zip(base.scale, strides))
+    return tuple(s * stride for s, stride in zip(base.scale, strides))
+
 
 def _multiply_adds(op, args, out):
     "Multiply-adds of a convolution or a product of matrices, else 0"
     if op == "convolution":
         voxels = args[0] if args[6] else out
-        return voxels.numel()*prod(args[1].shape[1:])
+        return voxels.numel() * prod(args[1].shape[1:])
     if op in _PRODUCTS:
-        return out.numel()*args[1 if "add" in op else 0].shape[-1]
+        return out.numel() * args[1 if "add" in op else 0].shape[-1]
     return 0
 
 # %% ../../nbs/4_inside/features.ipynb #6c00000f
 class _Site(NamedTuple):
     "A map that a module puts out"
-    name:str # "up", "up#2" where it is called several times, "enc[0]" for an item of what it puts out
-    node:int # number of the step that made it
-    channels:int
-    size:tuple
-    call:int # number of the call
+
+    name: str  # "up", "up#2" where it is called several times, "enc[0]" for an item of what it puts out
+    node: int  # number of the step that made it
+    channels: int
+    size: tuple
+    call: int  # number of the call
+
 
 @dataclass
 class _Call:
     "One call of a module"
-    module:str # its name
-    parent:int|None # number of the call around it
-    first:int # first step inside
-    last:int=0 # the step after the last one inside
-    number:int=0 # of this module's calls, from 1
-    items:tuple=() # (suffix, step, shape) of each tensor that it puts out
-    taken:int=0 # channels of its first input, 0: none
+
+    module: str  # its name
+    parent: int | None  # number of the call around it
+    first: int  # first step inside
+    last: int = 0  # the step after the last one inside
+    number: int = 0  # of this module's calls, from 1
+    items: tuple = ()  # (suffix, step, shape) of each tensor that it puts out
+    taken: int = 0  # channels of its first input, 0: none
+
 
 def _tensors(output, suffix=""):
     "Suffix and tensor of everything that a module puts out"
@@ -307,10 +341,12 @@ def _tensors(output, suffix=""):
     for key, item in _entries(output):
         yield from _tensors(item, f"{suffix}[{key}]")
 
+
 class _Pass:
     "One recorded pass: its steps, the calls of modules, and what the network returned"
+
     def __init__(self, net, example, others):
-        self.dims, self.calls, self.open, handles = example.dim()-2, [], [], []
+        self.dims, self.calls, self.open, handles = example.dim() - 2, [], [], []
         self.recorder = _Recorder(example)
         for name, module in net.named_modules():
             begin = lambda mod, taken, name=name: self._begin(name, taken)
@@ -347,8 +383,8 @@ class _Pass:
             call.number = count[call.module]
             name = call.module + (f"#{call.number}" if total[call.module] > 1 else "")
             for suffix, node, shape in call.items:
-                if call.module and node is not None and len(shape) == self.dims+2:
-                    sites.append(_Site(name+suffix, node, shape[1], shape[2:], i))
+                if call.module and node is not None and len(shape) == self.dims + 2:
+                    sites.append(_Site(name + suffix, node, shape[1], shape[2:], i))
         return sites
 
     def around(self, call):
@@ -358,6 +394,7 @@ class _Pass:
             found.append(call)
             call = self.calls[call].parent
         return found
+
 
 def _on_meta(net, tensors):
     "A copy of a network, and of tensors, that have shapes and no numbers; no memory is taken"
@@ -369,6 +406,7 @@ def _on_meta(net, tensors):
     move = lambda t: t.to("meta") if isinstance(t, Tensor) else t
     return copy.deepcopy(net, weights), [move(t) for t in tensors]
 
+
 def _record(net, example_input):
     "One pass of the example, on the meta device where the network can run there, else where it is"
     given = example_input if isinstance(example_input, (tuple, list)) else (example_input,)
@@ -379,6 +417,7 @@ def _record(net, example_input):
     except Exception:
         with _same_buffers(net):
             return _Pass(net, given[0], given[1:])
+
 
 @contextmanager
 def _same_buffers(net):
@@ -404,16 +443,19 @@ def _above(steps, start, gates=True):
             waiting += [i for i in step.inputs if gates or i not in step.gates]
     return found
 
+
 def _below(steps, start):
     "Numbers of the steps that are made from a step, without itself"
     found = {start}
-    for n in range(start+1, len(steps)):
+    for n in range(start + 1, len(steps)):
         if not found.isdisjoint(steps[n].inputs):
             found.add(n)
-    return found-{start}
+    return found - {start}
+
 
 class _Flow:
     "How far down the data of each step has been, and where the way up begins"
+
     def __init__(self, steps, logits):
         self.steps = steps
         self.counted = _above(steps, logits, gates=False)
@@ -429,21 +471,23 @@ class _Flow:
 
     def _levels(self):
         "The level of each step that is a map; None where it does not count"
-        real = {0.}
+        real = {0.0}
         for n in self.counted:
             step = self.steps[n]
             made = step.scale is not None and step.op in _RESHAPES | _TURNS
             if step.spatial or step.widens or made:
                 real.add(step.level)
+
         def level(n):
             step = self.steps[n]
             counts = n in self.counted and step.scale is not None and step.level in real
             return step.level if counts else None
+
         return [level(n) for n in range(len(self.steps))]
 
     def _reach(self):
         "The deepest level at which something is computed from each step"
-        reach = [-1.]*len(self.steps)
+        reach = [-1.0] * len(self.steps)
         for n, step in enumerate(self.steps):
             if step.macs > 0 and self.levels[n] is not None:
                 reach[n] = step.level
@@ -462,15 +506,15 @@ class _Flow:
             depths, aside = [] if own is None else [own], []
             for i in step.inputs:
                 up = own is not None and carried[i] > own
-                detour = up and reach[n] >= carried[i]              # it goes down again later
+                detour = up and reach[n] >= carried[i]  # it goes down again later
                 depths.append(own if detour else self.depth[i])
                 aside.append(detour or self.aside[i])
                 if up and not detour and i not in step.gates:
                     rises.append((i, n, carried[i]))
-            self.depth.append(max(depths, default=0.))
+            self.depth.append(max(depths, default=0.0))
             self.aside.append(bool(aside) and all(aside))
             self.worked.append(step.macs > 0 or any(self.worked[i] for i in step.inputs))
-            before = max((carried[i] for i in step.inputs), default=0.)
+            before = max((carried[i] for i in step.inputs), default=0.0)
             carried.append(before if own is None else own)
         return rises
 
@@ -492,7 +536,7 @@ class _Flow:
     def taken_as_it_is(self, start):
         "Whether the decoder takes a map itself, with nothing that looks at neighbours on the way"
         after, same = {start}, {start}
-        for n in range(start+1, len(self.steps)):
+        for n in range(start + 1, len(self.steps)):
             step = self.steps[n]
             made = [i for i in step.inputs if i in after and n in self.counted]
             if not made:
@@ -528,14 +572,17 @@ def _outermost(run, sites):
     calls = {site.call for site in sites}
     return [site for site in sites if calls.isdisjoint(run.around(site.call))]
 
+
 def _last(run, sites):
     "The map that depends on most others, in its outermost block"
     return _plain(sites, max(_outermost(run, sites), key=lambda site: (site.node, -site.call)))
+
 
 def _plain(sites, site):
     "The same map under the name of a module, where it is named as an item of a tuple"
     same = [s for s in sites if s.node == site.node and "[" not in s.name]
     return min(same, key=lambda s: s.call, default=site)
+
 
 def _leaves_level(run, flow, site):
     "Whether a map lies at the entrance of a block that goes on to a smaller size"
@@ -543,11 +590,12 @@ def _leaves_level(run, flow, site):
     for call in map(run.calls.__getitem__, run.around(site.call)):
         ends = [flow.steps[node] for _, node, _ in call.items if node is not None]
         levels = [step.level for step in ends if step.scale is not None]
-        inside = flow.steps[call.first:call.last]
+        inside = flow.steps[call.first : call.last]
         layers = sum(step.spatial and step.level == level for step in inside)
         if levels and min(levels) > level and layers <= 1:
             return True
     return False
+
 
 def _rather_a_block(run, sites):
     "The last of the maps, or the last block before it where that one is a layer with twice the channels"
@@ -557,7 +605,8 @@ def _rather_a_block(run, sites):
     if last.call in parents or not blocks:
         return last
     block = _last(run, blocks)
-    return block if last.channels >= 2*block.channels else last
+    return block if last.channels >= 2 * block.channels else last
+
 
 def _of_trunk(run, flow, trunk, pool):
     "The last of the maps on the way to the source, or the block through which the decoder takes it"
@@ -571,6 +620,7 @@ def _of_trunk(run, flow, trunk, pool):
         after |= _below(flow.steps, site.node)
     skips = [site for site in pool if site.node in after & flow.touching and site not in trunk]
     return _last(run, skips) if skips else feature
+
 
 def _feature_at(run, flow, level):
     "The encoder's feature at one level, or None"
@@ -587,14 +637,17 @@ def _feature_at(run, flow, level):
     pool = [site for site in pool if site.node in flow.touching] or pool
     return _last(run, pool) if pool else None
 
+
 def _deepest_feature(run, flow):
     "The last of the widest maps at the deepest level, since a decoder may thin it; or None"
     pool = [site for site in run.sites if flow.levels[site.node] == flow.deepest]
     pool = [site for site in pool if flow.strict(site.node) and site.node in flow.above]
+
     def rises(site):
         ends = [node for call in run.around(site.call) for _, node, _ in run.calls[call].items]
         ends = [node for node in ends if node in flow.below]
         return any(flow.levels[node] is not None for node in ends)
+
     pool = [site for site in pool if not rises(site)] or pool
     if not pool:
         return None
@@ -602,21 +655,28 @@ def _deepest_feature(run, flow):
     widest = max(site.channels for site in blocks)
     return _plain(pool, _last(run, [site for site in blocks if site.channels == widest]))
 
+
 def _find_encoder(run, flow):
     "The encoder's feature of each level, fine to deep"
     levels = {flow.levels[site.node] for site in run.sites} - {None}
     found = [_feature_at(run, flow, level) for level in sorted(levels) if level < flow.deepest]
     found = [site for site in [*found, _deepest_feature(run, flow)] if site is not None]
-    expect(len(found) > 1, "net", f"one resolution {[site.size for site in found]} only",
-           "an encoder that lowers the resolution", "name the layers: features=[...]")
+    expect(
+        len(found) > 1,
+        "net",
+        f"one resolution {[site.size for site in found]} only",
+        "an encoder that lowers the resolution",
+        "name the layers: features=[...]",
+    )
     return found
+
 
 def _whole_rise(run, flow, first, sites, begin):
     "The block around an up-sampled map that also normalises it, but neither convolves nor merges it"
     level, best = flow.levels[first.node], first
     for number in run.around(first.call):
         call = run.calls[number]
-        inside = flow.steps[call.first:call.last]
+        inside = flow.steps[call.first : call.last]
         outside = {i for step in inside for i in step.inputs if i < call.first}
         convolves = any(step.spatial and step.level == level for step in inside)
         found = [site for site in sites if site.call == number and site.channels <= first.channels]
@@ -625,13 +685,19 @@ def _whole_rise(run, flow, first, sites, begin):
         best = found[0]
     return best
 
+
 def _find_entry(run, flow, encoder):
     "The first larger map made from the deepest one, whole blocks before single layers with more channels"
     made = [site for site in run.sites if site.node in flow.below]
     made = [site for site in made if flow.levels[site.node] is not None]
     made = [site for site in made if flow.levels[site.node] < flow.deepest]
-    expect(made, "net", "no module that puts out a map larger than the deepest, made from it",
-           "a decoder", "name the layer: decoder_entry=...")
+    expect(
+        made,
+        "net",
+        "no module that puts out a map larger than the deepest, made from it",
+        "a decoder",
+        "name the layer: decoder_entry=...",
+    )
     level = max(flow.levels[site.node] for site in made)
     made = [site for site in made if flow.levels[site.node] == level]
     first = min(made, key=lambda site: (site.node, site.call))
@@ -643,6 +709,7 @@ def _find_entry(run, flow, encoder):
     thin = [site for site in made if site.channels <= most and flow.steps[site.node].op != "cat"]
     blocks = _outermost(run, [site for site in thin if run.calls[site.call].first > begin])
     return min(blocks, key=lambda site: (site.node, site.call), default=first)
+
 
 def _find_head(run, flow, net, logits):
     "The last convolution, or layer, whose output has the shape of the logits; and its input channels"
@@ -672,6 +739,7 @@ def _activation_of(steps, logits):
             return "a division by the sum over the classes"
     return None
 
+
 def _better_output(run, logits):
     "Number or key of a full-size output that is made from more maps than the one taken, or None"
     shape, best, most = run.steps[logits].shape, None, _maps_above(run, logits)
@@ -682,25 +750,33 @@ def _better_output(run, logits):
             best, most = key, _maps_above(run, node)
     return best
 
+
 def _maps_above(run, node):
     "Number of maps that a step is made from"
     return sum(run.steps[n].scale is not None for n in _above(run.steps, node))
+
 
 def _doubts(run, flow, logits, searched, output):
     "What may be wrong with what was found: sentences that say what to name"
     doubts, k = [], run.steps[logits].shape[1]
     better = _better_output(run, logits) if output is None else None
     if better is not None:
-        doubts.append("The network returns several outputs of one size, and the first is not the one "
-                      f"made from most maps. Name it: output={better!r}.")
+        doubts.append(
+            "The network returns several outputs of one size, and the first is not the one "
+            f"made from most maps. Name it: output={better!r}."
+        )
     bounded = _activation_of(run.steps, logits)
     if bounded:
-        doubts.append(f"The network's output comes out of {bounded}, but EGLoss wants logits. "
-                      "Pass the network without its last activation.")
+        doubts.append(
+            f"The network's output comes out of {bounded}, but EGLoss wants logits. "
+            "Pass the network without its last activation."
+        )
     for site in searched:
         if site.channels <= k:
-            doubts.append(f"{site.name} has {site.channels} channels, no more than the {k} classes, so it may be "
-                          "an output and no feature. Name others: features=[...], decoder_entry=...")
+            doubts.append(
+                f"{site.name} has {site.channels} channels, no more than the {k} classes, so it may be "
+                "an output and no feature. Name others: features=[...], decoder_entry=..."
+            )
     return doubts
 
 # %% ../../nbs/4_inside/features.ipynb #6c000018
@@ -711,17 +787,24 @@ def _named(run, name, argument):
         return known[name]
     module, _, _ = _parts(name)
     calls = [site.name for site in run.sites if _parts(site.name)[0] == module]
-    close = get_close_matches(name, known, 4, .4) or list(known)[:4]
+    close = get_close_matches(name, known, 4, 0.4) or list(known)[:4]
     if calls:
-        raise InputError(f"{argument}={name!r}: {module!r} puts out several maps. Name one of {calls}.")
-    raise InputError(f"{argument}={name!r}: found no module named {name!r} that puts out a map. "
-                     f"Name one that does, such as {close}.")
+        raise InputError(
+            f"{argument}={name!r}: {module!r} puts out several maps. Name one of {calls}."
+        )
+    raise InputError(
+        f"{argument}={name!r}: found no module named {name!r} that puts out a map. "
+        f"Name one that does, such as {close}."
+    )
+
 
 def _flow_of(run, output, named):
     "The logits that a pass returned, and the flow of data to them"
     out = logits_of(run.output, run.dims, output)
-    axes = f"a tensor of logits with {run.dims+2} axes, alone or in a tuple, list or dict"
-    expect(out is not None, "net", "no output", axes, "wrap the network so that it returns its logits")
+    axes = f"a tensor of logits with {run.dims + 2} axes, alone or in a tuple, list or dict"
+    expect(
+        out is not None, "net", "no output", axes, "wrap the network so that it returns its logits"
+    )
     out = cast(Tensor, out)
     logits = run.recorder.number(out)
     alone = "The network's output does not depend on the image."
@@ -731,9 +814,15 @@ def _flow_of(run, output, named):
     convolves = any(step.op == "convolution" for step in run.steps)
     maps = [site for site in run.sites if flow.levels[site.node] is not None]
     found = run.sites if named else convolves and maps
-    expect(found, "net", "no module that puts out a map", "convolutions that are modules",
-           "name the layers: features=[...]")
+    expect(
+        found,
+        "net",
+        "no module that puts out a map",
+        "convolutions that are modules",
+        "name the layers: features=[...]",
+    )
     return logits, flow
+
 
 def _head_of(run, flow, net, logits, head):
     "The output layer, found or named, and the channels that enter it"
@@ -742,14 +831,18 @@ def _head_of(run, flow, net, logits, head):
     site = _named(run, head, "head")
     return head, run.calls[site.call].taken or site.channels
 
+
 def find_features(
-    net:nn.Module, # an encoder-decoder
-    example_input:Tensor|tuple, # (B,C,D,H,W) or (B,C,H,W), typical; or a tuple (it, more arguments, dict of those by name)
-    features:list|None=None, # names of the encoder's features, in place of those found
-    decoder_entry:str|None=None, # name of the first up-sampled map, in place of the one found
-    head:str|None=None, # name of the output layer, in place of the one found
-    output:int|str|None=None, # which item of what the network returns holds the logits, in place of the first
-)->dict: # encoder [(name, channels)] fine to deep, entry, head, sizes, out_channels, dims, macs, shape, doubts
+    net: nn.Module,  # an encoder-decoder
+    example_input: Tensor
+    | tuple,  # (B,C,D,H,W) or (B,C,H,W), typical; or a tuple (it, more arguments, dict of those by name)
+    features: list | None = None,  # names of the encoder's features, in place of those found
+    decoder_entry: str | None = None,  # name of the first up-sampled map, in place of the one found
+    head: str | None = None,  # name of the output layer, in place of the one found
+    output: int
+    | str
+    | None = None,  # which item of what the network returns holds the logits, in place of the first
+) -> dict:  # encoder [(name, channels)] fine to deep, entry, head, sizes, out_channels, dims, macs, shape, doubts
     "Follow one example to the logits and find the features; raises `InputError` that says which to name"
     run = _record(net, example_input)
     logits, flow = _flow_of(run, output, features)
@@ -759,7 +852,7 @@ def find_features(
     begin = _named(run, decoder_entry, "decoder_entry") if decoder_entry else None
     entry = begin or _find_entry(run, flow, encoder)
     last, shape = _head_of(run, flow, net, logits, head), run.steps[logits].shape
-    found:dict = {"encoder": [(site.name, site.channels) for site in encoder]}
+    found: dict = {"encoder": [(site.name, site.channels) for site in encoder]}
     found |= {"entry": (entry.name, entry.channels), "head": last, "output": output}
     found["sizes"] = {site.name: site.size for site in [*encoder, entry]}
     found |= {"out_channels": shape[1], "dims": run.dims, "shape": run.steps[0].shape}
@@ -768,10 +861,11 @@ def find_features(
     found["doubts"] = _doubts(run, flow, logits, searched, output)
     return found
 
+
 def multiply_adds(
-    net:nn.Module, # any network
-    shape:tuple, # of its input
-)->int|None: # None: the network cannot run without numbers
+    net: nn.Module,  # any network
+    shape: tuple,  # of its input
+) -> int | None:  # None: the network cannot run without numbers
     "Multiply-adds of one pass, counted on the meta device, where nothing is computed"
     try:
         twin, (image,) = _on_meta(net, [torch.empty(shape, device="meta")])

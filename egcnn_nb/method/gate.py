@@ -17,55 +17,83 @@ from ..fast.layers import conv, norm
 # %% ../../nbs/1_method/04_edge_gate.ipynb #fea8f477
 class ResidualBlock(nn.Module):
     "x + conv(relu(norm(conv(relu(norm(x)))))), 3×3×3 kernels (sections 2.1 and 2.2)"
-    def __init__(self,
-        channels:int, # in and out
-        dims:int=3, # 2 or 3 spatial axes
+
+    def __init__(
+        self,
+        channels: int,  # in and out
+        dims: int = 3,  # 2 or 3 spatial axes
     ):
         super().__init__()
-        self.norm1, self.conv1 = norm(channels), conv(dims, channels, channels, 3, padding=1, bias=False)
-        self.norm2, self.conv2 = norm(channels), conv(dims, channels, channels, 3, padding=1, bias=False)
+        self.norm1, self.conv1 = (
+            norm(channels),
+            conv(dims, channels, channels, 3, padding=1, bias=False),
+        )
+        self.norm2, self.conv2 = (
+            norm(channels),
+            conv(dims, channels, channels, 3, padding=1, bias=False),
+        )
 
-    def forward(self,
-        x:Tensor, # (B,C,D,H,W)
-    )->Tensor: # same shape
-        h = self.conv1(self.norm1(x).relu_())                         # in place: nobody else reads what the norm put out
+    def forward(
+        self,
+        x: Tensor,  # (B,C,D,H,W)
+    ) -> Tensor:  # same shape
+        h = self.conv1(self.norm1(x).relu_())  # in place: nobody else reads what the norm put out
         return x + self.conv2(self.norm2(h).relu_())
 
 # %% ../../nbs/1_method/04_edge_gate.ipynb #63621a29
 class ResidualLayer(nn.Module):
     "x + conv(relu(norm(x))), one 3×3×3 kernel: the paper's residual layer with kernel w_r (section 2.2)"
-    def __init__(self,
-        channels:int, # in and out
-        dims:int=3, # 2 or 3 spatial axes
+
+    def __init__(
+        self,
+        channels: int,  # in and out
+        dims: int = 3,  # 2 or 3 spatial axes
     ):
         super().__init__()
         self.norm = norm(channels)
         self.conv = conv(dims, channels, channels, 3, padding=1, bias=False)
 
-    def forward(self,
-        x:Tensor, # (B,C,D,H,W)
-    )->Tensor: # same shape
+    def forward(
+        self,
+        x: Tensor,  # (B,C,D,H,W)
+    ) -> Tensor:  # same shape
         return x + self.conv(torch.relu(self.norm(x)))
 
 # %% ../../nbs/1_method/04_edge_gate.ipynb #ae6f67cc
-RESIDUALS = {"none": lambda channels, dims: nn.Identity(), "layer": ResidualLayer, "block": ResidualBlock}
+RESIDUALS = {
+    "none": lambda channels, dims: nn.Identity(),
+    "layer": ResidualLayer,
+    "block": ResidualBlock,
+}
+
 
 class EdgeGate(nn.Module):
     "Edge-gated layer: attention from both streams, amplification of the edge stream, a residual layer (eq. 1-2)"
-    def __init__(self,
-        edge_channels:int, # channels of e
-        main_channels:int, # channels of m
-        attention_relu:bool=True, # the inner ReLU of eq. 1; False as in Gated-SCNN
-        attention_channels:int=1, # 1 map for all features, or `edge_channels`: one each
-        dims:int=3, # 2 or 3 spatial axes
-        residual:str="none", # the layer with kernel w_r after the product: "none", "layer" or "block"
-        fixed_attention:float|None=None, # a constant in place of alpha, which takes the gate out; None: learned
-        norm_inputs:bool=False, # GroupNorm of e and of m before their convolutions
-        bias:float|None=None, # initial bias of the sum; None: torch's own small random number
+
+    def __init__(
+        self,
+        edge_channels: int,  # channels of e
+        main_channels: int,  # channels of m
+        attention_relu: bool = True,  # the inner ReLU of eq. 1; False as in Gated-SCNN
+        attention_channels: int = 1,  # 1 map for all features, or `edge_channels`: one each
+        dims: int = 3,  # 2 or 3 spatial axes
+        residual: str = "none",  # the layer with kernel w_r after the product: "none", "layer" or "block"
+        fixed_attention: float
+        | None = None,  # a constant in place of alpha, which takes the gate out; None: learned
+        norm_inputs: bool = False,  # GroupNorm of e and of m before their convolutions
+        bias: float | None = None,  # initial bias of the sum; None: torch's own small random number
     ):
         super().__init__()
-        expect(attention_channels in (1, edge_channels), "attention_channels", attention_channels, f"1 or edge_channels = {edge_channels}")
-        require(residual in RESIDUALS, f"residual={residual!r} is unknown. Choose one of {list(RESIDUALS)}.")
+        expect(
+            attention_channels in (1, edge_channels),
+            "attention_channels",
+            attention_channels,
+            f"1 or edge_channels = {edge_channels}",
+        )
+        require(
+            residual in RESIDUALS,
+            f"residual={residual!r} is unknown. Choose one of {list(RESIDUALS)}.",
+        )
         self.attention_relu = attention_relu
         self.fixed_attention = fixed_attention
         if fixed_attention is None:
@@ -77,23 +105,31 @@ class EdgeGate(nn.Module):
                 nn.init.constant_(cast(Tensor, self.conv_e.bias), bias)
         self.residual = RESIDUALS[residual](edge_channels, dims)
 
-    def forward(self,
-        e:Tensor, # edge stream (B,C_e,D,H,W)
-        m:Tensor, # main stream (B,C_m,D,H,W), same resolution
-        return_attention:bool=False, # also return alpha
-    ): # e_out (B,C_e,D,H,W), or (e_out, alpha) with alpha (B,1,D,H,W)
-        expect(e.shape[2:] == m.shape[2:], "e and m", f"{tuple(e.shape)} and {tuple(m.shape)}", "the same spatial shape", "resize the edge feature first")
+    def forward(
+        self,
+        e: Tensor,  # edge stream (B,C_e,D,H,W)
+        m: Tensor,  # main stream (B,C_m,D,H,W), same resolution
+        return_attention: bool = False,  # also return alpha
+    ):  # e_out (B,C_e,D,H,W), or (e_out, alpha) with alpha (B,1,D,H,W)
+        expect(
+            e.shape[2:] == m.shape[2:],
+            "e and m",
+            f"{tuple(e.shape)} and {tuple(m.shape)}",
+            "the same spatial shape",
+            "resize the edge feature first",
+        )
         if self.fixed_attention is None:
             alpha = self.alpha(self.conv_e(self.norm_e(e)), m)
         else:
             alpha = torch.full_like(e[:, :1], self.fixed_attention)
-        e_out = self.residual(e*alpha + e)
+        e_out = self.residual(e * alpha + e)
         return (e_out, alpha) if return_attention else e_out
 
-    def alpha(self,
-        of_e:Tensor, # edge feature, convolved
-        m:Tensor, # main feature, at the same resolution
-    )->Tensor: # in (0,1), or [1/2,1) with the ReLU
+    def alpha(
+        self,
+        of_e: Tensor,  # edge feature, convolved
+        m: Tensor,  # main feature, at the same resolution
+    ) -> Tensor:  # in (0,1), or [1/2,1) with the ReLU
         "Attention from the convolved edge feature and the main feature (eq. 1)"
         a = of_e + self.conv_m(self.norm_m(m))
         return torch.sigmoid(torch.relu(a) if self.attention_relu else a)

@@ -21,30 +21,47 @@ from ..tensors import bounding_box, keyed_generator, probabilities
 # %% ../../nbs/1_method/05_losses.ipynb #20da0fad
 def _float(x):
     "Half types become float32; float32 and float64 stay"
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) or not x.is_floating_point() else x
+    return (
+        x.float() if x.dtype in (torch.float16, torch.bfloat16) or not x.is_floating_point() else x
+    )
+
 
 def _pair(prob, target, name):
     "Both as float, after a look at their shapes"
-    expect(prob.shape == target.shape, name, f"shapes {tuple(prob.shape)} and {tuple(target.shape)}", "prediction and target of one shape")
+    expect(
+        prob.shape == target.shape,
+        name,
+        f"shapes {tuple(prob.shape)} and {tuple(target.shape)}",
+        "prediction and target of one shape",
+    )
     prob = _float(prob)
     return prob, target.to(prob.dtype)
+
 
 def _space(x):
     "The spatial axes of (B,C,...)"
     return tuple(range(2, x.dim()))
 
+
 class _SumOverRanks(torch.autograd.Function):
     "Sum over the processes, forwards and backwards"
-    @staticmethod
-    def forward(ctx, x): x = x.clone(); dist.all_reduce(x); return x
 
     @staticmethod
-    def backward(ctx, grad): return _SumOverRanks.forward(ctx, grad.contiguous())
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _SumOverRanks.forward(ctx, grad.contiguous())
+
 
 def _over_batch(x):
     "Sum over the cases, those of all processes if there are several"
     x = x.sum(0)
     return _SumOverRanks.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+
 
 _CHOICES = {
     "activation": ("softmax", "sigmoid"),
@@ -59,99 +76,119 @@ _CHOICES = {
     "beta_over": ("case", "batch"),
 }
 
+
 def _one_of(name, value, choices):
     "Refuse a value that is none of the choices"
     quoted = [repr(c) for c in choices]
-    offered = ", ".join(quoted[:-1])+" or "+quoted[-1]
+    offered = ", ".join(quoted[:-1]) + " or " + quoted[-1]
     require(isinstance(value, str) and value in choices, f"{name} is {value!r}. Choose {offered}.")
 
 # %% ../../nbs/1_method/05_losses.ipynb #c7254aa1
 class _Overlap(torch.autograd.Function):
     "Numerator and denominator of Dice without a volume between: 2 Σ pq and Σ p² + Σ q², each (B,C)"
+
     @staticmethod
     def forward(ctx, prob, target):
         ctx.save_for_backward(prob, target)
-        dot = lambda a, b: torch.stack([torch.dot(p.flatten(), q.flatten()) for c, d in zip(a, b) for p, q in zip(c, d)]).view(a.shape[:2])
-        return 2*dot(prob, target), dot(prob, prob)+dot(target, target)
+        dot = lambda a, b: torch.stack(
+            [torch.dot(p.flatten(), q.flatten()) for c, d in zip(a, b) for p, q in zip(c, d)]
+        ).view(a.shape[:2])
+        return 2 * dot(prob, target), dot(prob, prob) + dot(target, target)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, overlap, size):
         prob, target = ctx.saved_tensors
-        wide = lambda g: 2*g[(..., *[None]*(prob.dim()-2))]
-        grad = lambda of, other: (other*wide(overlap)).addcmul_(of, wide(size))
+        wide = lambda g: 2 * g[(..., *[None] * (prob.dim() - 2))]
+        grad = lambda of, other: (other * wide(overlap)).addcmul_(of, wide(size))
         return grad(prob, target), grad(target, prob) if ctx.needs_input_grad[1] else None
 
+
 def dice_loss(
-    prob:Tensor, # probabilities (B,C,D,H,W) in [0,1]
-    target:Tensor, # masks {0,1}, same shape
-    eps:float=1e-5, # prevents division by zero
-    eps_in:str="both", # "both" numerator and denominator, or "denominator" as printed
-    reduce:str="case", # one fraction per "case" and class, or per class over the "batch"
-    skip:int=0, # the first channels that do not count, such as a background: the same as to cut them off, and faster
-)->Tensor: # scalar in [0,1]
+    prob: Tensor,  # probabilities (B,C,D,H,W) in [0,1]
+    target: Tensor,  # masks {0,1}, same shape
+    eps: float = 1e-5,  # prevents division by zero
+    eps_in: str = "both",  # "both" numerator and denominator, or "denominator" as printed
+    reduce: str = "case",  # one fraction per "case" and class, or per class over the "batch"
+    skip: int = 0,  # the first channels that do not count, such as a background: the same as to cut them off, and faster
+) -> Tensor:  # scalar in [0,1]
     "Soft Dice loss with squares in the denominator (eq. 4)"
     expect(eps_in in ("both", "denominator"), "eps_in", repr(eps_in), "'both' or 'denominator'")
     expect(reduce in ("case", "batch"), "reduce", repr(reduce), "'case' or 'batch'")
     prob, target = _pair(prob, target, "dice_loss")
     overlap, size = (t[:, skip:] for t in _Overlap.apply(prob, target))
-    if reduce == "batch": overlap, size = _over_batch(overlap), _over_batch(size)
-    return (1 - (overlap + eps*(eps_in == "both"))/(size + eps)).mean()
+    if reduce == "batch":
+        overlap, size = _over_batch(overlap), _over_batch(size)
+    return (1 - (overlap + eps * (eps_in == "both")) / (size + eps)).mean()
 
 # %% ../../nbs/1_method/05_losses.ipynb #c5bd3d27
 def balanced_bce(
-    logits:Tensor, # edge scores (B,C,D,H,W), before the sigmoid
-    target:Tensor, # edges {0,1}, same shape
-    weight_negatives:bool=True, # 1-beta on non-edge voxels as in the equation; False: 1
-    beta_over:str="case", # beta per "case" and class, or per class over the "batch"
-)->Tensor: # scalar ≥ 0
+    logits: Tensor,  # edge scores (B,C,D,H,W), before the sigmoid
+    target: Tensor,  # edges {0,1}, same shape
+    weight_negatives: bool = True,  # 1-beta on non-edge voxels as in the equation; False: 1
+    beta_over: str = "case",  # beta per "case" and class, or per class over the "batch"
+) -> Tensor:  # scalar ≥ 0
     "Cross entropy in which edge and non-edge voxels weigh the same (eq. 6; mean over voxels our choice)"
     expect(beta_over in ("case", "batch"), "beta_over", repr(beta_over), "'case' or 'batch'")
     logits, target = _pair(logits, target, "balanced_bce")
     edge = target.mean(_space(target), keepdim=True)
-    beta = 1 - (edge if beta_over == "case" else _over_batch(edge)/_over_batch(torch.ones_like(edge)))
-    weight = torch.where(target > 0, beta, 1-beta if weight_negatives else torch.ones_like(beta))
+    beta = 1 - (
+        edge if beta_over == "case" else _over_batch(edge) / _over_batch(torch.ones_like(edge))
+    )
+    weight = torch.where(target > 0, beta, 1 - beta if weight_negatives else torch.ones_like(beta))
     return F.binary_cross_entropy_with_logits(logits, target, weight)
 
 # %% ../../nbs/1_method/05_losses.ipynb #51a9cfa5
 def edge_loss(
-    logits:Tensor, # edge scores (B,C,D,H,W), before the sigmoid
-    target:Tensor, # edges {0,1}, same shape
-    lambda1:float=1.0, # weight of Dice (section 3.2)
-    lambda2:float=0.5, # weight of balanced cross entropy (section 3.2)
-)->Tensor: # scalar ≥ 0
+    logits: Tensor,  # edge scores (B,C,D,H,W), before the sigmoid
+    target: Tensor,  # edges {0,1}, same shape
+    lambda1: float = 1.0,  # weight of Dice (section 3.2)
+    lambda2: float = 0.5,  # weight of balanced cross entropy (section 3.2)
+) -> Tensor:  # scalar ≥ 0
     "Dice plus balanced cross entropy on the edge stream (eq. 5)"
-    return lambda1*dice_loss(torch.sigmoid(_float(logits)), target) + lambda2*balanced_bce(logits, target)
+    return lambda1 * dice_loss(torch.sigmoid(_float(logits)), target) + lambda2 * balanced_bce(
+        logits, target
+    )
 
 # %% ../../nbs/1_method/05_losses.ipynb #204c2c14
 def gumbel_noise(
-    shape, # of the noise, (B,...)
-    keys=None, # one tuple of whole numbers per case, e.g. (seed, step, sample); None: torch's own stream
-    device=None, # where the noise is needed
-)->Tensor: # float32, standard Gumbel
+    shape,  # of the noise, (B,...)
+    keys=None,  # one tuple of whole numbers per case, e.g. (seed, step, sample); None: torch's own stream
+    device=None,  # where the noise is needed
+) -> Tensor:  # float32, standard Gumbel
     "Gumbel noise -log E, E exponential; with keys it depends on them alone (eq. 8)"
     draw = lambda s, g: torch.empty(s).exponential_(generator=g)
-    noise = draw(shape, None) if keys is None else torch.stack([draw(shape[1:], keyed_generator(*k)) for k in keys])
+    noise = (
+        draw(shape, None)
+        if keys is None
+        else torch.stack([draw(shape[1:], keyed_generator(*k)) for k in keys])
+    )
     return -noise.clamp_min_(torch.finfo(torch.float32).tiny).log_().to(device)
 
 # %% ../../nbs/1_method/05_losses.ipynb #72cb610e
 def gumbel_softmax_probs(
-    logits:Tensor, # scores (B,K,D,H,W)
-    tau:float=1.0, # temperature
-    hard:bool=False, # one-hot forwards, soft gradient backwards (straight-through)
-    activation:str="softmax", # over exclusive classes, or "sigmoid": each channel against its absence
-    noise:Tensor=None, # Gumbel draws: (B,K,...) for softmax, (2,B,K,...) for sigmoid; None: no noise
-)->Tensor: # probabilities (B,K,D,H,W)
+    logits: Tensor,  # scores (B,K,D,H,W)
+    tau: float = 1.0,  # temperature
+    hard: bool = False,  # one-hot forwards, soft gradient backwards (straight-through)
+    activation: str = "softmax",  # over exclusive classes, or "sigmoid": each channel against its absence
+    noise: Tensor = None,  # Gumbel draws: (B,K,...) for softmax, (2,B,K,...) for sigmoid; None: no noise
+) -> Tensor:  # probabilities (B,K,D,H,W)
     "A differentiable stand-in for the arg max (eq. 8)"
     expect(tau > 0, "tau", tau, "a temperature above 0")
     logits = _float(logits)
     if activation == "sigmoid":
-        z = (logits if noise is None else logits + noise[0] - noise[1])/tau       # log P - log(1-P) is the logit itself
+        z = (
+            logits if noise is None else logits + noise[0] - noise[1]
+        ) / tau  # log P - log(1-P) is the logit itself
         soft = torch.sigmoid(z)
-        if hard: decided = (z > 0).to(soft.dtype)
+        if hard:
+            decided = (z > 0).to(soft.dtype)
     else:
-        soft = ((logits if noise is None else logits + noise)/tau).softmax(1)         # log P is the logit less one number for all channels, which softmax does not see
-        if hard: decided = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1)
+        soft = ((logits if noise is None else logits + noise) / tau).softmax(
+            1
+        )  # log P is the logit less one number for all channels, which softmax does not see
+        if hard:
+            decided = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1)
     return decided + soft - soft.detach() if hard else soft
 
 # %% ../../nbs/1_method/05_losses.ipynb #352c4299
@@ -164,33 +201,36 @@ def _voxels_compared(prob, target, magnitude, where):
         edge = torch.maximum(edge, edge_target((prob > 0.5).float()))
     return edge
 
+
 def _over_voxels(difference, voxels, reduce):
     "Sum or mean over the voxels compared for each case and class, and the mean of these numbers"
     axes = _space(difference)
-    result = (difference*voxels).sum(axes)
+    result = (difference * voxels).sum(axes)
     if reduce == "mean":
-        result = result/voxels.sum(axes).clamp_min(1)
+        result = result / voxels.sum(axes).clamp_min(1)
     return result.mean()
+
 
 def _edge_mismatch(edge_logits, magnitude, voxels, reduce):
     "L1 between the edge stream's probabilities and the gradient magnitude of the masks, cut at 1"
-    face = flat_face(magnitude.dim()-2)
-    gradient = (magnitude/face).clamp(max=1)
-    if edge_logits.shape[1] == 1:                                 # one map for all classes
+    face = flat_face(magnitude.dim() - 2)
+    gradient = (magnitude / face).clamp(max=1)
+    if edge_logits.shape[1] == 1:  # one map for all classes
         gradient = gradient.amax(1, keepdim=True)
         voxels = voxels.amax(1, keepdim=True)
     edge_logits, gradient = _pair(edge_logits, gradient, "consistency_loss, edge_logits")
     difference = (torch.sigmoid(edge_logits) - gradient).abs()
     return _over_voxels(difference, voxels, reduce)
 
+
 def consistency_loss(
-    prob:Tensor, # decided probabilities (B,C,D,H,W), see `gumbel_softmax_probs`
-    target:Tensor, # masks {0,1}, same shape, without background
-    where:str="truth", # voxels: edges of the "truth", their "union" with the prediction's, or "all"
-    magnitude:Tensor=None, # `sobel_magnitude` of the target, where it is known already
-    consistency_reduce:str="mean", # "mean" over these voxels, or their "sum" (eq. 7)
-    edge_logits:Tensor=None, # edge stream's scores (B,C,D,H,W), or (B,1,D,H,W) for any class
-)->Tensor: # scalar ≥ 0
+    prob: Tensor,  # decided probabilities (B,C,D,H,W), see `gumbel_softmax_probs`
+    target: Tensor,  # masks {0,1}, same shape, without background
+    where: str = "truth",  # voxels: edges of the "truth", their "union" with the prediction's, or "all"
+    magnitude: Tensor = None,  # `sobel_magnitude` of the target, where it is known already
+    consistency_reduce: str = "mean",  # "mean" over these voxels, or their "sum" (eq. 7)
+    edge_logits: Tensor = None,  # edge stream's scores (B,C,D,H,W), or (B,1,D,H,W) for any class
+) -> Tensor:  # scalar ≥ 0
     "L1 of gradient magnitudes, a flat face counting 1 (eq. 7); a sum is the mean times the voxels compared"
     _one_of("where", where, _CHOICES["where"])
     _one_of("consistency_reduce", consistency_reduce, _CHOICES["consistency_reduce"])
@@ -199,7 +239,7 @@ def consistency_loss(
         magnitude = sobel_magnitude(target)
     voxels = _voxels_compared(prob, target, magnitude, where)
     predicted = sobel_magnitude(prob)
-    difference = (predicted - magnitude).abs()/flat_face(prob.dim()-2)
+    difference = (predicted - magnitude).abs() / flat_face(prob.dim() - 2)
     loss = _over_voxels(difference, voxels, consistency_reduce)
     if edge_logits is not None:
         loss = loss + _edge_mismatch(edge_logits, predicted, voxels, consistency_reduce)
@@ -207,15 +247,21 @@ def consistency_loss(
 
 # %% ../../nbs/1_method/05_losses.ipynb #30ddcb5e
 def edge_box(
-    magnitude:Tensor, # `sobel_magnitude` of one case's masks (C,D,H,W)
-)->tuple: # slices along D, H, W
+    magnitude: Tensor,  # `sobel_magnitude` of one case's masks (C,D,H,W)
+) -> tuple:  # slices along D, H, W
     "The smallest box around every voxel with a gradient, and one layer more (our choice)"
     where = magnitude.amax(0) > 1e-3
-    if magnitude.device.type != "cpu" or not bool(where.any()): return tuple(slice(0, n) for n in where.shape)
-    return tuple(slice(max(s.start-1, 0), min(s.stop+1, n)) for s, n in zip(bounding_box(where.numpy()), where.shape))
+    if magnitude.device.type != "cpu" or not bool(where.any()):
+        return tuple(slice(0, n) for n in where.shape)
+    return tuple(
+        slice(max(s.start - 1, 0), min(s.stop + 1, n))
+        for s, n in zip(bounding_box(where.numpy()), where.shape)
+    )
+
 
 class _Cut(torch.autograd.Function):
     "One box out of each case; backwards, one array of zeros takes them all"
+
     @staticmethod
     def forward(ctx, x, boxes):
         ctx.boxes, ctx.shape = boxes, x.shape
@@ -225,61 +271,82 @@ class _Cut(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         out = grads[0].new_zeros(ctx.shape)
-        for box, grad in zip(ctx.boxes, grads): out[box] = grad
+        for box, grad in zip(ctx.boxes, grads):
+            out[box] = grad
         return out, None
 
 # %% ../../nbs/1_method/05_losses.ipynb #a06d8250
 def mask_cross_entropy(
-    logits:Tensor, # scores (B,K,D,H,W)
-    target:Tensor, # one-hot or region masks {0,1}, same shape
-    activation:str="softmax", # over exclusive classes, background included, or "sigmoid": each channel against its absence
-)->Tensor: # scalar ≥ 0
+    logits: Tensor,  # scores (B,K,D,H,W)
+    target: Tensor,  # one-hot or region masks {0,1}, same shape
+    activation: str = "softmax",  # over exclusive classes, background included, or "sigmoid": each channel against its absence
+) -> Tensor:  # scalar ≥ 0
     "Cross entropy of the masks, mean over voxels (our choice; the paper has none); raises `InputError` on other shapes or activations"
-    expect(activation in ("softmax", "sigmoid"), "activation", repr(activation), "'softmax' or 'sigmoid'")
+    expect(
+        activation in ("softmax", "sigmoid"),
+        "activation",
+        repr(activation),
+        "'softmax' or 'sigmoid'",
+    )
     logits, target = _pair(logits, target, "mask_cross_entropy")
-    return F.cross_entropy(logits, target) if activation == "softmax" else F.binary_cross_entropy_with_logits(logits, target)
+    return (
+        F.cross_entropy(logits, target)
+        if activation == "softmax"
+        else F.binary_cross_entropy_with_logits(logits, target)
+    )
 
 # %% ../../nbs/1_method/05_losses.ipynb #11651481
 def _weight(name, value):
     "Refuse a value that is no finite number of 0 or more"
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    require(number and isfinite(value) and value >= 0, f"{name} is {value!r}. Give a finite number, 0 or more.")
+    require(
+        number and isfinite(value) and value >= 0,
+        f"{name} is {value!r}. Give a finite number, 0 or more.",
+    )
+
 
 def cross_entropy_weight(
-    semantic:str, # "dice_ce" or "dice"
-    weight:float|None, # as given; None: not given
-)->float: # 0 where there is no cross entropy
+    semantic: str,  # "dice_ce" or "dice"
+    weight: float | None,  # as given; None: not given
+) -> float:  # 0 where there is no cross entropy
     "Weight of the cross entropy in the semantic loss; raises `InputError` where Dice alone is given one"
     if weight is not None:
         _weight("w_cross_entropy", weight)
     if semantic == "dice":
         fix = "Choose semantic='dice_ce', or leave w_cross_entropy out."
-        require(not weight, f"semantic='dice' has no cross entropy, but w_cross_entropy is {weight!r}. {fix}")
-        return 0.
-    return 1. if weight is None else float(weight)
+        require(
+            not weight,
+            f"semantic='dice' has no cross entropy, but w_cross_entropy is {weight!r}. {fix}",
+        )
+        return 0.0
+    return 1.0 if weight is None else float(weight)
+
 
 class EGLoss(nn.Module):
     "Semantic, edge and consistency loss, each by name, and their total (eq. 3)"
-    def __init__(self,
-        activation:str="softmax", # exclusive classes (background first), or "sigmoid": nested regions
-        lambda1:float=1.0, # weight of the edge stream's Dice (eq. 5)
-        lambda2:float=0.5, # weight of its balanced cross entropy (eq. 5)
-        w_consistency:float=1.0, # weight of the consistency loss (eq. 3)
-        tau:float=1.0, # temperature of the Gumbel-softmax (eq. 8)
-        hard:bool=False, # straight-through Gumbel-softmax
-        supervise:str="both", # "both" the fused and the main output, or "fused", or "main"
-        edge_classes:str="each", # edge targets per class, or "any": one map
-        thickness:int=2, # of the edge targets, in voxels
-        eps_in:str="both", # see `dice_loss`
-        reduce:str="case", # see `dice_loss`
-        where:str="truth", # see `consistency_loss`
-        weight_negatives:bool=True, # see `balanced_bce`
-        beta_over:str="case", # see `balanced_bce`
-        consistency_alone:bool=False, # the consistency loss where there is no edge stream too: which is the control of `hippocampus`
-        semantic:str="dice_ce", # Dice with the cross entropy of the masks, or "dice" alone, as the paper's eq. 4
-        w_cross_entropy:float|None=None, # weight of that cross entropy; None: 1, or none where `semantic` is "dice"
-        consistency_reduce:str="mean", # see `consistency_loss`; "sum" needs a small `w_consistency`
-        consistency:str="masks", # outputs in eq. 7: the "masks" alone, or "both", the edge stream's too
+
+    def __init__(
+        self,
+        activation: str = "softmax",  # exclusive classes (background first), or "sigmoid": nested regions
+        lambda1: float = 1.0,  # weight of the edge stream's Dice (eq. 5)
+        lambda2: float = 0.5,  # weight of its balanced cross entropy (eq. 5)
+        w_consistency: float = 1.0,  # weight of the consistency loss (eq. 3)
+        tau: float = 1.0,  # temperature of the Gumbel-softmax (eq. 8)
+        hard: bool = False,  # straight-through Gumbel-softmax
+        supervise: str = "both",  # "both" the fused and the main output, or "fused", or "main"
+        edge_classes: str = "each",  # edge targets per class, or "any": one map
+        thickness: int = 2,  # of the edge targets, in voxels
+        eps_in: str = "both",  # see `dice_loss`
+        reduce: str = "case",  # see `dice_loss`
+        where: str = "truth",  # see `consistency_loss`
+        weight_negatives: bool = True,  # see `balanced_bce`
+        beta_over: str = "case",  # see `balanced_bce`
+        consistency_alone: bool = False,  # the consistency loss where there is no edge stream too: which is the control of `hippocampus`
+        semantic: str = "dice_ce",  # Dice with the cross entropy of the masks, or "dice" alone, as the paper's eq. 4
+        w_cross_entropy: float
+        | None = None,  # weight of that cross entropy; None: 1, or none where `semantic` is "dice"
+        consistency_reduce: str = "mean",  # see `consistency_loss`; "sum" needs a small `w_consistency`
+        consistency: str = "masks",  # outputs in eq. 7: the "masks" alone, or "both", the edge stream's too
     ):
         super().__init__()
         given = dict(locals())
@@ -288,42 +355,77 @@ class EGLoss(nn.Module):
         for name in ("lambda1", "lambda2", "w_consistency", "tau"):
             _weight(name, given[name])
         for name in ("hard", "weight_negatives", "consistency_alone"):
-            require(isinstance(given[name], bool), f"{name} is {given[name]!r}. Give True or False.")
+            require(
+                isinstance(given[name], bool), f"{name} is {given[name]!r}. Give True or False."
+            )
         require(tau > 0, f"tau is {tau!r}. Give a temperature above 0.")
         whole = isinstance(thickness, int) and not isinstance(thickness, bool)
-        require(whole and thickness >= 1, f"thickness is {thickness!r}. Give a whole number of voxels, 1 or more.")
+        require(
+            whole and thickness >= 1,
+            f"thickness is {thickness!r}. Give a whole number of voxels, 1 or more.",
+        )
         wide = f"consistency='both' compares edges two voxels wide, but thickness is {thickness}."
-        require(consistency == "masks" or thickness == 2, f"{wide} Choose thickness=2 or consistency='masks'.")
-        self.activation, self.lambda1, self.lambda2, self.w_consistency = activation, lambda1, lambda2, w_consistency
-        self.tau, self.hard, self.supervise, self.where, self.consistency_alone = tau, hard, supervise, where, consistency_alone
+        require(
+            consistency == "masks" or thickness == 2,
+            f"{wide} Choose thickness=2 or consistency='masks'.",
+        )
+        self.activation, self.lambda1, self.lambda2, self.w_consistency = (
+            activation,
+            lambda1,
+            lambda2,
+            w_consistency,
+        )
+        self.tau, self.hard, self.supervise, self.where, self.consistency_alone = (
+            tau,
+            hard,
+            supervise,
+            where,
+            consistency_alone,
+        )
         self.consistency_reduce = consistency_reduce
         self.joint = consistency == "both"
         self.w_cross_entropy = cross_entropy_weight(semantic, w_cross_entropy)
-        self.edge:dict = dict(edge_classes=edge_classes, thickness=thickness)
-        self.dice:dict = dict(eps_in=eps_in, reduce=reduce)
-        self.bce:dict = dict(weight_negatives=weight_negatives, beta_over=beta_over)
+        self.edge: dict = dict(edge_classes=edge_classes, thickness=thickness)
+        self.dice: dict = dict(eps_in=eps_in, reduce=reduce)
+        self.bce: dict = dict(weight_negatives=weight_negatives, beta_over=beta_over)
 
-    def foreground(self,
-        x:Tensor, # (B,K,D,H,W)
-    )->Tensor: # without the background channel, where there is one
+    def foreground(
+        self,
+        x: Tensor,  # (B,K,D,H,W)
+    ) -> Tensor:  # without the background channel, where there is one
         "Channels that have an edge"
         return x[:, 1:] if self.activation == "softmax" else x
 
-    def supervised(self,
-        logits:Tensor, # fused (B,K,D,H,W)
-        main_logits:Tensor|None, # of the main stream, same shape; None: there is one output
-    )->list: # of Tensor
+    def supervised(
+        self,
+        logits: Tensor,  # fused (B,K,D,H,W)
+        main_logits: Tensor | None,  # of the main stream, same shape; None: there is one output
+    ) -> list:  # of Tensor
         "The outputs that are supervised, as a list"
         main = logits if main_logits is None else main_logits
-        return {"both": [logits] if main_logits is None else [logits, main], "fused": [logits], "main": [main]}[self.supervise]
+        return {
+            "both": [logits] if main_logits is None else [logits, main],
+            "fused": [logits],
+            "main": [main],
+        }[self.supervise]
 
-    def semantic(self,
-        logits:Tensor, # (B,K,D,H,W)
-        target:Tensor, # one-hot or region masks, same shape
-    )->Tensor: # scalar
+    def semantic(
+        self,
+        logits: Tensor,  # (B,K,D,H,W)
+        target: Tensor,  # one-hot or region masks, same shape
+    ) -> Tensor:  # scalar
         "Dice of the classes, without the background (eq. 4), and the weighted cross entropy unless its weight is 0"
-        dice = dice_loss(probabilities(_float(logits), self.activation), target, **self.dice, skip=int(self.activation == "softmax"))
-        return dice + self.w_cross_entropy*mask_cross_entropy(logits, target, self.activation) if self.w_cross_entropy else dice
+        dice = dice_loss(
+            probabilities(_float(logits), self.activation),
+            target,
+            **self.dice,
+            skip=int(self.activation == "softmax"),
+        )
+        return (
+            dice + self.w_cross_entropy * mask_cross_entropy(logits, target, self.activation)
+            if self.w_cross_entropy
+            else dice
+        )
 
     def _noise(self, logits, keys):
         "Gumbel noise for the logits (1,K,D,H,W) of one case in training, else None"
@@ -333,44 +435,62 @@ class EGLoss(nn.Module):
             return gumbel_noise(logits.shape, keys, logits.device)
         return gumbel_noise((1, 2, *logits.shape[1:]), keys, logits.device)[0].unsqueeze(1)
 
-    def consistency(self,
-        outputs:list, # logits (B,K,D,H,W)
-        masks:Tensor, # truth without background (B,C,D,H,W)
-        magnitude:Tensor, # `sobel_magnitude` of the masks
-        keys:list|None, # names of the noise, one a case
-        edge_logits:Tensor|None=None, # of the edge stream, compared too; None: the masks alone
-    )->Tensor: # scalar
+    def consistency(
+        self,
+        outputs: list,  # logits (B,K,D,H,W)
+        masks: Tensor,  # truth without background (B,C,D,H,W)
+        magnitude: Tensor,  # `sobel_magnitude` of the masks
+        keys: list | None,  # names of the noise, one a case
+        edge_logits: Tensor
+        | None = None,  # of the edge stream, compared too; None: the masks alone
+    ) -> Tensor:  # scalar
         "Consistency loss of the decided outputs, case by case; noise in training only (eq. 7-8)"
         boxes = []
         for b, of_case in enumerate(magnitude):
-            place = edge_box(of_case) if self.where == "truth" else ()        # elsewhere every voxel may count
-            boxes.append((slice(b, b+1), slice(None), *place))
+            place = (
+                edge_box(of_case) if self.where == "truth" else ()
+            )  # elsewhere every voxel may count
+            boxes.append((slice(b, b + 1), slice(None), *place))
         pieces = [_Cut.apply(z, boxes) for z in outputs]
-        edges = [None]*len(boxes) if edge_logits is None else _Cut.apply(edge_logits, boxes)
+        edges = [None] * len(boxes) if edge_logits is None else _Cut.apply(edge_logits, boxes)
         cases = []
         for b, box in enumerate(boxes):
-            noise = self._noise(pieces[0][b], keys and keys[b:b+1])
+            noise = self._noise(pieces[0][b], keys and keys[b : b + 1])
             for piece in pieces:
-                decided = gumbel_softmax_probs(piece[b], self.tau, self.hard, self.activation, noise)
+                decided = gumbel_softmax_probs(
+                    piece[b], self.tau, self.hard, self.activation, noise
+                )
                 prob = self.foreground(decided)
-                cases.append(consistency_loss(prob, masks[box], self.where, magnitude[box],
-                                              self.consistency_reduce, edges[b]))
+                cases.append(
+                    consistency_loss(
+                        prob,
+                        masks[box],
+                        self.where,
+                        magnitude[box],
+                        self.consistency_reduce,
+                        edges[b],
+                    )
+                )
         return torch.stack(cases).mean()
 
-    def forward(self,
-        logits:Tensor, # fused output (B,K,D,H,W)
-        edge_logits:Tensor, # edge stream's output (B,E,D,H,W), or None: no edge stream
-        target:Tensor, # one-hot or region masks (B,K,D,H,W)
-        main_logits:Tensor=None, # main stream's own output (B,K,D,H,W)
-        keys=None, # names of the noise, one tuple per case
-    )->dict: # name -> scalar: total, semantic, edge_dice, edge_bce, consistency
+    def forward(
+        self,
+        logits: Tensor,  # fused output (B,K,D,H,W)
+        edge_logits: Tensor,  # edge stream's output (B,E,D,H,W), or None: no edge stream
+        target: Tensor,  # one-hot or region masks (B,K,D,H,W)
+        main_logits: Tensor = None,  # main stream's own output (B,K,D,H,W)
+        keys=None,  # names of the noise, one tuple per case
+    ) -> dict:  # name -> scalar: total, semantic, edge_dice, edge_bce, consistency
         missing = "consistency='both' compares the output of an edge stream, but there is none."
         require(not self.joint or edge_logits is not None, f"{missing} Choose consistency='masks'.")
         outputs, masks = self.supervised(logits, main_logits), self.foreground(target)
         terms = {"semantic": torch.stack([self.semantic(z, target) for z in outputs]).mean()}
-        terms["edge_dice"] = terms["edge_bce"] = terms["consistency"] = terms["semantic"].new_zeros(())
+        terms["edge_dice"] = terms["edge_bce"] = terms["consistency"] = terms["semantic"].new_zeros(
+            ()
+        )
         consistent = self.w_consistency and (edge_logits is not None or self.consistency_alone)
-        if edge_logits is not None or consistent: magnitude = sobel_magnitude(_float(masks))
+        if edge_logits is not None or consistent:
+            magnitude = sobel_magnitude(_float(masks))
         if edge_logits is not None:
             edges = edge_target(masks, **self.edge, magnitude=magnitude)
             terms["edge_dice"] = dice_loss(_float(edge_logits).sigmoid(), edges, **self.dice)
@@ -378,6 +498,10 @@ class EGLoss(nn.Module):
         if consistent:
             edges = edge_logits if self.joint else None
             terms["consistency"] = self.consistency(outputs, masks, magnitude, keys, edges)
-        total = (terms["semantic"] + self.w_consistency*terms["consistency"]
-                 + self.lambda1*terms["edge_dice"] + self.lambda2*terms["edge_bce"])
+        total = (
+            terms["semantic"]
+            + self.w_consistency * terms["consistency"]
+            + self.lambda1 * terms["edge_dice"]
+            + self.lambda2 * terms["edge_bce"]
+        )
         return {"total": total, **terms}

@@ -17,41 +17,51 @@ from ..core import expect
 # %% ../../nbs/1_method/03_sobel_edges.ipynb #f99e77ef
 def _views(x, axis):
     "Each voxel's neighbour before, itself, and its neighbour after, along `axis`; one voxel less at either end"
-    n = x.shape[axis]-2
+    n = x.shape[axis] - 2
     return [x.narrow(axis, i, n) for i in range(3)]
+
 
 def _difference(x, axis):
     "Kernel d = (-1, 0, 1) along `axis`"
     before, _, after = _views(x, axis)
     return after - before
 
+
 def _smooth(x, axis):
     "Kernel s = (1, 2, 1) along `axis`"
     before, here, after = _views(x, axis)
-    return before + 2*here + after
+    return before + 2 * here + after
 
 # %% ../../nbs/1_method/03_sobel_edges.ipynb #99b1901a
 def _partial(x, spacing):
     "The derivative along each axis"
     axes, parts = _check(x, spacing), []
-    padded = F.pad(x, (1,)*(2*len(axes)), mode="replicate")
+    padded = F.pad(x, (1,) * (2 * len(axes)), mode="replicate")
     for axis in axes:
         g = padded
-        for other in axes: g = _difference(g, other) if other == axis else _smooth(g, other)
-        parts.append(g if spacing is None else g/spacing[axis-2])
+        for other in axes:
+            g = _difference(g, other) if other == axis else _smooth(g, other)
+        parts.append(g if spacing is None else g / spacing[axis - 2])
     return parts
 
+
 def sobel_gradient(
-    x:Tensor, # (B,C,D,H,W) or (B,C,H,W), floating point
-    spacing=None, # voxel size along each spatial axis in mm; None counts in voxels, as the paper
-)->Tensor: # (B,C,3,D,H,W) or (B,C,2,H,W)
+    x: Tensor,  # (B,C,D,H,W) or (B,C,H,W), floating point
+    spacing=None,  # voxel size along each spatial axis in mm; None counts in voxels, as the paper
+) -> Tensor:  # (B,C,3,D,H,W) or (B,C,2,H,W)
     "Sobel derivative along each spatial axis, scaled like `scipy.ndimage.sobel`, borders repeated (section 2.1)"
     return torch.stack(_partial(x, spacing), 2)
 
 # %% ../../nbs/1_method/03_sobel_edges.ipynb #12f0a588
 def _check(x, spacing):
     "Spatial axes of `x` after a look at shape, type and spacing"
-    expect(x.dim() in (4, 5), "x", f"shape {tuple(x.shape)}", "(B, C, D, H, W) or (B, C, H, W)", "add axes for batch and channel")
+    expect(
+        x.dim() in (4, 5),
+        "x",
+        f"shape {tuple(x.shape)}",
+        "(B, C, D, H, W) or (B, C, H, W)",
+        "add axes for batch and channel",
+    )
     expect(x.is_floating_point(), "x", str(x.dtype), "a floating-point type", "call .float()")
     axes = range(2, x.dim())
     ok = spacing is None or (len(spacing) == len(axes) and min(spacing) > 0)
@@ -60,48 +70,64 @@ def _check(x, spacing):
 
 # %% ../../nbs/1_method/03_sobel_edges.ipynb #e173e9ed
 def simple_magnitude(
-    x:Tensor, # (B,C,D,H,W) or (B,C,H,W), floating point
-    spacing=None, # voxel size along each spatial axis in mm; None counts in voxels, as the paper
-    eps:float=1e-8, # inside the root: keeps the derivative finite where x is flat
-)->Tensor: # same shape as x
+    x: Tensor,  # (B,C,D,H,W) or (B,C,H,W), floating point
+    spacing=None,  # voxel size along each spatial axis in mm; None counts in voxels, as the paper
+    eps: float = 1e-8,  # inside the root: keeps the derivative finite where x is flat
+) -> Tensor:  # same shape as x
     "Length of the Sobel gradient, differentiable everywhere (section 2.1, used by eq. 7)"
     return sum((g.square() for g in _partial(x, spacing)), x.new_full((), eps)).sqrt()
 
+
 def flat_face(
-    dims:int, # number of spatial axes
-)->int: # 16 in 3D, 4 in 2D
+    dims: int,  # number of spatial axes
+) -> int:  # 16 in 3D, 4 in 2D
     "Magnitude at a flat face of a binary mask, by which magnitudes are measured: 4^(dims-1) (our choice)"
-    return 4**(dims-1)
+    return 4 ** (dims - 1)
 
 # %% ../../nbs/1_method/03_sobel_edges.ipynb #9cf3704d
 def _slabs(shape, voxels=1 << 18):
     "First and last plane of each slab of about `voxels` voxels"
-    n, plane = shape[0], prod(s+2 for s in shape[1:])
-    step = min(max(voxels//plane, 1), n)
-    return [(a, min(a+step, n)) for a in range(0, n, step)]
+    n, plane = shape[0], prod(s + 2 for s in shape[1:])
+    step = min(max(voxels // plane, 1), n)
+    return [(a, min(a + step, n)) for a in range(0, n, step)]
+
 
 def _padded(x, a, b):
     "Planes a to b of a volume (D,H,W) and one layer around them, borders repeated, in one block"
-    block, inside = x.new_empty((b-a+2, *[s+2 for s in x.shape[1:]])), (slice(None), *[slice(1, -1)]*(x.dim()-1))
-    low, high = max(a-1, 0), min(b+1, len(x))
-    block[inside][low-a+1:high-a+1] = x[low:high]
-    if a == 0: block[inside][0] = x[0]
-    if b == len(x): block[inside][-1] = x[-1]
+    block, inside = (
+        x.new_empty((b - a + 2, *[s + 2 for s in x.shape[1:]])),
+        (slice(None), *[slice(1, -1)] * (x.dim() - 1)),
+    )
+    low, high = max(a - 1, 0), min(b + 1, len(x))
+    block[inside][low - a + 1 : high - a + 1] = x[low:high]
+    if a == 0:
+        block[inside][0] = x[0]
+    if b == len(x):
+        block[inside][-1] = x[-1]
     for axis in range(1, x.dim()):
-        for border, neighbour in ((0, 1), (-1, -2)): block.select(axis, border).copy_(block.select(axis, neighbour))
+        for border, neighbour in ((0, 1), (-1, -2)):
+            block.select(axis, border).copy_(block.select(axis, neighbour))
     return block
 
-def _smooth_flat(f, step): return torch.add(f[:-2*step], f[2*step:]).add_(f[step:-step], alpha=2)
-def _differ_flat(f, step): return f[2*step:] - f[:-2*step]
+
+def _smooth_flat(f, step):
+    return torch.add(f[: -2 * step], f[2 * step :]).add_(f[step:-step], alpha=2)
+
+
+def _differ_flat(f, step):
+    return f[2 * step :] - f[: -2 * step]
+
 
 def _derivatives(block, scale):
     "Sobel derivatives inside a padded block, first axis first, each times its `scale`"
     f, found, steps = block.view(-1), [], block.stride()
     for i, step in enumerate(reversed(steps)):
         found = [_differ_flat(f, step), *(_smooth_flat(g, step) for g in found)]
-        if i+1 < len(steps): f = _smooth_flat(f, step)
-    if scale: found = [g.mul_(s) for g, s in zip(found, scale)]
-    return [g.as_strided([s-2 for s in block.shape], steps) for g in found]
+        if i + 1 < len(steps):
+            f = _smooth_flat(f, step)
+    if scale:
+        found = [g.mul_(s) for g, s in zip(found, scale)]
+    return [g.as_strided([s - 2 for s in block.shape], steps) for g in found]
 
 # %% ../../nbs/1_method/03_sobel_edges.ipynb #0aaeb190
 def _transposed(blocks):
@@ -109,26 +135,36 @@ def _transposed(blocks):
     (first, *rest), (step, *steps) = [t.view(-1) for t in blocks], blocks[0].stride()
     total, rest = _differ_flat(first, step).neg_(), [_smooth_flat(r, step) for r in rest]
     for step in steps:
-        total, rest = _smooth_flat(total, step).sub_(_differ_flat(rest[0], step)), [_smooth_flat(r, step) for r in rest[1:]]
-    return total.as_strided([s-2 for s in blocks[0].shape], blocks[0].stride())
+        total, rest = (
+            _smooth_flat(total, step).sub_(_differ_flat(rest[0], step)),
+            [_smooth_flat(r, step) for r in rest[1:]],
+        )
+    return total.as_strided([s - 2 for s in blocks[0].shape], blocks[0].stride())
+
 
 def _pull(x, out, grad, dx, a, b, scale):
     "Planes a to b of the gradient with respect to x"
-    p, q, n = a-(a == 0), b+(b == len(x)), x.dim()                     # with the repeated planes beyond the volume
-    low, high = max(p-1, 0), min(q+1, len(x))
-    weight, blocks = grad[low:high]/out[low:high], []
+    p, q, n = a - (a == 0), b + (b == len(x)), x.dim()  # with the repeated planes beyond the volume
+    low, high = max(p - 1, 0), min(q + 1, len(x))
+    weight, blocks = grad[low:high] / out[low:high], []
     for g in _derivatives(_padded(x, low, high), scale):
-        blocks.append(x.new_zeros((q-p+2, *[s+4 for s in x.shape[1:]])))
-        torch.mul(g, weight, out=blocks[-1][(slice(low-p+1, high-p+1), *[slice(2, -2)]*(n-1))])
-    if scale: blocks = [t.mul_(s) for t, s in zip(blocks, scale)]
+        blocks.append(x.new_zeros((q - p + 2, *[s + 4 for s in x.shape[1:]])))
+        torch.mul(
+            g, weight, out=blocks[-1][(slice(low - p + 1, high - p + 1), *[slice(2, -2)] * (n - 1))]
+        )
+    if scale:
+        blocks = [t.mul_(s) for t, s in zip(blocks, scale)]
     total = _transposed(blocks)
     for axis in range(n):
         for border, neighbour, there in ((0, 1, axis or a == 0), (-1, -2, axis or b == len(x))):
-            if there: total.select(axis, neighbour).add_(total.select(axis, border))
-    dx[a:b] = total[(slice(a-p, b-p), *[slice(1, -1)]*(n-1))]
+            if there:
+                total.select(axis, neighbour).add_(total.select(axis, border))
+    dx[a:b] = total[(slice(a - p, b - p), *[slice(1, -1)] * (n - 1))]
+
 
 class _Magnitude(torch.autograd.Function):
     "`simple_magnitude` in slabs, and its derivative"
+
     @staticmethod
     def forward(ctx, x, scale, eps):
         out, ctx.scale = torch.empty_like(x, memory_format=torch.contiguous_format), scale
@@ -136,7 +172,8 @@ class _Magnitude(torch.autograd.Function):
             for a, b in _slabs(volume.shape):
                 first, *others = _derivatives(_padded(volume, a, b), scale)
                 total = first.square_()
-                for g in others: total.addcmul_(g, g)
+                for g in others:
+                    total.addcmul_(g, g)
                 torch.sqrt(total.add_(eps), out=result[a:b])
         ctx.save_for_backward(x, out)
         return out
@@ -147,47 +184,50 @@ class _Magnitude(torch.autograd.Function):
         x, out = ctx.saved_tensors
         dx = torch.empty_like(out)
         for v, o, g, d in zip(*(t.flatten(0, 1) for t in (x, out, grad, dx))):
-            for a, b in _slabs(v.shape): _pull(v, o, g, d, a, b, ctx.scale)
+            for a, b in _slabs(v.shape):
+                _pull(v, o, g, d, a, b, ctx.scale)
         return dx, None, None
 
 # %% ../../nbs/1_method/03_sobel_edges.ipynb #21fc4165
 def sobel_magnitude(
-    x:Tensor, # (B,C,D,H,W) or (B,C,H,W), floating point
-    spacing=None, # voxel size along each spatial axis in mm; None counts in voxels, as the paper
-    eps:float=1e-8, # inside the root: keeps the derivative finite where x is flat
-)->Tensor: # same shape as x
+    x: Tensor,  # (B,C,D,H,W) or (B,C,H,W), floating point
+    spacing=None,  # voxel size along each spatial axis in mm; None counts in voxels, as the paper
+    eps: float = 1e-8,  # inside the root: keeps the derivative finite where x is flat
+) -> Tensor:  # same shape as x
     "Length of the Sobel gradient, differentiable everywhere (section 2.1, used by eq. 7)"
-    if x.device.type != "cpu" or torch.compiler.is_compiling(): return simple_magnitude(x, spacing, eps)
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return simple_magnitude(x, spacing, eps)
     _check(x, spacing)
-    return _Magnitude.apply(x, None if spacing is None else [1/s for s in spacing], eps)
+    return _Magnitude.apply(x, None if spacing is None else [1 / s for s in spacing], eps)
 
 # %% ../../nbs/1_method/03_sobel_edges.ipynb #a0d6bff7
 def _grow(edge, layers):
     "Dilate by `layers` voxels"
     pool = F.max_pool3d if edge.dim() == 5 else F.max_pool2d
-    return pool(edge, 2*layers+1, 1, layers) if layers else edge
+    return pool(edge, 2 * layers + 1, 1, layers) if layers else edge
 
 # %% ../../nbs/1_method/03_sobel_edges.ipynb #db135988
 @torch.no_grad()
 def edge_target(
-    mask:Tensor, # one-hot or region mask {0,1}, (B,C,D,H,W) or (B,C,H,W), without background
-    threshold:float=0.5, # fraction of the magnitude of a flat face, in [0,1)
-    thickness:int=2, # layers of voxels: 1 inside only, 2 as Sobel gives, then grown
-    edge_classes:str="each", # "each" channel its own map, or "any": one map for all
-    spacing=None, # voxel size in mm; None counts in voxels, as the paper
-    magnitude:Tensor=None, # `sobel_magnitude` of the mask, where it is known already
-)->Tensor: # float32 {0,1}, same shape and device ("any": one channel)
+    mask: Tensor,  # one-hot or region mask {0,1}, (B,C,D,H,W) or (B,C,H,W), without background
+    threshold: float = 0.5,  # fraction of the magnitude of a flat face, in [0,1)
+    thickness: int = 2,  # layers of voxels: 1 inside only, 2 as Sobel gives, then grown
+    edge_classes: str = "each",  # "each" channel its own map, or "any": one map for all
+    spacing=None,  # voxel size in mm; None counts in voxels, as the paper
+    magnitude: Tensor = None,  # `sobel_magnitude` of the mask, where it is known already
+) -> Tensor:  # float32 {0,1}, same shape and device ("any": one channel)
     "Binary edge map of a mask, made online by a Sobel filter (section 2.1; threshold and thickness our choice)"
     expect(0 <= threshold < 1, "threshold", threshold, "a fraction in [0, 1)")
     expect(thickness >= 1, "thickness", thickness, "1 or more layers")
     expect(edge_classes in ("each", "any"), "edge_classes", repr(edge_classes), "'each' or 'any'")
     mask = mask.float()
-    face = flat_face(mask.dim()-2)/(max(spacing) if spacing is not None else 1)
+    face = flat_face(mask.dim() - 2) / (max(spacing) if spacing is not None else 1)
     if magnitude is None:
         magnitude = sobel_magnitude(mask, spacing)
-    least = max(threshold*face, 1e-3)*(1 + 1e-4)                      # a tie is no edge, in float32 as in float64
+    least = max(threshold * face, 1e-3) * (1 + 1e-4)  # a tie is no edge, in float32 as in float64
     edge = (magnitude > least).float()
     layers, odd = divmod(int(thickness), 2)
-    out = _grow(edge, layers-1) if layers else torch.zeros_like(edge)
-    if odd: out = torch.maximum(out, _grow(edge, layers)*mask)
+    out = _grow(edge, layers - 1) if layers else torch.zeros_like(edge)
+    if odd:
+        out = torch.maximum(out, _grow(edge, layers) * mask)
     return out.amax(1, keepdim=True) if edge_classes == "any" else out

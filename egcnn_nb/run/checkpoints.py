@@ -28,116 +28,173 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from ..core import InputError, expect, write_whole
 
 # %% ../../nbs/4_inside/checkpoints.ipynb #e806e4d9
-def random_state()->dict: # lists, numbers and tensors
+def random_state() -> dict:  # lists, numbers and tensors
     "The global random streams of Python, NumPy, torch and this process's GPU"
     name, keys, *rest = cast(tuple, np.random.get_state())
     version, words, gauss = random.getstate()
-    return {"python": [version, list(words), gauss], "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest], "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None}
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
+
 
 def set_random_state(
-    state:dict, # of `random_state`
-)->None:
+    state: dict,  # of `random_state`
+) -> None:
     "Put the global random streams back"
-    version, words, gauss = state["python"]; random.setstate((version, tuple(words), gauss))
-    name, keys, *rest = state["numpy"]; np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available(): torch.cuda.set_rng_state(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 # %% ../../nbs/4_inside/checkpoints.ipynb #6efe61ea
-FORMAT = 2                                                         # of the content; a newer one is refused
+FORMAT = 2  # of the content; a newer one is refused
+
 
 class NewerFormat(InputError):
     "A checkpoint of a newer version: not broken, so the one before it is no remedy"
 
+
 def list_checkpoints(
-    folder, # of a run
-)->list: # of paths, the newest first
+    folder,  # of a run
+) -> list:  # of paths, the newest first
     "The checkpoints of a run"
     return sorted(Path(folder).glob("checkpoint-*"), reverse=True)
 
+
 def save_checkpoint(
-    folder, # of the run
-    step:int, # steps taken so far, in the name of the file
-    state:dict, # tensors, numbers, strings, lists and dicts
-    keep:int=2, # generations
-)->Path: # the file
+    folder,  # of the run
+    step: int,  # steps taken so far, in the name of the file
+    state: dict,  # tensors, numbers, strings, lists and dicts
+    keep: int = 2,  # generations
+) -> Path:  # the file
     "Write a checkpoint whole, then drop the oldest"
-    packed = BytesIO(); torch.save({"format": FORMAT, **state}, packed)                # torch's own writer hides why a disk refuses
-    path = write_whole(Path(folder)/f"checkpoint-{step:08d}.pt", lambda p: p.write_bytes(packed.getbuffer()))
+    packed = BytesIO()
+    torch.save({"format": FORMAT, **state}, packed)  # torch's own writer hides why a disk refuses
+    path = write_whole(
+        Path(folder) / f"checkpoint-{step:08d}.pt", lambda p: p.write_bytes(packed.getbuffer())
+    )
     _drop_old(folder, keep)
     return path
 
+
 def _drop_old(folder, keep):
     "Keep so many checkpoints, files or folders"
-    for old in list_checkpoints(folder)[keep:]: shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    for old in list_checkpoints(folder)[keep:]:
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+
 
 def read_checkpoint(
-    path, # of `save_checkpoint`
-)->dict: # the state
+    path,  # of `save_checkpoint`
+) -> dict:  # the state
     "Verify and read a checkpoint; raises `InputError` when it is broken, or from a newer version"
-    if Path(path).is_dir(): return _read_sharded(Path(path))
-    state:Any = None
+    if Path(path).is_dir():
+        return _read_sharded(Path(path))
+    state: Any = None
     try:
-        with zipfile.ZipFile(path) as f: broken = f.testzip()
+        with zipfile.ZipFile(path) as f:
+            broken = f.testzip()
         state = None if broken else torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as e: raise InputError(f"{path}: found that it cannot be read ({e}), expected a checkpoint of egcnn_train") from e
-    except Exception as e: broken = type(e).__name__                  # whatever a broken or foreign archive makes torch raise
-    expect(not broken and isinstance(state, dict) and isinstance(state.get("format"), int), path, f"a broken file ({broken})", "a checkpoint of egcnn_train")
-    if state["format"] > FORMAT: raise NewerFormat(f"{path}: found format {state['format']}, expected at most {FORMAT}; it comes from a newer version of egcnn_nb, install that")
+    except OSError as e:
+        raise InputError(
+            f"{path}: found that it cannot be read ({e}), expected a checkpoint of egcnn_train"
+        ) from e
+    except Exception as e:
+        broken = type(e).__name__  # whatever a broken or foreign archive makes torch raise
+    expect(
+        not broken and isinstance(state, dict) and isinstance(state.get("format"), int),
+        path,
+        f"a broken file ({broken})",
+        "a checkpoint of egcnn_train",
+    )
+    if state["format"] > FORMAT:
+        raise NewerFormat(
+            f"{path}: found format {state['format']}, expected at most {FORMAT}; it comes from a newer version of egcnn_nb, install that"
+        )
     return state
 
+
 def newest_checkpoint(
-    folder, # of a run
-)->tuple: # state or None if there is no checkpoint at all, messages about those that were passed over
+    folder,  # of a run
+) -> (
+    tuple
+):  # state or None if there is no checkpoint at all, messages about those that were passed over
     "The newest checkpoint that verifies; raises `InputError` when there are some and none does"
     notes = []
     for path in list_checkpoints(folder):
-        try: return read_checkpoint(path), notes
-        except NewerFormat: raise
-        except InputError as e: notes.append(f"{e}; the one before it is used")
-    expect(not notes, folder, f"{len(notes)} checkpoints and none that verifies", "at least one", "begin again with another --out")
+        try:
+            return read_checkpoint(path), notes
+        except NewerFormat:
+            raise
+        except InputError as e:
+            notes.append(f"{e}; the one before it is used")
+    expect(
+        not notes,
+        folder,
+        f"{len(notes)} checkpoints and none that verifies",
+        "at least one",
+        "begin again with another --out",
+    )
     return None, notes
 
 # %% ../../nbs/4_inside/checkpoints.ipynb #4d35da27
 def _crcs(folder):
     "CRC-32 of each file"
-    return {p.name: zlib.crc32(p.read_bytes()) for p in sorted(folder.iterdir()) if p.name != "crc.json"}
+    return {
+        p.name: zlib.crc32(p.read_bytes()) for p in sorted(folder.iterdir()) if p.name != "crc.json"
+    }
+
 
 def save_sharded(
-    folder, # of the run, seen by all processes
-    step:int, # steps taken so far, in the name of the folder
-    parts:dict, # pieces of weights and optimizer, of `torch.distributed.checkpoint.state_dict`
-    state:dict, # all the rest
-    keep:int=2, # generations
-)->None:
+    folder,  # of the run, seen by all processes
+    step: int,  # steps taken so far, in the name of the folder
+    parts: dict,  # pieces of weights and optimizer, of `torch.distributed.checkpoint.state_dict`
+    state: dict,  # all the rest
+    keep: int = 2,  # generations
+) -> None:
     "Write a checkpoint in pieces; all processes call it"
     import torch.distributed.checkpoint as dcp
-    first, part = dist.get_rank() == 0, Path(folder)/f".part-checkpoint-{step:08d}"
-    if first and part.exists(): shutil.rmtree(part)
-    dist.barrier(); dcp.save(parts, checkpoint_id=part)
-    if first:
-        torch.save({"format": FORMAT, **state}, part/"state.pt")
-        write_whole(part/"crc.json", lambda p: p.write_text(json.dumps(_crcs(part))))
-        for p in part.iterdir(): f = os.open(p, os.O_RDONLY); os.fsync(f); os.close(f)
-        path = part.with_name(part.name.removeprefix(".part-"))
-        if path.exists(): shutil.rmtree(path)
-        part.rename(path); _drop_old(folder, keep)
+
+    first, part = dist.get_rank() == 0, Path(folder) / f".part-checkpoint-{step:08d}"
+    if first and part.exists():
+        shutil.rmtree(part)
     dist.barrier()
+    dcp.save(parts, checkpoint_id=part)
+    if first:
+        torch.save({"format": FORMAT, **state}, part / "state.pt")
+        write_whole(part / "crc.json", lambda p: p.write_text(json.dumps(_crcs(part))))
+        for p in part.iterdir():
+            f = os.open(p, os.O_RDONLY)
+            os.fsync(f)
+            os.close(f)
+        path = part.with_name(part.name.removeprefix(".part-"))
+        if path.exists():
+            shutil.rmtree(path)
+        part.rename(path)
+        _drop_old(folder, keep)
+    dist.barrier()
+
 
 def _read_sharded(path):
     "The state of a checkpoint in pieces, once all of its files are verified; the pieces stay where they are"
-    try: good = json.loads((path/"crc.json").read_text()) == _crcs(path)
-    except (OSError, ValueError): good = False
+    try:
+        good = json.loads((path / "crc.json").read_text()) == _crcs(path)
+    except (OSError, ValueError):
+        good = False
     expect(good, path, "a broken folder (checksums differ)", "a checkpoint of egcnn_train")
-    return {**read_checkpoint(path/"state.pt"), "pieces": str(path)}
+    return {**read_checkpoint(path / "state.pt"), "pieces": str(path)}
 
 # %% ../../nbs/4_inside/checkpoints.ipynb #d12402a0
 def _has_locks(folder):
     "Whether the file system of a folder has locks (`flock`): some of clusters answer that they do not"
     try:
         import fcntl
-    except ImportError:                                             # Windows has locks of another kind
+    except ImportError:  # Windows has locks of another kind
         return True
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
@@ -146,18 +203,25 @@ def _has_locks(folder):
             return e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
     return True
 
+
 def _lock_of(folder):
     "A lock of the kind that a folder's file system has, not yet acquired, and how long to try"
     if _has_locks(folder):
-        return FileLock(folder/"run.lock"), 0.
-    warnings.warn(f"{folder} is on a file system without locks. The file run.soft.lock marks it in their place.", stacklevel=3)
-    return SoftFileLock(folder/"run.soft.lock"), 1.                     # time to take over that of a process that is gone
+        return FileLock(folder / "run.lock"), 0.0
+    warnings.warn(
+        f"{folder} is on a file system without locks. The file run.soft.lock marks it in their place.",
+        stacklevel=3,
+    )
+    return SoftFileLock(
+        folder / "run.soft.lock"
+    ), 1.0  # time to take over that of a process that is gone
+
 
 def lock_run(
-    folder, # of a run, or of predictions
-    command:str="egcnn_train", # which holds it
-    sweep:bool=True, # remove half-written files
-)->BaseFileLock: # hold on to it; it is released when the process ends
+    folder,  # of a run, or of predictions
+    command: str = "egcnn_train",  # which holds it
+    sweep: bool = True,  # remove half-written files
+) -> BaseFileLock:  # hold on to it; it is released when the process ends
     "Be the only one who writes into a folder, and sweep up what a killed process left; raises `InputError`"
     folder = Path(folder)
     try:
@@ -165,11 +229,15 @@ def lock_run(
         lock.acquire(timeout=seconds)
     except Timeout:
         killed = ""
-        if (folder/"run.soft.lock").exists():
-            killed = f". If it was killed, remove {folder/'run.soft.lock'}"
-        raise InputError(f"{folder}: found another {command} that is writing there, expected a folder of one's own; wait for it, or choose another --out{killed}") from None
+        if (folder / "run.soft.lock").exists():
+            killed = f". If it was killed, remove {folder / 'run.soft.lock'}"
+        raise InputError(
+            f"{folder}: found another {command} that is writing there, expected a folder of one's own; wait for it, or choose another --out{killed}"
+        ) from None
     except OSError as e:
-        raise InputError(f"{folder} cannot be locked ({e.strerror or e}). Make sure that you may write there, or choose another --out.") from e
+        raise InputError(
+            f"{folder} cannot be locked ({e.strerror or e}). Make sure that you may write there, or choose another --out."
+        ) from e
     for part in folder.glob(".part-*") if sweep else ():
         if part.is_dir():
             shutil.rmtree(part)

@@ -20,37 +20,47 @@ from .metrics import border_distance, edge_width
 from ..tensors import bounding_box
 
 # %% ../../nbs/2_practice/edge_metrics.ipynb #a7e5fd37
-THRESHOLDS = tuple(round(.05*i, 2) for i in range(1, 20)) # 0.05 to 0.95
+THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))  # 0.05 to 0.95
+
 
 def _part(length, step):
     "Where a shifted array lands along an axis: the slice that is written, and the slice that is read"
-    here = slice(max(-step, 0), length-max(step, 0))
-    there = slice(max(step, 0), length-max(-step, 0))
+    here = slice(max(-step, 0), length - max(step, 0))
+    there = slice(max(step, 0), length - max(-step, 0))
     return here, there
+
 
 def _largest_near(values, tolerance):
     "The largest value within `tolerance` voxels of each voxel"
-    steps = range(-int(tolerance), int(tolerance)+1)
+    steps = range(-int(tolerance), int(tolerance) + 1)
     out = values.copy()
     for shift in product(steps, repeat=values.ndim):
-        if 0 < sum(s*s for s in shift) <= tolerance**2:
+        if 0 < sum(s * s for s in shift) <= tolerance**2:
             parts = [_part(n, s) for n, s in zip(values.shape, shift)]
             here = tuple(p[0] for p in parts)
             there = tuple(p[1] for p in parts)
             np.maximum(out[here], values[there], out=out[here])
     return out
 
+
 def edge_counts(
-    prob:np.ndarray, # edge probabilities (D,H,W), or a bool edge
-    truth:np.ndarray, # true edge, bool (D,H,W)
-    thresholds:Sequence[float]=THRESHOLDS, # a voxel above one of them is a predicted edge
-    tolerance:float=1., # voxels within which two edge voxels match
-)->np.ndarray: # whole numbers (T,4): right predicted, predicted, found true, true edge voxels
+    prob: np.ndarray,  # edge probabilities (D,H,W), or a bool edge
+    truth: np.ndarray,  # true edge, bool (D,H,W)
+    thresholds: Sequence[float] = THRESHOLDS,  # a voxel above one of them is a predicted edge
+    tolerance: float = 1.0,  # voxels within which two edge voxels match
+) -> np.ndarray:  # whole numbers (T,4): right predicted, predicted, found true, true edge voxels
     "Counts behind precision and recall at each threshold; raises `InputError` on different shapes"
-    require(prob.shape == truth.shape, f"The prediction has shape {prob.shape} and the truth {truth.shape}. Give both on one grid.")
+    require(
+        prob.shape == truth.shape,
+        f"The prediction has shape {prob.shape} and the truth {truth.shape}. Give both on one grid.",
+    )
     truth = truth.astype(bool)
-    near_truth = prob[_largest_near(truth, tolerance)]               # predictions that are right above a threshold
-    near_prob = _largest_near(prob, tolerance)[truth]                # true edge voxels are found below this threshold
+    near_truth = prob[
+        _largest_near(truth, tolerance)
+    ]  # predictions that are right above a threshold
+    near_prob = _largest_near(prob, tolerance)[
+        truth
+    ]  # true edge voxels are found below this threshold
     rows = []
     for threshold in thresholds:
         right = int((near_truth > threshold).sum())
@@ -58,45 +68,50 @@ def edge_counts(
         rows.append((right, int((prob > threshold).sum()), found, len(near_prob)))
     return np.array(rows)
 
+
 def precision_recall(
-    counts:np.ndarray, # (...,4) of `edge_counts`, or a sum of such
-)->tuple: # precision (...), recall (...), each in [0,1]
+    counts: np.ndarray,  # (...,4) of `edge_counts`, or a sum of such
+) -> tuple:  # precision (...), recall (...), each in [0,1]
     "Precision and recall from counts. Precision is 1 where nothing is predicted, recall is 1 where nothing is there."
     right, predicted, found, true = np.moveaxis(np.asarray(counts, float), -1, 0)
-    precision = np.where(predicted > 0, right/np.maximum(predicted, 1), 1.)
-    recall = np.where(true > 0, found/np.maximum(true, 1), 1.)
+    precision = np.where(predicted > 0, right / np.maximum(predicted, 1), 1.0)
+    recall = np.where(true > 0, found / np.maximum(true, 1), 1.0)
     return precision, recall
+
 
 def _f1(counts):
     "Harmonic mean of precision and recall, 0 where both are 0"
     precision, recall = precision_recall(counts)
-    return 2*precision*recall/np.maximum(precision+recall, 1e-12)
+    return 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+
 
 def edge_f1(
-    prob:np.ndarray, # edge probabilities (D,H,W), or a bool edge
-    truth:np.ndarray, # true edge, bool (D,H,W)
-    threshold:float=.5, # above which a voxel is a predicted edge
-    tolerance:float=1., # voxels within which two edge voxels match
-)->float: # in [0,1]; 1 where both are empty, 0 where only one is
+    prob: np.ndarray,  # edge probabilities (D,H,W), or a bool edge
+    truth: np.ndarray,  # true edge, bool (D,H,W)
+    threshold: float = 0.5,  # above which a voxel is a predicted edge
+    tolerance: float = 1.0,  # voxels within which two edge voxels match
+) -> float:  # in [0,1]; 1 where both are empty, 0 where only one is
     "F1 of a predicted edge within `tolerance` voxels"
     return float(_f1(edge_counts(prob, truth, [threshold], tolerance))[0])
 
+
 def best_f1(
-    counts:Iterable[np.ndarray], # of `edge_counts` with the same thresholds, one array a case
-    thresholds:Sequence[float]=THRESHOLDS, # those of the counts
-)->tuple: # best F1 and its threshold
+    counts: Iterable[np.ndarray],  # of `edge_counts` with the same thresholds, one array a case
+    thresholds: Sequence[float] = THRESHOLDS,  # those of the counts
+) -> tuple:  # best F1 and its threshold
     "The best F1 that one threshold for all cases reaches: ODS, as edge detectors are judged"
     f1 = _f1(np.sum(list(counts), 0))
     best = int(f1.argmax())
     return float(f1[best]), thresholds[best]
 
 # %% ../../nbs/2_practice/edge_metrics.ipynb #8c17a355
-DEEP = 2.5 # voxels from the border
+DEEP = 2.5  # voxels from the border
+
 
 def deep_voxels(
-    mask:np.ndarray, # bool (D,H,W)
-    depth:float=DEEP, # voxels
-)->np.ndarray: # bool (D,H,W)
+    mask: np.ndarray,  # bool (D,H,W)
+    depth: float = DEEP,  # voxels
+) -> np.ndarray:  # bool (D,H,W)
     "Voxels of a mask that lie deeper than `depth` inside it"
     mask = mask.astype(bool)
     if not mask.any():
@@ -105,38 +120,43 @@ def deep_voxels(
         return np.ones_like(mask)
     return mask & (border_distance(mask) > depth)
 
+
 def deep_share(
-    mask:np.ndarray, # bool (D,H,W)
-    depth:float=DEEP, # voxels
-)->float: # in [0,1]; NaN for an empty mask
+    mask: np.ndarray,  # bool (D,H,W)
+    depth: float = DEEP,  # voxels
+) -> float:  # in [0,1]; NaN for an empty mask
     "Share of a mask's voxels that lie deeper than `depth` inside it"
     voxels = mask.astype(bool).sum()
-    return float(deep_voxels(mask, depth).sum()/voxels) if voxels else float("nan")
+    return float(deep_voxels(mask, depth).sum() / voxels) if voxels else float("nan")
+
 
 def filled(
-    edge:np.ndarray, # predicted edge, bool (D,H,W)
-    mask:np.ndarray, # true mask, bool (D,H,W)
-    depth:float=DEEP, # voxels
-)->float: # in [0,1], 0 is right; NaN where the mask has no such voxels
+    edge: np.ndarray,  # predicted edge, bool (D,H,W)
+    mask: np.ndarray,  # true mask, bool (D,H,W)
+    depth: float = DEEP,  # voxels
+) -> float:  # in [0,1], 0 is right; NaN where the mask has no such voxels
     "Share of the voxels deeper than `depth` inside a mask that are predicted as edge"
     deep = deep_voxels(mask, depth)
     return float(edge.astype(bool)[deep].mean()) if deep.any() else float("nan")
 
 # %% ../../nbs/2_practice/edge_metrics.ipynb #11d1d9a3
 def sobel_edges(
-    masks:np.ndarray, # bool (K,D,H,W)
-    thickness:int=2, # layers of voxels, as in training
-)->np.ndarray: # bool (K,D,H,W)
+    masks: np.ndarray,  # bool (K,D,H,W)
+    thickness: int = 2,  # layers of voxels, as in training
+) -> np.ndarray:  # bool (K,D,H,W)
     "The edges that Sobel finds in masks (section 2.1)"
     found = edge_target(torch.from_numpy(masks.astype(np.float32))[None], thickness=thickness)
     return found[0].numpy() > 0
 
-_MARGIN = 8 # voxels around a mask, beyond those from which a width is measured
+
+_MARGIN = 8  # voxels around a mask, beyond those from which a width is measured
+
 
 def _around(masks):
     "The box of masks (K,D,H,W) with a margin: width and filling look at nothing else"
     box = bounding_box(masks.any(0))
-    return tuple(slice(max(s.start-_MARGIN, 0), s.stop+_MARGIN) for s in box)
+    return tuple(slice(max(s.start - _MARGIN, 0), s.stop + _MARGIN) for s in box)
+
 
 def _deep_in(masks):
     "Voxels of masks (K,D,H,W) that are deep with respect to the border of each"
@@ -147,9 +167,10 @@ def _deep_in(masks):
         deep &= deep_voxels(mask) | deep_voxels(~mask)
     return deep
 
+
 def _judge(prob, true_edge, box, masks, deep, thresholds):
     "Numbers of one edge map; `masks`, whose edges it holds, and their deep voxels are cut to the box"
-    edge = prob[box] > .5
+    edge = prob[box] > 0.5
     bordered = np.array([m.any() and not m.all() for m in masks])
     return {
         "f1": edge_f1(prob, true_edge),
@@ -158,22 +179,29 @@ def _judge(prob, true_edge, box, masks, deep, thresholds):
         "counts": edge_counts(prob, true_edge, thresholds),
     }
 
+
 _NOTHING = {"f1": float("nan"), "width": float("nan"), "filled": float("nan"), "counts": None}
 
+
 def score_edges(
-    prob:np.ndarray|None, # edge probabilities (K,D,H,W), one map for each mask, or one for all (1,D,H,W); None: there is no edge stream
-    masks:np.ndarray, # true masks, bool (K,D,H,W)
-    predicted:np.ndarray, # the network's own masks, bool (K,D,H,W)
-    thickness:int=2, # of the edge targets, in voxels
-)->list: # of dicts, one for each map: f1, width, filled, counts; the same of the mask's edges as mask_f1 and so on; deep
+    prob: np.ndarray
+    | None,  # edge probabilities (K,D,H,W), one map for each mask, or one for all (1,D,H,W); None: there is no edge stream
+    masks: np.ndarray,  # true masks, bool (K,D,H,W)
+    predicted: np.ndarray,  # the network's own masks, bool (K,D,H,W)
+    thickness: int = 2,  # of the edge targets, in voxels
+) -> list:  # of dicts, one for each map: f1, width, filled, counts; the same of the mask's edges as mask_f1 and so on; deep
     "Edge F1, width, filling and `edge_counts` of each map, beside those of the Sobel edges of the predicted mask; NaN where a mask has no border"
     maps = len(masks) if prob is None else len(prob)
     fits = masks.shape == predicted.shape and maps in (1, len(masks))
-    require(fits and (prob is None or prob.shape[1:] == masks.shape[1:]),
-            f"Edges, masks and predicted masks have the shapes {None if prob is None else prob.shape}, {masks.shape} and {predicted.shape}. "
-            "Give one edge map for each mask, or one for all.")
+    require(
+        fits and (prob is None or prob.shape[1:] == masks.shape[1:]),
+        f"Edges, masks and predicted masks have the shapes {None if prob is None else prob.shape}, {masks.shape} and {predicted.shape}. "
+        "Give one edge map for each mask, or one for all.",
+    )
     masks = masks.astype(bool)
-    groups = np.array_split(np.arange(len(masks)), maps)             # numbers of the masks whose edges a map holds
+    groups = np.array_split(
+        np.arange(len(masks)), maps
+    )  # numbers of the masks whose edges a map holds
     rows = []
     for i, group in enumerate(groups):
         own = masks[group]
@@ -182,9 +210,11 @@ def score_edges(
         box = _around(own)
         near = own[(slice(None), *box)]
         deep = _deep_in(near)
-        of_mask = _judge(mask_edge, true_edge, box, near, deep, [.5])
-        of_stream = _NOTHING if prob is None else _judge(prob[i], true_edge, box, near, deep, THRESHOLDS)
+        of_mask = _judge(mask_edge, true_edge, box, near, deep, [0.5])
+        of_stream = (
+            _NOTHING if prob is None else _judge(prob[i], true_edge, box, near, deep, THRESHOLDS)
+        )
         inside = near.any(0).sum()
-        share = float(deep.sum()/inside) if inside else float("nan")
+        share = float(deep.sum() / inside) if inside else float("nan")
         rows.append({**of_stream, **{f"mask_{k}": v for k, v in of_mask.items()}, "deep": share})
     return rows

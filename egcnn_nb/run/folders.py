@@ -37,22 +37,35 @@ from .settings import NETWORKS, Settings, default_cache
 from .steps import ranks
 
 # %% ../../nbs/4_inside/folders.ipynb #5e771c02
-_MOST = {"levels": 8, "width": 1024, "seed": 2**32-1}              # largest value, where there is one
-_LEAST = {"levels": 2, "seed": 0, "workers": 0}                    # smallest value, where it is not 1
+_MOST = {"levels": 8, "width": 1024, "seed": 2**32 - 1}  # largest value, where there is one
+_LEAST = {"levels": 2, "seed": 0, "workers": 0}  # smallest value, where it is not 1
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16", "fp64")
+
 
 def _whole(value):
     "Whether a value is a whole number"
     return isinstance(value, int) and not isinstance(value, bool)
 
+
 def _number(value):
     "Whether a value is a number; NaN is none"
     return isinstance(value, (int, float)) and not isinstance(value, bool) and not isnan(value)
 
+
 def _check_counts(settings):
     "Settings that are whole numbers"
-    for name in ("epochs", "batch_size", "accumulate", "width", "levels", "seed", "workers", "train_cases", "readers"):
-        value:Any = getattr(settings, name)
+    for name in (
+        "epochs",
+        "batch_size",
+        "accumulate",
+        "width",
+        "levels",
+        "seed",
+        "workers",
+        "train_cases",
+        "readers",
+    ):
+        value: Any = getattr(settings, name)
         least, most = _LEAST.get(name, 1), _MOST.get(name, inf)
         if value is None and name in ("train_cases", "readers"):
             continue
@@ -60,11 +73,21 @@ def _check_counts(settings):
         inside = _whole(value) and least <= cast(int, value) <= most
         require(inside, f"{name} is {value!r}. Give a whole number {bounds}.")
     parts, batch = settings.accumulate, settings.batch_size
-    require(parts <= batch, f"accumulate is {parts}, but a batch has only {batch} cases. Give at most {batch} parts.")
+    require(
+        parts <= batch,
+        f"accumulate is {parts}, but a batch has only {batch} cases. Give at most {batch} parts.",
+    )
     patch = settings.patch_size
     if patch is not None:
-        good = isinstance(patch, (tuple, list)) and len(patch) == 3 and all(_whole(n) and n >= 1 for n in patch)
-        require(good, f"patch_size is {patch!r}. Give three whole numbers of voxels, each 1 or more.")
+        good = (
+            isinstance(patch, (tuple, list))
+            and len(patch) == 3
+            and all(_whole(n) and n >= 1 for n in patch)
+        )
+        require(
+            good, f"patch_size is {patch!r}. Give three whole numbers of voxels, each 1 or more."
+        )
+
 
 def _check_numbers(settings):
     "Settings that are lengths, shares, times and rates"
@@ -76,11 +99,21 @@ def _check_numbers(settings):
     share = settings.validation
     if not isinstance(share, (str, Path)):
         good = _number(share) and 0 < share < inf and (share < 1 or share == int(share))
-        require(good, f"validation is {share!r}. Give a share of the cases below 1, a number of cases, or a file with names.")
+        require(
+            good,
+            f"validation is {share!r}. Give a share of the cases below 1, a number of cases, or a file with names.",
+        )
     spacing = settings.spacing
     if spacing != "median":
-        good = isinstance(spacing, (tuple, list)) and len(spacing) == 3 and all(_number(v) and 0 < v < inf for v in spacing)
-        require(good, f"spacing is {spacing!r}. Give three lengths in mm above 0, or the word median.")
+        good = (
+            isinstance(spacing, (tuple, list))
+            and len(spacing) == 3
+            and all(_number(v) and 0 < v < inf for v in spacing)
+        )
+        require(
+            good, f"spacing is {spacing!r}. Give three lengths in mm above 0, or the word median."
+        )
+
 
 def _check_names(settings):
     "Settings that are one of several words, or a switch"
@@ -91,30 +124,44 @@ def _check_names(settings):
         value = getattr(settings, name)
         require(isinstance(value, bool), f"{name} is {value!r}. Give True or False.")
     names = settings.augment
-    odd = [a for a in names if a not in AUGMENTATIONS] if isinstance(names, (tuple, list)) else [names]
+    odd = (
+        [a for a in names if a not in AUGMENTATIONS]
+        if isinstance(names, (tuple, list))
+        else [names]
+    )
     require(not odd, f"augment has {odd}. Choose names out of {', '.join(AUGMENTATIONS)}.")
+
 
 def _check_readings(settings):
     "Readings of the paper: their names, types and values"
     given = settings.readings
-    require(given is None or isinstance(given, dict), f"readings are {given!r}. Give a dict of names and values.")
-    EGLoss(**reading_for(EGLoss, settings))                        # it checks its own
+    require(
+        given is None or isinstance(given, dict),
+        f"readings are {given!r}. Give a dict of names and values.",
+    )
+    EGLoss(**reading_for(EGLoss, settings))  # it checks its own
     for cls in takers(settings):
         if cls is EGLoss:
             continue
         defaults = inspect.signature(cls).parameters
         for name, value in reading_for(cls, settings).items():
             if name in CHOICES:
-                require(value in CHOICES[name], f"{name} is {value!r}. Choose one of {', '.join(CHOICES[name])}.")
+                require(
+                    value in CHOICES[name],
+                    f"{name} is {value!r}. Choose one of {', '.join(CHOICES[name])}.",
+                )
             elif isinstance(defaults[name].default, bool):
                 require(isinstance(value, bool), f"{name} is {value!r}. Give True or False.")
     given = given or {}
-    gate = {name: given[name] for name in ("fixed_attention", "gate_norm", "gate_bias") if name in given}
+    gate = {
+        name: given[name] for name in ("fixed_attention", "gate_norm", "gate_bias") if name in given
+    }
     expect_gate(**gate)
 
+
 def check_settings(
-    settings:Settings, # of a run
-)->None:
+    settings: Settings,  # of a run
+) -> None:
     "Raise `InputError` on the first setting that cannot work, before anything is read"
     _check_names(settings)
     _check_counts(settings)
@@ -124,30 +171,40 @@ def check_settings(
 
 # %% ../../nbs/4_inside/folders.ipynb #fed63b7f
 def read_names(
-    path, # text file; None: no file
-)->set: # of names
+    path,  # text file; None: no file
+) -> set:  # of names
     "Names in a text file, one a line; raises `InputError` if it is not there, or no text"
     if path is None:
         return set()
     expect(Path(path).is_file(), path, "no such file", "a text file with a case name a line")
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")          # some editors begin a file with a mark
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except UnicodeDecodeError as e:
-        raise InputError(f"{path} is no text in UTF-8. Save it as UTF-8, one case name a line.") from e
+        raise InputError(
+            f"{path} is no text in UTF-8. Save it as UTF-8, one case name a line."
+        ) from e
     return {line.strip() for line in text.splitlines() if line.strip()}
 
+
 def known_names(
-    path, # text file, one name a line; None: no file
-    cases, # of Case, of the dataset
-)->set: # of names
+    path,  # text file, one name a line; None: no file
+    cases,  # of Case, of the dataset
+) -> set:  # of names
     "Names in a text file, each the name of a case; raises `InputError` on one that is none"
     names, known = read_names(path), {c.name for c in cases}
-    unknown = sorted(names-known)
+    unknown = sorted(names - known)
     if unknown:
         short = unknown[0].removesuffix(".gz").removesuffix(".nii")
-        fix = f"Write {short} without the ending of the file." if short in known else f"The cases are called {', '.join(sorted(known)[:3])} and so on."
-        raise InputError(f"{path} names {len(unknown)} cases that the data set does not have: {', '.join(unknown[:3])}. {fix}")
+        fix = (
+            f"Write {short} without the ending of the file."
+            if short in known
+            else f"The cases are called {', '.join(sorted(known)[:3])} and so on."
+        )
+        raise InputError(
+            f"{path} names {len(unknown)} cases that the data set does not have: {', '.join(unknown[:3])}. {fix}"
+        )
     return names
+
 
 def _load(cases, task, settings, quiet):
     "Prepared cases; of several processes each prepares its share, then all map the same files"
@@ -160,39 +217,54 @@ def _load(cases, task, settings, quiet):
         dist.barrier()
     return prepared_cases(cases, task, cache, settings.cache_gb, quiet, **how)
 
+
 def _split(dataset, settings):
     "Training cases, validation cases (Case), and notes about those that are left out"
     out = known_names(settings.exclude, dataset.cases)
     known = [c for c in dataset.cases if c.name not in out]
     labelled = [c for c in known if c.label]
     named = isinstance(settings.validation, (str, Path))
-    train, val = split_cases(labelled, settings.seed, known_names(settings.validation, dataset.cases) if named else settings.validation)
+    train, val = split_cases(
+        labelled,
+        settings.seed,
+        known_names(settings.validation, dataset.cases) if named else settings.validation,
+    )
     used = len(train) if settings.train_cases is None else settings.train_cases
     expect(0 < used <= len(train), "train_cases", used, f"1 to {len(train)} cases")
     length = len(train)
     if used < length:
         train = random.Random(settings.seed).sample(train, used)
-    notes = [f"{dataset.task.name}: {len(train)} case{'' if len(train) == 1 else 's'} for training, {len(val)} for validation"]
+    notes = [
+        f"{dataset.task.name}: {len(train)} case{'' if len(train) == 1 else 's'} for training, {len(val)} for validation"
+    ]
     if settings.exclude is not None and not out:
         notes.append(f"{settings.exclude} names no case, so that none is left out")
     if len(known) < len(dataset.cases):
-        notes.append(f"{len(dataset.cases)-len(known)} cases left out by {settings.exclude}")
+        notes.append(f"{len(dataset.cases) - len(known)} cases left out by {settings.exclude}")
     if len(labelled) < len(known):
-        notes.append(f"{len(known)-len(labelled)} cases without label map left out")
+        notes.append(f"{len(known) - len(labelled)} cases without label map left out")
     return train, val, length, notes
+
 
 def _fill_in(settings, train):
     "The patch size, where it is None; a note where a patch is larger than a volume"
     shapes = torch.tensor([c.labels.shape for c in train])
     if settings.patch_size is None:
-        settings.patch_size = tuple(min(128, -(-int(n)//8)*8) for n in shapes.median(0).values)
+        settings.patch_size = tuple(min(128, -(-int(n) // 8) * 8) for n in shapes.median(0).values)
     small = int((shapes < torch.tensor(settings.patch_size)).any(1).sum())
-    return [f"patch {tuple(settings.patch_size)} is larger than {small} of {len(train)} training volumes: their borders are repeated"] if small else []
+    return (
+        [
+            f"patch {tuple(settings.patch_size)} is larger than {small} of {len(train)} training volumes: their borders are repeated"
+        ]
+        if small
+        else []
+    )
+
 
 def prepare(
-    settings:Settings, # of the run; its patch size and spacing are filled in where they come from the cases
-    quiet:bool=False, # no progress bar
-)->tuple: # task, training cases, validation cases (Loaded), messages
+    settings: Settings,  # of the run; its patch size and spacing are filled in where they come from the cases
+    quiet: bool = False,  # no progress bar
+) -> tuple:  # task, training cases, validation cases (Loaded), messages
     "Find, check, split and load the cases; raises `InputError` before anything is written"
     dataset = find_dataset(settings.data)
     expect_paired(dataset)
@@ -203,29 +275,64 @@ def prepare(
     if tuple(settings.spacing) != (1, 1, 1):
         notes.append("voxels of " + " × ".join(f"{v:g}" for v in settings.spacing) + " mm")
     if settings.cache is None and default_cache() is None:
-        notes.append("no folder for prepared cases is known, so they stay in memory: name one by --cache or EGCNN_CACHE")
-    loaded = _load(train+val, task, settings, quiet)
-    train, val = loaded[:len(train)], loaded[len(train):]
+        notes.append(
+            "no folder for prepared cases is known, so they stay in memory: name one by --cache or EGCNN_CACHE"
+        )
+    loaded = _load(train + val, task, settings, quiet)
+    train, val = loaded[: len(train)], loaded[len(train) :]
     expect_foreground(train, settings.data)
     notes += _fill_in(settings, train)
     return task, [train[i % len(train)] for i in range(length)], val, notes
 
 # %% ../../nbs/4_inside/folders.ipynb #5e771c04
-SETTINGS_0_1 = {"spacing": (1., 1., 1.), "init": None, "self_check": False, "readers": None}       # what a config.json of 0.1 has no name for
+SETTINGS_0_1 = {
+    "spacing": (1.0, 1.0, 1.0),
+    "init": None,
+    "self_check": False,
+    "readers": None,
+}  # what a config.json of 0.1 has no name for
 READINGS_0_1 = {
-    "entry": "decoder", "attention_relu": True, "attention_channels": "one", "fuse": "logits", "edge_classes": "each", "last_block": False,
-    "lambda1": 1., "lambda2": .5, "w_consistency": 1., "tau": 1., "hard": False, "supervise": "both", "thickness": 2, "eps_in": "both", "reduce": "case",
-    "where": "truth", "weight_negatives": True, "beta_over": "case", "consistency_alone": False, "semantic": "dice", "w_cross_entropy": 0., "norm_head": True,
-    "gate_residual": "none", "edge_head": "plain", "entry_norm": False, "fixed_attention": None, "fuse_by": "correction",
-    "consistency_reduce": "mean", "consistency": "masks", "gate_norm": False, "gate_bias": None,
+    "entry": "decoder",
+    "attention_relu": True,
+    "attention_channels": "one",
+    "fuse": "logits",
+    "edge_classes": "each",
+    "last_block": False,
+    "lambda1": 1.0,
+    "lambda2": 0.5,
+    "w_consistency": 1.0,
+    "tau": 1.0,
+    "hard": False,
+    "supervise": "both",
+    "thickness": 2,
+    "eps_in": "both",
+    "reduce": "case",
+    "where": "truth",
+    "weight_negatives": True,
+    "beta_over": "case",
+    "consistency_alone": False,
+    "semantic": "dice",
+    "w_cross_entropy": 0.0,
+    "norm_head": True,
+    "gate_residual": "none",
+    "edge_head": "plain",
+    "entry_norm": False,
+    "fixed_attention": None,
+    "fuse_by": "correction",
+    "consistency_reduce": "mean",
+    "consistency": "masks",
+    "gate_norm": False,
+    "gate_bias": None,
 }
 
+
 def defaults_of_0_1(
-    readings:dict|None, # that a run of 0.1 names
-)->dict: # name -> value
+    readings: dict | None,  # that a run of 0.1 names
+) -> dict:  # name -> value
     "Readings of a run of 0.1 that it does not name"
     weight = (readings or {}).get("w_cross_entropy")
     return {**READINGS_0_1, "semantic": "dice_ce" if weight else "dice"}
+
 
 def _defaults(settings):
     "Readings of this version: name -> default"
@@ -234,6 +341,7 @@ def _defaults(settings):
         for name, parameter in inspect.signature(cls).parameters.items():
             found[name] = parameter.default
     return found
+
 
 def _applies(settings, name, value):
     "Whether a run listens to a reading"
@@ -244,10 +352,12 @@ def _applies(settings, name, value):
         return False
     return True
 
+
 def readings_in_force(
-    settings:Settings, # of a run
-    defaults:dict|None=None, # name -> value of the readings that it does not name; None: those of this version
-)->dict: # name -> value
+    settings: Settings,  # of a run
+    defaults: dict
+    | None = None,  # name -> value of the readings that it does not name; None: those of this version
+) -> dict:  # name -> value
     "Every reading that applies to a run, with its value; raises `InputError` on one that does not"
     reading_for(EGLoss, settings)
     own = settings.readings or {}
@@ -258,16 +368,18 @@ def readings_in_force(
     found["w_cross_entropy"] = cross_entropy_weight(found["semantic"], found["w_cross_entropy"])
     return found
 
+
 def version_of(
-    config:dict, # of `describe`
-)->str|None: # of this package; None: 0.1
+    config: dict,  # of `describe`
+) -> str | None:  # of this package; None: 0.1
     "The version that began a run"
     return config.get("versions", {}).get("egcnn_nb")
 
+
 def settings_of_config(
-    config:dict, # of config.json
-    where:object="config.json", # file, for the message
-)->tuple: # settings with every reading written out, task
+    config: dict,  # of config.json
+    where: object = "config.json",  # file, for the message
+) -> tuple:  # settings with every reading written out, task
     "What a run's config.json says, whichever version wrote it; raises `InputError` where it says something else"
     try:
         old = version_of(config) is None
@@ -276,12 +388,16 @@ def settings_of_config(
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
         settings, t = Settings(**values), config["task"]
-        settings.readings = readings_in_force(settings, defaults_of_0_1(settings.readings) if old else None)
+        settings.readings = readings_in_force(
+            settings, defaults_of_0_1(settings.readings) if old else None
+        )
         labels = {int(k): v for k, v in t["labels"].items()}
         regions = {k: tuple(v) for k, v in t["regions"].items()}
         task = Task(**{**t, "channels": tuple(t["channels"]), "labels": labels, "regions": regions})
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
-        raise InputError(f"{where}: found something else ({type(e).__name__}: {e}), expected the settings of a run, as egcnn_train wrote them") from e
+        raise InputError(
+            f"{where}: found something else ({type(e).__name__}: {e}), expected the settings of a run, as egcnn_train wrote them"
+        ) from e
     return settings, task
 
 # %% ../../nbs/4_inside/folders.ipynb #5e771c07
@@ -292,18 +408,24 @@ def _renamed(weights, model):
     if edge and not had_edge:
         return {f"main.{name}": w for name, w in weights.items()}
     if had_edge and not edge:
-        return {name.removeprefix("main."): w for name, w in weights.items() if name.startswith("main.")}
+        return {
+            name.removeprefix("main."): w for name, w in weights.items() if name.startswith("main.")
+        }
     return weights
 
+
 def start_from(
-    model:nn.Module, # of the run; changed in place
-    run, # folder of an earlier run
-)->list: # of strings for the log
+    model: nn.Module,  # of the run; changed in place
+    run,  # folder of an earlier run
+) -> list:  # of strings for the log
     "Copy the trained weights whose name and shape fit; raises `InputError` where fewer than half of them do"
-    run, file = Path(run), Path(run)/"model.safetensors"
+    run, file = Path(run), Path(run) / "model.safetensors"
     for name in ("config.json", "model.safetensors"):
-        require((run/name).is_file(), f"init names {run}, which has no {name}. Give the folder of a run that egcnn_train finished at least one epoch of.")
-    settings_of_config(read_config(run), run/"config.json")
+        require(
+            (run / name).is_file(),
+            f"init names {run}, which has no {name}. Give the folder of a run that egcnn_train finished at least one epoch of.",
+        )
+    settings_of_config(read_config(run), run / "config.json")
     try:
         found = load_file(file)
     except SafetensorError as e:
@@ -311,51 +433,96 @@ def start_from(
     trained = _renamed(found, model)
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     taken = [name for name, w in own.items() if name in trained and trained[name].shape == w.shape]
-    enough = 2*len(taken) >= max(min(len(own), len(trained)), 1)
-    require(enough, f"Only {len(taken)} of {len(trained)} weights of {run} fit this network. Give a run with the same backbone, width and levels.")
+    enough = 2 * len(taken) >= max(min(len(own), len(trained)), 1)
+    require(
+        enough,
+        f"Only {len(taken)} of {len(trained)} weights of {run} fit this network. Give a run with the same backbone, width and levels.",
+    )
     with torch.no_grad():
         for name in taken:
             own[name].copy_(trained[name])
     new = [name for name in own if name not in taken]
     notes = [f"{len(taken)} of {len(own)} weights start from {run}"]
     if new:
-        notes.append(f"{len(new)} weights start anew: {', '.join(new[:5])}{' and so on' if len(new) > 5 else ''}")
+        notes.append(
+            f"{len(new)} weights start anew: {', '.join(new[:5])}{' and so on' if len(new) > 5 else ''}"
+        )
     return notes
 
 # %% ../../nbs/4_inside/folders.ipynb #91731a85
-_FREE = {"out", "data", "workers", "readers", "cache", "cache_gb", "save_minutes", "accumulate", "self_check"}      # may change when a run is resumed
+_FREE = {
+    "out",
+    "data",
+    "workers",
+    "readers",
+    "cache",
+    "cache_gb",
+    "save_minutes",
+    "accumulate",
+    "self_check",
+}  # may change when a run is resumed
+
 
 def describe(
-    settings:Settings, # of the run
-    task:Task, # of the dataset
-    train, # of Loaded
-    val, # of Loaded
-    parts:dict|None=None, # part of yours -> its name, see `your_own_parts`
-)->dict:
+    settings: Settings,  # of the run
+    task: Task,  # of the dataset
+    train,  # of Loaded
+    val,  # of Loaded
+    parts: dict | None = None,  # part of yours -> its name, see `your_own_parts`
+) -> dict:
     "What config.json holds"
     values = {**asdict(settings), "readings": readings_in_force(settings)}
     values = {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
     if settings.network is None:
         del values["network"]
-    split = {"train": list(dict.fromkeys(c.name for c in train)), "validation": [c.name for c in val]}
+    split = {
+        "train": list(dict.fromkeys(c.name for c in train)),
+        "validation": [c.name for c in val],
+    }
     versions = {name: version(name) for name in ("torch", "numpy", "monai") if find_spec(name)}
     own = {"parts": parts} if parts else {}
-    return {"settings": values, "task": asdict(task), "split": split, **own, "versions": {"egcnn_nb": egcnn_nb.__version__, **versions}}
+    return {
+        "settings": values,
+        "task": asdict(task),
+        "split": split,
+        **own,
+        "versions": {"egcnn_nb": egcnn_nb.__version__, **versions},
+    }
+
 
 def read_config(
-    out:Path, # run folder
-)->dict:
+    out: Path,  # run folder
+) -> dict:
     "config.json of a run that is resumed"
-    expect((out/"config.json").is_file(), out, "no config.json", "the folder of an earlier run", "leave out --resume")
+    expect(
+        (out / "config.json").is_file(),
+        out,
+        "no config.json",
+        "the folder of an earlier run",
+        "leave out --resume",
+    )
     try:
-        config = json.loads((out/"config.json").read_text())
-        if {"precision"} <= set(config["settings"]) and {"train", "validation"} <= set(config["split"]): return config
-    except (ValueError, KeyError, TypeError): pass
-    raise InputError(f"{out/'config.json'}: found something else, expected the settings of a run, as egcnn_train wrote them")
+        config = json.loads((out / "config.json").read_text())
+        if {"precision"} <= set(config["settings"]) and {"train", "validation"} <= set(
+            config["split"]
+        ):
+            return config
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise InputError(
+        f"{out / 'config.json'}: found something else, expected the settings of a run, as egcnn_train wrote them"
+    )
+
 
 def _kind(values):
     "What decides which readings a run listens to"
-    return values["backbone"], values.get("network"), values["edge"], values["readings"].get("consistency_alone")
+    return (
+        values["backbone"],
+        values.get("network"),
+        values["edge"],
+        values["readings"].get("consistency_alone"),
+    )
+
 
 def _differences(old, new):
     "Name -> (value of the run, value of the command) of the settings and readings that differ"
@@ -365,45 +532,75 @@ def _differences(old, new):
     pairs |= {k: (was.get(k), now.get(k)) for k in sorted(both)}
     return {k: (a, b) for k, (a, b) in pairs.items() if a != b}
 
+
 def _same_parts(out, old, new):
     "Raise `InputError` unless the parts of yours are those that the run began with"
     for part in sorted(old.keys() | new.keys()):
         was, now = old.get(part), new.get(part)
-        same = part == "model" and was and now or was == now           # of a network the weights are compared
+        same = (
+            part == "model" and was and now or was == now
+        )  # of a network the weights are compared
         if same:
             continue
         if now is None:
-            raise InputError(f"The run {out} was begun with {part}={was}, which config.json cannot build. Give fit the same {part} again.")
+            raise InputError(
+                f"The run {out} was begun with {part}={was}, which config.json cannot build. Give fit the same {part} again."
+            )
         begun = f"with {part}={was}" if was else f"without {part}"
-        raise InputError(f"The run {out} was begun {begun}, and is resumed with {part}={now}. Give fit what the run began with.")
+        raise InputError(
+            f"The run {out} was begun {begun}, and is resumed with {part}={now}. Give fit what the run began with."
+        )
+
 
 def _same(out, config):
     "Raise `InputError` that lists what differs from the run in `out`"
     old, new = read_config(out), json.loads(json.dumps(config))
-    begun = json.loads(json.dumps(asdict(settings_of_config(old, out/"config.json")[0])))
+    begun = json.loads(json.dumps(asdict(settings_of_config(old, out / "config.json")[0])))
     _same_parts(out, old.get("parts", {}), new.get("parts", {}))
     differ = _differences(begun, {"network": None, **new["settings"]})
     found = ", ".join(f"{k} {a}" for k, (a, _) in differ.items())
     expected = ", ".join(f"{k} {b}" for k, (_, b) in differ.items())
     expect(not differ, out, found, expected, "resume with the run's own settings")
-    names = [set(c["split"]["train"]+c["split"]["validation"]) for c in (old, new)]
-    gone, come = sorted(names[0]-names[1]), sorted(names[1]-names[0])
-    expect(old["split"] == new["split"], out, f"another split of the cases (gone {gone[:5]}, new {come[:5]})", "the cases that the run began with", "restore them, or begin a new run")
+    names = [set(c["split"]["train"] + c["split"]["validation"]) for c in (old, new)]
+    gone, come = sorted(names[0] - names[1]), sorted(names[1] - names[0])
+    expect(
+        old["split"] == new["split"],
+        out,
+        f"another split of the cases (gone {gone[:5]}, new {come[:5]})",
+        "the cases that the run began with",
+        "restore them, or begin a new run",
+    )
+
 
 def _new_folder(out, config):
     "Make a run folder that has its config.json from the first moment on"
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".part-{uuid4().hex[:8]}-{out.name}"); part.mkdir()
-    (part/"config.json").write_text(json.dumps(config, indent=1))
-    try: part.rename(out)
-    except OSError: (part/"config.json").unlink(); part.rmdir(); expect(False, out, "a folder that exists", "a new run folder", "choose another --out, or --resume")
+    part = out.with_name(f".part-{uuid4().hex[:8]}-{out.name}")
+    part.mkdir()
+    (part / "config.json").write_text(json.dumps(config, indent=1))
+    try:
+        part.rename(out)
+    except OSError:
+        (part / "config.json").unlink()
+        part.rmdir()
+        expect(
+            False,
+            out,
+            "a folder that exists",
+            "a new run folder",
+            "choose another --out, or --resume",
+        )
+
 
 def _as_begun(settings, out):
     "The readings that a command does not name, where it resumes a run of 0.1: they are those of 0.1"
     if version_of(read_config(out)) is None:
         settings.readings = readings_in_force(settings, defaults_of_0_1(settings.readings))
-        return [f"the run was begun with egcnn_nb 0.1, whose readings it keeps: semantic={settings.readings['semantic']}"]
+        return [
+            f"the run was begun with egcnn_nb 0.1, whose readings it keeps: semantic={settings.readings['semantic']}"
+        ]
     return []
+
 
 def _try_network(settings, task, resume):
     "Make the network once, so that settings that it refuses are told before anything is written"
@@ -411,16 +608,23 @@ def _try_network(settings, task, resume):
     if settings.init and not resume:
         start_from(model, settings.init)
 
+
 def begin(
-    settings:Settings, # of the run
-    resume:bool, # go on with the run in settings.out
-    quiet:bool, # no progress bar
-    parts:dict|None=None, # part of yours -> its name, for config.json
-    check=None, # called with settings, task and training cases before anything is written; None: the network is made once
-)->tuple: # task, training cases, validation cases, messages, state of the newest checkpoint, lock of the folder
+    settings: Settings,  # of the run
+    resume: bool,  # go on with the run in settings.out
+    quiet: bool,  # no progress bar
+    parts: dict | None = None,  # part of yours -> its name, for config.json
+    check=None,  # called with settings, task and training cases before anything is written; None: the network is made once
+) -> tuple:  # task, training cases, validation cases, messages, state of the newest checkpoint, lock of the folder
     "Check and load everything, then make the run folder or read the newest checkpoint, which all processes get from the first"
     (rank, world), out = ranks(), Path(settings.out)
-    expect(rank > 0 or resume or not out.exists(), out, "a folder that exists", "a new run folder", "choose another --out, or --resume")
+    expect(
+        rank > 0 or resume or not out.exists(),
+        out,
+        "a folder that exists",
+        "a new run folder",
+        "choose another --out, or --resume",
+    )
     old = _as_begun(settings, out) if resume and rank == 0 else []
     task, train, val, notes = prepare(settings, quiet or rank > 0)
     notes += old

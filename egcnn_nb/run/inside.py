@@ -21,63 +21,81 @@ from ..tensors import to_labels
 # %% ../../nbs/4_inside/inside.ipynb #5c512c6c
 def _uncertainty(channels, activation, classes):
     "Entropy of probabilities that come one channel after the other"
-    def bits(p): return -torch.xlogy(p, p)
+
+    def bits(p):
+        return -torch.xlogy(p, p)
+
     out = None
     for p in channels:
-        own = bits(p) if activation == "softmax" else bits(p)+bits(1-p)
+        own = bits(p) if activation == "softmax" else bits(p) + bits(1 - p)
         if out is None:
             out = own
         elif activation == "softmax":
             out += own
         else:
             torch.maximum(out, own, out=out)
-    return out/np.log(classes if activation == "softmax" else 2)
+    return out / np.log(classes if activation == "softmax" else 2)
+
 
 def entropy(
-    prob:Tensor, # probabilities (B,K,D,H,W)
-    activation:str, # "softmax" or "sigmoid"
-)->Tensor: # (B,D,H,W) in [0,1]
+    prob: Tensor,  # probabilities (B,K,D,H,W)
+    activation: str,  # "softmax" or "sigmoid"
+) -> Tensor:  # (B,D,H,W) in [0,1]
     "Uncertainty of a prediction: entropy over the classes, or of the least certain region (our choice)"
     return _uncertainty(prob.unbind(1), activation, prob.shape[1])
 
+
 def _ml(prob, labels, task, spacing):
     "`region_ml` of probabilities that are taken one channel at a time, and the labels made of them"
-    ml, found = float(np.prod(spacing))/1000, {}
+    ml, found = float(np.prod(spacing)) / 1000, {}
     channel = {v: i for i, v in enumerate(task.labels)}
     for i, (name, values) in enumerate(task.regions.items()):
         parts = [i] if task.activation == "sigmoid" else [channel[v] for v in values]
         region = torch.zeros(())
         for part in parts:
             region = region + prob[part]
-        voxels = np.isin(labels, values).sum(), (region > .75).sum(), (region > .25).sum()
-        found[name] = tuple(float(v)*ml for v in voxels)
+        voxels = np.isin(labels, values).sum(), (region > 0.75).sum(), (region > 0.25).sum()
+        found[name] = tuple(float(v) * ml for v in voxels)
     return found
 
+
 def region_ml(
-    prob:Tensor, # probabilities (K,D,H,W)
-    task:Task, # whose regions are measured
-    spacing, # voxel size in mm
-)->dict: # region -> (ml, ml of the voxels above 3/4, ml of those above 1/4)
+    prob: Tensor,  # probabilities (K,D,H,W)
+    task: Task,  # whose regions are measured
+    spacing,  # voxel size in mm
+) -> dict:  # region -> (ml, ml of the voxels above 3/4, ml of those above 1/4)
     "Volume of each region in millilitres, with a range (our choice)"
     return _ml(prob, to_labels(prob[None], task)[0].cpu().numpy(), task, spacing)
 
 # %% ../../nbs/4_inside/inside.ipynb #2a02081b
 def look_inside(
-    model:nn.Module, # of `load_run`; it is moved to the GPU if there is one
-    settings:Settings, # of `load_run`
-    task:Task, # of `load_run`
-    case:Case, # which
-)->dict: # "image", "labels", "uncertainty", "grid", "ml", and with an edge stream "edge", "attention"; maps (D,H,W) on the scan's own grid
+    model: nn.Module,  # of `load_run`; it is moved to the GPU if there is one
+    settings: Settings,  # of `load_run`
+    task: Task,  # of `load_run`
+    case: Case,  # which
+) -> dict:  # "image", "labels", "uncertainty", "grid", "ml", and with an edge stream "edge", "attention"; maps (D,H,W) on the scan's own grid
     "All that a network says about a scan (eq. 1 for the attention)"
-    maps, loaded = case_maps([(model.to(best_device()), settings, task)], case, inside=settings.edge)
+    maps, loaded = case_maps(
+        [(model.to(best_device()), settings, task)], case, inside=settings.edge
+    )
     k, air = task.outputs, -1 if task.normalize == "hu" else 0
     image = BoxMaps(loaded.x, loaded.box_size)[-1]
     out = {"image": place(image.numpy(), loaded, air)}
-    out["uncertainty"] = place(_uncertainty((maps[i] for i in range(k)), task.activation, k).numpy(), loaded)
+    out["uncertainty"] = place(
+        _uncertainty((maps[i] for i in range(k)), task.activation, k).numpy(), loaded
+    )
     if settings.edge:
         edge = maps[k]
-        for i in range(k+1, len(maps)-1):
+        for i in range(k + 1, len(maps) - 1):
             edge = torch.maximum(edge, maps[i])
-        out["edge"], out["attention"] = place(edge.numpy(), loaded), place(maps[len(maps)-1].numpy(), loaded)
+        out["edge"], out["attention"] = (
+            place(edge.numpy(), loaded),
+            place(maps[len(maps) - 1].numpy(), loaded),
+        )
     labels = label_map(maps, loaded, task)
-    return {**out, "labels": labels, "grid": loaded.grid, "ml": _ml(maps, labels, task, loaded.grid.spacing)}
+    return {
+        **out,
+        "labels": labels,
+        "grid": loaded.grid,
+        "ml": _ml(maps, labels, task, loaded.grid.spacing),
+    }

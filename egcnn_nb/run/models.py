@@ -33,79 +33,154 @@ from .settings import NETWORKS, Settings
 from ..tensors import seed_everything
 
 # %% ../../nbs/4_inside/models.ipynb #5811cb4a
-_PEERS = {"segresnet": 2, "dynunet": 3} # the fewest resolutions of each
+_PEERS = {"segresnet": 2, "dynunet": 3}  # the fewest resolutions of each
+
 
 def make_peer(
-    name:str, # "segresnet" or "dynunet"
-    in_channels:int, # of the image
-    out_channels:int, # of the logits
-    width:int=8, # channels at the finest resolution
-    levels:int=4, # resolutions
-)->nn.Module:
+    name: str,  # "segresnet" or "dynunet"
+    in_channels: int,  # of the image
+    out_channels: int,  # of the logits
+    width: int = 8,  # channels at the finest resolution
+    levels: int = 4,  # resolutions
+) -> nn.Module:
     "MONAI's SegResNet or DynUNet, three-dimensional (our choice, for comparison)"
     require(name in _PEERS, f"The backbone {name!r} is not known. Choose one of {list(_PEERS)}.")
     _expect_size(name, width, levels)
     nets = need("monai.networks.nets", f"the backbone {name!r}", "monai")
     if name == "dynunet":
-        channels = [width*2**i for i in range(levels)]
-        net = nets.DynUNet(3, in_channels, out_channels, [3]*levels, [1]+[2]*(levels-1), [2]*(levels-1), filters=channels)
+        channels = [width * 2**i for i in range(levels)]
+        net = nets.DynUNet(
+            3,
+            in_channels,
+            out_channels,
+            [3] * levels,
+            [1] + [2] * (levels - 1),
+            [2] * (levels - 1),
+            filters=channels,
+        )
     else:
-        blocks = [1, 2, 2, 4, *[4]*max(levels-4, 0)][:levels]
+        blocks = [1, 2, 2, 4, *[4] * max(levels - 4, 0)][:levels]
         norm = ("GROUP", {"num_groups": gcd(8, width)})
-        net = nets.SegResNet(3, width, in_channels, out_channels, norm=norm, blocks_down=tuple(blocks), blocks_up=(1,)*(levels-1))
-    net.multiple = 2**(levels-1)
+        net = nets.SegResNet(
+            3,
+            width,
+            in_channels,
+            out_channels,
+            norm=norm,
+            blocks_down=tuple(blocks),
+            blocks_up=(1,) * (levels - 1),
+        )
+    net.multiple = 2 ** (levels - 1)
     return net
+
 
 def _is_whole(value):
     "Whether it is a whole number, True and False apart"
     return isinstance(value, int) and not isinstance(value, bool)
 
+
 def _expect_size(backbone, width, levels):
     "Raise `InputError` unless a network of this width and depth can be made"
     least = _PEERS.get(backbone, 2)
-    require(_is_whole(levels) and least <= levels <= 8, f"The backbone {backbone} cannot be made with {levels!r} levels. Choose --levels from {least} to 8.")
-    require(_is_whole(width) and 1 <= width <= 1024, f"The backbone {backbone} cannot be made with a width of {width!r}. Choose --width from 1 to 1024.")
-    deepest = width*2**(levels-1)
-    require(deepest <= 8192, f"A width of {width} with {levels} levels makes {deepest:,} channels at the deepest. Choose a smaller --width or fewer --levels, so that there are at most 8,192.")
+    require(
+        _is_whole(levels) and least <= levels <= 8,
+        f"The backbone {backbone} cannot be made with {levels!r} levels. Choose --levels from {least} to 8.",
+    )
+    require(
+        _is_whole(width) and 1 <= width <= 1024,
+        f"The backbone {backbone} cannot be made with a width of {width!r}. Choose --width from 1 to 1024.",
+    )
+    deepest = width * 2 ** (levels - 1)
+    require(
+        deepest <= 8192,
+        f"A width of {width} with {levels} levels makes {deepest:,} channels at the deepest. Choose a smaller --width or fewer --levels, so that there are at most 8,192.",
+    )
 
 # %% ../../nbs/4_inside/models.ipynb #25b8e61c
-_FIXED = {"self", "net", "example_input", "activation", "features", "decoder_entry", "head", "output", "in_channels", "out_channels", "width", "levels", "dims", "verbose", "args", "kwargs"}
+_FIXED = {
+    "self",
+    "net",
+    "example_input",
+    "activation",
+    "features",
+    "decoder_entry",
+    "head",
+    "output",
+    "in_channels",
+    "out_channels",
+    "width",
+    "levels",
+    "dims",
+    "verbose",
+    "args",
+    "kwargs",
+}
+
 
 def _arguments(cls):
     "Names of the readings that a class, or a function, takes"
     return set(inspect.signature(cls).parameters) - _FIXED
 
+
 def maker_of(
-    backbone:str, # name
-): # callable: channels of the image, classes, width, levels -> network
+    backbone: str,  # name
+):  # callable: channels of the image, classes, width, levels -> network
     "What makes a backbone: one of our classes, or `make_peer`"
     return BACKBONES.get(backbone) or partial(make_peer, backbone)
 
+
 def takers(
-    settings:Settings, # of the run
-)->list: # EGCNN, EGLoss, and what makes the backbone, unless the network is of yours
+    settings: Settings,  # of the run
+) -> list:  # EGCNN, EGLoss, and what makes the backbone, unless the network is of yours
     "What takes the readings of a run"
     ours = [EGCNN, EGLoss]
     return ours if settings.network else [*ours, maker_of(settings.backbone)]
 
+
 def reading_for(
-    cls, # EGCNN, EGLoss, or `maker_of` the backbone
-    settings:Settings, # of the run
-)->dict: # its share of the readings
+    cls,  # EGCNN, EGLoss, or `maker_of` the backbone
+    settings: Settings,  # of the run
+) -> dict:  # its share of the readings
     "The arguments for a class among the run's readings; raises `InputError` on a name that is no reading"
-    readings, own = settings.readings or {}, set() if settings.network else _arguments(maker_of(settings.backbone))
+    readings, own = (
+        settings.readings or {},
+        set() if settings.network else _arguments(maker_of(settings.backbone)),
+    )
     known = own | _arguments(EGCNN) | _arguments(EGLoss)
     odd = sorted(set(readings) - known)
-    expect(not odd, "readings", odd, f"names out of {sorted(known)} for {settings.network or settings.backbone}")
-    alone = {*own, "eps_in", "reduce", "consistency_alone", "semantic", "w_cross_entropy", *(("w_consistency", "tau", "hard", "where", "consistency_reduce") if readings.get("consistency_alone") else ())}
+    expect(
+        not odd,
+        "readings",
+        odd,
+        f"names out of {sorted(known)} for {settings.network or settings.backbone}",
+    )
+    alone = {
+        *own,
+        "eps_in",
+        "reduce",
+        "consistency_alone",
+        "semantic",
+        "w_cross_entropy",
+        *(
+            ("w_consistency", "tau", "hard", "where", "consistency_reduce")
+            if readings.get("consistency_alone")
+            else ()
+        ),
+    }
     idle = sorted(set(readings) - alone)
-    expect(settings.edge or not idle, "readings", idle, f"those that a bare backbone or its loss listens to, {sorted(alone)}", "use --edge on")
+    expect(
+        settings.edge or not idle,
+        "readings",
+        idle,
+        f"those that a bare backbone or its loss listens to, {sorted(alone)}",
+        "use --edge on",
+    )
     return {k: v for k, v in readings.items() if k in _arguments(cls)}
 
 # %% ../../nbs/4_inside/models.ipynb #5e772a02
 def import_build(
-    name:str, # "module:function"
-): # the function
+    name: str,  # "module:function"
+):  # the function
     "The function behind a name, its module found from the current directory; raises `InputError`"
     module, _, function = name.partition(":")
     here = str(Path.cwd())
@@ -115,13 +190,23 @@ def import_build(
         found = importlib.import_module(module)
     except ModuleNotFoundError as e:
         if e.name == module:
-            raise InputError(f"The network {name} names the module {module}, which is not found from {here}. Start the command in the folder of {module}.py.") from e
-        raise InputError(f"The module {module} of the network {name} needs {e.name}, which is not installed. Install it.") from e
-    except Exception as e: # whatever a module may raise
-        raise InputError(f"The module {module} of the network {name} cannot be imported ({type(e).__name__}: {e}). Repair it.") from e
+            raise InputError(
+                f"The network {name} names the module {module}, which is not found from {here}. Start the command in the folder of {module}.py."
+            ) from e
+        raise InputError(
+            f"The module {module} of the network {name} needs {e.name}, which is not installed. Install it."
+        ) from e
+    except Exception as e:  # whatever a module may raise
+        raise InputError(
+            f"The module {module} of the network {name} cannot be imported ({type(e).__name__}: {e}). Repair it."
+        ) from e
     build = getattr(found, function, None)
-    require(callable(build), f"The module {module} has no function {function}. Name one that returns the network, as in --network {module}:build.")
+    require(
+        callable(build),
+        f"The module {module} has no function {function}. Name one that returns the network, as in --network {module}:build.",
+    )
     return build
+
 
 def _expect_named(settings):
     "Raise `InputError` unless the name of a network has the right form, and no setting of our backbones stands beside it"
@@ -131,31 +216,45 @@ def _expect_named(settings):
     require(good, f"The network {name!r} is no name. Write it as module:function.")
     expect_alone(settings, name)
 
+
 def expect_alone(
-    settings:Settings, # of the run
-    name:str, # of a network of yours, for the message
-)->None:
+    settings: Settings,  # of the run
+    name: str,  # of a network of yours, for the message
+) -> None:
     "Raise `InputError` where a setting of our backbones stands beside a network of yours"
     for setting in ("backbone", "width", "levels"):
         given, default = getattr(settings, setting), getattr(Settings, setting)
-        require(given == default, f"{setting} is {given!r}, but the network is built by {name}. Leave out {setting}.")
+        require(
+            given == default,
+            f"{setting} is {given!r}, but the network is built by {name}. Leave out {setting}.",
+        )
+
 
 def build_network(
-    build, # function of (in_channels, out_channels), or the network itself
-    task:Task, # of the dataset
-    name:str, # for messages
-)->nn.Module:
+    build,  # function of (in_channels, out_channels), or the network itself
+    task: Task,  # of the dataset
+    name: str,  # for messages
+) -> nn.Module:
     "The network of a function of yours; raises `InputError` where it returns something else"
     net = build
     if not isinstance(build, nn.Module):
         try:
             net = build(len(task.channels), task.outputs)
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as e:
-            raise InputError(f"{name}({len(task.channels)}, {task.outputs}) fails ({type(e).__name__}: {e}). It is called with the number of channels of the image and of the output.") from e
-    require(isinstance(net, nn.Module), f"{name} returns {type(net).__name__}. Return a torch.nn.Module.")
+            raise InputError(
+                f"{name}({len(task.channels)}, {task.outputs}) fails ({type(e).__name__}: {e}). It is called with the number of channels of the image and of the output."
+            ) from e
+    require(
+        isinstance(net, nn.Module),
+        f"{name} returns {type(net).__name__}. Return a torch.nn.Module.",
+    )
     learned = any(p.requires_grad for p in net.parameters())
-    require(learned, f"The network of {name} has no weights to train. Return one with parameters that require a gradient.")
+    require(
+        learned,
+        f"The network of {name} has no weights to train. Return one with parameters that require a gradient.",
+    )
     return net
+
 
 def _logit_shape(net, shape):
     "Shape of the logits for an input of this shape, or None where the network refuses it"
@@ -167,14 +266,16 @@ def _logit_shape(net, shape):
         return None
     return None if out is None else tuple(out.shape)
 
+
 def _takes_multiples(net, channels, outputs, multiple):
     "Whether two sizes that are multiples of this number, and of little else, come out as they went in"
-    first = -(-64//multiple)*multiple
-    for side in (first, first+multiple):
+    first = -(-64 // multiple) * multiple
+    for side in (first, first + multiple):
         size = (side, side, side)
         if _logit_shape(net, (1, channels, *size)) != (1, outputs, *size):
             return False
     return True
+
 
 def _without_values(net):
     "A copy of a network whose tensors have no values, or None where that is not possible"
@@ -183,16 +284,19 @@ def _without_values(net):
     except (RuntimeError, TypeError, NotImplementedError, AttributeError):
         return None
 
+
 def measure_multiple(
-    net:nn.Module, # takes (B,C,D,H,W)
-    channels:int, # C of its input
-    outputs:int, # channels of its logits
-)->int|None: # None: it takes none of the sizes that were tried
+    net: nn.Module,  # takes (B,C,D,H,W)
+    channels: int,  # C of its input
+    outputs: int,  # channels of its logits
+) -> int | None:  # None: it takes none of the sizes that were tried
     "The smallest number of whose multiples a network makes logits of the same size"
     twin = _without_values(net)
     if twin is not None and _logit_shape(twin, (1, channels, 64, 64, 64)) is not None:
         return next((m for m in range(1, 65) if _takes_multiples(twin, channels, outputs, m)), None)
-    return next((m for m in (1, 2, 4, 8, 16, 32, 64) if _takes_multiples(net, channels, outputs, m)), None)
+    return next(
+        (m for m in (1, 2, 4, 8, 16, 32, 64) if _takes_multiples(net, channels, outputs, m)), None
+    )
 
 # %% ../../nbs/4_inside/models.ipynb #5e772a03
 def _why_refused(net, name, task):
@@ -207,16 +311,17 @@ def _why_refused(net, name, task):
         home = home_of(net)
         with torch.no_grad(), evaluating(net):
             net(torch.zeros(1, channels, *size, dtype=home.dtype, device=home.device))
-    except Exception as e: # whatever a network may raise
+    except Exception as e:  # whatever a network may raise
         return f"The network of {name} fails for an image of {(1, channels, *size)} ({type(e).__name__}: {e}). {fix}"
     return f"The network of {name} returns no logits. {fix}"
 
+
 def settle_multiple(
-    net:nn.Module, # of yours; its `multiple` is set where it has none
-    task:Task, # of the dataset
-    name:str, # for messages
-    patch_size=None, # of the run; None: not known yet
-)->int: # of whose multiples the network takes
+    net: nn.Module,  # of yours; its `multiple` is set where it has none
+    task: Task,  # of the dataset
+    name: str,  # for messages
+    patch_size=None,  # of the run; None: not known yet
+) -> int:  # of whose multiples the network takes
     "Measure what a network of yours takes; raises `InputError` where its channels or the patch do not fit"
     said = [getattr(m, "multiple") for m in net.modules() if hasattr(m, "multiple")]
     if not said:
@@ -226,15 +331,20 @@ def settle_multiple(
         setattr(net, "multiple", measured)
     multiple = max(said) if said else cast(int, net.multiple)
     divides = patch_size is None or all(p % multiple == 0 for p in patch_size)
-    require(divides, f"The patch size {patch_size} does not fit the network of {name}. Choose multiples of {multiple}.")
+    require(
+        divides,
+        f"The patch size {patch_size} does not fit the network of {name}. Choose multiples of {multiple}.",
+    )
     return multiple
+
 
 def _example_for(net, channels, multiple):
     "An input that shows every resolution of a network"
-    least = max(2*multiple, 64 if multiple == 1 else 32)
-    side = -(-least//multiple)*multiple
+    least = max(2 * multiple, 64 if multiple == 1 else 32)
+    side = -(-least // multiple) * multiple
     home = home_of(net)
     return torch.zeros(1, channels, side, side, side, dtype=home.dtype, device=home.device)
+
 
 def _make_named(settings, task):
     "The network that the settings name, with the edge stream around it"
@@ -242,10 +352,19 @@ def _make_named(settings, task):
     net = build_network(import_build(name), task, name)
     multiple = settle_multiple(net, task, name, settings.patch_size)
     if isinstance(net, EGCNN):
-        require(settings.edge, f"{name} returns an EGCNN, which has an edge stream. Leave out --edge off.")
-        require(net.activation == task.activation, f"{name} returns an EGCNN for {net.activation}, but the task has {task.activation}. Give it activation={task.activation!r}.")
-        idle = sorted(set(reading_for(EGCNN, settings))-{"edge_classes"})
-        require(not idle, f"{name} returns an EGCNN, which has its readings. Leave out --reading {' '.join(idle)}.")
+        require(
+            settings.edge,
+            f"{name} returns an EGCNN, which has an edge stream. Leave out --edge off.",
+        )
+        require(
+            net.activation == task.activation,
+            f"{name} returns an EGCNN for {net.activation}, but the task has {task.activation}. Give it activation={task.activation!r}.",
+        )
+        idle = sorted(set(reading_for(EGCNN, settings)) - {"edge_classes"})
+        require(
+            not idle,
+            f"{name} returns an EGCNN, which has its readings. Leave out --reading {' '.join(idle)}.",
+        )
         return net
     if not settings.edge:
         return net
@@ -254,140 +373,197 @@ def _make_named(settings, task):
 
 # %% ../../nbs/4_inside/models.ipynb #4cfff374
 def expect_network(
-    settings:Settings, # of the run
-)->None:
+    settings: Settings,  # of the run
+) -> None:
     "Raise `InputError` unless the network of these settings can be made; reads nothing, and takes no time"
     name, patch_size = settings.backbone, settings.patch_size
-    require(name in NETWORKS, f"The backbone {name!r} is not known. Choose one of {list(NETWORKS)}.")
+    require(
+        name in NETWORKS, f"The backbone {name!r} is not known. Choose one of {list(NETWORKS)}."
+    )
     if settings.network is None:
         _expect_size(name, settings.width, settings.levels)
     else:
         _expect_named(settings)
-    require(_is_whole(settings.seed) and 0 <= settings.seed < 2**32, f"The seed {settings.seed!r} cannot be used. Choose a whole number from 0 to 4294967295.")
+    require(
+        _is_whole(settings.seed) and 0 <= settings.seed < 2**32,
+        f"The seed {settings.seed!r} cannot be used. Choose a whole number from 0 to 4294967295.",
+    )
     if patch_size is not None:
         good = len(patch_size) == 3 and all(_is_whole(p) and p > 0 for p in patch_size)
-        require(good, f"The patch size {patch_size} is none. Give three whole numbers of 1 or more.")
-        multiple = 1 if name in BACKBONES or settings.network else 2**(settings.levels-1)
+        require(
+            good, f"The patch size {patch_size} is none. Give three whole numbers of 1 or more."
+        )
+        multiple = 1 if name in BACKBONES or settings.network else 2 ** (settings.levels - 1)
         divides = all(p % multiple == 0 for p in patch_size)
-        require(divides, f"The patch size {patch_size} does not fit {name} with {settings.levels} levels. Choose multiples of {multiple}.")
+        require(
+            divides,
+            f"The patch size {patch_size} does not fit {name} with {settings.levels} levels. Choose multiples of {multiple}.",
+        )
     for part in takers(settings):
         reading_for(part, settings)
+
 
 def _expect_memory(build, settings):
     "Raise `InputError` unless the weights of a large network fit into the free memory; it is built without them first"
     with torch.device("meta"):
-        size = 4*sum(p.numel() for p in build().parameters())
+        size = 4 * sum(p.numel() for p in build().parameters())
     free = free_memory()
-    require(size <= free, f"A {settings.backbone} with a width of {settings.width} and {settings.levels} levels has weights of {size/1e9:.0f} GB and {free/1e9:.0f} GB of memory are free. "
-                          "Choose a smaller --width or fewer --levels.")
+    require(
+        size <= free,
+        f"A {settings.backbone} with a width of {settings.width} and {settings.levels} levels has weights of {size / 1e9:.0f} GB and {free / 1e9:.0f} GB of memory are free. "
+        "Choose a smaller --width or fewer --levels.",
+    )
+
 
 def make_model(
-    settings:Settings, # of the run
-    task:Task, # of the dataset
-)->nn.Module: # EGCNN, or the bare backbone
+    settings: Settings,  # of the run
+    task: Task,  # of the dataset
+) -> nn.Module:  # EGCNN, or the bare backbone
     "The network of a run, its weights drawn from the seed"
     expect_network(settings)
     few = task.activation == "softmax" and task.outputs < 2
-    require(not few, f"{task.name} has the labels {list(task.labels)}. A network needs a background and at least one label more.")
+    require(
+        not few,
+        f"{task.name} has the labels {list(task.labels)}. A network needs a background and at least one label more.",
+    )
     seed_everything(settings.seed)
     if settings.network:
         return _make_named(settings, task)
     make = maker_of(settings.backbone)
-    build = partial(make, len(task.channels), task.outputs, settings.width, settings.levels, **reading_for(make, settings))
-    if settings.width*2**(settings.levels-1) > 1024:
+    build = partial(
+        make,
+        len(task.channels),
+        task.outputs,
+        settings.width,
+        settings.levels,
+        **reading_for(make, settings),
+    )
+    if settings.width * 2 ** (settings.levels - 1) > 1024:
         _expect_memory(build, settings)
     net = build()
     if not settings.edge:
         return net
-    example = None if settings.backbone in BACKBONES else torch.zeros(1, len(task.channels), *[2**settings.levels]*3)
+    example = (
+        None
+        if settings.backbone in BACKBONES
+        else torch.zeros(1, len(task.channels), *[2**settings.levels] * 3)
+    )
     return EGCNN(net, example, task.activation, verbose=False, **reading_for(EGCNN, settings))
 
 # %% ../../nbs/4_inside/models.ipynb #c4fbe7ca
-def best_device()->torch.device: # "cuda" or "cpu"
+def best_device() -> torch.device:  # "cuda" or "cpu"
     "Where to compute: on the GPU if there is one, else on the processor"
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+
 def home_of(
-    model:nn.Module, # any network, also one without weights
-)->Tensor: # of its device and its type of floats
+    model: nn.Module,  # any network, also one without weights
+) -> Tensor:  # of its device and its type of floats
     "A weight of a network, or a buffer; of a network that has neither an empty float32 on the processor"
     own = (t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
     return next(own, torch.zeros(0))
 
+
 def best_precision(
-    device:torch.device, # where a run takes place
-)->str: # "bf16", "fp16" or "fp32"
+    device: torch.device,  # where a run takes place
+) -> str:  # "bf16", "fp16" or "fp32"
     "bfloat16 where the processor computes with it, float16 on older GPUs, else float32 (our choice)"
-    if device.type == "cuda": return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     has = lambda name: getattr(torch.cpu, name, lambda: False)()
-    return "bf16" if device.type == "cpu" and (has("_is_avx512_bf16_supported") or has("_is_amx_tile_supported")) else "fp32"
+    return (
+        "bf16"
+        if device.type == "cpu"
+        and (has("_is_avx512_bf16_supported") or has("_is_amx_tile_supported"))
+        else "fp32"
+    )
+
 
 def autocast(
-    precision:str, # "fp32", "bf16", "fp16", "fp64", or "auto"
-    device:torch.device, # where it runs
-): # context
+    precision: str,  # "fp32", "bf16", "fp16", "fp64", or "auto"
+    device: torch.device,  # where it runs
+):  # context
     "Mixed precision, or none; raises `InputError` on another name"
     kinds = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": None}
-    expect(precision in (*kinds, "auto"), "precision", repr(precision), f"one of {[*kinds, 'auto']}")
+    expect(
+        precision in (*kinds, "auto"), "precision", repr(precision), f"one of {[*kinds, 'auto']}"
+    )
     dtype = kinds[best_precision(device) if precision == "auto" else precision]
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 # %% ../../nbs/4_inside/models.ipynb #68f26af8
 def windows(
-    size, # voxels of the volume along D, H, W
-    patch_size, # voxels of a window along D, H, W
-    overlap:float=0.25, # of neighbouring windows
-)->list: # of tuples of slices
+    size,  # voxels of the volume along D, H, W
+    patch_size,  # voxels of a window along D, H, W
+    overlap: float = 0.25,  # of neighbouring windows
+) -> list:  # of tuples of slices
     "Where the windows lie, on MONAI's grid; a volume hardly larger than one window is taken whole (our choice)"
-    if all(n <= 1.25*p for n, p in zip(size, patch_size)): return [tuple(slice(0, n) for n in size)]
+    if all(n <= 1.25 * p for n, p in zip(size, patch_size)):
+        return [tuple(slice(0, n) for n in size)]
     window = [min(n, p) for n, p in zip(size, patch_size)]
-    steps = [max(int(w*(1-overlap)), 1) for w in window]
-    starts = [[min(i*step, n-w) for i in range(ceil((n-w)/step)+1)] for n, w, step in zip(size, window, steps)]              # the last one ends where the volume ends
-    return [tuple(slice(s, s+w) for s, w in zip(corner, window)) for corner in product(*starts)]
+    steps = [max(int(w * (1 - overlap)), 1) for w in window]
+    starts = [
+        [min(i * step, n - w) for i in range(ceil((n - w) / step) + 1)]
+        for n, w, step in zip(size, window, steps)
+    ]  # the last one ends where the volume ends
+    return [tuple(slice(s, s + w) for s, w in zip(corner, window)) for corner in product(*starts)]
+
 
 def _weights(size):
     "Gaussian of a window (d,h,w), 1/8 of each side its standard deviation, never below 1/1000"
-    sides = [gaussian(n, std=n/8) for n in size]
+    sides = [gaussian(n, std=n / 8) for n in size]
     return reduce(torch.multiply, torch.meshgrid(*sides, indexing="ij")).clamp(min=1e-3)
 
+
 def slide(
-    maps, # function of windows (B,C,d,h,w) -> maps (B,M,d,h,w)
-    x:Tensor, # volume (C,D,H,W)
-    where:list, # of `windows`, more than one
-    tick=lambda n: None, # called with the number of windows just done
-    batch:int=2, # windows at once
-)->Tensor: # maps (M,D,H,W)
+    maps,  # function of windows (B,C,d,h,w) -> maps (B,M,d,h,w)
+    x: Tensor,  # volume (C,D,H,W)
+    where: list,  # of `windows`, more than one
+    tick=lambda n: None,  # called with the number of windows just done
+    batch: int = 2,  # windows at once
+) -> Tensor:  # maps (M,D,H,W)
     "Average of the windows' answers, with Gaussian weights, summed in place"
-    weight = _weights([s.stop-s.start for s in where[0]]).to(x.device)
+    weight = _weights([s.stop - s.start for s in where[0]]).to(x.device)
     out, total = torch.zeros(0), torch.zeros(x.shape[1:], device=x.device)
     for start in range(0, len(where), batch):
-        part = where[start:start+batch]
+        part = where[start : start + batch]
         answers = maps(torch.stack([x[(slice(None), *w)] for w in part]))
-        if start == 0: out = answers.new_zeros((answers.shape[1], *x.shape[1:]))
-        for w, answer in zip(part, answers): out[(slice(None), *w)].addcmul_(answer, weight); total[w] += weight
+        if start == 0:
+            out = answers.new_zeros((answers.shape[1], *x.shape[1:]))
+        for w, answer in zip(part, answers):
+            out[(slice(None), *w)].addcmul_(answer, weight)
+            total[w] += weight
         tick(len(part))
     return out.div_(total)
 
+
 @torch.no_grad()
 def infer(
-    model:nn.Module, # EGCNN or a bare network
-    x:Tensor, # one volume (C,D,H,W), normalised, of the voxel size of training
-    patch_size, # voxels along D, H, W of a window, as in training
-    precision:str="fp32", # "fp32", "bf16", "fp16", "fp64", or "auto"
-    overlap:float=0.25, # of neighbouring windows
-    answer=None, # function of (model, window (1,C,...)) -> maps (1,M,...); None: the logits
-    tick=lambda n: None, # called with the number of windows just done
-)->Tensor: # float32 maps (M,D,H,W), by default logits (K,D,H,W), on the device of the model
+    model: nn.Module,  # EGCNN or a bare network
+    x: Tensor,  # one volume (C,D,H,W), normalised, of the voxel size of training
+    patch_size,  # voxels along D, H, W of a window, as in training
+    precision: str = "fp32",  # "fp32", "bf16", "fp16", "fp64", or "auto"
+    overlap: float = 0.25,  # of neighbouring windows
+    answer=None,  # function of (model, window (1,C,...)) -> maps (1,M,...); None: the logits
+    tick=lambda n: None,  # called with the number of windows just done
+) -> Tensor:  # float32 maps (M,D,H,W), by default logits (K,D,H,W), on the device of the model
     "What a network says of a whole volume, at once or by a sliding window; a volume smaller than a window is filled up as in training, one taken whole to what the network needs, `net.multiple` (our choice)"
     first = home_of(model)
     device = first.device
+
     def maps(window):
-        with autocast(precision, device): out = answer(model, window) if answer else model(window)
-        return cast(Tensor, logits_of(out, window.dim()-2)).float()
+        with autocast(precision, device):
+            out = answer(model, window) if answer else model(window)
+        return cast(Tensor, logits_of(out, window.dim() - 2)).float()
+
     multiple = max(getattr(m, "multiple", 1) for m in model.modules())
     size = [max(v, p) for v, p in zip(x.shape[1:], patch_size)]
-    if len(windows(size, patch_size, overlap)) == 1: size = [-(-v//multiple)*multiple for v in size]
-    x, inside = fill(x.to(first), size); where = windows(size, patch_size, overlap)
-    with evaluating(model): out = slide(maps, x, where, tick) if len(where) > 1 else maps(x[None])[0]
-    if len(where) == 1: tick(1)
+    if len(windows(size, patch_size, overlap)) == 1:
+        size = [-(-v // multiple) * multiple for v in size]
+    x, inside = fill(x.to(first), size)
+    where = windows(size, patch_size, overlap)
+    with evaluating(model):
+        out = slide(maps, x, where, tick) if len(where) > 1 else maps(x[None])[0]
+    if len(where) == 1:
+        tick(1)
     return out[(slice(None), *inside)]

@@ -45,38 +45,44 @@ from ..tensors import keyed_generator, seed_everything, to_target
 
 # %% ../../nbs/2_practice/your_own_parts.ipynb #5e773a05
 def name_of_part(
-    part, # function, class or object
-)->str:
+    part,  # function, class or object
+) -> str:
     "Name of a function or class, or of the class of an object"
     if isinstance(part, functools.partial):
         return name_of_part(part.func)
     return getattr(part, "__name__", type(part).__name__)
 
+
 @dataclass
 class Parts:
     "What you give `fit` in place of its own parts; None: its own"
-    model:Any=None # network, or function of (in_channels, out_channels)
-    loss:Any=None # function of (output, target) or (output, target, keys)
-    optimizer:Any=None # function of the parameters or of the model, or an optimizer
-    transforms:Any=None # of a patch
-    terms:tuple=TERMS # names of the loss terms; `try_parts` sets them
-    built:nn.Module|None=None # the network of `model`; `try_parts` sets it
 
-    def names(self)->dict: # part -> name
+    model: Any = None  # network, or function of (in_channels, out_channels)
+    loss: Any = None  # function of (output, target) or (output, target, keys)
+    optimizer: Any = None  # function of the parameters or of the model, or an optimizer
+    transforms: Any = None  # of a patch
+    terms: tuple = TERMS  # names of the loss terms; `try_parts` sets them
+    built: nn.Module | None = None  # the network of `model`; `try_parts` sets it
+
+    def names(self) -> dict:  # part -> name
         "The parts that are yours"
         given = {name: getattr(self, name) for name in ("model", "loss", "optimizer", "transforms")}
         return {name: name_of_part(part) for name, part in given.items() if part is not None}
 
-    def settle(self,
-        config:Settings, # of the run; it stays as it is
-    )->Settings: # a copy
+    def settle(
+        self,
+        config: Settings,  # of the run; it stays as it is
+    ) -> Settings:  # a copy
         "The settings as these parts leave them; raises `InputError` where the two contradict each other"
         settings = copy.deepcopy(config)
         if self.transforms is not None:
             settings.augment = ()
         if self.model is not None:
             own = f"model={name_of_part(self.model)}"
-            require(settings.network is None, f"The settings name the network {settings.network}, and fit is given {own}. Give one of them.")
+            require(
+                settings.network is None,
+                f"The settings name the network {settings.network}, and fit is given {own}. Give one of them.",
+            )
             expect_alone(settings, own)
         return settings
 
@@ -88,39 +94,50 @@ def _parameters(call):
     except (TypeError, ValueError):
         return []
 
+
 def expect_weights(
-    model:nn.Module, # the network that is given
-    found:dict, # name -> tensor, of the run
-    where, # the run, for the message
-)->None:
+    model: nn.Module,  # the network that is given
+    found: dict,  # name -> tensor, of the run
+    where,  # the run, for the message
+) -> None:
     "Raise `InputError` that names the weights which differ, unless all names and shapes agree"
     stored = model.state_dict()
     each_once = (*model.named_parameters(), *model.named_buffers())
     own = {name for name, _ in each_once if name in stored}
-    odd = [f"{n} is missing there" for n in sorted(own-found.keys())]
-    odd += [f"{n} is missing here" for n in sorted(found.keys()-stored.keys())]
+    odd = [f"{n} is missing there" for n in sorted(own - found.keys())]
+    odd += [f"{n} is missing here" for n in sorted(found.keys() - stored.keys())]
     for name in sorted(own & found.keys()):
         here, there = tuple(stored[name].shape), tuple(found[name].shape)
         if here != there:
             odd.append(f"{name} has the shape {here} here and {there} there")
-    more = f", and {len(odd)-3} more" if len(odd) > 3 else ""
-    require(not odd, f"The network does not have the weights of {where}: {'; '.join(odd[:3])}{more}. Give the network that was trained.")
+    more = f", and {len(odd) - 3} more" if len(odd) > 3 else ""
+    require(
+        not odd,
+        f"The network does not have the weights of {where}: {'; '.join(odd[:3])}{more}. Give the network that was trained.",
+    )
+
 
 def own_network(
-    part, # network, or function of (in_channels, out_channels)
-    settings:Settings, # of the run; `edge` becomes whether it is an EGCNN
-    task:Task, # of the dataset
-)->nn.Module:
+    part,  # network, or function of (in_channels, out_channels)
+    settings: Settings,  # of the run; `edge` becomes whether it is an EGCNN
+    task: Task,  # of the dataset
+) -> nn.Module:
     "The network of yours, checked; raises `InputError` where it cannot be trained"
     name = f"model={name_of_part(part)}"
-    idle = sorted(set(settings.readings or {})-set(_parameters(EGLoss)))
-    require(not idle, f"The readings {', '.join(idle)} are of our network, but fit is given {name}. Leave them out.")
+    idle = sorted(set(settings.readings or {}) - set(_parameters(EGLoss)))
+    require(
+        not idle,
+        f"The readings {', '.join(idle)} are of our network, but fit is given {name}. Leave them out.",
+    )
     seed_everything(settings.seed)
     net = build_network(part, task, name)
     settle_multiple(net, task, name, settings.patch_size)
     settings.edge = isinstance(net, EGCNN)
     if isinstance(net, EGCNN):
-        require(net.activation == task.activation, f"{name} is an EGCNN for {net.activation}, but the task has {task.activation}. Give it activation={task.activation!r}.")
+        require(
+            net.activation == task.activation,
+            f"{name} is an EGCNN for {net.activation}, but the task has {task.activation}. Give it activation={task.activation!r}.",
+        )
     return net
 
 # %% ../../nbs/2_practice/your_own_parts.ipynb #5e773a0b
@@ -136,6 +153,7 @@ def _tensors(output):
         found += _tensors(part)
     return found
 
+
 def _in_float32(output):
     "What a network returns, tensors of half types as float32"
     if isinstance(output, Tensor):
@@ -146,6 +164,7 @@ def _in_float32(output):
         return output
     parts = [_in_float32(part) for part in output]
     return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+
 
 def _streams(output):
     "Logits, edge logits and main logits of a network that is not an EGCNN; None for those that it does not return"
@@ -158,12 +177,16 @@ def _streams(output):
     alike = isinstance(main, Tensor) and main.shape == logits.shape
     return logits, edge, main if alike else None
 
+
 class UserLoss(nn.Module):
     "A loss of yours, or `EGLoss` of a network of yours, with the call of `EGLoss`"
-    supervise, w_cross_entropy = "both", None                      # as of `EGLoss`, for those that ask
-    def __init__(self,
-        own, # function of (output, target) or (output, target, keys); None: `ours`
-        ours:EGLoss|None=None, # where `own` is None
+
+    supervise, w_cross_entropy = "both", None  # as of `EGLoss`, for those that ask
+
+    def __init__(
+        self,
+        own,  # function of (output, target) or (output, target, keys); None: `ours`
+        ours: EGLoss | None = None,  # where `own` is None
     ):
         super().__init__()
         self.own, self.ours = own, ours
@@ -172,24 +195,26 @@ class UserLoss(nn.Module):
         call = own.forward if isinstance(own, nn.Module) else own
         self.takes_keys = own is not None and "keys" in _parameters(call)
 
-    def forward(self,
-        output, # what the network returns, or the logits of an EGCNN
-        edge_logits:Tensor|None, # of an EGCNN
-        target:Tensor, # masks (B,K,D,H,W)
-        main_logits:Tensor|None=None, # of an EGCNN
-        keys=None, # names of the noise, one tuple per case
-    )->dict: # name -> scalar, total among them
+    def forward(
+        self,
+        output,  # what the network returns, or the logits of an EGCNN
+        edge_logits: Tensor | None,  # of an EGCNN
+        target: Tensor,  # masks (B,K,D,H,W)
+        main_logits: Tensor | None = None,  # of an EGCNN
+        keys=None,  # names of the noise, one tuple per case
+    ) -> dict:  # name -> scalar, total among them
         terms = self.alone(output, edge_logits, target, main_logits, keys)
         every = _tensors([output, edge_logits, main_logits])
         return {**terms, "total": _of_all(terms["total"], every)}
 
-    def alone(self,
-        output, # as in `forward`
-        edge_logits, # as in `forward`
-        target, # as in `forward`
-        main_logits=None, # as in `forward`
-        keys=None, # as in `forward`
-    )->dict: # name -> scalar, as the loss returns them
+    def alone(
+        self,
+        output,  # as in `forward`
+        edge_logits,  # as in `forward`
+        target,  # as in `forward`
+        main_logits=None,  # as in `forward`
+        keys=None,  # as in `forward`
+    ) -> dict:  # name -> scalar, as the loss returns them
         "The loss itself, without the zeros that are added for the sake of every weight"
         whole = output if edge_logits is None else (output, edge_logits, main_logits)
         whole = _in_float32(whole)
@@ -199,65 +224,80 @@ class UserLoss(nn.Module):
         terms = self.own(whole, target, keys=keys) if self.takes_keys else self.own(whole, target)
         return dict(terms) if isinstance(terms, dict) else {"total": terms}
 
+
 def _of_all(total, outputs):
     "A total that depends on every output, be it by 0 times its sum"
     for tensor in outputs:
         if tensor.requires_grad:
-            total = total + 0*tensor.sum(dtype=total.dtype)
+            total = total + 0 * tensor.sum(dtype=total.dtype)
     return total
 
+
 def make_loss(
-    parts:Parts, # of the run
-    settings:Settings, # of the run
-    task:Task, # of the dataset
-)->EGLoss|UserLoss: # with the call of `EGLoss`
+    parts: Parts,  # of the run
+    settings: Settings,  # of the run
+    task: Task,  # of the dataset
+) -> EGLoss | UserLoss:  # with the call of `EGLoss`
     "The loss of a run; raises `InputError` where an `EGLoss` of yours does not fit the task or the settings"
     if parts.loss is not None and not isinstance(parts.loss, EGLoss):
         return UserLoss(parts.loss)
     ours = parts.loss
     if ours is None:
         ours = EGLoss(task.activation, **reading_for(EGLoss, settings))
-    require(ours.activation == task.activation,
-            f"loss=EGLoss has activation={ours.activation!r}, but the task has {task.activation!r}. Give it that one.")
+    require(
+        ours.activation == task.activation,
+        f"loss=EGLoss has activation={ours.activation!r}, but the task has {task.activation!r}. Give it that one.",
+    )
     over_batch = "batch" in (ours.dice["reduce"], ours.bce["beta_over"])
-    require(not over_batch or settings.accumulate == 1,
-            f"The loss sums over the batch, which accumulate={settings.accumulate} cuts into parts. Set accumulate to 1.")
+    require(
+        not over_batch or settings.accumulate == 1,
+        f"The loss sums over the batch, which accumulate={settings.accumulate} cuts into parts. Set accumulate to 1.",
+    )
     others = parts.model is not None or settings.network is not None
     return UserLoss(None, ours) if others and not settings.edge else ours
 
 # %% ../../nbs/2_practice/your_own_parts.ipynb #5e773a0e
 def make_optimizer(
-    part, # function of the parameters or of the model, or an optimizer
-    model:nn.Module, # the network, as this process trains it
-)->Optimizer:
+    part,  # function of the parameters or of the model, or an optimizer
+    model: nn.Module,  # the network, as this process trains it
+) -> Optimizer:
     "The optimizer of yours; raises `InputError` where the run cannot step with it"
     name = f"optimizer={name_of_part(part)}"
     optimizer = part
     if not isinstance(part, Optimizer):
         first = _parameters(part)[:1]
         optimizer = part(model if first == ["model"] else list(model.parameters()))
-    require(isinstance(optimizer, Optimizer), f"{name} returns {type(optimizer).__name__}. Return a torch.optim.Optimizer.")
+    require(
+        isinstance(optimizer, Optimizer),
+        f"{name} returns {type(optimizer).__name__}. Return a torch.optim.Optimizer.",
+    )
     closure = inspect.signature(optimizer.step).parameters.get("closure")
-    require(closure is None or closure.default is not inspect.Parameter.empty, f"{name} needs a closure for its step, which a run does not give. Take an optimizer without one.")
+    require(
+        closure is None or closure.default is not inspect.Parameter.empty,
+        f"{name} needs a closure for its step, which a run does not give. Take an optimizer without one.",
+    )
     own = {id(p) for p in model.parameters()}
     for group in optimizer.param_groups:
         foreign = [p for p in group["params"] if id(p) not in own]
-        require(not foreign, f"{name} steps {len(foreign)} parameters that are not of the network. Build it from the parameters that it is given.")
-        group["lr"] = float(group["lr"])                            # what a checkpoint can store
+        require(
+            not foreign,
+            f"{name} steps {len(foreign)} parameters that are not of the network. Build it from the parameters that it is given.",
+        )
+        group["lr"] = float(group["lr"])  # what a checkpoint can store
     return optimizer
 
 # %% ../../nbs/2_practice/your_own_parts.ipynb #5e773a11
 @contextmanager
 def seeded(
-    seed:int, # whole number of 32 bits
-): # context
+    seed: int,  # whole number of 32 bits
+):  # context
     "The global generators of torch on the CPU, NumPy and Python begin at a seed; afterwards they are as before"
     python, numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
     threads = torch.get_num_threads()
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
-    torch.set_num_threads(1)                                       # as in a worker: last bits depend on the number
+    torch.set_num_threads(1)  # as in a worker: last bits depend on the number
     try:
         yield
     finally:
@@ -266,64 +306,86 @@ def seeded(
         np.random.set_state(numpy)
         torch.set_rng_state(of_torch)
 
+
 def _kind(transforms):
     "How a transform is called: as one of torchio, of monai, or as a function"
     packages = {cls.__module__.split(".")[0] for cls in type(transforms).__mro__}
     if "torchio" in packages:
         return "torchio"
     if "monai" not in packages:
-        require(callable(transforms), f"transforms is {transforms!r}. Give a function of (x, labels), or a transform of MONAI or TorchIO.")
+        require(
+            callable(transforms),
+            f"transforms is {transforms!r}. Give a function of (x, labels), or a transform of MONAI or TorchIO.",
+        )
         return "function"
     from monai.transforms import Compose, MapTransform
+
     leaves = transforms.flatten().transforms if isinstance(transforms, Compose) else [transforms]
     mapped = any(isinstance(leaf, MapTransform) for leaf in leaves)
-    require(mapped, f"transforms={name_of_part(transforms)} changes an image without its label. Take the dictionary transform of MONAI, whose name ends in d, with the keys image and label.")
+    require(
+        mapped,
+        f"transforms={name_of_part(transforms)} changes an image without its label. Take the dictionary transform of MONAI, whose name ends in d, with the keys image and label.",
+    )
     return "monai"
+
 
 def _by_torchio(transforms, x, labels, spacing):
     "A TorchIO transform of a patch"
     torchio = import_module("torchio")
-    affine = np.diag([*spacing, 1.])
+    affine = np.diag([*spacing, 1.0])
     image = torchio.ScalarImage(tensor=x, affine=affine)
     label = torchio.LabelMap(tensor=labels[None], affine=affine)
     out = transforms(torchio.Subject(image=image, label=label))
     return out["image"].data, out["label"].data[0]
+
 
 def _by_monai(transforms, x, labels, seed):
     "A dictionary transform of MONAI of a patch"
     if hasattr(transforms, "set_random_state"):
         transforms.set_random_state(seed)
     out = transforms({"image": x, "label": labels[None]})
-    require(isinstance(out, dict), f"transforms={name_of_part(transforms)} returns {type(out).__name__}, not one patch. Leave out what makes several.")
+    require(
+        isinstance(out, dict),
+        f"transforms={name_of_part(transforms)} returns {type(out).__name__}, not one patch. Leave out what makes several.",
+    )
     return out["image"], torch.as_tensor(out["label"])[0]
+
 
 class Transformed(torch.utils.data.Dataset):
     "Patches that a transform of yours changes, each with a seed of its own; addressed as `Patches`"
-    def __init__(self,
-        patches:Patches, # that are cut
-        transforms, # function of (x, labels), or a transform of MONAI or TorchIO
-        task:Task, # whose labels are allowed
-        spacing=(1., 1., 1.), # voxel size in mm
+
+    def __init__(
+        self,
+        patches: Patches,  # that are cut
+        transforms,  # function of (x, labels), or a transform of MONAI or TorchIO
+        task: Task,  # whose labels are allowed
+        spacing=(1.0, 1.0, 1.0),  # voxel size in mm
     ):
         self.patches, self.transforms, self.task, self.spacing = patches, transforms, task, spacing
         self.kind = _kind(transforms)
         self.values = torch.tensor(sorted(task.labels))
 
-    def __len__(self): return len(self.patches)
+    def __len__(self):
+        return len(self.patches)
 
-    def __getitem__(self,
-        key:tuple, # (epoch, number of the sample, index of the case)
-    )->tuple: # x (C,D,H,W), labels (D,H,W) in the type of the case, number of the sample
+    def __getitem__(
+        self,
+        key: tuple,  # (epoch, number of the sample, index of the case)
+    ) -> tuple:  # x (C,D,H,W), labels (D,H,W) in the type of the case, number of the sample
         x, labels, sample = self.patches[key]
         generator = keyed_generator(self.patches.seed, 4, *key[:2])
         seed = int(torch.randint(2**31, (), generator=generator))
         with seeded(seed):
-            new, moved = self._changed(x.clone(), labels.clone(), seed)      # a patch may be a view of its case
+            new, moved = self._changed(
+                x.clone(), labels.clone(), seed
+            )  # a patch may be a view of its case
         return *self._checked(new, moved, x, labels), sample
 
     def _changed(self, x, labels, seed):
         "What the transform makes of a patch"
-        wide = labels.dtype == torch.int32                          # others move labels as float32, which does not hold them all
+        wide = (
+            labels.dtype == torch.int32
+        )  # others move labels as float32, which does not hold them all
         numbers = torch.searchsorted(self.values, labels.long()).to(torch.int16) if wide else labels
         if self.kind == "function":
             return self._pair(self.transforms(x, labels))
@@ -334,14 +396,20 @@ class Transformed(torch.utils.data.Dataset):
         moved = torch.as_tensor(moved).as_subclass(Tensor)
         if wide:
             whole = bool((moved == moved.round()).all())
-            require(whole, f"transforms={name_of_part(self.transforms)} puts out labels between classes. Let it interpolate labels by nearest neighbour.")
-        places = moved.long().clamp(0, len(self.values)-1)
+            require(
+                whole,
+                f"transforms={name_of_part(self.transforms)} puts out labels between classes. Let it interpolate labels by nearest neighbour.",
+            )
+        places = moved.long().clamp(0, len(self.values) - 1)
         return new, self.values[places] if wide else moved
 
     def _pair(self, out):
         "The two things that a function returns"
         good = isinstance(out, (tuple, list)) and len(out) == 2
-        require(good, f"transforms={name_of_part(self.transforms)} returns {type(out).__name__}. Return the pair (x, labels).")
+        require(
+            good,
+            f"transforms={name_of_part(self.transforms)} returns {type(out).__name__}. Return the pair (x, labels).",
+        )
         return out
 
     def _checked(self, new, moved, x, labels):
@@ -350,26 +418,32 @@ class Transformed(torch.utils.data.Dataset):
         new = torch.as_tensor(new).as_subclass(Tensor).to(x.dtype).contiguous()
         moved = torch.as_tensor(moved).as_subclass(Tensor)
         shapes = f"{tuple(new.shape)} and {tuple(moved.shape)} of {tuple(x.shape)} and {tuple(labels.shape)}"
-        require(new.shape == x.shape and moved.shape == labels.shape, f"{name} makes {shapes}. Return a patch of the same shape.")
+        require(
+            new.shape == x.shape and moved.shape == labels.shape,
+            f"{name} makes {shapes}. Return a patch of the same shape.",
+        )
         require(bool(new.isfinite().all()), f"{name} makes numbers that are not finite. Repair it.")
         known = torch.isin(moved, self.values.to(moved.dtype))
         if not bool(known.all()):
             odd = moved[~known].unique()[:3].tolist()
-            raise InputError(f"{name} makes the labels {odd}, and the task has {self.values.tolist()}. Resample labels by the nearest neighbour.")
+            raise InputError(
+                f"{name} makes the labels {odd}, and the task has {self.values.tolist()}. Resample labels by the nearest neighbour."
+            )
         return new, moved.to(labels.dtype).contiguous()
 
 # %% ../../nbs/2_practice/your_own_parts.ipynb #5e773a16
 def _first_patches(parts, settings, task, train):
     "As many patches as the first step computes at a time: images, masks, names of the noise"
-    each = -(-settings.batch_size//ranks()[1])
-    count = -(-each//settings.accumulate)
-    patches:Any = Patches(train, settings.patch_size, settings.seed, settings.augment)
+    each = -(-settings.batch_size // ranks()[1])
+    count = -(-each // settings.accumulate)
+    patches: Any = Patches(train, settings.patch_size, settings.seed, settings.augment)
     if parts.transforms is not None:
         patches = Transformed(patches, parts.transforms, task, settings.spacing)
     samples = [patches[0, i, i % len(train)] for i in range(count)]
     x, labels, _ = torch.utils.data.default_collate(samples)
     keys = [(settings.seed, 3, 0, i) for i in range(count)]
     return x, to_target(labels, task, check=False), keys
+
 
 def _terms_of(loss, name, output, target, keys):
     "Loss terms of an output; raises `InputError` where the loss fails or returns something else"
@@ -380,14 +454,24 @@ def _terms_of(loss, name, output, target, keys):
         terms = call(output[0], output[1], target, output[2], keys)
     except torch.OutOfMemoryError:
         raise
-    except Exception as e: # whatever a loss may raise
-        raise InputError(f"{name} fails ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}). {given}") from e
-    require("total" in terms, f"{name} returns {sorted(terms)}. Return a scalar, or a dict with total.")
+    except Exception as e:  # whatever a loss may raise
+        raise InputError(
+            f"{name} fails ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}). {given}"
+        ) from e
+    require(
+        "total" in terms, f"{name} returns {sorted(terms)}. Return a scalar, or a dict with total."
+    )
     for term, value in terms.items():
         single = isinstance(value, Tensor) and value.numel() == 1 and value.dim() == 0
-        require(single, f"{name}: its term {term} is no scalar tensor. Return the mean over the cases.")
-        require(is_term(term), f"{name}: a term cannot be called {term}, which is another column of metrics.csv. Rename it.")
+        require(
+            single, f"{name}: its term {term} is no scalar tensor. Return the mean over the cases."
+        )
+        require(
+            is_term(term),
+            f"{name}: a term cannot be called {term}, which is another column of metrics.csv. Rename it.",
+        )
     return terms
+
 
 def _try_step(model, loss, name, batch, settings):
     "Names of the loss terms of one forward pass in training mode"
@@ -395,12 +479,19 @@ def _try_step(model, loss, name, batch, settings):
     with autocast(settings.precision, x.device):
         output = model(x, return_main=True) if settings.edge else (model(x), None, None)
     logits = logits_of(output[0], 3)
-    require(logits is not None and logits.shape == target.shape, f"The network returns no logits {tuple(target.shape)} while it trains. Return them alone, or first in a tuple, list or dict.")
+    require(
+        logits is not None and logits.shape == target.shape,
+        f"The network returns no logits {tuple(target.shape)} while it trains. Return them alone, or first in a tuple, list or dict.",
+    )
     terms = _terms_of(loss, name, output, target, keys)
     plain = [t for t in _tensors(output) if t.requires_grad]
     depends = bool(plain) and terms["total"].requires_grad
-    require(depends, f"{name} does not depend on the weights of the network. Compute it from the output, without detach or argmax.")
+    require(
+        depends,
+        f"{name} does not depend on the weights of the network. Compute it from the output, without detach or argmax.",
+    )
     return ("total", *[term for term in terms if term != "total"])
+
 
 def _expect_storable(name, state):
     "Raise `InputError` unless a checkpoint can hold a state and give it back"
@@ -409,8 +500,11 @@ def _expect_storable(name, state):
         torch.save(state, packed)
         packed.seek(0)
         torch.load(packed, weights_only=True)
-    except Exception as e: # of pickle or of torch
-        raise InputError(f"The state of {name} cannot be kept in a checkpoint ({type(e).__name__}). Keep tensors, numbers and strings in it.") from e
+    except Exception as e:  # of pickle or of torch
+        raise InputError(
+            f"The state of {name} cannot be kept in a checkpoint ({type(e).__name__}). Keep tensors, numbers and strings in it."
+        ) from e
+
 
 def _try_all(parts, settings, task, train, device):
     "Try network, loss, transforms and optimizer together"
@@ -419,28 +513,35 @@ def _try_all(parts, settings, task, train, device):
     loss = make_loss(parts, settings, task).to(device)
     learned = any(p.requires_grad for p in loss.parameters())
     name = f"loss={name_of_part(parts.loss)}" if parts.loss is not None else "EGLoss"
-    require(not learned, f"{name} has weights of its own, which no optimizer steps. Put them into the network, or freeze them.")
+    require(
+        not learned,
+        f"{name} has weights of its own, which no optimizer steps. Put them into the network, or freeze them.",
+    )
     x, target, keys = _first_patches(parts, settings, task, train)
     x = x.to(device, next(model.parameters()).dtype)
-    trial = copy.deepcopy(model).train()                            # what a pass leaves behind stays in the copy
+    trial = copy.deepcopy(model).train()  # what a pass leaves behind stays in the copy
     parts.terms = _try_step(trial, loss, name, (x, target.to(device), keys), settings)
     if parts.model is not None:
         _expect_storable("the network", model.state_dict())
     if parts.optimizer is not None:
         _expect_storable("the optimizer", make_optimizer(parts.optimizer, model).state_dict())
 
+
 def try_parts(
-    parts:Parts, # of the run; `terms` and `built` are filled in
-    settings:Settings, # of the run; `edge` becomes that of your network
-    task:Task, # of the dataset
-    train:list, # of Loaded
-    device:torch.device, # where the run takes place
-    fresh:bool=True, # the run begins, so that `init` counts
-)->None:
+    parts: Parts,  # of the run; `terms` and `built` are filled in
+    settings: Settings,  # of the run; `edge` becomes that of your network
+    task: Task,  # of the dataset
+    train: list,  # of Loaded
+    device: torch.device,  # where the run takes place
+    fresh: bool = True,  # the run begins, so that `init` counts
+) -> None:
     "Try each part once; raises `InputError` on one that does not fit. No random stream is changed"
-    of_loss = set(_parameters(EGLoss))-set(_parameters(EGCNN))
+    of_loss = set(_parameters(EGLoss)) - set(_parameters(EGCNN))
     idle = sorted(of_loss & set(settings.readings or {})) if parts.loss is not None else []
-    require(not idle, f"The readings {', '.join(idle)} are of our loss, but fit is given one of yours. Leave them out.")
+    require(
+        not idle,
+        f"The readings {', '.join(idle)} are of our loss, but fit is given one of yours. Leave them out.",
+    )
     random_before = random_state()
     if parts.model is not None:
         parts.built = own_network(parts.model, settings, task)
@@ -452,32 +553,43 @@ def try_parts(
 # %% ../../nbs/2_practice/your_own_parts.ipynb #5e773a19
 EVENTS = ("on_start", "on_step", "on_epoch", "on_end")
 
+
 class Listeners:
     "The callbacks of a run"
-    def __init__(self,
-        callbacks=(), # objects with any of EVENTS as methods, or functions that are called like one
-        active:bool=True, # whether they are called: on the first process
+
+    def __init__(
+        self,
+        callbacks=(),  # objects with any of EVENTS as methods, or functions that are called like one
+        active: bool = True,  # whether they are called: on the first process
     ):
         self.active = active
         self.by_event = {event: [] for event in EVENTS}
-        self.asked = []                                             # names of those that returned "stop"
+        self.asked = []  # names of those that returned "stop"
         for callback in callbacks:
             self._add(callback)
 
     def _add(self, callback):
         "Note which events a callback listens to"
         name = name_of_part(callback)
-        own = {event: getattr(callback, event) for event in EVENTS if callable(getattr(callback, event, None))}
+        own = {
+            event: getattr(callback, event)
+            for event in EVENTS
+            if callable(getattr(callback, event, None))
+        }
         if not own and name in EVENTS and callable(callback):
             own = {name: callback}
-        require(own and not isinstance(callback, type), f"The callback {name} has none of {', '.join(EVENTS)}. Give an object with one of these methods, or a function with one of these names.")
+        require(
+            own and not isinstance(callback, type),
+            f"The callback {name} has none of {', '.join(EVENTS)}. Give an object with one of these methods, or a function with one of these names.",
+        )
         for event, function in own.items():
             self.by_event[event].append((name, function))
 
-    def fire(self,
-        event:str, # of EVENTS
-        *args, # of the event
-    )->None:
+    def fire(
+        self,
+        event: str,  # of EVENTS
+        *args,  # of the event
+    ) -> None:
         "Call those that listen, and note who wants to stop"
         if not self.active:
             return
@@ -485,31 +597,39 @@ class Listeners:
             if function(*args) == "stop":
                 self.asked.append(name)
 
+
 class EarlyStopping:
     "Stop when a column of metrics.csv has not become better for so many epochs"
-    def __init__(self,
-        patience:int, # epochs without an improvement
-        monitor:str="dice_mean", # column of metrics.csv
-        mode:str="max", # "max": larger is better, or "min"
-        min_delta:float=0., # what counts as an improvement
+
+    def __init__(
+        self,
+        patience: int,  # epochs without an improvement
+        monitor: str = "dice_mean",  # column of metrics.csv
+        mode: str = "max",  # "max": larger is better, or "min"
+        min_delta: float = 0.0,  # what counts as an improvement
     ):
         whole = isinstance(patience, int) and not isinstance(patience, bool)
-        require(whole and patience >= 1, f"patience is {patience!r}. Give a whole number of epochs, 1 or more.")
+        require(
+            whole and patience >= 1,
+            f"patience is {patience!r}. Give a whole number of epochs, 1 or more.",
+        )
         require(mode in ("max", "min"), f"mode is {mode!r}. Choose max or min.")
         require(min_delta >= 0, f"min_delta is {min_delta!r}. Give a number, 0 or more.")
         self.patience, self.monitor, self.mode, self.min_delta = patience, monitor, mode, min_delta
 
-    def on_start(self,
-        run, # `Run`
-    )->str|None: # "stop" where a run that is resumed had enough
+    def on_start(
+        self,
+        run,  # `Run`
+    ) -> str | None:  # "stop" where a run that is resumed had enough
         "Look at the rows of a run that is resumed"
         return self._verdict(run.rows)
 
-    def on_epoch(self,
-        run, # `Run`
-        epoch:int, # from 0
-        row:dict, # of metrics.csv
-    )->str|None: # "stop", or nothing
+    def on_epoch(
+        self,
+        run,  # `Run`
+        epoch: int,  # from 0
+        row: dict,  # of metrics.csv
+    ) -> str | None:  # "stop", or nothing
         "Look at the rows so far"
         return self._verdict(run.rows)
 
@@ -518,106 +638,128 @@ class EarlyStopping:
         if not rows:
             return None
         columns = ", ".join(rows[0])
-        require(self.monitor in rows[0], f"EarlyStopping watches {self.monitor!r}, which is no column of metrics.csv. Choose one of {columns}.")
+        require(
+            self.monitor in rows[0],
+            f"EarlyStopping watches {self.monitor!r}, which is no column of metrics.csv. Choose one of {columns}.",
+        )
         sign = 1 if self.mode == "max" else -1
         best, at = -float("inf"), -1
         for epoch, row in enumerate(rows):
-            value = sign*float(row[self.monitor])
-            if value > best+self.min_delta:
+            value = sign * float(row[self.monitor])
+            if value > best + self.min_delta:
                 best, at = value, epoch
-        return "stop" if len(rows)-1-at >= self.patience else None
+        return "stop" if len(rows) - 1 - at >= self.patience else None
+
 
 class TensorBoardLogger:
     "Write loss terms of each step and the rows of metrics.csv for TensorBoard"
-    def __init__(self,
-        folder=None, # of its files; None: tensorboard in the run folder
+
+    def __init__(
+        self,
+        folder=None,  # of its files; None: tensorboard in the run folder
     ):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
-            raise InputError("TensorBoardLogger needs the package tensorboard, which is not installed. Install it by pip install tensorboard.") from e
+            raise InputError(
+                "TensorBoardLogger needs the package tensorboard, which is not installed. Install it by pip install tensorboard."
+            ) from e
         self.folder, self.make = folder, SummaryWriter
-        self.writer:Any = None
+        self.writer: Any = None
 
-    def on_start(self,
-        run, # `Run`
-    )->None:
+    def on_start(
+        self,
+        run,  # `Run`
+    ) -> None:
         "Open the files; steps after the checkpoint of a resumed run are left out"
-        folder = self.folder or Path(run.settings.out)/"tensorboard"
+        folder = self.folder or Path(run.settings.out) / "tensorboard"
         self.writer = self.make(str(folder), purge_step=run.steps)
 
-    def on_step(self,
-        run, # `Run`
-        step:int, # in the whole run, from 0
-        terms:dict, # name -> value
-    )->None:
+    def on_step(
+        self,
+        run,  # `Run`
+        step: int,  # in the whole run, from 0
+        terms: dict,  # name -> value
+    ) -> None:
         "Loss terms as step/NAME"
         for name, value in terms.items():
             self.writer.add_scalar(f"step/{name}", value, step)
 
-    def on_epoch(self,
-        run, # `Run`
-        epoch:int, # from 0
-        row:dict, # of metrics.csv
-    )->None:
+    def on_epoch(
+        self,
+        run,  # `Run`
+        epoch: int,  # from 0
+        row: dict,  # of metrics.csv
+    ) -> None:
         "The row as epoch/NAME, at the last step of the epoch"
         for name, value in row.items():
             if name != "epoch":
-                self.writer.add_scalar(f"epoch/{name}", value, run.steps-1)
+                self.writer.add_scalar(f"epoch/{name}", value, run.steps - 1)
         self.writer.flush()
 
-    def on_end(self,
-        run, # `Run`
-    )->None:
+    def on_end(
+        self,
+        run,  # `Run`
+    ) -> None:
         "Close the files"
         if self.writer is not None:
             self.writer.close()
 
+
 class WandbLogger:
     "Write loss terms of each step and the rows of metrics.csv to Weights & Biases"
-    def __init__(self,
-        project:str="egcnn_nb", # of your account
-        **options, # of wandb.init
+
+    def __init__(
+        self,
+        project: str = "egcnn_nb",  # of your account
+        **options,  # of wandb.init
     ):
         try:
             wandb = import_module("wandb")
         except ImportError as e:
-            raise InputError("WandbLogger needs the package wandb, which is not installed. Install it by pip install wandb.") from e
+            raise InputError(
+                "WandbLogger needs the package wandb, which is not installed. Install it by pip install wandb."
+            ) from e
         self.wandb, self.options = wandb, {"project": project, **options}
-        self.record:Any = None
+        self.record: Any = None
 
-    def on_start(self,
-        run, # `Run`
-    )->None:
+    def on_start(
+        self,
+        run,  # `Run`
+    ) -> None:
         "Begin a record, or go on with that of the run; its name is in wandb.txt of the run folder"
-        path = Path(run.settings.out)/"wandb.txt"
+        path = Path(run.settings.out) / "wandb.txt"
         known = {"id": path.read_text().strip()} if path.is_file() else {}
         about = {**asdict(run.settings), "task": run.task.name}
         self.record = self.wandb.init(config=about, resume="allow", **{**known, **self.options})
         write_whole(path, lambda part: part.write_text(self.record.id))
 
-    def on_step(self,
-        run, # `Run`
-        step:int, # in the whole run, from 0
-        terms:dict, # name -> value
-    )->None:
+    def on_step(
+        self,
+        run,  # `Run`
+        step: int,  # in the whole run, from 0
+        terms: dict,  # name -> value
+    ) -> None:
         "Loss terms as step/NAME"
         self.record.log({f"step/{name}": value for name, value in terms.items()}, step=step)
 
-    def on_epoch(self,
-        run, # `Run`
-        epoch:int, # from 0
-        row:dict, # of metrics.csv
-    )->None:
+    def on_epoch(
+        self,
+        run,  # `Run`
+        epoch: int,  # from 0
+        row: dict,  # of metrics.csv
+    ) -> None:
         "The row as epoch/NAME, at the last step of the epoch"
         values = {f"epoch/{name}": value for name, value in row.items() if name != "epoch"}
-        self.record.log(values, step=run.steps-1)
+        self.record.log(values, step=run.steps - 1)
 
-    def on_end(self,
-        run, # `Run`
-    )->None:
+    def on_end(
+        self,
+        run,  # `Run`
+    ) -> None:
         "Close the record"
         if self.record is not None:
             self.record.finish()
 
-LOGGERS = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}     # of the command line
+
+LOGGERS = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}  # of the command line

@@ -46,28 +46,41 @@ from ..tensors import probabilities, resize
 def _everything(model, window):
     "Logits, edge logits and the finest attention of a window, in one stack"
     logits, edge, alphas = model(window, return_attention=True)
-    return torch.cat([logits.float(), edge.float(), resize(alphas[-1].float(), window.shape[2:]).mean(1, keepdim=True)], 1)      # bf16 would round α on the way up
+    return torch.cat(
+        [
+            logits.float(),
+            edge.float(),
+            resize(alphas[-1].float(), window.shape[2:]).mean(1, keepdim=True),
+        ],
+        1,
+    )  # bf16 would round α on the way up
 
 # %% ../../nbs/2_practice/predict.ipynb #8e03e1f2
-FLIPS = [axes for n in range(4) for axes in combinations((1, 2, 3), n)]           # axes of (C,D,H,W) that are mirrored
+FLIPS = [
+    axes for n in range(4) for axes in combinations((1, 2, 3), n)
+]  # axes of (C,D,H,W) that are mirrored
+
 
 def _make_confident(maps, activation, outputs):
     "Turn maps whose first channels are logits, the middle ones edge logits, the last attention, into numbers in [0,1], in place, some planes at a time"
-    planes = max(2**22//maps[:outputs, 0].numel(), 1)
+    planes = max(2**22 // maps[:outputs, 0].numel(), 1)
     for start in range(0, maps.shape[1], planes):
-        part = maps[:outputs, start:start+planes]
+        part = maps[:outputs, start : start + planes]
         part.copy_(probabilities(part[None], activation)[0])
     if len(maps) > outputs:
         maps[outputs:-1].sigmoid_()
 
+
 def averaged(
-    runs:list, # of (network, patch_size, precision)
-    x:Tensor, # one volume (C,D,H,W), normalised, of the voxel size of training
-    activation:str, # "softmax" or "sigmoid"
-    flips:bool=False, # average over the eight mirror images
-    inside:bool=False, # also edges and attention
-    bar=None, # tqdm bar that counts windows
-)->Tensor: # float32 (M,D,H,W) on the CPU: probabilities K, with `inside` then edges E and attention 1
+    runs: list,  # of (network, patch_size, precision)
+    x: Tensor,  # one volume (C,D,H,W), normalised, of the voxel size of training
+    activation: str,  # "softmax" or "sigmoid"
+    flips: bool = False,  # average over the eight mirror images
+    inside: bool = False,  # also edges and attention
+    bar=None,  # tqdm bar that counts windows
+) -> (
+    Tensor
+):  # float32 (M,D,H,W) on the CPU: probabilities K, with `inside` then edges E and attention 1
     "Mean answer of several networks to a volume and its mirror images (our choice)"
     passes = [(*run, axes) for run in runs for axes in (FLIPS if flips else [()])]
     counts = [len(windows(x.shape[1:], patch_size)) for _, patch_size, _, _ in passes]
@@ -76,33 +89,58 @@ def averaged(
     total = torch.zeros(0)
     for n, (net, patch_size, precision, axes) in zip(counts, passes):
         tick = bar.update if bar is not None else lambda n: None
-        maps = infer(net, x.flip(axes), patch_size, precision, answer=_everything if inside else None, tick=tick)
-        if n == 1: # the network's own answer, which may be its input
+        maps = infer(
+            net,
+            x.flip(axes),
+            patch_size,
+            precision,
+            answer=_everything if inside else None,
+            tick=tick,
+        )
+        if n == 1:  # the network's own answer, which may be its input
             maps = maps.clone()
         _make_confident(maps, activation, net.found["out_channels"] if inside else len(maps))
         maps = maps.cpu().div_(len(passes))
-        if len(total) == 0: # the first answer, which is never mirrored, holds the sum
+        if len(total) == 0:  # the first answer, which is never mirrored, holds the sum
             total = maps
             continue
-        for sum_of, answer in zip(total, maps): # a map at a time, so that two sets of maps are there and not three
-            sum_of.add_(answer.flip([a-1 for a in axes]))
+        for sum_of, answer in zip(
+            total, maps
+        ):  # a map at a time, so that two sets of maps are there and not three
+            sum_of.add_(answer.flip([a - 1 for a in axes]))
     return total
 
+
 def predict(
-    model, # EGCNN or a bare network, or a list of them, which are averaged
-    volume, # (C,D,H,W), array or tensor, normalised intensities
-    patch_size=None, # patch that it was trained on, in voxels of `target_spacing`, to which a smaller volume is filled up; None: at most 128 along each axis
-    spacing=None, # voxel size of `volume` in mm along its axes; None: that of training
-    activation:str=None, # "softmax" or "sigmoid"; None: the model's own, else softmax
-    precision:str="fp32", # "fp32", "bf16", "fp16", or "auto"
-    flips:bool=False, # average over the eight mirror images
-    progress:bool=False, # a bar that counts windows
-    target_spacing=(1, 1, 1), # voxel size in mm that it was trained on, along the axes of `volume`
-)->Tensor: # float32 probabilities (K,D,H,W), on the grid of `volume`
+    model,  # EGCNN or a bare network, or a list of them, which are averaged
+    volume,  # (C,D,H,W), array or tensor, normalised intensities
+    patch_size=None,  # patch that it was trained on, in voxels of `target_spacing`, to which a smaller volume is filled up; None: at most 128 along each axis
+    spacing=None,  # voxel size of `volume` in mm along its axes; None: that of training
+    activation: str = None,  # "softmax" or "sigmoid"; None: the model's own, else softmax
+    precision: str = "fp32",  # "fp32", "bf16", "fp16", or "auto"
+    flips: bool = False,  # average over the eight mirror images
+    progress: bool = False,  # a bar that counts windows
+    target_spacing=(1, 1, 1),  # voxel size in mm that it was trained on, along the axes of `volume`
+) -> Tensor:  # float32 probabilities (K,D,H,W), on the grid of `volume`
     "Class probabilities of a volume of any size (section 3.2: to the voxel size of training, and back)"
-    x, models = torch.as_tensor(volume, dtype=torch.float32), list(model) if isinstance(model, (list, tuple)) else [model]
-    expect(x.dim() == 4, "volume", f"shape {tuple(x.shape)}", "(C, D, H, W)", "add an axis for the channels")
-    expect(bool(x.isfinite().all()), "volume", "NaN or infinite voxels", "finite voxels", "repair the image before use")
+    x, models = (
+        torch.as_tensor(volume, dtype=torch.float32),
+        list(model) if isinstance(model, (list, tuple)) else [model],
+    )
+    expect(
+        x.dim() == 4,
+        "volume",
+        f"shape {tuple(x.shape)}",
+        "(C, D, H, W)",
+        "add an axis for the channels",
+    )
+    expect(
+        bool(x.isfinite().all()),
+        "volume",
+        "NaN or infinite voxels",
+        "finite voxels",
+        "repair the image before use",
+    )
     for name, lengths in (("spacing", spacing), ("target_spacing", target_spacing)):
         good = lengths is None or len(lengths) == 3 and all(0 < v < inf for v in lengths)
         require(good, f"The {name} {lengths} is no voxel size. Give three lengths in mm above 0.")
@@ -110,7 +148,13 @@ def predict(
     inner = target_size(size, spacing, target_spacing) if spacing is not None else size
     runs = [(m, patch_size or [min(n, 128) for n in inner], precision) for m in models]
     with tqdm(unit="window", disable=not progress) as bar:
-        prob = averaged(runs, resize(x[None], inner)[0], activation or getattr(models[0], "activation", "softmax"), flips, bar=bar)
+        prob = averaged(
+            runs,
+            resize(x[None], inner)[0],
+            activation or getattr(models[0], "activation", "softmax"),
+            flips,
+            bar=bar,
+        )
     return resize(prob[None], size)[0]
 
 # %% ../../nbs/2_practice/predict.ipynb #84a41281
@@ -125,85 +169,113 @@ def _float32_layers(path):
         about = file.metadata() or {}
     return json.loads(about.get("float32", "[]"))
 
+
 def _network_of(run, begun, settings, task, model):
     "The network of a run, without its weights: built from config.json, or the one that is given"
     if begun is None:
         require(model is None, f"The run {run} builds its own network. Leave out model.")
         return make_model(settings, task)
-    require(model is not None, f"The run {run} trained the network that fit was given as model={begun}, which config.json cannot build. Give the same one: load_run({str(run)!r}, model=...).")
+    require(
+        model is not None,
+        f"The run {run} trained the network that fit was given as model={begun}, which config.json cannot build. Give the same one: load_run({str(run)!r}, model=...).",
+    )
     name = f"model={name_of_part(model)}"
     net = build_network(model, task, name)
     settle_multiple(net, task, name, settings.patch_size)
     return net
+
 
 def _expect_own_weights(net, path):
     "Raise `InputError` that names the weights which a network of yours and a file do not share"
     try:
         found = load_file(path)
     except SafetensorError:
-        return                                                      # told below
+        return  # told below
     expect_weights(net, found, path)
 
+
 def load_run(
-    run, # folder written by egcnn_train
-    model=None, # the network, or function of (in_channels, out_channels), where `fit` was given one
-)->tuple: # model in evaluation mode, settings, task
+    run,  # folder written by egcnn_train
+    model=None,  # the network, or function of (in_channels, out_channels), where `fit` was given one
+) -> tuple:  # model in evaluation mode, settings, task
     "The network of a run with its best weights; raises `InputError` if the folder is no run, or a broken one"
     run = Path(run)
-    for name in ("config.json", "model.safetensors"): expect((run/name).is_file(), run, f"no {name}", "a run folder", "train with egcnn_train first")
+    for name in ("config.json", "model.safetensors"):
+        expect(
+            (run / name).is_file(),
+            run,
+            f"no {name}",
+            "a run folder",
+            "train with egcnn_train first",
+        )
     config = read_config(run)
-    settings, task = settings_of_config(config, run/"config.json")
+    settings, task = settings_of_config(config, run / "config.json")
     begun = config.get("parts", {}).get("model")
     yours = bool(begun or settings.network or model is not None)
     try:
         model = _network_of(run, begun, settings, task, model)
         if yours:
-            _expect_own_weights(model, run/"model.safetensors")
+            _expect_own_weights(model, run / "model.safetensors")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
         if yours and isinstance(e, InputError):
             raise
-        raise InputError(f"{run/'config.json'}: found something else ({type(e).__name__}: {e}), expected the settings of a run, as egcnn_train wrote them") from e
+        raise InputError(
+            f"{run / 'config.json'}: found something else ({type(e).__name__}: {e}), expected the settings of a run, as egcnn_train wrote them"
+        ) from e
     try:
-        load_model(model, run/"model.safetensors")
-        compute_in_float32(model, _float32_layers(run/"model.safetensors"))
-    except (SafetensorError, RuntimeError, ValueError, TypeError) as e: raise InputError(f"{run/'model.safetensors'}: found weights that are broken or of another network ({str(e).splitlines()[0]}), expected those of config.json; copy them again") from e
+        load_model(model, run / "model.safetensors")
+        compute_in_float32(model, _float32_layers(run / "model.safetensors"))
+    except (SafetensorError, RuntimeError, ValueError, TypeError) as e:
+        raise InputError(
+            f"{run / 'model.safetensors'}: found weights that are broken or of another network ({str(e).splitlines()[0]}), expected those of config.json; copy them again"
+        ) from e
     return model.eval(), settings, task
 
 # %% ../../nbs/2_practice/predict.ipynb #13303c64
 class BoxMaps:
     "Maps of a case, each brought to the scan's own voxel size at the moment when it is taken: all at once would not fit into memory where there are many classes"
-    def __init__(self,
-        maps:Tensor, # (M,d,h,w) on the network's grid
-        size:tuple, # voxels of the case's box, before resampling
+
+    def __init__(
+        self,
+        maps: Tensor,  # (M,d,h,w) on the network's grid
+        size: tuple,  # voxels of the case's box, before resampling
     ):
         self.maps, self.size = maps, size
 
-    def __len__(self): return len(self.maps)
+    def __len__(self):
+        return len(self.maps)
 
-    def __getitem__(self,
-        i:int, # number of the map
-    )->Tensor: # (D,H,W)
+    def __getitem__(
+        self,
+        i: int,  # number of the map
+    ) -> Tensor:  # (D,H,W)
         return resize(self.maps[i][None, None], self.size)[0, 0]
 
+
 def case_maps(
-    runs:list, # of `load_run`, whose answers are averaged
-    case:Case, # which
-    flips:bool=False, # average over the eight mirror images
-    inside:bool=False, # also edges and attention
-    bar=None, # tqdm bar that counts windows
-    change=None, # function of the prepared image (C,D,H,W), which is predicted instead
-    loaded:Loaded|None=None, # the case as `load_case` prepares it; None: it is read
-)->tuple: # float32 maps (BoxMaps) of the case's box at the scan's own voxel size, and the case (Loaded)
+    runs: list,  # of `load_run`, whose answers are averaged
+    case: Case,  # which
+    flips: bool = False,  # average over the eight mirror images
+    inside: bool = False,  # also edges and attention
+    bar=None,  # tqdm bar that counts windows
+    change=None,  # function of the prepared image (C,D,H,W), which is predicted instead
+    loaded: Loaded | None = None,  # the case as `load_case` prepares it; None: it is read
+) -> (
+    tuple
+):  # float32 maps (BoxMaps) of the case's box at the scan's own voxel size, and the case (Loaded)
     "Probabilities of a case, with `inside` also edges and attention, prepared as in training and resampled back (section 3.2)"
     model, settings, task = runs[0]
     if loaded is None:
         loaded = load_case(case, task, spacing=settings.spacing)
-    fast = best_precision(home_of(model).device)                       # a run in bf16 may meet a processor without it
-    members = [(m, s.patch_size, "fp32" if s.precision in ("fp32", "fp64") else fast) for m, s, _ in runs]
+    fast = best_precision(home_of(model).device)  # a run in bf16 may meet a processor without it
+    members = [
+        (m, s.patch_size, "fp32" if s.precision in ("fp32", "fp64") else fast) for m, s, _ in runs
+    ]
     x = loaded.x if change is None else change(loaded.x)
     with enough_memory(case.name):
         maps = averaged(members, x, task.activation, flips, inside, bar)
     return BoxMaps(maps, loaded.box_size), loaded
+
 
 def _likeliest(maps, channels, values):
     "The value whose channel is largest, of which two are in memory at a time"
@@ -215,6 +287,7 @@ def _likeliest(maps, channels, values):
         torch.maximum(best, current, out=best)
     return labels
 
+
 def _painted(maps, task):
     "Labels of nested regions, from outside in as `to_labels` paints them, one map at a time"
     regions, kind = list(task.regions.values()), label_dtype(task)
@@ -224,35 +297,42 @@ def _painted(maps, task):
     for i in outside_in:
         own = [v for v in regions[i] if innermost[v] == i]
         painted = np.array((own or regions[i])[:1], kind)
-        if not own: # its parts fill it: the likeliest of them
+        if not own:  # its parts fill it: the likeliest of them
             parts = [innermost[v] for v in regions[i]]
             painted = _likeliest(maps, parts, np.array(regions[i], kind))
-        np.copyto(labels, painted, where=(maps[i] > .5).numpy())
+        np.copyto(labels, painted, where=(maps[i] > 0.5).numpy())
     return labels
 
+
 def labels_of(
-    maps, # of `case_maps`, or a tensor (M,D,H,W), whose first channels are probabilities
-    task:Task, # of the run
-)->np.ndarray: # labels (D,H,W) on the grid of the maps, in the dataset's values and the type of `label_dtype`
+    maps,  # of `case_maps`, or a tensor (M,D,H,W), whose first channels are probabilities
+    task: Task,  # of the run
+) -> (
+    np.ndarray
+):  # labels (D,H,W) on the grid of the maps, in the dataset's values and the type of `label_dtype`
     "The likeliest label of each voxel, or nested regions above one half"
     if task.activation == "sigmoid":
         return _painted(maps, task)
     return _likeliest(maps, range(task.outputs), np.array(list(task.labels), label_dtype(task)))
 
+
 def label_map(
-    maps, # of `case_maps`, or a tensor (M,D,H,W) of the size of the box
-    loaded:Loaded, # of `case_maps`
-    task:Task, # of the run
-)->np.ndarray: # labels (D,H,W) on the scan's own grid, in the dataset's values and the type of `label_dtype`
+    maps,  # of `case_maps`, or a tensor (M,D,H,W) of the size of the box
+    loaded: Loaded,  # of `case_maps`
+    task: Task,  # of the run
+) -> (
+    np.ndarray
+):  # labels (D,H,W) on the scan's own grid, in the dataset's values and the type of `label_dtype`
     "`labels_of` the maps, at its place in the scan"
     return place(labels_of(maps, task), loaded)
 
+
 def predict_case(
-    model:nn.Module, # of `load_run`
-    settings:Settings, # of `load_run`
-    task:Task, # of `load_run`
-    case:Case, # which
-)->tuple: # labels (D,H,W) in the dataset's values, the loaded case
+    model: nn.Module,  # of `load_run`
+    settings: Settings,  # of `load_run`
+    task: Task,  # of `load_run`
+    case: Case,  # which
+) -> tuple:  # labels (D,H,W) in the dataset's values, the loaded case
     "Label map of a case on its own grid, computed as in training"
     maps, loaded = case_maps([(model, settings, task)], case)
     return label_map(maps, loaded, task), loaded
@@ -260,22 +340,27 @@ def predict_case(
 # %% ../../nbs/2_practice/predict.ipynb #ca66daac
 _WAYS = "Give a NIfTI file, a folder of NIfTI files, a case folder or a dataset folder"
 
+
 def _stem(path):
     "Name of a NIfTI file without its ending, other dots kept"
     nifti = path.name.lower().endswith((".nii", ".nii.gz"))
     require(nifti, f"{path} is no NIfTI file. Choose one whose name ends in .nii or .nii.gz.")
     return name_of(path)
 
+
 def _scans_in(folder):
     "The NIfTI files of a folder; hidden ones, such as the ._NAME that macOS leaves, are none"
-    there = [f for f in folder.iterdir() if f.is_file() or f.is_symlink() and not f.exists()] # a link to a file that is gone is told
+    there = [
+        f for f in folder.iterdir() if f.is_file() or f.is_symlink() and not f.exists()
+    ]  # a link to a file that is gone is told
     shown = sorted(f for f in there if not f.name.startswith("."))
     return [f for f in shown if f.name.lower().endswith((".nii", ".nii.gz"))]
+
 
 def _dataset_cases(folder, task):
     "Cases of a dataset or case folder; None where it is a folder of NIfTI files"
     scans = _scans_in(folder)
-    described = any((folder/name).is_file() for name in ("dataset.json", "cases.csv"))
+    described = any((folder / name).is_file() for name in ("dataset.json", "cases.csv"))
     try:
         found = find_dataset(folder)
     except InputError as e:
@@ -285,10 +370,17 @@ def _dataset_cases(folder, task):
             raise
         raise InputError(f"{folder}: no scan was found there. {_WAYS}. As a dataset: {e}") from e
     if scans and not any(image.is_file() for c in found.cases for image in c.images):
-        return None # a folder that only looks like a dataset, by its name or a description without files
+        return None  # a folder that only looks like a dataset, by its name or a description without files
     require(found.cases, f"{folder}: the dataset has no cases. {_WAYS}.")
-    expect(found.task.channels == task.channels, folder, f"the channels {list(found.task.channels)}", f"{list(task.channels)} as in training", "choose another run")
+    expect(
+        found.task.channels == task.channels,
+        folder,
+        f"the channels {list(found.task.channels)}",
+        f"{list(task.channels)} as in training",
+        "choose another run",
+    )
     return [Case(c.name, c.images) for c in found.cases]
+
 
 def _channel_of(path, files, task):
     "Name of the case and number of the channel, where a file is one channel of a case as nnU-Net numbers them; else None"
@@ -297,18 +389,30 @@ def _channel_of(path, files, task):
     if not name or len(digits) != 4 or not digits.isdecimal():
         return None
     if len(task.channels) > 1:
-        whole = len(read_shape(path)) == 4 # all the channels in one file
+        whole = len(read_shape(path)) == 4  # all the channels in one file
         return None if whole else (name, int(digits))
     first = {f"{name}_0000.nii", f"{name}_0000.nii.gz"}
-    begins = any(f.parent == path.parent and f.name.lower() in {n.lower() for n in first} for f in files)
+    begins = any(
+        f.parent == path.parent and f.name.lower() in {n.lower() for n in first} for f in files
+    )
     return (name, int(digits)) if begins else None
+
 
 def _expect_channels(folder, name, found, task):
     "Raise `InputError` unless the numbered files of a case are the channels of the task"
-    missing = [f"{name}_{n:04d} ({channel})" for n, channel in enumerate(task.channels) if n not in found]
-    require(not missing, f"{folder}: the case {name} lacks {', '.join(missing)}. Add the file, or leave out the case.")
+    missing = [
+        f"{name}_{n:04d} ({channel})" for n, channel in enumerate(task.channels) if n not in found
+    ]
+    require(
+        not missing,
+        f"{folder}: the case {name} lacks {', '.join(missing)}. Add the file, or leave out the case.",
+    )
     extra = [found[n].name for n in sorted(found) if n >= len(task.channels)]
-    require(not extra, f"{folder}: {', '.join(extra)} is by its name a further channel of {name}, and the run knows {list(task.channels)} alone. Choose another run, or rename the file.")
+    require(
+        not extra,
+        f"{folder}: {', '.join(extra)} is by its name a further channel of {name}, and the run knows {list(task.channels)} alone. Choose another run, or rename the file.",
+    )
+
 
 def _file_cases(files, task):
     "Cases of single NIfTI files, and of files that nnU-Net would number by channel"
@@ -317,88 +421,174 @@ def _file_cases(files, task):
         channel = _channel_of(path, files, task)
         if channel is None:
             channels = (*read_shape(path), 1)[3] if len(task.channels) > 1 else 1
-            expect(len(task.channels) == channels, path, f"one file of {channels} channel{'s' if channels > 1 else ''}", f"a case folder, one 4D file with the channels {list(task.channels)}, or a file for each, called NAME_0000.nii.gz and so on", f"{task.name} has several channels")
+            expect(
+                len(task.channels) == channels,
+                path,
+                f"one file of {channels} channel{'s' if channels > 1 else ''}",
+                f"a case folder, one 4D file with the channels {list(task.channels)}, or a file for each, called NAME_0000.nii.gz and so on",
+                f"{task.name} has several channels",
+            )
             cases.append(Case(_stem(path), (path,)))
             continue
         name, number = channel
         group = groups.setdefault((path.parent, name), {})
-        require(number not in group, f"{path}: there is another file of this channel of {name}. Give it once.")
+        require(
+            number not in group,
+            f"{path}: there is another file of this channel of {name}. Give it once.",
+        )
         group[number] = path
     for (folder, name), found in groups.items():
         _expect_channels(folder, name, found, task)
         cases.append(Case(name, tuple(found[n] for n in sorted(found))))
     return cases
 
+
 def find_inputs(
-    paths, # files and folders
-    task:Task, # of the run
-)->list: # of Case without label
+    paths,  # files and folders
+    task: Task,  # of the run
+) -> list:  # of Case without label
     "The cases behind the inputs of `egcnn_predict`; raises `InputError` on one that does not fit the run"
     cases, files = [], []
     for path in map(Path, paths):
-        expect(path.exists(), path, "no such file or folder", "a NIfTI file, a folder of NIfTI files, a case folder or a dataset folder")
+        expect(
+            path.exists(),
+            path,
+            "no such file or folder",
+            "a NIfTI file, a folder of NIfTI files, a case folder or a dataset folder",
+        )
         found = _dataset_cases(path, task) if path.is_dir() else None
         if found is None:
             files += _scans_in(path) if path.is_dir() else [path]
         else:
             cases += found
     cases += _file_cases(files, task)
-    twice = sorted({c.name for c in cases if sum(d.name.lower() == c.name.lower() for d in cases) > 1})
-    expect(not twice, "INPUT", f"the name {twice} more than once", "one output name an input", "predict them into separate folders")
+    twice = sorted(
+        {c.name for c in cases if sum(d.name.lower() == c.name.lower() for d in cases) > 1}
+    )
+    expect(
+        not twice,
+        "INPUT",
+        f"the name {twice} more than once",
+        "one output name an input",
+        "predict them into separate folders",
+    )
     return cases
 
 # %% ../../nbs/2_practice/predict.ipynb #da74139b
 SAVES = ("probabilities", "edges", "attention")
 
+
 def predict_all(
-    runs, # run folders
-    inputs, # files and folders
-    out:Path, # folder to write
-    save=(), # maps to save beside the labels, out of SAVES
-    flips:bool=False, # average over the eight mirror images
-    resume:bool=False, # leave out what is there
-)->None:
+    runs,  # run folders
+    inputs,  # files and folders
+    out: Path,  # folder to write
+    save=(),  # maps to save beside the labels, out of SAVES
+    flips: bool = False,  # average over the eight mirror images
+    resume: bool = False,  # leave out what is there
+) -> None:
     "Predict every input and save it on its own grid; raises `InputError`, at the end for an input that cannot be used"
     keep_memory()
-    record = {"weights": [hashlib.sha256(f.read_bytes()).hexdigest() if (f := Path(r)/"model.safetensors").is_file() else None for r in runs], "flips": flips, "save": sorted(save)}
+    record = {
+        "weights": [
+            hashlib.sha256(f.read_bytes()).hexdigest()
+            if (f := Path(r) / "model.safetensors").is_file()
+            else None
+            for r in runs
+        ],
+        "flips": flips,
+        "save": sorted(save),
+    }
     runs = _same_task(runs, [load_run(r) for r in runs], save)
     cases = find_inputs(inputs, runs[0][2])
-    files = {c.name: [out/f"{c.name}{end}.nii.gz" for end in ("", *(f"_{s}" for s in save))] for c in cases}
+    files = {
+        c.name: [out / f"{c.name}{end}.nii.gz" for end in ("", *(f"_{s}" for s in save))]
+        for c in cases
+    }
     every = [f for fs in files.values() for f in fs]
     shared = sorted({f.name for f in every if every.count(f) > 1})
-    require(not shared, f"{out}: {shared[:3]} would be written for two inputs. Rename one, or predict them into separate folders.")
+    require(
+        not shared,
+        f"{out}: {shared[:3]} would be written for two inputs. Rename one, or predict them into separate folders.",
+    )
     with _begun(out, record, resume):
         done = {n for n, fs in files.items() if resume and fs[0].exists()}
-        for f in [f for fs in files.values() for f in fs if not resume]: expect(not f.exists(), f, "a file that is already there", "a new name", "remove it, choose another --out, or go on with --resume")
+        for f in [f for fs in files.values() for f in fs if not resume]:
+            expect(
+                not f.exists(),
+                f,
+                "a file that is already there",
+                "a new name",
+                "remove it, choose another --out, or go on with --resume",
+            )
         cases, failed = [c for c in cases if c.name not in done], []
-        if done: print(f"{len(done)} inputs are done already", file=sys.stderr)
+        if done:
+            print(f"{len(done)} inputs are done already", file=sys.stderr)
         with tqdm(unit="window", leave=False) as bar:
             for case in tqdm(cases, desc="predicting"):
                 bar.set_description(case.name)
-                try: _predict_one(runs, case, files[case.name], save, flips, bar)
-                except InputError as e: failed.append(e); tqdm.write(f"left out: {e}", file=sys.stderr)
-    if failed: raise failed[0] if len(cases) == 1 else InputError(f"{out}: found {len(failed)} of {len(cases)} inputs that cannot be used, expected none; the others are done, see above")
+                try:
+                    _predict_one(runs, case, files[case.name], save, flips, bar)
+                except InputError as e:
+                    failed.append(e)
+                    tqdm.write(f"left out: {e}", file=sys.stderr)
+    if failed:
+        raise (
+            failed[0]
+            if len(cases) == 1
+            else InputError(
+                f"{out}: found {len(failed)} of {len(cases)} inputs that cannot be used, expected none; the others are done, see above"
+            )
+        )
+
 
 def _same_task(folders, runs, save):
     "The runs, moved to the GPU where there is one, once their tasks are seen to be one and to have what is to be saved"
     for folder, (_, settings, task) in zip(folders, runs):
-        expect(task == runs[0][2], folder, f"a run for {task.name}, channels {list(task.channels)}, labels {list(task.labels)}", f"the task of {folders[0]}", "average runs of one dataset")
-        expect(settings.edge or not set(save)-{"probabilities"}, folder, "a bare backbone", f"an edge stream for --save {' '.join(save)}", "choose another run")
+        expect(
+            task == runs[0][2],
+            folder,
+            f"a run for {task.name}, channels {list(task.channels)}, labels {list(task.labels)}",
+            f"the task of {folders[0]}",
+            "average runs of one dataset",
+        )
+        expect(
+            settings.edge or not set(save) - {"probabilities"},
+            folder,
+            "a bare backbone",
+            f"an edge stream for --save {' '.join(save)}",
+            "choose another run",
+        )
         spacings = [" x ".join(map(str, s)) for s in (settings.spacing, runs[0][1].spacing)]
-        require(list(settings.spacing) == list(runs[0][1].spacing), f"{folder} was trained on voxels of {spacings[0]} mm and {folders[0]} on {spacings[1]} mm. Average runs of one --spacing.")
+        require(
+            list(settings.spacing) == list(runs[0][1].spacing),
+            f"{folder} was trained on voxels of {spacings[0]} mm and {folders[0]} on {spacings[1]} mm. Average runs of one --spacing.",
+        )
     return [(m.to(best_device()), s, t) for m, s, t in runs]
+
 
 @contextmanager
 def _begun(out, record, resume):
     "Make the folder, or see that the same weights and options began it; to go on, sweep up what a killed process left"
-    path = out/"egcnn_predict.json"
-    try: begun = json.loads(path.read_text()) if path.exists() else record
-    except ValueError: begun = None
-    expect(begun == record, path, "other weights or options", "those of this command", "choose another --out")
+    path = out / "egcnn_predict.json"
+    try:
+        begun = json.loads(path.read_text()) if path.exists() else record
+    except ValueError:
+        begun = None
+    expect(
+        begun == record,
+        path,
+        "other weights or options",
+        "those of this command",
+        "choose another --out",
+    )
     out.mkdir(parents=True, exist_ok=True)
     lock = lock_run(out, "egcnn_predict", sweep=resume)
-    try: write_whole(path, lambda p: p.write_text(json.dumps(record, indent=1))); yield
-    finally: lock.release()
+    try:
+        write_whole(path, lambda p: p.write_text(json.dumps(record, indent=1)))
+        yield
+    finally:
+        lock.release()
+
 
 def _labels_alone(path, task):
     "Whether the voxels of a file are labels of the task and nothing else, two of them at least"
@@ -408,29 +598,47 @@ def _labels_alone(path, task):
     values = set(np.unique(array).tolist())
     return len(values) > 1 and values <= set(task.labels)
 
+
 def _predict_one(runs, case, files, save, flips, bar):
     "Predict one case; its label map is written last; raises `InputError` where the case is a label map"
     mask = all(_labels_alone(path, runs[0][2]) for path in case.images)
-    require(not mask, f"{case.images[0]} holds only labels of {runs[0][2].name}. It is a label map and no scan: leave it out.")
-    task, inside = runs[0][2], bool(set(save)-{"probabilities"})
+    require(
+        not mask,
+        f"{case.images[0]} holds only labels of {runs[0][2].name}. It is a label map and no scan: leave it out.",
+    )
+    task, inside = runs[0][2], bool(set(save) - {"probabilities"})
     maps, loaded = case_maps(runs, case, flips, inside, bar)
-    k, background = task.outputs, [float(task.activation == "softmax")] + [0.]*len(maps)
-    parts = {"probabilities": range(k), "edges": range(k, len(maps)-1), "attention": [len(maps)-1]}
+    k, background = task.outputs, [float(task.activation == "softmax")] + [0.0] * len(maps)
+    parts = {
+        "probabilities": range(k),
+        "edges": range(k, len(maps) - 1),
+        "attention": [len(maps) - 1],
+    }
     for name, file in list(zip(("", *save), files))[1:]:
-        array = np.empty((*loaded.shape, len(parts[name])), np.float32, order="F") # in the file's own order: a map is one piece of it
+        array = np.empty(
+            (*loaded.shape, len(parts[name])), np.float32, order="F"
+        )  # in the file's own order: a map is one piece of it
         for at, i in enumerate(parts[name]):
             array[..., at] = place(maps[i].numpy(), loaded, background[i])
-        write_volume(file, array[..., 0] if name == "attention" else array, loaded.grid, overwrite=True)
+        write_volume(
+            file, array[..., 0] if name == "attention" else array, loaded.grid, overwrite=True
+        )
     write_volume(files[0], label_map(maps, loaded, task), loaded.grid)
 
 # %% ../../nbs/2_practice/predict.ipynb #fc0914ad
 def surface_distance(
-    mask, # bool or {0,1} (D,H,W)
-    other, # bool or {0,1}, same shape
-    spacing=(1, 1, 1), # voxel size in mm
-)->np.ndarray: # float (D,H,W): mm on the surface of `mask`, NaN elsewhere; infinite where `other` is empty
+    mask,  # bool or {0,1} (D,H,W)
+    other,  # bool or {0,1}, same shape
+    spacing=(1, 1, 1),  # voxel size in mm
+) -> (
+    np.ndarray
+):  # float (D,H,W): mm on the surface of `mask`, NaN elsewhere; infinite where `other` is empty
     "Distance of each surface voxel of a mask to the surface of another, by SciPy"
     rim = lambda m: m & np.logical_not(binary_erosion(m, border_value=0))
     mask, other = rim(np.asarray(mask, bool)), rim(np.asarray(other, bool))
-    away = np.asarray(distance_transform_edt(~other, sampling=spacing)) if other.any() else np.full(mask.shape, np.inf)
+    away = (
+        np.asarray(distance_transform_edt(~other, sampling=spacing))
+        if other.any()
+        else np.full(mask.shape, np.inf)
+    )
     return np.where(mask, away, np.nan)

@@ -22,14 +22,17 @@ from .settings import Settings
 from .steps import ranks
 
 # %% ../../nbs/4_inside/self_check.ipynb #81ae7e1d
-_ALLOWED = 8                                                       # roundings, by which a result may be off
+_ALLOWED = 8  # roundings, by which a result may be off
+
 
 @dataclass(frozen=True)
 class WrongLayer:
     "A layer that reduced precision computes wrongly"
-    name:str # as in model.named_modules()
-    error:float # largest relative error of its output and derivatives
-    allowed:float # what rounding explains
+
+    name: str  # as in model.named_modules()
+    error: float  # largest relative error of its output and derivatives
+    allowed: float  # what rounding explains
+
 
 def _reduced(precision, device):
     "The half type of a precision, or None"
@@ -37,26 +40,30 @@ def _reduced(precision, device):
         on = torch.is_autocast_enabled(device.type)
         return torch.get_autocast_dtype(device.type) if on else None
 
+
 def _allowed(kind):
     "Relative error that rounding explains"
-    return _ALLOWED*torch.finfo(kind).eps/2
+    return _ALLOWED * torch.finfo(kind).eps / 2
+
 
 def _norm(x):
     "Square root of the sum of squares, summed in float64"
     return float(torch.linalg.vector_norm(x.detach(), dtype=torch.float64))
 
+
 def _off(found, truth, scale):
     "Relative error; a truth below a millionth of `scale` is what is left of sums that cancel"
-    size, error = _norm(truth), _norm(found.detach().to(truth.dtype)-truth.detach())
+    size, error = _norm(truth), _norm(found.detach().to(truth.dtype) - truth.detach())
     if not isfinite(size):
-        return 0.                                                  # float32 has no answer either
+        return 0.0  # float32 has no answer either
     if not isfinite(error):
         return inf
-    return error/max(size, 1e-6*scale, 1e-30)
+    return error / max(size, 1e-6 * scale, 1e-30)
 
 # %% ../../nbs/4_inside/self_check.ipynb #470a2a18
 class _Enter(torch.autograd.Function):
     "Round what enters a layer; when its gradient comes back, let the layer be compared"
+
     @staticmethod
     def forward(ctx, x, call):
         ctx.call = call
@@ -68,8 +75,10 @@ class _Enter(torch.autograd.Function):
         ctx.call.compare(grad)
         return grad, None
 
+
 class _Leave(torch.autograd.Function):
     "A copy of what leaves a layer, which the next may overwrite; round the gradient that comes back, and note it"
+
     @staticmethod
     def forward(ctx, out, call):
         ctx.call = call
@@ -81,15 +90,18 @@ class _Leave(torch.autograd.Function):
         ctx.call.grad = grad.to(ctx.call.kind).to(grad.dtype)
         return ctx.call.grad, None
 
+
 class _Call:
     "One call of a layer: what enters, what leaves, the gradient that comes back, and the errors in reduced precision"
-    x:Tensor
-    out:Tensor
-    grad:Tensor
+
+    x: Tensor
+    out: Tensor
+    grad: Tensor
+
     def __init__(self, layer, precision, kind):
         self.layer, self.precision, self.kind = layer, precision, kind
         self.weights = [p for p in layer.parameters(recurse=False) if p.requires_grad]
-        self.error, self.found, self.scale = 0., [], 0.
+        self.error, self.found, self.scale = 0.0, [], 0.0
         self.left, self.compared = False, False
 
     def leave(self, x, out):
@@ -102,52 +114,58 @@ class _Call:
         x = self.x.to(self.kind).requires_grad_()
         with torch.enable_grad(), autocast(self.precision, x.device):
             out = self.layer(x)
-        grad = (scale*self.grad).to(out.dtype)
+        grad = (scale * self.grad).to(out.dtype)
         grads = torch.autograd.grad(out, [x, *self.weights], grad)
-        return out, [g.float()/scale for g in grads]
+        return out, [g.float() / scale for g in grads]
 
     def compare(self, grad_x):
         "Compute the layer alone and compare its output and its input gradient; keep those of its weights"
-        if not self.left:                                          # it put out something else than a tensor
+        if not self.left:  # it put out something else than a tensor
             return
-        scales = [1.]
-        if self.kind == torch.float16:                             # a loss scale, lowered until no gradient overflows
+        scales = [1.0]
+        if self.kind == torch.float16:  # a loss scale, lowered until no gradient overflows
             largest = float(self.grad.abs().max())
-            scales = [s/max(largest, 1e-30) for s in (1., 2**-6, 2**-12)]
+            scales = [s / max(largest, 1e-30) for s in (1.0, 2**-6, 2**-12)]
         for scale in scales:
             out, (dx, *self.found) = self.alone(scale)
             if all(bool(g.isfinite().all()) for g in (dx, *self.found)):
                 break
         x, grad = _norm(self.x), _norm(self.grad)
         self.error = max(_off(out, self.out, x), _off(dx, grad_x, grad))
-        self.scale = x*grad
+        self.scale = x * grad
         self.compared = True
-        del self.x, self.out, self.grad                            # memory for the layers that follow
+        del self.x, self.out, self.grad  # memory for the layers that follow
 
 # %% ../../nbs/4_inside/self_check.ipynb #bb000d52
 def _watch(layer, precision, kind):
     "Handles of hooks that note each call of a layer, and the list that they fill"
     calls = []
+
     def enter(layer, args):
         usable = args and isinstance(args[0], Tensor) and args[0].dtype == torch.float32
         if not usable or not args[0].requires_grad:
             return None
         calls.append(_Call(layer, precision, kind))
         return (_Enter.apply(args[0], calls[-1]), *args[1:])
+
     def leave(layer, args, out):
         if calls and isinstance(out, Tensor) and out.requires_grad:
             return calls[-1].leave(args[0], out)
         return None
+
     return [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)], calls
+
 
 def _plain(model):
     "The network that several processes train together, without what keeps it in step"
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
+
 def _layers(model):
     "Name -> module of all that have weights of their own and no parts"
     named = model.named_modules()
     return {n: m for n, m in named if not [*m.children()] and [*m.parameters(recurse=False)]}
+
 
 def _twin(model, kind):
     "A copy whose weights are what `kind` can hold"
@@ -156,6 +174,7 @@ def _twin(model, kind):
         for p in twin.parameters():
             p.copy_(p.to(kind))
     return twin
+
 
 def _compared(model, loss, x, target, settings, keys, kind):
     "Name -> calls of each layer, compared, and parameter -> its gradient in float32"
@@ -171,6 +190,7 @@ def _compared(model, loss, x, target, settings, keys, kind):
     weights = [p for p in model.parameters() if p.requires_grad]
     _, *grads = torch.autograd.grad(total, [x, *weights], allow_unused=True)
     return calls, dict(zip(weights, grads))
+
 
 def _layer_errors(model, loss, x, target, settings, keys, kind):
     "Name -> largest error of a layer, for each that was called"
@@ -188,6 +208,7 @@ def _layer_errors(model, loss, x, target, settings, keys, kind):
         errors[name] = max([c.error for c in cs] + off)
     return errors
 
+
 def _of_all_processes(found):
     "What any of the processes has found, the same list on each"
     if ranks()[1] == 1:
@@ -200,27 +221,30 @@ def _of_all_processes(found):
             worst[layer.name] = layer
     return [worst[name] for name in sorted(worst)]
 
+
 def wrong_layers(
-    model:nn.Module, # the network, not sharded; it stays as it is
-    loss:nn.Module, # `EGLoss` of the run
-    x:Tensor, # one batch of images (B,C,D,H,W), float32
-    target:Tensor, # its masks (B,K,D,H,W)
-    settings:Settings, # of the run; the precision must not be "auto" any more
-    keys:list|None=None, # names of the Gumbel noise, one tuple a case
-)->list[WrongLayer]: # in the order of the network, the same on every process; empty in float32
+    model: nn.Module,  # the network, not sharded; it stays as it is
+    loss: nn.Module,  # `EGLoss` of the run
+    x: Tensor,  # one batch of images (B,C,D,H,W), float32
+    target: Tensor,  # its masks (B,K,D,H,W)
+    settings: Settings,  # of the run; the precision must not be "auto" any more
+    keys: list | None = None,  # names of the Gumbel noise, one tuple a case
+) -> list[WrongLayer]:  # in the order of the network, the same on every process; empty in float32
     "The layers whose output or derivatives in the run's precision differ from float32 by more than rounding; all processes call it"
     kind = _reduced(settings.precision, x.device)
     if kind is None:
         return []
-    part = -(-len(x)//settings.accumulate)                         # what the run computes at a time
+    part = -(-len(x) // settings.accumulate)  # what the run computes at a time
     x, target, keys = x[:part], target[:part], keys and keys[:part]
     gpus = [x.device] if x.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(gpus), torch.enable_grad():
             errors = _layer_errors(model, loss, x, target, settings, keys, kind)
     except torch.OutOfMemoryError as e:
-        raise InputError("The self-check needs the memory of a float32 step, which is not there. "
-                         "Take a smaller batch, or more parts of it (accumulate), or switch the check off.") from e
+        raise InputError(
+            "The self-check needs the memory of a float32 step, which is not there. "
+            "Take a smaller batch, or more parts of it (accumulate), or switch the check off."
+        ) from e
     allowed = _allowed(kind)
     found = [WrongLayer(n, e, allowed) for n, e in errors.items() if e > allowed]
     return _of_all_processes(found)
@@ -228,6 +252,7 @@ def wrong_layers(
 # %% ../../nbs/4_inside/self_check.ipynb #51b1105a
 class _InFloat32:
     "Stands in for the forward of one layer; can be copied and pickled with it"
+
     def __init__(self, layer):
         self.layer = layer
 
@@ -243,22 +268,25 @@ class _InFloat32:
             out = forward(self.layer, *args, **kwargs)
         return out.to(kind) if isinstance(out, Tensor) and out.dtype == torch.float32 else out
 
+
 def _wide(value):
     "A tensor of a half type in float32, anything else as it is"
     half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
     return value.float() if half else value
 
+
 def compute_in_float32(
-    model:nn.Module, # the network, or its DistributedDataParallel; changed in place
-    names:list[str], # of layers, as `wrong_layers` gives them
-)->None:
+    model: nn.Module,  # the network, or its DistributedDataParallel; changed in place
+    names: list[str],  # of layers, as `wrong_layers` gives them
+) -> None:
     "Let these layers compute in float32, whatever the precision of the run; raises `InputError` on a name that is none"
     layers = dict(_plain(model).named_modules())
-    odd = sorted(set(names)-set(layers))
+    odd = sorted(set(names) - set(layers))
     require(not odd, f"The network has no layers {odd}. Give names out of model.named_modules().")
     for name in names:
         if not isinstance(layers[name].forward, _InFloat32):
             layers[name].forward = _InFloat32(layers[name])
+
 
 def _processor(device):
     "The name of a processor, or of a GPU"
@@ -266,16 +294,20 @@ def _processor(device):
         return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:                                                # another system than Linux
+    except OSError:  # another system than Linux
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
+
 def describe_check(
-    found:list[WrongLayer], # of `wrong_layers`
-    device:torch.device|None=None, # of the run; None: this machine's processor
-)->list[str]: # one line a layer, for the log
+    found: list[WrongLayer],  # of `wrong_layers`
+    device: torch.device | None = None,  # of the run; None: this machine's processor
+) -> list[str]:  # one line a layer, for the log
     "What was found, on which processor, and what is done about it"
     where = _processor(device)
-    return [f"self-check: layer {f.name} is off by {f.error:.2g} of its size on {where}, where rounding explains "
-            f"{f.allowed:.2g}; it is computed in float32 in this run" for f in found]
+    return [
+        f"self-check: layer {f.name} is off by {f.error:.2g} of its size on {where}, where rounding explains "
+        f"{f.allowed:.2g}; it is computed in float32 in this run"
+        for f in found
+    ]

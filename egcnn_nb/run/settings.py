@@ -14,58 +14,85 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-NETWORKS = ("unet", "vnet", "segnet", "segresnet", "dynunet")                        # the last two are MONAI's, see `models`
+NETWORKS = (
+    "unet",
+    "vnet",
+    "segnet",
+    "segresnet",
+    "dynunet",
+)  # the last two are MONAI's, see `models`
 
-def default_cache()->Path|None: # None where neither EGCNN_CACHE nor a home folder is known
+
+def default_cache() -> Path | None:  # None where neither EGCNN_CACHE nor a home folder is known
     "Folder of prepared cases where none is named: `EGCNN_CACHE`, or one in the user's home"
     if os.environ.get("EGCNN_CACHE"):
         return Path(os.environ["EGCNN_CACHE"])
     try:
-        return Path.home()/".cache"/"egcnn_nb"
-    except RuntimeError: # a user without a home, as in some containers
+        return Path.home() / ".cache" / "egcnn_nb"
+    except RuntimeError:  # a user without a home, as in some containers
         return None
 
 # %% ../../nbs/4_inside/settings.ipynb #531b6bf3
 @dataclass
 class Settings:
     "Everything that a run depends on"
-    data:str # dataset folder
-    out:str # run folder
-    backbone:str="segnet" # one of NETWORKS
-    edge:bool=True # EG-CNN, or the bare backbone
-    epochs:int=100 # passes over the training cases
-    batch_size:int=2 # over all processes
-    accumulate:int=1 # parts in which each process computes its share of a batch, to save memory
-    width:int=8 # channels at the finest resolution
-    levels:int=4 # resolutions
-    patch_size:tuple|None=None # voxels at the spacing of the run; None: from the cases, at most 128
-    lr:float=1e-4 # initial learning rate (section 3.2)
-    seed:int=0 # of split, weights, order, patches and noise
-    workers:int=0 # loader processes; they change no result
-    precision:str="auto" # "fp32", "bf16", "fp16" (GPU), "fp64", or "auto": see `best_precision`
-    validation:float|str=0.2 # share of cases, or their number, or a file with their names
-    exclude:str|None=None # file with names of cases to leave out
-    train_cases:int|None=None # how many of the training cases to use, each the more often, so that an epoch stays as long; None: all
-    augment:tuple=("flip", "intensity") # names of augmentations (`patches`)
-    cache:str|None=None # folder of prepared cases, "off" for memory alone; None: egcnn_nb in the user's cache folder
-    cache_gb:float=50. # size that this folder may reach
-    save_minutes:float=10. # a checkpoint that often, besides the one after each epoch; 0: after each step
-    shard:bool=False # spread weights and optimizer over the processes (FSDP) too
-    spacing:tuple|str=(1., 1., 1.) # voxel size in mm to which cases are resampled, or "median" of the training cases
-    init:str|None=None # run folder whose trained weights the network starts from
-    self_check:bool=True # in reduced precision, compare the gradients of every layer with float32 before the first step
-    readers:int|None=None # cases that are read at once; None: as many as cores and memory allow
-    readings:dict|None=None # readings of the paper other than the defaults: argument of EGCNN, EGLoss or SegNet -> value
-    preset:str="default" # name out of PRESETS whose values the settings began with
-    network:str|None=None # "module:function" that builds a network of yours in place of `backbone`; None: `backbone`
+
+    data: str  # dataset folder
+    out: str  # run folder
+    backbone: str = "segnet"  # one of NETWORKS
+    edge: bool = True  # EG-CNN, or the bare backbone
+    epochs: int = 100  # passes over the training cases
+    batch_size: int = 2  # over all processes
+    accumulate: int = 1  # parts in which each process computes its share of a batch, to save memory
+    width: int = 8  # channels at the finest resolution
+    levels: int = 4  # resolutions
+    patch_size: tuple | None = (
+        None  # voxels at the spacing of the run; None: from the cases, at most 128
+    )
+    lr: float = 1e-4  # initial learning rate (section 3.2)
+    seed: int = 0  # of split, weights, order, patches and noise
+    workers: int = 0  # loader processes; they change no result
+    precision: str = "auto"  # "fp32", "bf16", "fp16" (GPU), "fp64", or "auto": see `best_precision`
+    validation: float | str = 0.2  # share of cases, or their number, or a file with their names
+    exclude: str | None = None  # file with names of cases to leave out
+    train_cases: int | None = (
+        None  # how many of the training cases to use, each the more often, so that an epoch stays as long; None: all
+    )
+    augment: tuple = ("flip", "intensity")  # names of augmentations (`patches`)
+    cache: str | None = (
+        None  # folder of prepared cases, "off" for memory alone; None: egcnn_nb in the user's cache folder
+    )
+    cache_gb: float = 50.0  # size that this folder may reach
+    save_minutes: float = (
+        10.0  # a checkpoint that often, besides the one after each epoch; 0: after each step
+    )
+    shard: bool = False  # spread weights and optimizer over the processes (FSDP) too
+    spacing: tuple | str = (
+        1.0,
+        1.0,
+        1.0,
+    )  # voxel size in mm to which cases are resampled, or "median" of the training cases
+    init: str | None = None  # run folder whose trained weights the network starts from
+    self_check: bool = True  # in reduced precision, compare the gradients of every layer with float32 before the first step
+    readers: int | None = (
+        None  # cases that are read at once; None: as many as cores and memory allow
+    )
+    readings: dict | None = (
+        None  # readings of the paper other than the defaults: argument of EGCNN, EGLoss or SegNet -> value
+    )
+    preset: str = "default"  # name out of PRESETS whose values the settings began with
+    network: str | None = (
+        None  # "module:function" that builds a network of yours in place of `backbone`; None: `backbone`
+    )
 
     @classmethod
-    def from_preset(cls,
-        name:str, # of PRESETS
-        data:str, # dataset folder
-        out:str, # run folder
-        **given, # other settings; each comes before the preset's value
-    )->"Settings":
+    def from_preset(
+        cls,
+        name: str,  # of PRESETS
+        data: str,  # dataset folder
+        out: str,  # run folder
+        **given,  # other settings; each comes before the preset's value
+    ) -> "Settings":
         "Settings of a preset, with those that you give"
         values = preset_values(name, given.get("edge", True), given.get("readings"))
         named = {"readings": values["readings"], "preset": name}
@@ -73,32 +100,38 @@ class Settings:
 
 # %% ../../nbs/4_inside/settings.ipynb #f34a8a0e
 def readings_of(
-    words, # strings NAME=VALUE
-)->dict: # name -> value; what is no Python literal stays a string
+    words,  # strings NAME=VALUE
+) -> dict:  # name -> value; what is no Python literal stays a string
     "Readings from words; raises `InputError` on one that is no NAME=VALUE"
     from egcnn_nb.core import expect
+
     out = {}
     for word in words:
         name, equals, value = word.partition("=")
         expect(equals and name, "reading", repr(word), "NAME=VALUE")
-        try: out[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError): out[name] = value
+        try:
+            out[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            out[name] = value
     return out
 
 # %% ../../nbs/4_inside/settings.ipynb #53b34ab9
 def share_or_file(
-    word:str, # of a command line
-)->float|str: # a number, or the name of a file
+    word: str,  # of a command line
+) -> float | str:  # a number, or the name of a file
     "What `--validation` is given"
-    try: return float(word)
-    except ValueError: return word
+    try:
+        return float(word)
+    except ValueError:
+        return word
 
 # %% ../../nbs/4_inside/settings.ipynb #ef193962
 def spacing_of(
-    words, # of a command line: three lengths in mm, one for all axes, or "median"
-)->tuple|str: # three lengths in mm along R, A, S, or "median"
+    words,  # of a command line: three lengths in mm, one for all axes, or "median"
+) -> tuple | str:  # three lengths in mm along R, A, S, or "median"
     "What `--spacing` is given; raises `InputError` on anything else"
     from egcnn_nb.core import require
+
     if list(words) == ["median"]:
         return "median"
     try:
@@ -106,39 +139,48 @@ def spacing_of(
     except ValueError:
         lengths = ()
     good = len(lengths) in (1, 3) and all(0 < v < float("inf") for v in lengths)
-    require(good, f"--spacing {' '.join(map(str, words))} is no voxel size. Give one or three lengths in mm above 0, or the word median.")
-    return lengths*3 if len(lengths) == 1 else lengths
+    require(
+        good,
+        f"--spacing {' '.join(map(str, words))} is no voxel size. Give one or three lengths in mm above 0, or the word median.",
+    )
+    return lengths * 3 if len(lengths) == 1 else lengths
 
 # %% ../../nbs/4_inside/settings.ipynb #5e7700a2
 # name -> settings, where they differ from those of `Settings`; readings of the loss by their own names
 PRESETS = {
     "default": {},
     "paper": {
-        "batch_size": 8, "lr": 1e-4, "spacing": (1., 1., 1.), "augment": (),
-        "readings": {"semantic": "dice", "lambda1": 1., "lambda2": .5, "weight_negatives": True},
+        "batch_size": 8,
+        "lr": 1e-4,
+        "spacing": (1.0, 1.0, 1.0),
+        "augment": (),
+        "readings": {"semantic": "dice", "lambda1": 1.0, "lambda2": 0.5, "weight_negatives": True},
     },
 }
-_OF_EDGES = ("lambda1", "lambda2", "weight_negatives")     # readings of the edge loss
+_OF_EDGES = ("lambda1", "lambda2", "weight_negatives")  # readings of the edge loss
+
 
 def check_preset(
-    name:str, # of PRESETS
-)->None:
+    name: str,  # of PRESETS
+) -> None:
     "Raise `InputError` on a name that is no preset"
     from egcnn_nb.core import require
+
     known = isinstance(name, str) and name in PRESETS
     require(known, f"The preset {name!r} is not known. Choose one of {', '.join(PRESETS)}.")
 
+
 def preset_values(
-    name:str, # of PRESETS
-    edge:bool=True, # whether the run has an edge stream
-    readings:dict|None=None, # that you give; each comes before the preset's
-)->dict: # setting -> value; the readings are together under one name
+    name: str,  # of PRESETS
+    edge: bool = True,  # whether the run has an edge stream
+    readings: dict | None = None,  # that you give; each comes before the preset's
+) -> dict:  # setting -> value; the readings are together under one name
     "Settings of a preset; raises `InputError` on an unknown name"
     check_preset(name)
     given, values = readings or {}, PRESETS[name]
     own = {k: v for k, v in values.get("readings", {}).items() if edge or k not in _OF_EDGES}
     if given.get("w_cross_entropy") and "semantic" in own:
-        own["semantic"] = "dice_ce"                        # a loss that weights the cross entropy has one
+        own["semantic"] = "dice_ce"  # a loss that weights the cross entropy has one
     return {**values, "readings": {**own, **given} or None}
 
 # %% ../../nbs/4_inside/settings.ipynb #5e7700a6
@@ -148,14 +190,19 @@ def _word(value):
         return " ".join(_word(v) for v in value) or "none"
     return f"{value:.12g}" if isinstance(value, float) else str(value)
 
+
 def preset_note(
-    name:str, # of PRESETS
-    values:dict, # setting or reading -> value of the run; those that are missing do not apply
-)->str:
+    name: str,  # of PRESETS
+    values: dict,  # setting or reading -> value of the run; those that are missing do not apply
+) -> str:
     "One line that names a preset, and every value of a run that is not the preset's"
     check_preset(name)
     wanted = {**PRESETS[name], **PRESETS[name].get("readings", {})}
-    pairs = {k: (_word(values[k]), _word(v)) for k, v in wanted.items() if k in values and k != "readings"}
+    pairs = {
+        k: (_word(values[k]), _word(v))
+        for k, v in wanted.items()
+        if k in values and k != "readings"
+    }
     other = [f"{k} {have} in place of {want}" for k, (have, want) in pairs.items() if have != want]
     return f"preset {name}" + (f", but {', '.join(other)}" if other else "")
 
@@ -166,6 +213,7 @@ PRESET_HELP = (
     "width, levels, precision, seed or validation split, which keep our defaults. A flag that you give beside the preset wins"
 )
 
+
 def _named_preset(words):
     "The preset that a command line names; the parser itself complains about one that is none"
     p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -173,21 +221,26 @@ def _named_preset(words):
     name = p.parse_known_args(words)[0].preset
     return name if name in PRESETS else "default"
 
+
 class PresetParser(argparse.ArgumentParser):
     "A command line with `--preset`: flags that are not given take the values of the preset"
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_argument("--preset", choices=list(PRESETS), default="default", help=PRESET_HELP)
 
-    def parse_known_args(self,
-        args=None, # words; None: those of this process
-        namespace=None, # to which the values are added; None: a new one
-    ): # namespace, words that are no flags
+    def parse_known_args(
+        self,
+        args=None,  # words; None: those of this process
+        namespace=None,  # to which the values are added; None: a new one
+    ):  # namespace, words that are no flags
         "The values of a command line; argparse keeps what a namespace has unless a flag is given"
         words = sys.argv[1:] if args is None else list(args)
         namespace = argparse.Namespace() if namespace is None else namespace
         for name, value in PRESETS[_named_preset(words)].items():
-            several = isinstance(self.get_default(name), list)                 # such as the rates that an experiment tries
+            several = isinstance(
+                self.get_default(name), list
+            )  # such as the rates that an experiment tries
             if name != "readings" and not hasattr(namespace, name):
                 setattr(namespace, name, [value] if several else value)
         return super().parse_known_args(words, namespace)

@@ -25,162 +25,218 @@ from .settings import Settings
 from ..tensors import probabilities, to_labels
 
 # %% ../../nbs/4_inside/steps.ipynb #02572031
-def ranks()->tuple: # rank of this process, number of processes
+def ranks() -> tuple:  # rank of this process, number of processes
     "Who is there (0 and 1 where nobody else is)"
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
+
 def validate(
-    model:nn.Module, # the network
-    cases, # of Loaded, with labels
-    task:Task, # of the dataset
-    patch_size, # window
-    precision:str="fp32", # as in training
-    stop=lambda: False, # asked before each case
-)->dict|None: # region -> mean Dice, and "mean"; None if it was stopped
+    model: nn.Module,  # the network
+    cases,  # of Loaded, with labels
+    task: Task,  # of the dataset
+    patch_size,  # window
+    precision: str = "fp32",  # as in training
+    stop=lambda: False,  # asked before each case
+) -> dict | None:  # region -> mean Dice, and "mean"; None if it was stopped
     "Mean Dice per region over the validation cases, spread over the processes (section 3.3)"
     rank, world = ranks()
-    scores:dict|None = {}
+    scores: dict | None = {}
     for case in cases[rank::world]:
-        if stop(): scores = None; break
+        if stop():
+            scores = None
+            break
         logits = infer(model, case.x, patch_size, precision)[None]
-        scores[case.name] = score_case(to_labels(probabilities(logits, task.activation), task)[0].cpu(), case.labels, task)
-    parts:list = [scores]
-    if world > 1: parts = [None]*world; dist.all_gather_object(parts, scores)
-    if None in parts: return None
+        scores[case.name] = score_case(
+            to_labels(probabilities(logits, task.activation), task)[0].cpu(), case.labels, task
+        )
+    parts: list = [scores]
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, scores)
+    if None in parts:
+        return None
     scores = {n: s for part in parts for n, s in part.items()}
-    return {r: sum(scores[n][r]["dice"] for n in sorted(scores))/len(scores) for r in [*task.regions, "mean"]}
+    return {
+        r: sum(scores[n][r]["dice"] for n in sorted(scores)) / len(scores)
+        for r in [*task.regions, "mean"]
+    }
 
 # %% ../../nbs/4_inside/steps.ipynb #728faedf
 def _exactly_half(alphas):
     "Share of the voxels of each map in which alpha is exactly 1/2"
-    return [float((alpha == .5).double().mean()) for alpha in alphas]
+    return [float((alpha == 0.5).double().mean()) for alpha in alphas]
+
 
 @torch.no_grad()
 def dead_gates(
-    model:EGCNN, # with an edge stream
-    x:Tensor, # images (B,C,D,H,W)
-    share:float=.99, # of the voxels
-)->list: # of bool, deep to fine
+    model: EGCNN,  # with an edge stream
+    x: Tensor,  # images (B,C,D,H,W)
+    share: float = 0.99,  # of the voxels
+) -> list:  # of bool, deep to fine
     "Whether alpha is exactly 1/2 in more than `share` of a gate's voxels"
     with evaluating(model):
         alphas = model.attention(x)
     return [half > share for half in _exactly_half(alphas)]
 
+
 def half_shares(
-    model:EGCNN, # with an edge stream
-    cases, # of Loaded
-    patch_size, # window
-)->list: # for each gate, deep to fine, a share in [0,1]
+    model: EGCNN,  # with an edge stream
+    cases,  # of Loaded
+    patch_size,  # window
+) -> list:  # for each gate, deep to fine, a share in [0,1]
     "Share of the voxels of cases in which alpha is exactly 1/2, as a mean over windows"
     windows = []
+
     def note(net, window):
         logits, _, alphas = net(window, return_attention=True)
         windows.append(_exactly_half(alphas))
         return logits
+
     for case in cases:
         infer(model, case.x, patch_size, "fp32", answer=note)
-    return [sum(of_gate)/len(windows) for of_gate in zip(*windows)]
+    return [sum(of_gate) / len(windows) for of_gate in zip(*windows)]
 
 # %% ../../nbs/4_inside/steps.ipynb #2e2c4ee7
 def write_csv(
-    path, # file
-    rows:list, # of dicts with the same keys
-)->None:
+    path,  # file
+    rows: list,  # of dicts with the same keys
+) -> None:
     "Rows as CSV, written whole"
+
     def write(part):
         with open(part, "w", newline="") as f:
-            table = csv.DictWriter(f, rows[0]); table.writeheader(); table.writerows(rows)
-    if rows: write_whole(path, write)
+            table = csv.DictWriter(f, rows[0])
+            table.writeheader()
+            table.writerows(rows)
+
+    if rows:
+        write_whole(path, write)
+
 
 def read_metrics(
-    run, # run folder
-)->list: # of dicts: column -> number, a row for each epoch
+    run,  # run folder
+) -> list:  # of dicts: column -> number, a row for each epoch
     "The rows of a run's metrics.csv"
-    with open(Path(run)/"metrics.csv", newline="") as f: return [{k: float(v) for k, v in r.items()} for r in csv.DictReader(f)]
+    with open(Path(run) / "metrics.csv", newline="") as f:
+        return [{k: float(v) for k, v in r.items()} for r in csv.DictReader(f)]
 
 # %% ../../nbs/4_inside/steps.ipynb #84b4c0ed
 TERMS = ("total", "semantic", "edge_dice", "edge_bce", "consistency")
 
+
 def is_term(
-    column:str, # of metrics.csv
-)->bool:
+    column: str,  # of metrics.csv
+) -> bool:
     "Whether a column holds a loss term"
     return column not in ("epoch", "lr", "skipped") and not column.startswith("dice_")
 
+
 def loss_terms(
-    rows:list, # of metrics.csv
-)->tuple: # names; TERMS, unless the loss is one of yours
+    rows: list,  # of metrics.csv
+) -> tuple:  # names; TERMS, unless the loss is one of yours
     "The loss terms of a run"
     if all(name in rows[0] for name in TERMS):
         return TERMS
     return tuple(name for name in rows[0] if is_term(name))
 
+
 def draw_curves(
-    losses, # matplotlib axes for the loss terms
-    scores, # matplotlib axes for Dice
-    rows:list, # of metrics.csv
-)->None:
+    losses,  # matplotlib axes for the loss terms
+    scores,  # matplotlib axes for Dice
+    rows: list,  # of metrics.csv
+) -> None:
     "Loss terms and validation Dice against the epoch"
-    epochs = [r["epoch"]+1 for r in rows]
-    for ax, title, names in ((losses, "training loss", loss_terms(rows)), (scores, "validation Dice", [k for k in rows[0] if k.startswith("dice_")])):
-        for n in names: ax.plot(epochs, [float(r[n]) for r in rows], ".-", ms=3, label=n.removeprefix("dice_") if ax is scores else n.replace("_", " "), lw=2 if n in ("total", "dice_mean") else 1)
-        ax.set(title=title, xlabel="epoch"); ax.legend(edgecolor="none", framealpha=.8, fontsize=8); ax.grid(alpha=.3); ax.xaxis.get_major_locator().set_params(integer=True)
+    epochs = [r["epoch"] + 1 for r in rows]
+    for ax, title, names in (
+        (losses, "training loss", loss_terms(rows)),
+        (scores, "validation Dice", [k for k in rows[0] if k.startswith("dice_")]),
+    ):
+        for n in names:
+            ax.plot(
+                epochs,
+                [float(r[n]) for r in rows],
+                ".-",
+                ms=3,
+                label=n.removeprefix("dice_") if ax is scores else n.replace("_", " "),
+                lw=2 if n in ("total", "dice_mean") else 1,
+            )
+        ax.set(title=title, xlabel="epoch")
+        ax.legend(edgecolor="none", framealpha=0.8, fontsize=8)
+        ax.grid(alpha=0.3)
+        ax.xaxis.get_major_locator().set_params(integer=True)
     scores.set_ylim(0, 1)
 
+
 def plot_curves(
-    path, # .png file
-    rows:list, # of metrics.csv
-)->None:
+    path,  # .png file
+    rows: list,  # of metrics.csv
+) -> None:
     "The curves of a run as a picture"
     from matplotlib.figure import Figure
-    if not rows: return
-    fig = Figure(figsize=(9, 3), layout="constrained"); left, right = fig.subplots(1, 2); draw_curves(left, right, rows)
+
+    if not rows:
+        return
+    fig = Figure(figsize=(9, 3), layout="constrained")
+    left, right = fig.subplots(1, 2)
+    draw_curves(left, right, rows)
     write_whole(path, lambda p: fig.savefig(p, format="png", dpi=100))
 
 # %% ../../nbs/4_inside/steps.ipynb #050e57da
 def mean_over_ranks(
-    values:Tensor, # of this process; changed in place
-)->Tensor:
+    values: Tensor,  # of this process; changed in place
+) -> Tensor:
     "Mean over the processes"
-    if ranks()[1] > 1: dist.all_reduce(values); values /= ranks()[1]
+    if ranks()[1] > 1:
+        dist.all_reduce(values)
+        values /= ranks()[1]
     return values
+
 
 @torch.no_grad()
 def share(
-    tensors, # of this process; changed in place
-)->None:
+    tensors,  # of this process; changed in place
+) -> None:
     "Give every process the tensors of the first, such as the running means of a batch norm"
     if ranks()[1] > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
 
+
 def _is_bad(model, values):
     "1 where a gradient or a loss is not finite, else 0, on the device"
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    norm = getattr(norm, "full_tensor", lambda: norm)()               # weights spread over the processes
-    return (~(norm.double()+values.sum()).isfinite()).double()
+    norm = getattr(norm, "full_tensor", lambda: norm)()  # weights spread over the processes
+    return (~(norm.double() + values.sum()).isfinite()).double()
+
 
 def _total(terms, loss, logits, main):
     "The loss of a part; where it leaves an output out, 0 times that too, so that every weight has a gradient"
     if loss.supervise == "both" or main is None:
         return terms["total"]
     total = terms["total"]
-    return total + 0*(logits.sum(dtype=total.dtype)+main.sum(dtype=total.dtype))         # a sum of halves may be infinite
+    return total + 0 * (
+        logits.sum(dtype=total.dtype) + main.sum(dtype=total.dtype)
+    )  # a sum of halves may be infinite
+
 
 def _tell_scaler(model, bad):
     "Make every gradient NaN where the step is bad, so that the scaler finds it on each process"
-    factor = torch.where(bad > 0, torch.nan, 1.)
+    factor = torch.where(bad > 0, torch.nan, 1.0)
     for p in model.parameters():
         if p.grad is not None:
             own = getattr(p.grad, "to_local", lambda grad=p.grad: grad)()
             own.mul_(factor.to(own.dtype))
 
+
 def _decides_itself(optimizer, device):
     "Whether the optimizer can leave out a step by `found_inf`, so that nobody has to wait for the device"
-    fused = isinstance(optimizer, torch.optim.Adam) and getattr(optimizer, "_step_supports_amp_scaling", False)
+    fused = isinstance(optimizer, torch.optim.Adam) and getattr(
+        optimizer, "_step_supports_amp_scaling", False
+    )
     first = next(p for group in optimizer.param_groups for p in group["params"])
-    in_pieces = hasattr(first, "full_tensor")         # checkpoints need its state from the first step on
+    in_pieces = hasattr(first, "full_tensor")  # checkpoints need its state from the first step on
     return fused and (device.type != "cpu" or in_pieces)
+
 
 def _step_unless(bad, optimizer, scaler):
     "A step of the optimizer, or none at all where `bad` is 1: weights, moments and number of steps stay as they are"
@@ -195,28 +251,37 @@ def _step_unless(bad, optimizer, scaler):
             scaler.step(optimizer)
     scaler.update()
 
+
 def train_step(
-    model:nn.Module, # the network, or its DistributedDataParallel
-    loss:nn.Module, # `EGLoss` of the task, or `UserLoss`
-    optimizer:torch.optim.Optimizer, # any; with fused Adam nothing waits for a GPU
-    scaler, # GradScaler; does nothing but for fp16
-    x:Tensor, # images (B,C,D,H,W): this process's share of the batch
-    target:Tensor, # masks (B,K,D,H,W)
-    keys:list, # names of the Gumbel noise, one tuple per case
-    settings:Settings, # of the run
-    weight:float=1., # of this process, see `EpochBatches.weight`
-    names:tuple=TERMS, # of the loss terms
-)->Tensor: # float64: each of `names` as a mean over the whole batch, then 1 if the step was skipped, else 0
+    model: nn.Module,  # the network, or its DistributedDataParallel
+    loss: nn.Module,  # `EGLoss` of the task, or `UserLoss`
+    optimizer: torch.optim.Optimizer,  # any; with fused Adam nothing waits for a GPU
+    scaler,  # GradScaler; does nothing but for fp16
+    x: Tensor,  # images (B,C,D,H,W): this process's share of the batch
+    target: Tensor,  # masks (B,K,D,H,W)
+    keys: list,  # names of the Gumbel noise, one tuple per case
+    settings: Settings,  # of the run
+    weight: float = 1.0,  # of this process, see `EpochBatches.weight`
+    names: tuple = TERMS,  # of the loss terms
+) -> Tensor:  # float64: each of `names` as a mean over the whole batch, then 1 if the step was skipped, else 0
     "One step of the optimizer, the same however the batch is spread (eq. 3, section 3.2)"
-    values, parts = 0, list(zip(*(t.split(-(-len(x)//settings.accumulate)) for t in (x, target))))
+    values, parts = 0, list(zip(*(t.split(-(-len(x) // settings.accumulate)) for t in (x, target))))
     optimizer.zero_grad(set_to_none=True)
     for i, (xs, ts) in enumerate(parts):
-        with nullcontext() if i+1 == len(parts) else getattr(model, "no_sync", nullcontext)():
-            with autocast(settings.precision, x.device): out = model(xs, return_main=True) if settings.edge else (model(xs), None, None)
-            terms, part = loss(out[0], out[1], ts, out[2], keys[:len(xs)]), weight*len(xs)/len(x)
-            scaler.scale(part*_total(terms, loss, out[0], out[2])).backward()
-        values, keys = values + part*torch.stack([terms[t].detach() for t in names]).double(), keys[len(xs):]
-    values = mean_over_ranks(cast(Tensor, values)); bad = _is_bad(model, values)
+        with nullcontext() if i + 1 == len(parts) else getattr(model, "no_sync", nullcontext)():
+            with autocast(settings.precision, x.device):
+                out = model(xs, return_main=True) if settings.edge else (model(xs), None, None)
+            terms, part = (
+                loss(out[0], out[1], ts, out[2], keys[: len(xs)]),
+                weight * len(xs) / len(x),
+            )
+            scaler.scale(part * _total(terms, loss, out[0], out[2])).backward()
+        values, keys = (
+            values + part * torch.stack([terms[t].detach() for t in names]).double(),
+            keys[len(xs) :],
+        )
+    values = mean_over_ranks(cast(Tensor, values))
+    bad = _is_bad(model, values)
     if scaler.is_enabled():
         _tell_scaler(model, bad)
     _step_unless(bad, optimizer, scaler)

@@ -56,107 +56,173 @@ from ..tensors import seed_everything, to_target
 
 # %% ../../nbs/2_practice/train.ipynb #22657917
 def poly_lr(
-    lr:float, # initial learning rate
-    epoch:int, # counter, from 0
-    epochs:int, # how many in all
-    power:float=0.9, # of the paper
-)->float: # learning rate of this epoch
+    lr: float,  # initial learning rate
+    epoch: int,  # counter, from 0
+    epochs: int,  # how many in all
+    power: float = 0.9,  # of the paper
+) -> float:  # learning rate of this epoch
     "Polynomial decay (eq. 9)"
-    return lr*(1 - epoch/epochs)**power
+    return lr * (1 - epoch / epochs) ** power
 
 # %% ../../nbs/2_practice/train.ipynb #477ad09c
-_BAD = 10                                                          # steps in a row that may be skipped
+_BAD = 10  # steps in a row that may be skipped
+
 
 def _spread(model, settings):
     "The network as each process calls it: itself, or copies in step (DDP), or weights in pieces (FSDP)"
-    if ranks()[1] == 1: return model
-    if not settings.shard: return nn.parallel.DistributedDataParallel(model)
+    if ranks()[1] == 1:
+        return model
+    if not settings.shard:
+        return nn.parallel.DistributedDataParallel(model)
     from torch.distributed.fsdp import fully_shard
-    for block in [m for m in model.modules() if isinstance(m, ResidualBlock)]: fully_shard(block)           # its weights are together only while it computes
+
+    for block in [m for m in model.modules() if isinstance(m, ResidualBlock)]:
+        fully_shard(block)  # its weights are together only while it computes
     return fully_shard(model)
+
 
 def _read_later(values):
     "A function that returns a device's values once they have arrived"
-    if values.device.type != "cuda": return lambda: values.tolist()
-    host, event = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True), torch.cuda.Event()
+    if values.device.type != "cuda":
+        return lambda: values.tolist()
+    host, event = (
+        torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True),
+        torch.cuda.Event(),
+    )
     event.record()
-    def read(): event.synchronize(); return host.tolist()
+
+    def read():
+        event.synchronize()
+        return host.tolist()
+
     return read
+
 
 def _begin_worker(_):
     "A loader's worker ignores Ctrl-C and SIGTERM, which a terminal sends to all: the run decides when it ends. It ends when it cannot send a batch, for which the run would wait for ever"
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
-    def leave(error, batch): print(f"a batch could not be sent: {error!r}", file=sys.stderr, flush=True); os._exit(1)
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, signal.SIG_IGN)
+
+    def leave(error, batch):
+        print(f"a batch could not be sent: {error!r}", file=sys.stderr, flush=True)
+        os._exit(1)
+
     setattr(multiprocessing.queues.Queue, "_on_queue_feeder_error", staticmethod(leave))
 
-_LOW = .1                                                          # a class with a lower validation Dice is not learned
 
-_DEAD = .99                                                        # share of the voxels with an alpha of 1/2 above which a gate is dead
+_LOW = 0.1  # a class with a lower validation Dice is not learned
+
+_DEAD = 0.99  # share of the voxels with an alpha of 1/2 above which a gate is dead
+
 
 def _fifth(epochs):
     "A fifth of the epochs, at least one"
-    return max(-(-epochs//5), 1)
+    return max(-(-epochs // 5), 1)
+
 
 def not_learned(
-    rows:list, # of metrics.csv
-    epochs:int, # of the run
-)->list: # names
+    rows: list,  # of metrics.csv
+    epochs: int,  # of the run
+) -> list:  # names
     "Classes whose validation Dice stayed below 0.1 for a fifth of the epochs, one after the other"
-    names = [k.removeprefix("dice_") for k in rows[0] if k.startswith("dice_") and k != "dice_mean"] if rows else []
+    names = (
+        [k.removeprefix("dice_") for k in rows[0] if k.startswith("dice_") and k != "dice_mean"]
+        if rows
+        else []
+    )
     found = []
     for name in names:
         low = 0
         for row in rows:
-            low = low+1 if float(row[f"dice_{name}"]) < _LOW else 0
+            low = low + 1 if float(row[f"dice_{name}"]) < _LOW else 0
             if low >= _fifth(epochs) and name not in found:
                 found.append(name)
     return found
 
+
 _POSITION = ("rows", "best", "streak", "step", "sums", "skipped")
+
 
 class Run:
     "Network, optimizer, data and position of a training run, and how they are saved"
-    def __init__(self,
-        settings:Settings, # of the run
-        task:Task, # of the dataset
-        train, # of Loaded
-        val, # of Loaded
-        device:torch.device, # where it runs
-        state:dict|None=None, # of a checkpoint, which `load` is given next; None: the run begins
-        parts:Parts|None=None, # of yours, tried by `try_parts`; None: the run's own
+
+    def __init__(
+        self,
+        settings: Settings,  # of the run
+        task: Task,  # of the dataset
+        train,  # of Loaded
+        val,  # of Loaded
+        device: torch.device,  # where it runs
+        state: dict
+        | None = None,  # of a checkpoint, which `load` is given next; None: the run begins
+        parts: Parts | None = None,  # of yours, tried by `try_parts`; None: the run's own
     ):
-        self.settings, self.task, self.train, self.val, self.device, (rank, world) = settings, task, train, val, device, ranks()
+        self.settings, self.task, self.train, self.val, self.device, (rank, world) = (
+            settings,
+            task,
+            train,
+            val,
+            device,
+            ranks(),
+        )
         self.parts = parts or Parts()
-        self.model = self._make_network().to(device, torch.float64 if settings.precision == "fp64" else torch.float32)
+        self.model = self._make_network().to(
+            device, torch.float64 if settings.precision == "fp64" else torch.float32
+        )
         if self.parts.built is not None:
             share((*self.model.parameters(), *self.model.buffers()))
-        self.notes = start_from(self.model, settings.init) if settings.init and state is None else []             # for the log
+        self.notes = (
+            start_from(self.model, settings.init) if settings.init and state is None else []
+        )  # for the log
         self.loss, self.names = make_loss(self.parts, settings, task).to(device), self.parts.terms
         self.batches = EpochBatches(len(train), settings.batch_size, settings.seed, rank, world)
         self.patches = self._make_patches()
-        over_batch = "batch" in reading_for(EGLoss, settings).values() and len(train) % settings.batch_size in range(1, world)
-        expect(not over_batch, "readings", f"sums over the batch, and a last batch of {len(train) % settings.batch_size} for {world} processes", "a case for each of them", "choose another --batch_size")
-        self.rows, self.best, self.streak = [], -1., 0
+        over_batch = "batch" in reading_for(EGLoss, settings).values() and len(
+            train
+        ) % settings.batch_size in range(1, world)
+        expect(
+            not over_batch,
+            "readings",
+            f"sums over the batch, and a last batch of {len(train) % settings.batch_size} for {world} processes",
+            "a case for each of them",
+            "choose another --batch_size",
+        )
+        self.rows, self.best, self.streak = [], -1.0, 0
         self.begin_epoch()
-        self.whole = copy.deepcopy(self.model) if settings.shard else self.model                                # for validation, and to be saved
+        self.whole = (
+            copy.deepcopy(self.model) if settings.shard else self.model
+        )  # for validation, and to be saved
         self._prepare_layers(state or {})
         self.network = _spread(self.model, settings)
         self.optimizer = self._make_optimizer()
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]                                     # at the beginning of the schedule
+        self.rates = [
+            group["lr"] for group in self.optimizer.param_groups
+        ]  # at the beginning of the schedule
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-        self.loader = torch.utils.data.DataLoader(self.patches, batch_sampler=self.batches, num_workers=settings.workers, persistent_workers=settings.workers > 0,
-                                                  pin_memory=device.type == "cuda", worker_init_fn=_begin_worker, generator=self._loader_generator())
+        self.loader = torch.utils.data.DataLoader(
+            self.patches,
+            batch_sampler=self.batches,
+            num_workers=settings.workers,
+            persistent_workers=settings.workers > 0,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_begin_worker,
+            generator=self._loader_generator(),
+        )
 
     def _make_network(self):
         "The network of the settings, or the one of yours"
         if self.parts.built is None:
             return make_model(self.settings, self.task)
-        seed_everything(self.settings.seed)                              # what the network draws while it trains, such as dropout
+        seed_everything(
+            self.settings.seed
+        )  # what the network draws while it trains, such as dropout
         return self.parts.built
 
     def _make_patches(self):
         "Training patches, changed by `augment` or by the transforms of yours"
-        patches = Patches(self.train, self.settings.patch_size, self.settings.seed, self.settings.augment)
+        patches = Patches(
+            self.train, self.settings.patch_size, self.settings.seed, self.settings.augment
+        )
         if self.parts.transforms is None:
             return patches
         return Transformed(patches, self.parts.transforms, self.task, self.settings.spacing)
@@ -187,29 +253,35 @@ class Run:
         now = self._own_state()
         for name, kind in (("terms", "loss terms"), ("rates", "learning rates")):
             was = state.get(name, now.get(name))
-            require(was == now.get(name), f"The run {self.settings.out} was begun with the {kind} {was}, and is resumed with {now.get(name)}. Give fit what the run began with.")
+            require(
+                was == now.get(name),
+                f"The run {self.settings.out} was begun with the {kind} {was}, and is resumed with {now.get(name)}. Give fit what the run began with.",
+            )
 
     def _prepare_layers(self, state):
         "Layers that are computed in float32 from now on: those of the checkpoint, and those that the self-check finds"
         if "model" in state:
             if self.parts.model is not None or self.settings.network:
                 expect_weights(self.model, state["model"], f"the run {self.settings.out}")
-            self.model.load_state_dict(state["model"])                    # the check looks at the weights that the run goes on with
+            self.model.load_state_dict(
+                state["model"]
+            )  # the check looks at the weights that the run goes on with
         self.rows, self.step = state.get("rows", []), state.get("step", 0)
         self.float32 = []
         self._into_float32(state.get("float32", []))
         if self.float32:
             self.notes.append(f"computed in float32, as before: {', '.join(self.float32)}")
-        found, told = self._self_check()                                 # the same on every process
+        found, told = self._self_check()  # the same on every process
         self._into_float32(found)
         self.notes += told
 
     def _into_float32(self, names):
         "Compute these layers in float32, in every copy of the network"
-        names = sorted(set(names)-set(self.float32))
+        names = sorted(set(names) - set(self.float32))
         if not names:
             return
         from egcnn_nb.run.self_check import compute_in_float32
+
         compute_in_float32(self.model, names)
         if self.whole is not self.model:
             compute_in_float32(self.whole, names)
@@ -217,12 +289,17 @@ class Run:
 
     def _self_check(self):
         "Names of the layers that reduced precision computes wrongly, and a line for the log about each"
-        batch = self._first_batch() if self.settings.self_check and self.settings.precision in ("bf16", "fp16") else None
+        batch = (
+            self._first_batch()
+            if self.settings.self_check and self.settings.precision in ("bf16", "fp16")
+            else None
+        )
         if batch is None:
             return [], []
         from egcnn_nb.run.self_check import describe_check, wrong_layers
+
         x, target, keys = batch
-        random = random_state()                                          # the check changes no draw of the run
+        random = random_state()  # the check changes no draw of the run
         try:
             found = wrong_layers(self.model, self.loss, x, target, self.settings, keys=keys)
         except (RuntimeError, TypeError) as e:
@@ -232,7 +309,9 @@ class Run:
         set_random_state(random)
         self.model.zero_grad(set_to_none=True)
         if found is None:
-            return [], ["the self-check cannot run the layers of this network one by one, so it is left out"]
+            return [], [
+                "the self-check cannot run the layers of this network one by one, so it is left out"
+            ]
         return [layer.name for layer in found], describe_check(found, self.device)
 
     def _is_yours(self):
@@ -243,109 +322,164 @@ class Run:
         "What the first step will compute with: images, masks, names of the noise; None where no step is left"
         batches = copy.copy(self.batches)
         batches.epoch, batches.first = len(self.rows), self.step
-        if self.step == len(batches):                                    # it was stopped in the validation
-            batches.epoch, batches.first = len(self.rows)+1, 0
+        if self.step == len(batches):  # it was stopped in the validation
+            batches.epoch, batches.first = len(self.rows) + 1, 0
         if batches.epoch >= self.settings.epochs:
             return None
         samples = [self.patches[key] for key in next(iter(batches))]
         return self._on_device(*torch.utils.data.default_collate(samples))
 
-    def begin_epoch(self)->None:
+    def begin_epoch(self) -> None:
         "Position: steps taken in this epoch, sums of their terms, steps skipped"
-        self.step, self.sums, self.skipped = 0, [0.]*len(self.names), 0
+        self.step, self.sums, self.skipped = 0, [0.0] * len(self.names), 0
 
     @property
-    def steps(self)->int:
+    def steps(self) -> int:
         "Steps taken in the whole run"
-        return len(self.rows)*len(self.batches)+self.step
+        return len(self.rows) * len(self.batches) + self.step
 
-    def terms(self)->dict:
+    def terms(self) -> dict:
         "Means of the loss terms over the epoch's steps that were taken"
-        return {t: s/max(self.step-self.skipped, 1) for t, s in zip(self.names, self.sums)}
+        return {t: s / max(self.step - self.skipped, 1) for t, s in zip(self.names, self.sums)}
 
-    def state(self)->dict:
+    def state(self) -> dict:
         "Everything needed to go on"
         position = {k: getattr(self, k) for k in _POSITION}
         position["float32"] = self.float32
         position |= self._own_state()
-        return {"random": random_state(), **position} if self.settings.shard else {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "random": random_state(), **position}
+        return (
+            {"random": random_state(), **position}
+            if self.settings.shard
+            else {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "random": random_state(),
+                **position,
+            }
+        )
 
-    def load(self,
-        state:dict, # of `state`
-    )->None:
+    def load(
+        self,
+        state: dict,  # of `state`
+    ) -> None:
         "Go on from there"
         self._expect_own(state)
         if self.settings.shard:
             from torch.distributed.checkpoint import load
+
             self._pieces(lambda parts: load(parts, checkpoint_id=state["pieces"]), back=True)
-        else: [getattr(self, name).load_state_dict(state[name]) for name in ("model", "optimizer", "scaler")]
-        for name in _POSITION: setattr(self, name, state[name])
+        else:
+            [
+                getattr(self, name).load_state_dict(state[name])
+                for name in ("model", "optimizer", "scaler")
+            ]
+        for name in _POSITION:
+            setattr(self, name, state[name])
         set_random_state(state["random"])
 
     def _pieces(self, do, back=False):
         "Let `do` read or fill this process's pieces of weights and optimizer"
         from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
         weights, moments = get_state_dict(self.network, self.optimizer)
         do({"model": weights, "optimizer": moments})
-        if back: set_state_dict(self.network, self.optimizer, model_state_dict=weights, optim_state_dict=moments)
+        if back:
+            set_state_dict(
+                self.network, self.optimizer, model_state_dict=weights, optim_state_dict=moments
+            )
 
-    def save(self)->None:
+    def save(self) -> None:
         "A checkpoint, then metrics.csv, each whole; all processes call it"
-        if self.settings.shard: self._pieces(lambda parts: save_sharded(self.settings.out, self.steps, parts, self.state()))
-        elif ranks()[0] == 0: save_checkpoint(self.settings.out, self.steps, self.state())
-        if ranks()[0] == 0: write_csv(Path(self.settings.out)/"metrics.csv", self.rows)
+        if self.settings.shard:
+            self._pieces(
+                lambda parts: save_sharded(self.settings.out, self.steps, parts, self.state())
+            )
+        elif ranks()[0] == 0:
+            save_checkpoint(self.settings.out, self.steps, self.state())
+        if ranks()[0] == 0:
+            write_csv(Path(self.settings.out) / "metrics.csv", self.rows)
 
-    def validate(self,
-        stop=lambda: False, # see `validate`
-    )->dict|None: # of `validate`
+    def validate(
+        self,
+        stop=lambda: False,  # see `validate`
+    ) -> dict | None:  # of `validate`
         "Dice of the validation cases; sharded weights are put together first"
         if self.settings.shard:
             from torch.distributed.checkpoint.state_dict import (
                 StateDictOptions,
                 get_model_state_dict,
             )
-            self.whole.load_state_dict(get_model_state_dict(self.network, options=StateDictOptions(full_state_dict=True)))
-        share(self.whole.buffers())
-        return validate(self.whole, self.val, self.task, self.settings.patch_size, self.settings.precision, stop)
 
-    def note(self,
-        step:int, # in the epoch, from 0
-        values:list, # terms, skipped, someone asks to save, to stop
-    )->tuple: # whether someone asks to save, to stop
+            self.whole.load_state_dict(
+                get_model_state_dict(self.network, options=StateDictOptions(full_state_dict=True))
+            )
+        share(self.whole.buffers())
+        return validate(
+            self.whole, self.val, self.task, self.settings.patch_size, self.settings.precision, stop
+        )
+
+    def note(
+        self,
+        step: int,  # in the epoch, from 0
+        values: list,  # terms, skipped, someone asks to save, to stop
+    ) -> tuple:  # whether someone asks to save, to stop
         "Add up a step; raises `InputError` after too many that are not finite"
         *terms, bad, save, stop = values
-        self.skipped += bad > 0; self.streak = self.streak+1 if bad else 0
-        if not bad: self.sums = [s+t for s, t in zip(self.sums, terms)]
-        names = sorted({self.train[case].name for *_, case in self.batches.whole()[step]}) if self.streak == _BAD else []
-        expect(not names, f"loss in epoch {len(self.rows)}, step {step}", f"{_BAD} steps in a row that are not finite, the last of {', '.join(names)}", "finite numbers", "lower --lr or use --precision fp32")
+        self.skipped += bad > 0
+        self.streak = self.streak + 1 if bad else 0
+        if not bad:
+            self.sums = [s + t for s, t in zip(self.sums, terms)]
+        names = (
+            sorted({self.train[case].name for *_, case in self.batches.whole()[step]})
+            if self.streak == _BAD
+            else []
+        )
+        expect(
+            not names,
+            f"loss in epoch {len(self.rows)}, step {step}",
+            f"{_BAD} steps in a row that are not finite, the last of {', '.join(names)}",
+            "finite numbers",
+            "lower --lr or use --precision fp32",
+        )
         return save > 0, stop > 0
 
-    def train_epoch(self,
-        due=lambda: False, # asked after each step: save?
-        stop=lambda: False, # asked after each step: save and stop?
-        tick=lambda terms: None, # called after each step with its terms
-    )->tuple: # whether the epoch was finished, share of the time spent waiting for data
+    def train_epoch(
+        self,
+        due=lambda: False,  # asked after each step: save?
+        stop=lambda: False,  # asked after each step: save and stop?
+        tick=lambda terms: None,  # called after each step with its terms
+    ) -> tuple:  # whether the epoch was finished, share of the time spent waiting for data
         "The rest of an epoch's steps"
         self.batches.epoch, self.batches.first, late = len(self.rows), self.step, deque()
-        for group, rate in zip(self.optimizer.param_groups, self.rates): group["lr"] = poly_lr(rate, len(self.rows), self.settings.epochs)
-        waited, begun = 0., time.perf_counter(); mark = begun
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = poly_lr(rate, len(self.rows), self.settings.epochs)
+        waited, begun = 0.0, time.perf_counter()
+        mark = begun
         for x, labels, sample in self.loader:
-            waited += time.perf_counter()-mark
+            waited += time.perf_counter() - mark
             values = self._one_step(x, labels, sample)
             asked = torch.tensor([due(), stop()], dtype=torch.float64, device=self.device)
-            late.append((self.step, _read_later(torch.cat([values, mean_over_ranks(asked)])))); self.step += 1
+            late.append((self.step, _read_later(torch.cat([values, mean_over_ranks(asked)]))))
+            self.step += 1
             save, end = self._catch_up(late, tick, 1 if self.device.type == "cuda" else 0)
-            if save or end: self._catch_up(late, tick); self.save()
-            if end: return False, waited/(time.perf_counter()-begun)
+            if save or end:
+                self._catch_up(late, tick)
+                self.save()
+            if end:
+                return False, waited / (time.perf_counter() - begun)
             mark = time.perf_counter()
         self._catch_up(late, tick)
-        return True, waited/max(mark-begun, 1e-9)
+        return True, waited / max(mark - begun, 1e-9)
 
     def _catch_up(self, late, tick, keep=0):
         "Note the steps whose values have not been read yet, but for the last `keep`"
         save, end = False, False
         while len(late) > keep:
-            step, read = late.popleft(); values = read(); flags = self.note(step, values); tick(dict(zip(self.names, values)))
+            step, read = late.popleft()
+            values = read()
+            flags = self.note(step, values)
+            tick(dict(zip(self.names, values)))
             save, end = save or flags[0], end or flags[1]
         return save, end
 
@@ -353,33 +487,64 @@ class Run:
         "A batch of the loader on the device: images, masks, names of the noise"
         keys = [(self.settings.seed, 3, self.steps, int(s)) for s in sample]
         x = x.to(self.device, next(self.model.parameters()).dtype, non_blocking=True)
-        target = to_target(labels.to(self.device, non_blocking=True), self.task, check=False)          # labels were checked when they were read
+        target = to_target(
+            labels.to(self.device, non_blocking=True), self.task, check=False
+        )  # labels were checked when they were read
         return x, target, keys
 
     def _one_step(self, x, labels, sample):
         "`train_step` of a batch of the loader"
         x, target, keys = self._on_device(x, labels, sample)
-        return train_step(self.network, self.loss, self.optimizer, self.scaler, x, target, keys, self.settings, self.batches.weight(self.step), self.names)
+        return train_step(
+            self.network,
+            self.loss,
+            self.optimizer,
+            self.scaler,
+            x,
+            target,
+            keys,
+            self.settings,
+            self.batches.weight(self.step),
+            self.names,
+        )
 
-    def finish_epoch(self,
-        dice:dict, # of `validate`
-    )->None:
+    def finish_epoch(
+        self,
+        dice: dict,  # of `validate`
+    ) -> None:
         "A row of metrics.csv; weights, if they are the best so far; a checkpoint"
-        self.rows.append({"epoch": len(self.rows), "lr": self.optimizer.param_groups[0]["lr"], **self.terms(), "skipped": self.skipped, **{f"dice_{k}": v for k, v in dice.items()}})
-        own = {name for name, _ in (*self.whole.named_parameters(), *self.whole.named_buffers())}                # each weight once, under one name
+        self.rows.append(
+            {
+                "epoch": len(self.rows),
+                "lr": self.optimizer.param_groups[0]["lr"],
+                **self.terms(),
+                "skipped": self.skipped,
+                **{f"dice_{k}": v for k, v in dice.items()},
+            }
+        )
+        own = {
+            name for name, _ in (*self.whole.named_parameters(), *self.whole.named_buffers())
+        }  # each weight once, under one name
         if dice["mean"] > self.best and ranks()[0] == 0:
             weights = {n: t.contiguous() for n, t in self.whole.state_dict().items() if n in own}
-            about = {"float32": json.dumps(self.float32)} if self.float32 else None                               # `load_run` computes them so too
-            write_whole(Path(self.settings.out)/"model.safetensors", lambda p: p.write_bytes(save(weights, about)))
-        self.best = max(self.best, dice["mean"]); self.begin_epoch(); self.save()
+            about = (
+                {"float32": json.dumps(self.float32)} if self.float32 else None
+            )  # `load_run` computes them so too
+            write_whole(
+                Path(self.settings.out) / "model.safetensors",
+                lambda p: p.write_bytes(save(weights, about)),
+            )
+        self.best = max(self.best, dice["mean"])
+        self.begin_epoch()
+        self.save()
 
-    def complaints(self)->list: # of strings for the log
+    def complaints(self) -> list:  # of strings for the log
         "What to do about each class that is found not to be learned after the last epoch; once for each"
         epochs = self.settings.epochs
         before = not_learned(self.rows[:-1], epochs)
         return [self._remedy(name) for name in not_learned(self.rows, epochs) if name not in before]
 
-    def dead_gates(self)->list: # of strings for the log
+    def dead_gates(self) -> list:  # of strings for the log
         "What to do about each gate whose alpha is exactly 1/2; found after a fifth of the epochs and after the last, on the first process, once for each"
         due = len(self.rows) in (_fifth(self.settings.epochs), self.settings.epochs)
         if not isinstance(self.whole, EGCNN):
@@ -388,22 +553,28 @@ class Run:
         open_to_it = all(g.attention_relu and g.fixed_attention is None for g in gates)
         if not (due and gates and open_to_it) or ranks()[0] > 0:
             return []
-        log = Path(self.settings.out)/"log.txt"
+        log = Path(self.settings.out) / "log.txt"
         told = log.read_text().splitlines() if log.is_file() else []
         lines = []
-        for i, share in enumerate(half_shares(self.whole, self.val[:2], self.settings.patch_size), 1):
+        for i, share in enumerate(
+            half_shares(self.whole, self.val[:2], self.settings.patch_size), 1
+        ):
             name = f"gate {i} of {len(gates)}, counted from the deepest, is dead"
             if share > _DEAD and not any(line.startswith(name) for line in told):
-                lines.append(f"{name}: its alpha is exactly 1/2 in {share:.1%} of the voxels, where no gradient reaches it. Train with --reading attention_relu=False.")
+                lines.append(
+                    f"{name}: its alpha is exactly 1/2 in {share:.1%} of the voxels, where no gradient reaches it. Train with --reading attention_relu=False."
+                )
         return lines
 
     def _remedy(self, name):
         "What to do about a class that is not learned"
         values = torch.tensor(self.task.regions[name])
         cases = {c.name: c for c in self.train}.values()
-        having = sum(bool(torch.isin(c.labels.flatten()[c.spots.long()], values).any()) for c in cases)
+        having = sum(
+            bool(torch.isin(c.labels.flatten()[c.spots.long()], values).any()) for c in cases
+        )
         span = _fifth(self.settings.epochs)
-        said = f"{name} is not learned: its validation Dice stayed below {_LOW} for {span} epoch{'s'*(span > 1)}, and {having} of {len(cases)} training cases have it."
+        said = f"{name} is not learned: its validation Dice stayed below {_LOW} for {span} epoch{'s' * (span > 1)}, and {having} of {len(cases)} training cases have it."
         if not having:
             return f"{said} Check the label maps, or choose training cases with it."
         if self.loss.w_cross_entropy == 0:
@@ -413,26 +584,56 @@ class Run:
 # %% ../../nbs/2_practice/train.ipynb #d0ec76de
 def _logger(out, bar):
     "A function that writes a line to log.txt and beside the progress bar, where there is one"
+
     def log(text):
-        if not bar.disable: bar.write(text)
-        with open(out/"log.txt", "a") as f: f.write(text+"\n")
+        if not bar.disable:
+            bar.write(text)
+        with open(out / "log.txt", "a") as f:
+            f.write(text + "\n")
+
     return log
+
 
 def _checked(settings, resume, device):
     "Fill in the precision, and refuse what cannot work, before anything is read"
     check_preset(settings.preset)
     check_settings(settings)
     own, out, world = best_precision(device), Path(settings.out), ranks()[1]
-    require(settings.batch_size >= world, f"batch_size is {settings.batch_size} over {world} processes. Give at least one case for each of them.")
-    if settings.precision == "auto": settings.precision = read_config(out)["settings"]["precision"] if resume else own
-    expect(settings.precision != "fp16" or device.type == "cuda", "precision", "fp16 on a CPU", "fp32 or bf16")
-    if set(settings.augment) - {"flip", "intensity"}: need("monai.transforms", f"augment {' '.join(settings.augment)}", "monai")
-    if settings.backbone not in BACKBONES: need("monai.networks.nets", f"the backbone {settings.backbone!r}", "monai")
+    require(
+        settings.batch_size >= world,
+        f"batch_size is {settings.batch_size} over {world} processes. Give at least one case for each of them.",
+    )
+    if settings.precision == "auto":
+        settings.precision = read_config(out)["settings"]["precision"] if resume else own
+    expect(
+        settings.precision != "fp16" or device.type == "cuda",
+        "precision",
+        "fp16 on a CPU",
+        "fp32 or bf16",
+    )
+    if set(settings.augment) - {"flip", "intensity"}:
+        need("monai.transforms", f"augment {' '.join(settings.augment)}", "monai")
+    if settings.backbone not in BACKBONES:
+        need("monai.networks.nets", f"the backbone {settings.backbone!r}", "monai")
     expect(not settings.shard or world > 1, "shard", "one process", "several, started by torchrun")
-    expect(not settings.shard or settings.accumulate == 1, "accumulate", f"{settings.accumulate} parts of sharded weights", "1", "use more processes")
+    expect(
+        not settings.shard or settings.accumulate == 1,
+        "accumulate",
+        f"{settings.accumulate} parts of sharded weights",
+        "1",
+        "use more processes",
+    )
     over_batch = sorted(k for k, v in reading_for(EGLoss, settings).items() if v == "batch")
-    expect(not over_batch or settings.accumulate == 1, "readings", f"{over_batch} over the batch, which is cut into {settings.accumulate} parts", "--accumulate 1")
-    return ["this CPU computes bfloat16 by emulation: --precision fp32 is several times faster"]*(settings.precision == "bf16" != own)
+    expect(
+        not over_batch or settings.accumulate == 1,
+        "readings",
+        f"{over_batch} over the batch, which is cut into {settings.accumulate} parts",
+        "--accumulate 1",
+    )
+    return ["this CPU computes bfloat16 by emulation: --precision fp32 is several times faster"] * (
+        settings.precision == "bf16" != own
+    )
+
 
 def _part_notes(parts, optimizer):
     "Lines for the log about the parts of yours"
@@ -440,13 +641,17 @@ def _part_notes(parts, optimizer):
     notes = [f"{part} {name}" for part, name in names.items() if part != "optimizer"]
     if "optimizer" in names:
         rates = ", ".join(f"{group['lr']:g}" for group in optimizer.param_groups)
-        notes.append(f"optimizer {type(optimizer).__name__} of {names['optimizer']}, with the learning rates {rates}")
+        notes.append(
+            f"optimizer {type(optimizer).__name__} of {names['optimizer']}, with the learning rates {rates}"
+        )
     return notes
+
 
 def _anyone_asks(listeners, device):
     "Whether a callback of the first process asked to stop; all processes call it"
     asked = torch.tensor([float(bool(listeners.asked))], dtype=torch.float64, device=device)
     return bool(mean_over_ranks(asked) > 0)
+
 
 def _preset_notes(settings):
     "A line for the log about the preset of a run, if it has one"
@@ -454,46 +659,82 @@ def _preset_notes(settings):
         return []
     return [preset_note(settings.preset, {**vars(settings), **readings_in_force(settings)})]
 
+
 def fit(
-    config:Settings, # of the run; it stays as it is
-    resume:bool=False, # go on with the run in config.out
-    device:torch.device=torch.device("cpu"), # where it runs
-    on_step=None, # called after each step with its loss terms
-    on_epoch=None, # called after each epoch with its row of metrics.csv, the network and the validation cases
-    quiet:bool=False, # no progress bar, messages to log.txt alone
-    stop=lambda: False, # asked after each step and each validated case: save and stop?
-    model=None, # network, or function of (in_channels, out_channels); None: the one that the settings name
-    loss=None, # function of (output, target) or (output, target, keys); None: `EGLoss`
-    optimizer=None, # function of the parameters or of the model, or an optimizer; None: Adam
-    transforms=None, # of a patch, in place of `augment`: a function of (x, labels), or a transform of MONAI or TorchIO
-    callbacks=(), # objects or functions that follow the run, see `your_own_parts`
-)->list: # rows of metrics.csv, fewer than epochs if it was stopped
+    config: Settings,  # of the run; it stays as it is
+    resume: bool = False,  # go on with the run in config.out
+    device: torch.device = torch.device("cpu"),  # where it runs
+    on_step=None,  # called after each step with its loss terms
+    on_epoch=None,  # called after each epoch with its row of metrics.csv, the network and the validation cases
+    quiet: bool = False,  # no progress bar, messages to log.txt alone
+    stop=lambda: False,  # asked after each step and each validated case: save and stop?
+    model=None,  # network, or function of (in_channels, out_channels); None: the one that the settings name
+    loss=None,  # function of (output, target) or (output, target, keys); None: `EGLoss`
+    optimizer=None,  # function of the parameters or of the model, or an optimizer; None: Adam
+    transforms=None,  # of a patch, in place of `augment`: a function of (x, labels), or a transform of MONAI or TorchIO
+    callbacks=(),  # objects or functions that follow the run, see `your_own_parts`
+) -> list:  # rows of metrics.csv, fewer than epochs if it was stopped
     "Train, validate and save, in this process or as one of several; raises `InputError` before anything is written"
-    require(isinstance(resume, bool), f"resume is {type(resume).__name__}. Give True or False, and the parts of the run by their names, as in model=...")
+    require(
+        isinstance(resume, bool),
+        f"resume is {type(resume).__name__}. Give True or False, and the parts of the run by their names, as in model=...",
+    )
     rank, out = ranks()[0], Path(config.out)
     parts, listeners = Parts(model, loss, optimizer, transforms), Listeners(callbacks, rank == 0)
     settings = parts.settle(config)
     keep_memory()
     emulated = _checked(settings, resume, device)
-    def check(settings, task, train): try_parts(parts, settings, task, train, device, not resume)
-    task, train, val, notes, state, lock = begin(settings, resume, quiet, parts.names(), check if parts.names() else None)
+
+    def check(settings, task, train):
+        try_parts(parts, settings, task, train, device, not resume)
+
+    task, train, val, notes, state, lock = begin(
+        settings, resume, quiet, parts.names(), check if parts.names() else None
+    )
     run = Run(settings, task, train, val, device, state, parts)
-    if state: run.load(state)
-    bar = tqdm(total=settings.epochs*len(run.batches), initial=run.steps, desc="training", disable=quiet or rank > 0)
+    if state:
+        run.load(state)
+    bar = tqdm(
+        total=settings.epochs * len(run.batches),
+        initial=run.steps,
+        desc="training",
+        disable=quiet or rank > 0,
+    )
     log = _logger(out, bar) if rank == 0 else lambda text: None
-    for note in [*_preset_notes(settings), *_part_notes(parts, run.optimizer), *notes, f"precision {settings.precision}", *emulated, *run.notes, *([f"resumed after epoch {len(run.rows)}, step {run.step}"] if state else [])]: log(note)
-    if rank == 0: write_csv(out/"metrics.csv", run.rows)                          # a run may have been killed between a checkpoint and its table
+    for note in [
+        *_preset_notes(settings),
+        *_part_notes(parts, run.optimizer),
+        *notes,
+        f"precision {settings.precision}",
+        *emulated,
+        *run.notes,
+        *([f"resumed after epoch {len(run.rows)}, step {run.step}"] if state else []),
+    ]:
+        log(note)
+    if rank == 0:
+        write_csv(
+            out / "metrics.csv", run.rows
+        )  # a run may have been killed between a checkpoint and its table
     saved, done = time.monotonic(), True
+
     def due():
         nonlocal saved
-        if time.monotonic()-saved < 60*settings.save_minutes or rank > 0: return False
-        saved = time.monotonic(); return True
+        if time.monotonic() - saved < 60 * settings.save_minutes or rank > 0:
+            return False
+        saved = time.monotonic()
+        return True
+
     steps = itertools.count(run.steps)
+
     def tick(terms):
         bar.update()
-        if on_step: on_step(terms)
+        if on_step:
+            on_step(terms)
         listeners.fire("on_step", run, next(steps), terms)
-    def enough(): return stop() or bool(listeners.asked)
+
+    def enough():
+        return stop() or bool(listeners.asked)
+
     try:
         listeners.fire("on_start", run)
         early = _anyone_asks(listeners, device)
@@ -501,19 +742,38 @@ def fit(
             start = time.monotonic()
             done, waited = run.train_epoch(due, enough, tick)
             dice = run.validate(enough) if done else None
-            if done and not dice: run.save()
-            if not dice: done = False; break
-            run.finish_epoch(dice); row = run.rows[-1]
-            log(f"epoch {len(run.rows)}/{settings.epochs} loss {row['total']:.4f} dice {dice['mean']:.4f} best {run.best:.4f} {time.monotonic()-start:.1f} s, {waited:.1%} of the steps' time waiting for data" + f", {row['skipped']} steps skipped"*(row["skipped"] > 0))
-            for text in [*run.complaints(), *run.dead_gates()]: log(text)
-            if on_epoch: on_epoch(row, run.whole, val)
+            if done and not dice:
+                run.save()
+            if not dice:
+                done = False
+                break
+            run.finish_epoch(dice)
+            row = run.rows[-1]
+            log(
+                f"epoch {len(run.rows)}/{settings.epochs} loss {row['total']:.4f} dice {dice['mean']:.4f} best {run.best:.4f} {time.monotonic() - start:.1f} s, {waited:.1%} of the steps' time waiting for data"
+                + f", {row['skipped']} steps skipped" * (row["skipped"] > 0)
+            )
+            for text in [*run.complaints(), *run.dead_gates()]:
+                log(text)
+            if on_epoch:
+                on_epoch(row, run.whole, val)
             listeners.fire("on_epoch", run, row["epoch"], row)
             early = _anyone_asks(listeners, device)
-        if early and len(run.rows) < settings.epochs: log(f"stopped after epoch {len(run.rows)} by {', '.join(listeners.asked)}; all of it is safe in {out}, go on with --resume")
-        if not done: log(f"stopped in epoch {len(run.rows)+1} after step {run.step}; all of it is safe in {out}, go on with --resume")
-    except KeyboardInterrupt: log(f"stopped at once; the last checkpoint is safe in {out}, go on with --resume"); raise
+        if early and len(run.rows) < settings.epochs:
+            log(
+                f"stopped after epoch {len(run.rows)} by {', '.join(listeners.asked)}; all of it is safe in {out}, go on with --resume"
+            )
+        if not done:
+            log(
+                f"stopped in epoch {len(run.rows) + 1} after step {run.step}; all of it is safe in {out}, go on with --resume"
+            )
+    except KeyboardInterrupt:
+        log(f"stopped at once; the last checkpoint is safe in {out}, go on with --resume")
+        raise
     finally:
         bar.close()
-        if lock: lock.release(); plot_curves(out/"curves.png", run.rows)
+        if lock:
+            lock.release()
+            plot_curves(out / "curves.png", run.rows)
         listeners.fire("on_end", run)
     return run.rows

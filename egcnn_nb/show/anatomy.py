@@ -23,88 +23,180 @@ from ..method.features import listen
 
 # %% ../../nbs/4_inside/anatomy.ipynb #1b9860ca
 def costs_by_part(
-    model:EGCNN, # around any network
-    x:Tensor, # an input (B,C,D,H,W); only its shape is used
-)->dict: # part -> {"parameters", "multiply_adds"}
+    model: EGCNN,  # around any network
+    x: Tensor,  # an input (B,C,D,H,W); only its shape is used
+) -> dict:  # part -> {"parameters", "multiply_adds"}
     "What each part of the main stream and each step of the edge stream costs for this input (our choice: convolutions are counted)"
     twin, x = copy.deepcopy(model).to("meta"), x.to("meta")
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter: twin(x)
-    flops = {name: sum(ops.values())//2 for name, ops in counter.get_flop_counts().items()}
-    def adds(name):                                                # a list of modules is not called itself: its members are
+    with torch.no_grad(), counter:
+        twin(x)
+    flops = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
+
+    def adds(name):  # a list of modules is not called itself: its members are
         key = f"{type(model).__name__}.{name}"
-        return flops[key] if key in flops else sum(adds(f"{name}.{child}") for child, _ in model.get_submodule(name).named_children())
-    cost = lambda names: {"parameters": sum(p.numel() for n in names for p in model.get_submodule(n).parameters()), "multiply_adds": sum(map(adds, names))}
+        return (
+            flops[key]
+            if key in flops
+            else sum(
+                adds(f"{name}.{child}") for child, _ in model.get_submodule(name).named_children()
+            )
+        )
+
+    cost = lambda names: {
+        "parameters": sum(p.numel() for n in names for p in model.get_submodule(n).parameters()),
+        "multiply_adds": sum(map(adds, names)),
+    }
     groups = {n: [f"main.{n}"] for n, _ in model.main.named_children()}
-    groups |= {f"gate {i}": [f"edge.{kind}.{i}" for kind in ("blocks", "halves", "gates")] for i in range(len(model.edge.gates))}
-    found = {part: cost(names) for part, names in {**groups, "edge head, fusion": ["edge.last", "edge.head", "fusion"]}.items()}
-    found["edge head, fusion"]["multiply_adds"] += flops[type(model).__name__] - sum(c["multiply_adds"] for c in found.values())       # done in one, see `EdgeStream.project`
+    groups |= {
+        f"gate {i}": [f"edge.{kind}.{i}" for kind in ("blocks", "halves", "gates")]
+        for i in range(len(model.edge.gates))
+    }
+    found = {
+        part: cost(names)
+        for part, names in {
+            **groups,
+            "edge head, fusion": ["edge.last", "edge.head", "fusion"],
+        }.items()
+    }
+    found["edge head, fusion"]["multiply_adds"] += flops[type(model).__name__] - sum(
+        c["multiply_adds"] for c in found.values()
+    )  # done in one, see `EdgeStream.project`
     return found
 
 # %% ../../nbs/4_inside/anatomy.ipynb #f77fb8ca
 def _shapes(model, x):
     "Name -> shape (C,D,H,W) of each feature that the edge stream hears"
     twin = copy.deepcopy(model.main).to("meta")
-    with torch.no_grad(), listen(twin, {*dict(model.found["encoder"]), model.found["entry"][0]}) as seen: twin(x.to("meta"))
+    with (
+        torch.no_grad(),
+        listen(twin, {*dict(model.found["encoder"]), model.found["entry"][0]}) as seen,
+    ):
+        twin(x.to("meta"))
     return {n: tuple(t.shape[1:]) for n, t in seen.items()}
+
 
 def _box(ax, x, y, name, shape, colour):
     "A labelled box around (x, y); a long name keeps its ends"
     name = name if len(name) < 19 or not shape else f"{name[:6]}…{name[-11:]}"
     text = f"{name}\n{shape[0]} × {'×'.join(map(str, shape[1:]))}" if shape else name
-    ax.text(x, y, text, ha="center", va="center", fontsize=8, bbox=dict(boxstyle="round,pad=.4", fc=to_rgb(colour) + (.45,), ec="#444444"))
+    ax.text(
+        x,
+        y,
+        text,
+        ha="center",
+        va="center",
+        fontsize=8,
+        bbox=dict(boxstyle="round,pad=.4", fc=to_rgb(colour) + (0.45,), ec="#444444"),
+    )
 
-def _arrow(ax, start, end, colour, bend=0.):
+
+def _arrow(ax, start, end, colour, bend=0.0):
     "An arrow from box to box: sideways where they stand side by side, else up or down"
     (x, y), (u, v) = start, end
-    dx, dy = (.42, 0) if abs(u-x) > 1 else (0, .27 if v > y else -.27)
-    ax.annotate("", (u-dx, v-dy), (x+dx, y+dy), arrowprops=dict(arrowstyle="-|>", color=colour, shrinkA=0, shrinkB=0, connectionstyle=f"arc3,rad={bend}"))
+    dx, dy = (0.42, 0) if abs(u - x) > 1 else (0, 0.27 if v > y else -0.27)
+    ax.annotate(
+        "",
+        (u - dx, v - dy),
+        (x + dx, y + dy),
+        arrowprops=dict(
+            arrowstyle="-|>", color=colour, shrinkA=0, shrinkB=0, connectionstyle=f"arc3,rad={bend}"
+        ),
+    )
 
 # %% ../../nbs/4_inside/anatomy.ipynb #1bc11f8d
 def _streams(ax, model, x):
     "Main stream on the left, edge stream on the right, resolution from top to bottom"
-    encoder, shapes, m, e = model.found["encoder"], _shapes(model, x), COLOURS["prediction"], COLOURS["edge"]
+    encoder, shapes, m, e = (
+        model.found["encoder"],
+        _shapes(model, x),
+        COLOURS["prediction"],
+        COLOURS["edge"],
+    )
     level = {shapes[n][1:]: -r for r, (n, _) in enumerate(encoder)}
-    for n, _ in encoder: _box(ax, 0, level[shapes[n][1:]], n, shapes[n], m)
-    for (a, _), (b, _) in zip(encoder, encoder[1:]): _arrow(ax, (0, level[shapes[a][1:]]), (0, level[shapes[b][1:]]), m)
+    for n, _ in encoder:
+        _box(ax, 0, level[shapes[n][1:]], n, shapes[n], m)
+    for (a, _), (b, _) in zip(encoder, encoder[1:]):
+        _arrow(ax, (0, level[shapes[a][1:]]), (0, level[shapes[b][1:]]), m)
     entry, deep = model.found["entry"][0], (0, level[shapes[encoder[-1][0]][1:]])
-    at = (1.5, level.get(shapes[entry][1:], deep[1]+1))
-    _box(ax, *at, entry, shapes[entry], m); _arrow(ax, deep, at, m); _box(ax, 1.5, 1, f"main logits\n{model.found['out_channels']} channels", None, m); _arrow(ax, at, (1.5, 1), m)
+    at = (1.5, level.get(shapes[entry][1:], deep[1] + 1))
+    _box(ax, *at, entry, shapes[entry], m)
+    _arrow(ax, deep, at, m)
+    _box(ax, 1.5, 1, f"main logits\n{model.found['out_channels']} channels", None, m)
+    _arrow(ax, at, (1.5, 1), m)
     gates = [(3, level[shapes[n][1:]]) for n in model.gated]
     _arrow(ax, deep if model.entry == encoder[-1][0] else at, gates[0], e)
     for i, (n, g) in enumerate(zip(model.gated, gates)):
-        _box(ax, *g, f"gate {i}", (model.edge.gates[i].conv_e.in_channels, *shapes[n][1:]), e); _arrow(ax, (0, g[1]), g, m, -.12)
-    for a, b in zip(gates, gates[1:]): _arrow(ax, a, b, e)
-    _box(ax, 3, 1, f"edge logits\n{model.edge.head.out_channels} channels", None, e); _arrow(ax, gates[-1], (3, 1), e)
-    _box(ax, 2.25, 1.9, "fusion: logits", None, COLOURS["truth"]); _arrow(ax, (1.5, 1), (2.25, 1.9), m); _arrow(ax, (3, 1), (2.25, 1.9), e)
-    for column, title, colour in ((0, "encoder", m), (1.5, "decoder", m), (3, "edge stream", e)): ax.text(column, deep[1]-.55, title, ha="center", fontsize=9, color=colour, weight="bold")
-    ax.set(xlim=(-.6, 3.6), ylim=(deep[1]-.7, 2.3)); ax.axis("off")
+        _box(ax, *g, f"gate {i}", (model.edge.gates[i].conv_e.in_channels, *shapes[n][1:]), e)
+        _arrow(ax, (0, g[1]), g, m, -0.12)
+    for a, b in zip(gates, gates[1:]):
+        _arrow(ax, a, b, e)
+    _box(ax, 3, 1, f"edge logits\n{model.edge.head.out_channels} channels", None, e)
+    _arrow(ax, gates[-1], (3, 1), e)
+    _box(ax, 2.25, 1.9, "fusion: logits", None, COLOURS["truth"])
+    _arrow(ax, (1.5, 1), (2.25, 1.9), m)
+    _arrow(ax, (3, 1), (2.25, 1.9), e)
+    for column, title, colour in ((0, "encoder", m), (1.5, "decoder", m), (3, "edge stream", e)):
+        ax.text(column, deep[1] - 0.55, title, ha="center", fontsize=9, color=colour, weight="bold")
+    ax.set(xlim=(-0.6, 3.6), ylim=(deep[1] - 0.7, 2.3))
+    ax.axis("off")
+
 
 def drawing(
-    model:EGCNN, # around any network
-    x:Tensor, # an input (B,C,D,H,W); only its shape is used
-)->Figure:
+    model: EGCNN,  # around any network
+    x: Tensor,  # an input (B,C,D,H,W); only its shape is used
+) -> Figure:
     "The network as it is: what feeds what, the live shapes, and what each part costs"
-    fig = Figure(figsize=(11, 1.6+.95*len(model.found["encoder"])), layout="constrained")
+    fig = Figure(figsize=(11, 1.6 + 0.95 * len(model.found["encoder"])), layout="constrained")
     ax, a, b = fig.subplots(1, 3, width_ratios=(3, 1, 1))
-    _streams(ax, model, x); cost = costs_by_part(model, x)
-    for bars, what, unit in ((a, "parameters", "parameters"), (b, "multiply_adds", "multiply-adds")):
-        values = [c[what] for c in cost.values()]; total = sum(values)
+    _streams(ax, model, x)
+    cost = costs_by_part(model, x)
+    for bars, what, unit in (
+        (a, "parameters", "parameters"),
+        (b, "multiply_adds", "multiply-adds"),
+    ):
+        values = [c[what] for c in cost.values()]
+        total = sum(values)
         edge = sum(v for n, v in zip(cost, values) if n.startswith(("gate", "edge", "fusion")))
-        bars.barh(list(cost), values, color=[COLOURS["edge" if n.startswith(("gate", "edge")) else "truth" if n == "fusion" else "prediction"] for n in cost])
-        bars.set_title(f"{unit}: {total:.3g}\nedge stream and fusion {edge/total:.1%}", fontsize=9); bars.invert_yaxis(); bars.tick_params(labelsize=8)
-        for side in ("top", "right"): bars.spines[side].set_visible(False)
-    b.set_yticklabels([]); return fig
+        bars.barh(
+            list(cost),
+            values,
+            color=[
+                COLOURS[
+                    "edge"
+                    if n.startswith(("gate", "edge"))
+                    else "truth"
+                    if n == "fusion"
+                    else "prediction"
+                ]
+                for n in cost
+            ],
+        )
+        bars.set_title(
+            f"{unit}: {total:.3g}\nedge stream and fusion {edge / total:.1%}", fontsize=9
+        )
+        bars.invert_yaxis()
+        bars.tick_params(labelsize=8)
+        for side in ("top", "right"):
+            bars.spines[side].set_visible(False)
+    b.set_yticklabels([])
+    return fig
 
 # %% ../../nbs/4_inside/anatomy.ipynb #4ed2b5ca
-PRETRAINED = files("egcnn_nb")/"pretrained"          # run folders of the networks that ship with the package
+PRETRAINED = (
+    files("egcnn_nb") / "pretrained"
+)  # run folders of the networks that ship with the package
+
 
 def pretrained(
-    name:str="eg", # "eg", "eg_no_relu" or "bare"
-)->nn.Module: # EGCNN or SegNet, in evaluation mode; input (B,4,D,H,W), the channels of BraTS, z-scored
+    name: str = "eg",  # "eg", "eg_no_relu" or "bare"
+) -> (
+    nn.Module
+):  # EGCNN or SegNet, in evaluation mode; input (B,4,D,H,W), the channels of BraTS, z-scored
     "A small network trained on brain phantoms, one logit per nested region (`tools/pretrain.py`)"
     expect(name in ("eg", "eg_no_relu", "bare"), "name", repr(name), "'eg', 'eg_no_relu' or 'bare'")
     net = SegNet(4, 3, width=8, levels=3)
-    if name != "bare": net = EGCNN(net, activation="sigmoid", attention_relu=name == "eg")
-    net.load_state_dict(load((PRETRAINED/name/"model.safetensors").read_bytes()))
+    if name != "bare":
+        net = EGCNN(net, activation="sigmoid", attention_relu=name == "eg")
+    net.load_state_dict(load((PRETRAINED / name / "model.safetensors").read_bytes()))
     return net.eval()

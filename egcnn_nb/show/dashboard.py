@@ -34,133 +34,259 @@ from ..tensors import probabilities, resize, to_labels
 
 # %% ../../nbs/2_practice/watch_a_run.ipynb #5fc7c44a
 def snapshot(
-    model:nn.Module, # EGCNN or a bare network
-    case, # Loaded, with labels
-    task:Task, # of the dataset
-    settings:Settings, # of the run
-)->dict: # name -> array (D,H,W): "image", "truth", "prediction", and with an edge stream "edge", "attention"
+    model: nn.Module,  # EGCNN or a bare network
+    case,  # Loaded, with labels
+    task: Task,  # of the dataset
+    settings: Settings,  # of the run
+) -> dict:  # name -> array (D,H,W): "image", "truth", "prediction", and with an edge stream "edge", "attention"
     "What the network says now about one patch, around the middle of the foreground"
     spots = case.labels.nonzero().float()
-    middle = spots.median(0).values if len(spots) else torch.tensor(case.labels.shape)/2
+    middle = spots.median(0).values if len(spots) else torch.tensor(case.labels.shape) / 2
     patch_size = cast(tuple, settings.patch_size)
-    where = tuple(slice(s := max(0, min(int(c)-p//2, n-p)), s+p) for c, p, n in zip(middle, patch_size, case.labels.shape))
-    x, inside = fill(case.x[(slice(None), *where)], patch_size); x = x[None].to(home_of(model).device)
-    with torch.no_grad(), evaluating(model), autocast(settings.precision, x.device): logits, *edges = model(x, return_attention=True) if settings.edge else (model(x),)
-    shown = {"image": x[0, -1], "prediction": to_labels(probabilities(logits.float(), task.activation), task)[0]}
-    if edges: shown |= {"edge": edges[0][0].float().sigmoid().amax(0), "attention": resize(edges[1][-1].float(), x.shape[2:])[0].mean(0)}
-    return {"truth": np.asarray(case.labels[where]), **{name: np.asarray(t[inside].cpu()) for name, t in shown.items()}}
+    where = tuple(
+        slice(s := max(0, min(int(c) - p // 2, n - p)), s + p)
+        for c, p, n in zip(middle, patch_size, case.labels.shape)
+    )
+    x, inside = fill(case.x[(slice(None), *where)], patch_size)
+    x = x[None].to(home_of(model).device)
+    with torch.no_grad(), evaluating(model), autocast(settings.precision, x.device):
+        logits, *edges = model(x, return_attention=True) if settings.edge else (model(x),)
+    shown = {
+        "image": x[0, -1],
+        "prediction": to_labels(probabilities(logits.float(), task.activation), task)[0],
+    }
+    if edges:
+        shown |= {
+            "edge": edges[0][0].float().sigmoid().amax(0),
+            "attention": resize(edges[1][-1].float(), x.shape[2:])[0].mean(0),
+        }
+    return {
+        "truth": np.asarray(case.labels[where]),
+        **{name: np.asarray(t[inside].cpu()) for name, t in shown.items()},
+    }
 
 # %% ../../nbs/2_practice/watch_a_run.ipynb #a183ff0f
 def draw_snapshot(
-    axes, # matplotlib axes, one for each of image, prediction, edge, attention
-    shown:dict, # of `snapshot`
-    at:float, # slice along k, 0 to 1
-    outline:str="truth", # what the green outline is
-)->None:
+    axes,  # matplotlib axes, one for each of image, prediction, edge, attention
+    shown: dict,  # of `snapshot`
+    at: float,  # slice along k, 0 to 1
+    outline: str = "truth",  # what the green outline is
+) -> None:
     "One slice of a snapshot, an outline over it; without an edge stream two axes stay empty; where no attention was computed it is white"
-    k = round(at*(shown["image"].shape[-1]-1)); cut = {n: a[..., k].T for n, a in shown.items()}
-    for ax, name, title in zip(axes, ("image", "prediction", "edge", "attention"), (f"image, {outline}", "prediction", "predicted edge", "attention α, 0 to 1")):
+    k = round(at * (shown["image"].shape[-1] - 1))
+    cut = {n: a[..., k].T for n, a in shown.items()}
+    for ax, name, title in zip(
+        axes,
+        ("image", "prediction", "edge", "attention"),
+        (f"image, {outline}", "prediction", "predicted edge", "attention α, 0 to 1"),
+    ):
         ax.axis("off")
-        if name not in cut: continue
-        if name in ("image", "prediction"): ax.imshow(cut["image"], cmap="gray", origin="lower")
-        else: ax.imshow(np.ma.masked_equal(cut[name], 0) if name == "attention" else cut[name], cmap="inferno" if name == "edge" else "magma", vmin=0, vmax=1, origin="lower")
+        if name not in cut:
+            continue
+        if name in ("image", "prediction"):
+            ax.imshow(cut["image"], cmap="gray", origin="lower")
+        else:
+            ax.imshow(
+                np.ma.masked_equal(cut[name], 0) if name == "attention" else cut[name],
+                cmap="inferno" if name == "edge" else "magma",
+                vmin=0,
+                vmax=1,
+                origin="lower",
+            )
         if name == "prediction":
-            for v in filter(None, np.unique(shown[name])): ax.imshow(np.ma.masked_not_equal(cut[name], v), cmap=ListedColormap([COLOURS.get(int(v), COLOURS["prediction"])]), alpha=.6, origin="lower")
-        if (cut["truth"] > 0).any(): ax.contour(cut["truth"] > 0, [.5], colors=COLOURS["truth"], linewidths=1)
+            for v in filter(None, np.unique(shown[name])):
+                ax.imshow(
+                    np.ma.masked_not_equal(cut[name], v),
+                    cmap=ListedColormap([COLOURS.get(int(v), COLOURS["prediction"])]),
+                    alpha=0.6,
+                    origin="lower",
+                )
+        if (cut["truth"] > 0).any():
+            ax.contour(cut["truth"] > 0, [0.5], colors=COLOURS["truth"], linewidths=1)
         ax.set_title(title, fontsize=9)
 
+
 def label_legend(
-    fig:Figure, # to which it is added, below
-    task:Task, # whose labels are shown
-    outline:str="outline of the truth", # what the green line is
-)->None:
+    fig: Figure,  # to which it is added, below
+    task: Task,  # whose labels are shown
+    outline: str = "outline of the truth",  # what the green line is
+) -> None:
     "The colours of the labels by name"
-    shown = [Patch(color=COLOURS.get(v, COLOURS["prediction"]), label=n) for v, n in task.labels.items() if v]
-    fig.legend(handles=[*shown, Line2D([], [], color=COLOURS["truth"], label=outline)], loc="outside lower center", ncols=len(shown)+1, frameon=False, fontsize=9)
+    shown = [
+        Patch(color=COLOURS.get(v, COLOURS["prediction"]), label=n)
+        for v, n in task.labels.items()
+        if v
+    ]
+    fig.legend(
+        handles=[*shown, Line2D([], [], color=COLOURS["truth"], label=outline)],
+        loc="outside lower center",
+        ncols=len(shown) + 1,
+        frameon=False,
+        fontsize=9,
+    )
 
 # %% ../../nbs/2_practice/watch_a_run.ipynb #a3e9191a
 class Dashboard(Explorer):
     "A run in a thread of its own: curves, one slice after each epoch, and buttons that hold, stop and take it up again"
-    def __init__(self,
-        settings:Settings, # of the run
-        resume:bool=False, # begin with a run that is already in settings.out
+
+    def __init__(
+        self,
+        settings: Settings,  # of the run
+        resume: bool = False,  # begin with a run that is already in settings.out
     ):
-        self.settings, self.resume, self.rows, self.shown, self.message, self.thread = settings, resume, [], {}, "press start", None
-        self.steps, self.epochs, self.busy, self.told, self.paused, self.stopped = 0, 0, 0., 0., threading.Event(), threading.Event()
-        self.buttons = {n: Button(description=n, tooltip=t) for n, t in (("start", "begin, or go on"), ("pause", "hold between two steps"), ("stop", "save and end after this step"))}
-        at = FloatSlider(.5, min=0, max=1, step=.02, description="slice")
-        super().__init__(self.picture, {"at": at}, "loss terms, Dice and learning rate of a run, and a slice with prediction, edge and attention", tell=self.status)
-        for name, button in self.buttons.items(): button.on_click(lambda _, act=getattr(self, name): act())
+        self.settings, self.resume, self.rows, self.shown, self.message, self.thread = (
+            settings,
+            resume,
+            [],
+            {},
+            "press start",
+            None,
+        )
+        self.steps, self.epochs, self.busy, self.told, self.paused, self.stopped = (
+            0,
+            0,
+            0.0,
+            0.0,
+            threading.Event(),
+            threading.Event(),
+        )
+        self.buttons = {
+            n: Button(description=n, tooltip=t)
+            for n, t in (
+                ("start", "begin, or go on"),
+                ("pause", "hold between two steps"),
+                ("stop", "save and end after this step"),
+            )
+        }
+        at = FloatSlider(0.5, min=0, max=1, step=0.02, description="slice")
+        super().__init__(
+            self.picture,
+            {"at": at},
+            "loss terms, Dice and learning rate of a run, and a slice with prediction, edge and attention",
+            tell=self.status,
+        )
+        for name, button in self.buttons.items():
+            button.on_click(lambda _, act=getattr(self, name): act())
         self.children = [HBox(list(self.buttons.values())), *self.children]
 
-    def picture(self,
-        at:float, # slice along k, 0 to 1
-    )->Figure:
+    def picture(
+        self,
+        at: float,  # slice along k, 0 to 1
+    ) -> Figure:
         "Curves above, the slice below"
-        fig = Figure(figsize=(11, 5.6 if self.rows else .5), layout="constrained")
-        if not self.rows: fig.text(.01, .4, "curves and pictures appear after the first epoch"); return fig
+        fig = Figure(figsize=(11, 5.6 if self.rows else 0.5), layout="constrained")
+        if not self.rows:
+            fig.text(0.01, 0.4, "curves and pictures appear after the first epoch")
+            return fig
         axes = fig.subplots(2, 4)
-        for ax in axes.flat: ax.axis("off")
-        for ax in axes[0, :3]: ax.axis("on")
+        for ax in axes.flat:
+            ax.axis("off")
+        for ax in axes[0, :3]:
+            ax.axis("on")
         draw_curves(axes[0, 0], axes[0, 1], self.rows)
-        axes[0, 2].plot([r["epoch"]+1 for r in self.rows], [r["lr"] for r in self.rows], ".-", color=COLOURS["edge"]); axes[0, 2].set(title="learning rate", xlabel="epoch"); axes[0, 2].grid(alpha=.3); axes[0, 2].ticklabel_format(axis="y", style="sci", scilimits=(0, 0)); axes[0, 2].xaxis.get_major_locator().set_params(integer=True)
-        draw_snapshot(axes[1], self.shown, at); label_legend(fig, self.task); return fig
+        axes[0, 2].plot(
+            [r["epoch"] + 1 for r in self.rows],
+            [r["lr"] for r in self.rows],
+            ".-",
+            color=COLOURS["edge"],
+        )
+        axes[0, 2].set(title="learning rate", xlabel="epoch")
+        axes[0, 2].grid(alpha=0.3)
+        axes[0, 2].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        axes[0, 2].xaxis.get_major_locator().set_params(integer=True)
+        draw_snapshot(axes[1], self.shown, at)
+        label_legend(fig, self.task)
+        return fig
 
-    def status(self,
-        at:float, # not used: the line is the same for each slice
-    )->str:
+    def status(
+        self,
+        at: float,  # not used: the line is the same for each slice
+    ) -> str:
         "The line below: state, epoch, step, time left"
         done = f"epoch {len(self.rows)} of {self.settings.epochs} done, step {self.steps}"
-        left = f", about {(self.settings.epochs-len(self.rows))*self.busy/self.epochs:.0f} s left" if self.epochs else ""
+        left = (
+            f", about {(self.settings.epochs - len(self.rows)) * self.busy / self.epochs:.0f} s left"
+            if self.epochs
+            else ""
+        )
         return f"<b>{self.message}</b> &middot; {done}{left}"
 
-    def start(self)->None:
+    def start(self) -> None:
         "Begin, go on after a pause, or take up a stopped run again"
-        self.paused.clear(); self.stopped.clear()
-        if self.thread is None or not self.thread.is_alive(): self.thread = threading.Thread(target=self._train, daemon=True); self.thread.start()
+        self.paused.clear()
+        self.stopped.clear()
+        if self.thread is None or not self.thread.is_alive():
+            self.thread = threading.Thread(target=self._train, daemon=True)
+            self.thread.start()
 
-    def pause(self)->None:
+    def pause(self) -> None:
         "Hold the run between two steps"
         self.paused.set()
 
-    def stop(self)->None:
+    def stop(self) -> None:
         "End the run after the step at hand; all of it is safe"
         self.stopped.set()
 
-    def wait(self)->"Dashboard":
+    def wait(self) -> "Dashboard":
         "Until the run has ended"
-        if self.thread: self.thread.join()
+        if self.thread:
+            self.thread.join()
         return self
 
-    def close(self)->None:
+    def close(self) -> None:
         "Stop the run, and leave no widget behind"
-        self.stop(); super().close()
+        self.stop()
+        super().close()
 
     def _train(self):
         self.message, self.mark = "reading cases", time.time()
         try:
             self.task = find_dataset(self.settings.data).task
-            rows = fit(self.settings, self.resume, best_device(), on_step=self._step, on_epoch=self._epoch, quiet=True, stop=self.stopped.is_set)
-            self.message = "finished" if len(rows) == self.settings.epochs else f"stopped; all of it is safe in {self.settings.out}, start goes on from there"
-        except InputError as e: self.message = str(e)
-        except Exception as e: self.message = f"{type(e).__name__}: {e}"; raise                # the rest of the story goes to the log of the kernel
-        finally: self.redraw()
+            rows = fit(
+                self.settings,
+                self.resume,
+                best_device(),
+                on_step=self._step,
+                on_epoch=self._epoch,
+                quiet=True,
+                stop=self.stopped.is_set,
+            )
+            self.message = (
+                "finished"
+                if len(rows) == self.settings.epochs
+                else f"stopped; all of it is safe in {self.settings.out}, start goes on from there"
+            )
+        except InputError as e:
+            self.message = str(e)
+        except Exception as e:
+            self.message = f"{type(e).__name__}: {e}"
+            raise  # the rest of the story goes to the log of the kernel
+        finally:
+            self.redraw()
 
     def _step(self, terms):
-        self.resume, self.steps = True, self.steps+1                # the run folder exists now
-        self.busy += time.time()-self.mark
+        self.resume, self.steps = True, self.steps + 1  # the run folder exists now
+        self.busy += time.time() - self.mark
         self.message = f"training, loss {terms['total']:.3f}"
-        if time.time()-self.told > .2: self._say()
-        if self.paused.is_set(): self.message = "paused"; self._say()
-        while self.paused.is_set() and not self.stopped.is_set(): time.sleep(.02)
+        if time.time() - self.told > 0.2:
+            self._say()
+        if self.paused.is_set():
+            self.message = "paused"
+            self._say()
+        while self.paused.is_set() and not self.stopped.is_set():
+            time.sleep(0.02)
         self.mark = time.time()
 
     def _say(self):
         self.told = time.time()
-        if self.tell: self.readout.value = self.tell(**self.values)
+        if self.tell:
+            self.readout.value = self.tell(**self.values)
 
     def _epoch(self, row, model, val):
         self.rows = read_metrics(self.settings.out)
         self.epochs += 1
-        settings, _ = settings_of_config(read_config(Path(self.settings.out)))         # with the patch size and precision of the run
-        self.shown = snapshot(model, val[0], self.task, settings); self.redraw()
+        settings, _ = settings_of_config(
+            read_config(Path(self.settings.out))
+        )  # with the patch size and precision of the run
+        self.shown = snapshot(model, val[0], self.task, settings)
+        self.redraw()

@@ -33,6 +33,7 @@ from ..core import COLOURS, expect, require
 # %% ../../nbs/4_inside/explorers.ipynb #ac20ce1b
 class Picture(anywidget.AnyWidget):
     "A PNG in the browser, with a text for those who cannot see it; a click tells where"
+
     _esm = """
     export default { render({ model, el }) {
       const img = document.createElement("img"); let url = null, latest = 0;
@@ -53,13 +54,16 @@ class Picture(anywidget.AnyWidget):
     alt = traitlets.Unicode().tag(sync=True)
     click = traitlets.List().tag(sync=True)
 
+
 class Keys(anywidget.AnyWidget):
     "Lets a slider that has the focus keep the arrow keys, which a notebook takes for itself"
+
     _esm = """
     const keep = e => { if (e.target.matches?.(".jupyter-widgets .noUi-handle")) e.target.setAttribute("data-lm-suppress-shortcuts", "true"); };
     document.addEventListener("focusin", keep, true);
     export default { render({ el }) { el.style.display = "none"; } };
     """
+
 
 @cache
 def _keys():
@@ -68,85 +72,133 @@ def _keys():
 
 # %% ../../nbs/4_inside/explorers.ipynb #f9479063
 def to_png(
-    picture, # matplotlib figure, or uint8 RGB array (H,W,3)
-)->bytes: # PNG file
+    picture,  # matplotlib figure, or uint8 RGB array (H,W,3)
+) -> bytes:  # PNG file
     "A figure or an RGB array as PNG"
     out = io.BytesIO()
-    if isinstance(picture, Figure): picture.savefig(out, format="png", dpi=90); plt.close(picture)
-    else: Image.fromarray(picture).save(out, "png", compress_level=1)
+    if isinstance(picture, Figure):
+        picture.savefig(out, format="png", dpi=90)
+        plt.close(picture)
+    else:
+        Image.fromarray(picture).save(out, "png", compress_level=1)
     return out.getvalue()
 
+
 def framed(
-    rgb:np.ndarray, # uint8 (H,W,3)
-    title:str="", # above it
-    legend:dict=None, # name -> colour
-)->Figure:
+    rgb: np.ndarray,  # uint8 (H,W,3)
+    title: str = "",  # above it
+    legend: dict = None,  # name -> colour
+) -> Figure:
     "An RGB array as a matplotlib figure, with title and legend"
     height, width = rgb.shape[:2]
-    fig = Figure(figsize=(width/90, height/90 + .3*bool(title) + .3*bool(legend)), layout="constrained")
-    ax = fig.add_subplot(); ax.imshow(rgb, interpolation="nearest"); ax.axis("off")
-    if title: ax.set_title(title, fontsize=10)
+    fig = Figure(
+        figsize=(width / 90, height / 90 + 0.3 * bool(title) + 0.3 * bool(legend)),
+        layout="constrained",
+    )
+    ax = fig.add_subplot()
+    ax.imshow(rgb, interpolation="nearest")
+    ax.axis("off")
+    if title:
+        ax.set_title(title, fontsize=10)
     handles = [Rectangle((0, 0), 1, 1, color=c) for c in (legend or {}).values()]
-    if legend: fig.legend(handles, list(legend), loc="outside lower center", ncols=len(legend), frameon=False, fontsize=9)
+    if legend:
+        fig.legend(
+            handles,
+            list(legend),
+            loc="outside lower center",
+            ncols=len(legend),
+            frameon=False,
+            fontsize=9,
+        )
     return fig
 
+
 def swatches(
-    legend:dict, # name -> colour
-)->str: # HTML
+    legend: dict,  # name -> colour
+) -> str:  # HTML
     "A legend for the line below a picture"
-    return " ".join(f'<span style="white-space:nowrap; margin-right:1em"><span style="color:{c}; text-shadow:0 0 1px #000">&#9632;</span> {html.escape(str(n))}</span>' for n, c in legend.items())
+    return " ".join(
+        f'<span style="white-space:nowrap; margin-right:1em"><span style="color:{c}; text-shadow:0 0 1px #000">&#9632;</span> {html.escape(str(n))}</span>'
+        for n, c in legend.items()
+    )
 
 # %% ../../nbs/4_inside/explorers.ipynb #ede049e3
-_OPEN = {}                                          # cell -> (number of its run, views it made)
+_OPEN = {}  # cell -> (number of its run, views it made)
+
 
 def _this_run():
     "The cell that is running, and the number of this run; (None, 0) outside a kernel"
-    shell:Any = get_ipython()
-    if not hasattr(shell, "kernel"): return None, 0
+    shell: Any = get_ipython()
+    if not hasattr(shell, "kernel"):
+        return None, 0
     parent = shell.get_parent()
-    cell = parent.get("metadata", {}).get("cellId") or hashlib.sha1(parent.get("content", {}).get("code", "").encode()).hexdigest()
+    cell = (
+        parent.get("metadata", {}).get("cellId")
+        or hashlib.sha1(parent.get("content", {}).get("code", "").encode()).hexdigest()
+    )
     return cell, shell.execution_count
+
 
 def _close_earlier(view):
     "Close the views that an earlier run of this cell made, and remember `view` for the next run"
     cell, run = _this_run()
-    if cell is None: return
+    if cell is None:
+        return
     before, views = _OPEN.get(cell, (run, []))
     if before != run:
-        for old in views: old.close()
+        for old in views:
+            old.close()
         views = []
     _OPEN[cell] = (run, [*(v for v in views if v.draw), view])
 
+
 def close_widget(
-    widget, # any ipywidget
-)->None:
+    widget,  # any ipywidget
+) -> None:
     "Close a widget with its children, its layout and its style"
-    if isinstance(widget, Keys): return
-    for child in getattr(widget, "children", ()): close_widget(child)
+    if isinstance(widget, Keys):
+        return
+    for child in getattr(widget, "children", ()):
+        close_widget(child)
     for part in (getattr(widget, "layout", None), getattr(widget, "style", None)):
-        if isinstance(part, widgets.Widget): part.close()
-    widget.unobserve_all(); widgets.Widget.close(widget)
+        if isinstance(part, widgets.Widget):
+            part.close()
+    widget.unobserve_all()
+    widgets.Widget.close(widget)
 
 # %% ../../nbs/4_inside/explorers.ipynb #4e544465
 class Explorer(widgets.VBox):
     "Controls around a drawing function; also shows as a still picture where no kernel runs"
-    def __init__(self,
-        draw, # function of the controls' values -> matplotlib figure or uint8 RGB array
-        controls:dict, # name of draw's argument -> ipywidgets control
-        alt:str="", # text for those who cannot see the picture
-        title:str="", # of the still picture of an RGB array
-        legend:dict=None, # name -> colour, for the still picture of an RGB array
-        tell=None, # function of the controls' values -> HTML text shown below the picture
-        rows:list=None, # names of controls that share a row; None: each its own
+
+    def __init__(
+        self,
+        draw,  # function of the controls' values -> matplotlib figure or uint8 RGB array
+        controls: dict,  # name of draw's argument -> ipywidgets control
+        alt: str = "",  # text for those who cannot see the picture
+        title: str = "",  # of the still picture of an RGB array
+        legend: dict = None,  # name -> colour, for the still picture of an RGB array
+        tell=None,  # function of the controls' values -> HTML text shown below the picture
+        rows: list = None,  # names of controls that share a row; None: each its own
     ):
-        self.draw:Any = draw
-        self.readout:Any = widgets.HTML() if tell else None
-        self.controls, self.alt, self.title, self.legend, self.tell = controls, alt, title, legend, tell
+        self.draw: Any = draw
+        self.readout: Any = widgets.HTML() if tell else None
+        self.controls, self.alt, self.title, self.legend, self.tell = (
+            controls,
+            alt,
+            title,
+            legend,
+            tell,
+        )
         self._due, self._lock = False, threading.Lock()
-        for c in controls.values(): c.observe(self.update, "value")
-        lines = [widgets.HBox([controls[n] for n in row], layout={"flex_flow": "row wrap"}) for row in rows or [[n] for n in controls]]
+        for c in controls.values():
+            c.observe(self.update, "value")
+        lines = [
+            widgets.HBox([controls[n] for n in row], layout={"flex_flow": "row wrap"})
+            for row in rows or [[n] for n in controls]
+        ]
         super().__init__([*lines, self.stage(), *([self.readout] if tell else []), _keys()])
-        _close_earlier(self); self.redraw()
+        _close_earlier(self)
+        self.redraw()
 
     def stage(self):
         "The widget below the controls, made when the view is"
@@ -154,56 +206,80 @@ class Explorer(widgets.VBox):
         return self.image
 
     @property
-    def values(self)->dict:
+    def values(self) -> dict:
         "Name and value of each control"
         return {name: c.value for name, c in self.controls.items()}
 
-    def update(self,
-        change=None, # what ipywidgets tells an observer; not used
-    )->None:
+    def update(
+        self,
+        change=None,  # what ipywidgets tells an observer; not used
+    ) -> None:
         "Ask for a drawing: at once where no event loop runs, else as soon as the loop is free"
-        try: loop = asyncio.get_running_loop()
-        except RuntimeError: return self.redraw()
-        if not self._due: self._due = True; loop.call_later(.005, self.redraw)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return self.redraw()
+        if not self._due:
+            self._due = True
+            loop.call_later(0.005, self.redraw)
 
-    def redraw(self)->None:
+    def redraw(self) -> None:
         "Draw now, from the controls as they stand"
         self._due = False
         with self._lock:
-            if self.draw is None: return
+            if self.draw is None:
+                return
             self.image.value = to_png(self.draw(**self.values))
-            if self.tell: self.readout.value = self.tell(**self.values)
+            if self.tell:
+                self.readout.value = self.tell(**self.values)
 
-    def set(self,
-        **values, # name of a control = its new value
-    )->"Explorer":
+    def set(
+        self,
+        **values,  # name of a control = its new value
+    ) -> "Explorer":
         "Move controls and draw now"
-        for name, value in values.items(): self.controls[name].value = value
-        self.redraw(); return self
+        for name, value in values.items():
+            self.controls[name].value = value
+        self.redraw()
+        return self
 
-    def static(self)->Figure:
+    def static(self) -> Figure:
         "The picture of the moment as a matplotlib figure"
         picture = self.draw(**self.values)
-        if isinstance(picture, Figure): plt.close(picture); return picture
+        if isinstance(picture, Figure):
+            plt.close(picture)
+            return picture
         return framed(picture, self.title, self.legend)
 
-    def save(self,
-        path, # .png, .pdf or .svg file
-        overwrite:bool=False, # replace an existing file
-    )->Path: # the file
+    def save(
+        self,
+        path,  # .png, .pdf or .svg file
+        overwrite: bool = False,  # replace an existing file
+    ) -> Path:  # the file
         "Save the picture of the moment; raises `InputError` if the file exists"
-        expect(overwrite or not Path(path).exists(), path, "a file that is already there", "a new name", "choose another, or overwrite=True")
-        self.static().savefig(path, dpi=150); return Path(path)
+        expect(
+            overwrite or not Path(path).exists(),
+            path,
+            "a file that is already there",
+            "a new name",
+            "choose another, or overwrite=True",
+        )
+        self.static().savefig(path, dpi=150)
+        return Path(path)
 
-    def close(self)->None:
+    def close(self) -> None:
         "Leave nothing behind: no observer, no widget, no volume"
         self.draw = self.tell = None
         close_widget(self)
 
     def _repr_mimebundle_(self, **kwargs):
-        bundle:Any = super()._repr_mimebundle_(**kwargs)
+        bundle: Any = super()._repr_mimebundle_(**kwargs)
         data, *rest = bundle if isinstance(bundle, tuple) else (bundle,)
-        data = {**data, "image/png": base64.b64encode(to_png(self.static())).decode(), "text/plain": self.alt or "an interactive view"}
+        data = {
+            **data,
+            "image/png": base64.b64encode(to_png(self.static())).decode(),
+            "text/plain": self.alt or "an interactive view",
+        }
         return (data, *rest) if rest else data
 
 # %% ../../nbs/4_inside/explorers.ipynb #ec2f877c
@@ -211,32 +287,40 @@ def _defaults(draw):
     "Default values of the arguments of anything that can be called, and whether it takes any name"
     try:
         arguments = inspect.signature(draw).parameters.values()
-    except (TypeError, ValueError):                               # some built-in functions do not tell
+    except (TypeError, ValueError):  # some built-in functions do not tell
         return {}, None
     starts = {a.name: a.default for a in arguments if a.default is not a.empty}
     named = {a.name for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY)}
     return starts, None if any(a.kind == a.VAR_KEYWORD for a in arguments) else named
+
 
 def _start(name, control, value):
     "Put a control at the default of its argument"
     try:
         control.value = value
     except traitlets.TraitError:
-        if value is None:                                         # a default that means: whatever
+        if value is None:  # a default that means: whatever
             return
     kept = control.value == value or (isinstance(value, float) and np.isclose(control.value, value))
-    require(np.all(kept), f"The default {name}={value!r} of the drawing function is not among the values of its control. Widen the range, or change the default.")
+    require(
+        np.all(kept),
+        f"The default {name}={value!r} of the drawing function is not among the values of its control. Widen the range, or change the default.",
+    )
+
 
 def explore(
-    draw, # function of keyword arguments -> matplotlib figure or uint8 RGB array
-    alt:str="", # text for those who cannot see the picture
-    tell=None, # function of the same arguments -> HTML text below the picture, such as a number
-    **controls, # argument=(low, high[, step]), list of choices, bool or a widget; start values are draw's defaults
-)->Explorer:
+    draw,  # function of keyword arguments -> matplotlib figure or uint8 RGB array
+    alt: str = "",  # text for those who cannot see the picture
+    tell=None,  # function of the same arguments -> HTML text below the picture, such as a number
+    **controls,  # argument=(low, high[, step]), list of choices, bool or a widget; start values are draw's defaults
+) -> Explorer:
     "Sliders around a drawing function (our choice: one base for every interactive view)"
     starts, named = _defaults(draw)
     odd = sorted(set(controls) - named) if named is not None else []
-    require(not odd, f"The drawing function has no argument {', '.join(odd)}. Name controls after its arguments {sorted(named or ())}.")
+    require(
+        not odd,
+        f"The drawing function has no argument {', '.join(odd)}. Name controls after its arguments {sorted(named or ())}.",
+    )
     made = {}
     for control in cast(list[Any], widgets.interactive(_anything, **controls).kwargs_widgets):
         name = control._kwarg
@@ -249,53 +333,76 @@ def explore(
             control.layout.width = "32em"
     return Explorer(draw, made, alt, tell=tell)
 
+
 def _anything(**values):
     "A function of any arguments, from which ipywidgets makes controls"
 
 # %% ../../nbs/4_inside/explorers.ipynb #59528c62
 def cut_plane(
-    a:np.ndarray, # (D,H,W)
-    axis:int, # 0, 1, 2: the axis that is cut
-    index:int, # slice number
-    size:tuple|None=None, # (height, width) in pixels; None: a pixel a voxel
-)->np.ndarray: # two axes
+    a: np.ndarray,  # (D,H,W)
+    axis: int,  # 0, 1, 2: the axis that is cut
+    index: int,  # slice number
+    size: tuple | None = None,  # (height, width) in pixels; None: a pixel a voxel
+) -> np.ndarray:  # two axes
     "One plane of (D,H,W), first remaining axis to the right, second up, enlarged to `size` = (height, width)"
-    plane = a[(slice(None),)*axis + (index,)].T[::-1]
-    if size is None: return plane
-    rows, columns = [(np.arange(n)*m)//n for n, m in zip(size, plane.shape)]
+    plane = a[(slice(None),) * axis + (index,)].T[::-1]
+    if size is None:
+        return plane
+    rows, columns = [(np.arange(n) * m) // n for n, m in zip(size, plane.shape)]
     return plane[rows[:, None], columns]
+
 
 def _rim(mask, width=2):
     "The border of a 2D mask, `width` pixels inside of it"
     inner = mask.copy()
     for axis in (0, 1):
-        for shift in (width, -width): inner &= np.roll(mask, shift, axis)
+        for shift in (width, -width):
+            inner &= np.roll(mask, shift, axis)
     return mask & ~inner
 
+
 def slice_rgb(
-    volume:np.ndarray, # (D,H,W)
-    axis:int, # 0, 1, 2: the axis that is cut
-    index:int, # slice number
-    window:tuple=None, # (black, white) intensities; None takes the 2nd and 98th percentile
-    label:np.ndarray=None, # whole numbers (D,H,W), coloured by value
-    edge:np.ndarray=None, # {0,1} (D,H,W)
-    opacity:float=0.5, # of the overlays, 0 to 1
-    pred:np.ndarray=None, # whole numbers (D,H,W), outlined in the colours of their values
-    values=None, # label values that are shown; None: all
-    outline:bool=False, # the label as an outline as well
-    size:tuple=None, # (height, width) in pixels; None: a pixel a voxel
-)->np.ndarray: # uint8 (H',W',3)
+    volume: np.ndarray,  # (D,H,W)
+    axis: int,  # 0, 1, 2: the axis that is cut
+    index: int,  # slice number
+    window: tuple = None,  # (black, white) intensities; None takes the 2nd and 98th percentile
+    label: np.ndarray = None,  # whole numbers (D,H,W), coloured by value
+    edge: np.ndarray = None,  # {0,1} (D,H,W)
+    opacity: float = 0.5,  # of the overlays, 0 to 1
+    pred: np.ndarray = None,  # whole numbers (D,H,W), outlined in the colours of their values
+    values=None,  # label values that are shown; None: all
+    outline: bool = False,  # the label as an outline as well
+    size: tuple = None,  # (height, width) in pixels; None: a pixel a voxel
+) -> np.ndarray:  # uint8 (H',W',3)
     "One plane of a volume in grey with label, prediction and edge over it"
     seen = volume[np.isfinite(volume)] if window is None else volume
-    low, high = window if window is not None else np.percentile(seen, (2, 98)) if seen.size else (0, 1)
-    grey = np.clip((np.nan_to_num(cut_plane(volume, axis, index, size).astype(np.float32))-low)*(255/max(high-low, 1e-9)), 0, 255)
+    low, high = (
+        window if window is not None else np.percentile(seen, (2, 98)) if seen.size else (0, 1)
+    )
+    grey = np.clip(
+        (np.nan_to_num(cut_plane(volume, axis, index, size).astype(np.float32)) - low)
+        * (255 / max(high - low, 1e-9)),
+        0,
+        255,
+    )
     rgb = np.repeat(grey[..., None], 3, -1)
-    def paint(where, colour, strength): rgb[where] = (1-strength)*rgb[where] + strength*255*np.array(to_rgb(colour), np.float32)
+
+    def paint(where, colour, strength):
+        rgb[where] = (1 - strength) * rgb[where] + strength * 255 * np.array(
+            to_rgb(colour), np.float32
+        )
+
     for a, line in ((label, outline), (pred, True)):
-        if a is None: continue
+        if a is None:
+            continue
         plane = cut_plane(a, axis, index, size)
         for v in np.unique(plane):
             if v and (values is None or v in values):
-                paint(_rim(plane == v) if line else plane == v, COLOURS.get(int(v), COLOURS["truth"]), 1. if line else opacity)
-    if edge is not None: paint(cut_plane(edge, axis, index, size) > 0, COLOURS["edge"], opacity)
+                paint(
+                    _rim(plane == v) if line else plane == v,
+                    COLOURS.get(int(v), COLOURS["truth"]),
+                    1.0 if line else opacity,
+                )
+    if edge is not None:
+        paint(cut_plane(edge, axis, index, size) > 0, COLOURS["edge"], opacity)
     return rgb.round().astype(np.uint8)

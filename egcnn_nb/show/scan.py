@@ -24,55 +24,132 @@ from .explorers import Explorer
 # %% ../../nbs/2_practice/your_own_scan.ipynb #9c56bbe9
 class ScanExplorer(Explorer):
     "Prediction, edges, attention, uncertainty and volumes of a scan that the reader names"
-    def __init__(self,
-        scan, # a NIfTI file, or the folder of a case
-        run=PRETRAINED/"eg", # run folder of a trained network
+
+    def __init__(
+        self,
+        scan,  # a NIfTI file, or the folder of a case
+        run=PRETRAINED / "eg",  # run folder of a trained network
     ):
         self.seen, self.message = {}, "press predict"
         wide = {"layout": {"width": "60em"}, "style": {"description_width": "4em"}}
-        self.paths = {"run": Text(str(run), description="run", **wide), "scan": Text(str(scan), description="scan", **wide)}
-        self.buttons = {n: Button(description=n, tooltip=t) for n, t in (("predict", "run the network on the scan"), ("save", "write the maps beside the scan"))}
-        controls = {"plane": Dropdown(options=[("i", 0), ("j", 1), ("k", 2)], value=2, description="cut along"), "at": FloatSlider(.5, min=0, max=1, step=.01, description="slice")}
-        super().__init__(self.picture, controls, "a scan with prediction, predicted edge, attention and uncertainty", tell=lambda **_: self.message, rows=[["plane", "at"]])
-        for name, button in self.buttons.items(): button.on_click(lambda _, act=getattr(self, name): self.tried(act))
+        self.paths = {
+            "run": Text(str(run), description="run", **wide),
+            "scan": Text(str(scan), description="scan", **wide),
+        }
+        self.buttons = {
+            n: Button(description=n, tooltip=t)
+            for n, t in (
+                ("predict", "run the network on the scan"),
+                ("save", "write the maps beside the scan"),
+            )
+        }
+        controls = {
+            "plane": Dropdown(
+                options=[("i", 0), ("j", 1), ("k", 2)], value=2, description="cut along"
+            ),
+            "at": FloatSlider(0.5, min=0, max=1, step=0.01, description="slice"),
+        }
+        super().__init__(
+            self.picture,
+            controls,
+            "a scan with prediction, predicted edge, attention and uncertainty",
+            tell=lambda **_: self.message,
+            rows=[["plane", "at"]],
+        )
+        for name, button in self.buttons.items():
+            button.on_click(lambda _, act=getattr(self, name): self.tried(act))
         self.children = [*self.paths.values(), HBox(list(self.buttons.values())), *self.children]
 
-    def picture(self,
-        plane:int, # axis across which it is cut
-        at:float, # slice, 0 to 1
-    )->Figure:
+    def picture(
+        self,
+        plane: int,  # axis across which it is cut
+        at: float,  # slice, 0 to 1
+    ) -> Figure:
         "Five maps of one slice"
-        fig = Figure(figsize=(12, 3.3 if self.seen else .5), layout=ConstrainedLayoutEngine(h_pad=.08))
-        if not self.seen: fig.text(.01, .4, "press predict"); return fig
-        turned = {n: np.moveaxis(self.seen[n], plane, -1) for n in ("image", "labels", "edge", "attention", "uncertainty") if n in self.seen}
-        axes, k = fig.subplots(1, 5), round(at*(turned["image"].shape[-1]-1))
-        draw_snapshot(axes[:4], {**turned, "truth": turned["labels"], "prediction": turned["labels"]}, at, "predicted outline")
-        axes[4].imshow(turned["uncertainty"][..., k].T, cmap="viridis", vmin=0, vmax=1, origin="lower"); axes[4].set_title("uncertainty, 0 to 1", fontsize=9); axes[4].axis("off")
-        label_legend(fig, self.task, "predicted outline"); return fig
+        fig = Figure(
+            figsize=(12, 3.3 if self.seen else 0.5), layout=ConstrainedLayoutEngine(h_pad=0.08)
+        )
+        if not self.seen:
+            fig.text(0.01, 0.4, "press predict")
+            return fig
+        turned = {
+            n: np.moveaxis(self.seen[n], plane, -1)
+            for n in ("image", "labels", "edge", "attention", "uncertainty")
+            if n in self.seen
+        }
+        axes, k = fig.subplots(1, 5), round(at * (turned["image"].shape[-1] - 1))
+        draw_snapshot(
+            axes[:4],
+            {**turned, "truth": turned["labels"], "prediction": turned["labels"]},
+            at,
+            "predicted outline",
+        )
+        axes[4].imshow(
+            turned["uncertainty"][..., k].T, cmap="viridis", vmin=0, vmax=1, origin="lower"
+        )
+        axes[4].set_title("uncertainty, 0 to 1", fontsize=9)
+        axes[4].axis("off")
+        label_legend(fig, self.task, "predicted outline")
+        return fig
 
-    def tried(self,
-        act, # function that may raise `InputError`
-    )->None:
+    def tried(
+        self,
+        act,  # function that may raise `InputError`
+    ) -> None:
         "Do it; what is wrong with the input is told below the picture"
-        try: act()
-        except InputError as e: self.message = html.escape(str(e)); self.redraw()
+        try:
+            act()
+        except InputError as e:
+            self.message = html.escape(str(e))
+            self.redraw()
 
-    def predict(self)->None:
+    def predict(self) -> None:
         "Run the network on the scan; raises `InputError` as `egcnn_predict` does"
-        self.message = "predicting ..."; self.redraw()
+        self.message = "predicting ..."
+        self.redraw()
         model, settings, task = load_run(self.paths["run"].value.strip())
         found = find_inputs([self.paths["scan"].value.strip()], task)
-        expect(len(found) == 1, self.paths["scan"].value, f"{len(found)} cases", "one scan", "name the folder of one case")
-        self.case, self.task, self.seen = found[0], task, look_inside(model, settings, task, found[0])
-        self.message = " &middot; ".join(f"{r} <b>{ml:.2f} ml</b> ({low:.2f} to {high:.2f})" for r, (ml, low, high) in self.seen["ml"].items())
+        expect(
+            len(found) == 1,
+            self.paths["scan"].value,
+            f"{len(found)} cases",
+            "one scan",
+            "name the folder of one case",
+        )
+        self.case, self.task, self.seen = (
+            found[0],
+            task,
+            look_inside(model, settings, task, found[0]),
+        )
+        self.message = " &middot; ".join(
+            f"{r} <b>{ml:.2f} ml</b> ({low:.2f} to {high:.2f})"
+            for r, (ml, low, high) in self.seen["ml"].items()
+        )
         voxels = (np.moveaxis(self.seen["labels"], self.values["plane"], -1) > 0).sum((0, 1))
-        self.controls["at"].value = float(voxels.argmax()/max(len(voxels)-1, 1)); self.redraw()
+        self.controls["at"].value = float(voxels.argmax() / max(len(voxels) - 1, 1))
+        self.redraw()
 
-    def save(self)->list: # the files
+    def save(self) -> list:  # the files
         "Write labels, edge, attention and uncertainty beside the scan; raises `InputError` if one is there already"
         expect(self.seen, "save", "no prediction", "one to save", "press predict first")
-        maps = {n: self.seen[n] for n in ("labels", "edge", "attention", "uncertainty") if n in self.seen}
-        files = {n: self.case.images[0].parent/f"{self.case.name}_predicted_{n}.nii.gz" for n in maps}
-        for f in files.values(): expect(not f.exists(), f, "a file that is already there", "a new name", "remove it first")
-        for n, f in files.items(): write_volume(f, maps[n] if n == "labels" else maps[n].astype(np.float32), self.seen["grid"])
-        self.message = f"saved {', '.join(f.name for f in files.values())} in {self.case.images[0].parent}"; self.redraw(); return list(files.values())
+        maps = {
+            n: self.seen[n]
+            for n in ("labels", "edge", "attention", "uncertainty")
+            if n in self.seen
+        }
+        files = {
+            n: self.case.images[0].parent / f"{self.case.name}_predicted_{n}.nii.gz" for n in maps
+        }
+        for f in files.values():
+            expect(
+                not f.exists(), f, "a file that is already there", "a new name", "remove it first"
+            )
+        for n, f in files.items():
+            write_volume(
+                f, maps[n] if n == "labels" else maps[n].astype(np.float32), self.seen["grid"]
+            )
+        self.message = (
+            f"saved {', '.join(f.name for f in files.values())} in {self.case.images[0].parent}"
+        )
+        self.redraw()
+        return list(files.values())

@@ -32,55 +32,93 @@ def _slope(depth, axis):
     "How depth changes from pixel to pixel along an axis; 0 where there is only one"
     return np.gradient(depth, axis=axis) if depth.shape[axis] > 1 else np.zeros(depth.shape)
 
+
 def surface_picture(
-    mask, # bool or {0,1} (D,H,W)
-    axis:int=1, # direction of sight
-    colour:str=COLOURS["truth"], # of the surface
-    values=None, # numbers (D,H,W) in [0,1] that colour the surface instead
-    cmap:str="viridis", # colours of the values
-)->np.ndarray: # uint8 (H',W',3), white where there is no surface
+    mask,  # bool or {0,1} (D,H,W)
+    axis: int = 1,  # direction of sight
+    colour: str = COLOURS["truth"],  # of the surface
+    values=None,  # numbers (D,H,W) in [0,1] that colour the surface instead
+    cmap: str = "viridis",  # colours of the values
+) -> np.ndarray:  # uint8 (H',W',3), white where there is no surface
     "A mask seen along `axis`, lit by the slope of its surface"
     mask = np.asarray(mask, bool)
-    require(mask.ndim == 3 and mask.size, f"The mask has the shape {mask.shape}. Give it three axes (D, H, W) and at least one voxel.")
+    require(
+        mask.ndim == 3 and mask.size,
+        f"The mask has the shape {mask.shape}. Give it three axes (D, H, W) and at least one voxel.",
+    )
     given = mask.shape if values is None else np.shape(values)
-    require(given == mask.shape, f"The values have the shape {given} and the mask {mask.shape}. Give both one shape.")
+    require(
+        given == mask.shape,
+        f"The values have the shape {given} and the mask {mask.shape}. Give both one shape.",
+    )
     first = mask.argmax(axis)
     depth = np.where(mask.any(axis), first, np.nan).T[::-1]
     dy, dx = _slope(depth, 0), _slope(depth, 1)
-    light = np.nan_to_num((1 + .5*dx - .35*dy)/np.sqrt(1.4*(1+dx**2+dy**2)), nan=.35).clip(.15, 1)
+    light = np.nan_to_num(
+        (1 + 0.5 * dx - 0.35 * dy) / np.sqrt(1.4 * (1 + dx**2 + dy**2)), nan=0.35
+    ).clip(0.15, 1)
     paint = np.array(to_rgb(colour))
-    if values is not None: paint = plt.get_cmap(cmap)(np.take_along_axis(np.asarray(values), np.expand_dims(first, axis), axis).squeeze(axis).T[::-1])[..., :3]
-    return (np.where(np.isnan(depth)[..., None], 1, (light if values is None else .35+.65*light)[..., None]*paint)*255).astype(np.uint8)
+    if values is not None:
+        paint = plt.get_cmap(cmap)(
+            np.take_along_axis(np.asarray(values), np.expand_dims(first, axis), axis)
+            .squeeze(axis)
+            .T[::-1]
+        )[..., :3]
+    return (
+        np.where(
+            np.isnan(depth)[..., None],
+            1,
+            (light if values is None else 0.35 + 0.65 * light)[..., None] * paint,
+        )
+        * 255
+    ).astype(np.uint8)
 
 # %% ../../nbs/4_inside/scenes.ipynb #d8ba683b
 def _nifti(array, mm):
     "NIfTI file in memory, which is how the browser's viewer receives a volume"
-    kind = np.uint8 if array.dtype.kind in "iu" and array.min() >= 0 and array.max() < 256 else np.float32
-    return gzip.compress(nib.Nifti1Image(np.ascontiguousarray(array, kind), np.diag([*mm, 1.])).to_bytes(), 1)
+    kind = (
+        np.uint8
+        if array.dtype.kind in "iu" and array.min() >= 0 and array.max() < 256
+        else np.float32
+    )
+    return gzip.compress(
+        nib.Nifti1Image(np.ascontiguousarray(array, kind), np.diag([*mm, 1.0])).to_bytes(), 1
+    )
+
 
 def _numbered(label, names):
     "A label map and its colours for niivue, whose colour table has a row for each value up to the largest"
     values = list(names)
     if not values or (values[-1] < 256 and label.min() >= 0):
         return np.maximum(label, 0), {v: colour_of(v) for v in values}
-    out = np.zeros(label.shape, np.uint16)                          # values are sorted: 1 for the first, 2 for the second
+    out = np.zeros(label.shape, np.uint16)  # values are sorted: 1 for the first, 2 for the second
     for number, value in enumerate(values, 1):
         out[label == value] = number
     return out, {number: colour_of(value) for number, value in enumerate(values, 1)}
 
+
 def _lut(colours):
     "Colour table of niivue for label values 0, 1, 2, ...: transparent where there is none"
-    table = [(*(int(255*c) for c in to_rgb(colours[v])), 255) if v in colours else (0, 0, 0, 0) for v in range(max(colours, default=1)+1)]
-    return {**{n: [row[i] for row in table] for i, n in enumerate("RGBA")}, "I": list(range(len(table)))}
+    table = [
+        (*(int(255 * c) for c in to_rgb(colours[v])), 255) if v in colours else (0, 0, 0, 0)
+        for v in range(max(colours, default=1) + 1)
+    ]
+    return {
+        **{n: [row[i] for row in table] for i, n in enumerate("RGBA")},
+        "I": list(range(len(table))),
+    }
+
 
 class Explorer3d(Explorer):
     "Sliders around a niivue scene; its still picture is `draw`'s"
-    def __init__(self,
-        draw, # function of the controls' values -> matplotlib figure
-        controls:dict, # name -> control: "clip", "turn" and the opacity of each layer
-        viewer, # ipyniivue.NiiVue
-        layers:dict, # name of a control -> number of the volume it fades
-        **kwargs, # as for `Explorer`
+
+    def __init__(
+        self,
+        draw,  # function of the controls' values -> matplotlib figure
+        controls: dict,  # name -> control: "clip", "turn" and the opacity of each layer
+        viewer,  # ipyniivue.NiiVue
+        layers: dict,  # name of a control -> number of the volume it fades
+        **kwargs,  # as for `Explorer`
     ):
         self.viewer, self.layers = viewer, layers
         super().__init__(draw, controls, **kwargs)
@@ -89,73 +127,100 @@ class Explorer3d(Explorer):
         "The widget below the controls"
         return self.viewer
 
-    def redraw(self)->None:
+    def redraw(self) -> None:
         "Hand the controls' values on to the viewer"
         self._due = False
-        if self.draw is None: return
-        for name, n in self.layers.items(): self.viewer.volumes[n].opacity = self.values[name]
-        if self.tell: self.readout.value = self.tell(**self.values)
-        self.viewer.set_clip_plane(.5-self.values["clip"] if self.values["clip"] else 2., self.values["turn"], 0.)
+        if self.draw is None:
+            return
+        for name, n in self.layers.items():
+            self.viewer.volumes[n].opacity = self.values[name]
+        if self.tell:
+            self.readout.value = self.tell(**self.values)
+        self.viewer.set_clip_plane(
+            0.5 - self.values["clip"] if self.values["clip"] else 2.0, self.values["turn"], 0.0
+        )
 
-    def close(self)->None:
+    def close(self) -> None:
         "Leave nothing behind: no observer, no widget, no volume"
         volumes = list(self.viewer.volumes)
         super().close()
-        for v in volumes: close_widget(v)
+        for v in volumes:
+            close_widget(v)
 
 # %% ../../nbs/4_inside/scenes.ipynb #17752afb
-ITK_HOSTS = ("cdn.jsdelivr.net", "dweb.link")       # where itkwidgets 1.0 has its front end and its viewer
+ITK_HOSTS = (
+    "cdn.jsdelivr.net",
+    "dweb.link",
+)  # where itkwidgets 1.0 has its front end and its viewer
 
-def itk_missing()->str: # what is missing, or ""
+
+def itk_missing() -> str:  # what is missing, or ""
     "Why the backend itk cannot draw here: not installed, or a server of its viewer cannot be reached"
-    for name, source in (("itkwidgets", "'egcnn_nb[itk]'"), ("imjoy_jupyterlab_extension", "imjoy-jupyterlab-extension"), ("imjoy_elfinder", "imjoy-elfinder")):
-        if not importlib.util.find_spec(name): return f"{name} is not installed (pip install {source})"
+    for name, source in (
+        ("itkwidgets", "'egcnn_nb[itk]'"),
+        ("imjoy_jupyterlab_extension", "imjoy-jupyterlab-extension"),
+        ("imjoy_elfinder", "imjoy-elfinder"),
+    ):
+        if not importlib.util.find_spec(name):
+            return f"{name} is not installed (pip install {source})"
     for host in ITK_HOSTS:
-        try: socket.create_connection((host, 443), 2).close()
-        except OSError: return f"itkwidgets loads its viewer from {host}, which cannot be reached"
+        try:
+            socket.create_connection((host, 443), 2).close()
+        except OSError:
+            return f"itkwidgets loads its viewer from {host}, which cannot be reached"
     return ""
 
 # %% ../../nbs/4_inside/scenes.ipynb #2ed865ef
-HEAT = "plasma"                                     # colours of numbers, here and in niivue
+HEAT = "plasma"  # colours of numbers, here and in niivue
+
 
 def _top(a):
     "Largest finite number of `a`, at least a little above 0"
     return max(float(np.nan_to_num(a, posinf=0).max()), 1e-6)
 
+
 def view3d(
-    volume, # (D,H,W): array, tensor, Volume, nibabel image or path
-    label=None, # whole numbers (D,H,W), any of these kinds
-    edge=None, # {0,1} (D,H,W)
-    spacing=None, # voxel size in mm; None: that of the affine, else cubes
-    backend:str="niivue", # "niivue", or "itk" where itkwidgets is installed and online
-    title=None, # says what it is
-    names:dict=None, # label value -> name
-    height:int=420, # in pixels
-    heat=None, # numbers (D,H,W) shown by colour, such as attention; nothing is drawn where they are 0 or less
-    heat_name:str="heat", # what the numbers are
-): # a widget
+    volume,  # (D,H,W): array, tensor, Volume, nibabel image or path
+    label=None,  # whole numbers (D,H,W), any of these kinds
+    edge=None,  # {0,1} (D,H,W)
+    spacing=None,  # voxel size in mm; None: that of the affine, else cubes
+    backend: str = "niivue",  # "niivue", or "itk" where itkwidgets is installed and online
+    title=None,  # says what it is
+    names: dict = None,  # label value -> name
+    height: int = 420,  # in pixels
+    heat=None,  # numbers (D,H,W) shown by colour, such as attention; nothing is drawn where they are 0 or less
+    heat_name: str = "heat",  # what the numbers are
+):  # a widget
     "A volume with mask, edge and numbers in 3D, to be turned with the mouse"
     expect(backend in ("niivue", "itk"), "backend", repr(backend), "'niivue' or 'itk'")
     s = read_scene(volume, spacing, names, label=label, edge=edge, heat=heat)
-    expect(len(s.volume) == 1, "volume", f"{len(s.volume)} channels", "one", "choose one: volume[0]")
+    expect(
+        len(s.volume) == 1, "volume", f"{len(s.volume)} channels", "one", "choose one: volume[0]"
+    )
     if backend == "itk":
         missing = itk_missing()
         try:
-            if not missing: return _itk(s)
-        except Exception as e: missing = f"itkwidgets cannot show this scene ({type(e).__name__}: {e})"       # an alpha release: never an empty cell
+            if not missing:
+                return _itk(s)
+        except Exception as e:
+            missing = f"itkwidgets cannot show this scene ({type(e).__name__}: {e})"  # an alpha release: never an empty cell
         print(f"{missing}; showing the default view instead.")
     return _niivue(s, title or "a volume in 3D", height, heat_name)
+
 
 def _itk_images(s):
     "The scene as itkwidgets takes it: image, and label_image (label, else edge) if there is one"
     to_ngff_image = need("ngff_zarr", "backend='itk'", "itk").to_ngff_image
-    image = lambda a, kind: to_ngff_image(np.ascontiguousarray(a.T, kind), ("z", "y", "x"), dict(zip("xyz", map(float, s.mm))))
+    image = lambda a, kind: to_ngff_image(
+        np.ascontiguousarray(a.T, kind), ("z", "y", "x"), dict(zip("xyz", map(float, s.mm)))
+    )
     mask = s.overlays.get("label", s.overlays.get("edge"))
     if mask is None:
         return {"image": image(s.volume[0], np.float32)}
     mask = np.maximum(mask, 0)
-    smallest = np.min_scalar_type(int(mask.max()))                  # uint8 up to 255, uint16 beyond
+    smallest = np.min_scalar_type(int(mask.max()))  # uint8 up to 255, uint16 beyond
     return {"image": image(s.volume[0], np.float32), "label_image": image(mask, smallest)}
+
 
 def _itk(s):
     "The scene in itkwidgets"
@@ -163,47 +228,139 @@ def _itk(s):
     images = _itk_images(s)
     return itkwidgets.view(images.pop("image"), **images)
 
+
 def _layer(name, a, mm):
     "A mask, edge or heat as a volume of niivue"
     if name == "heat":
         shown = np.nan_to_num(a, posinf=_top(a)).clip(0)
-        return {"data": _nifti(shown, mm), "name": "heat.nii.gz", "colormap": HEAT, "opacity": .7, "cal_min": 1e-3*_top(a), "cal_max": _top(a)}
-    return {"data": _nifti(a if name == "label" else (a > 0).astype(np.uint8), mm), "name": f"{name}.nii.gz", "opacity": .7}
+        return {
+            "data": _nifti(shown, mm),
+            "name": "heat.nii.gz",
+            "colormap": HEAT,
+            "opacity": 0.7,
+            "cal_min": 1e-3 * _top(a),
+            "cal_max": _top(a),
+        }
+    return {
+        "data": _nifti(a if name == "label" else (a > 0).astype(np.uint8), mm),
+        "name": f"{name}.nii.gz",
+        "opacity": 0.7,
+    }
+
 
 def _niivue(s, title, height, heat_name):
     "The scene in niivue, with sliders"
     from ipyniivue import NiiVue, SliceType
-    viewer = NiiVue(slice_type=SliceType.RENDER, back_color=(1, 1, 1, 1), height=height, is_colorbar=False, show_3d_crosshair=False)
+
+    viewer = NiiVue(
+        slice_type=SliceType.RENDER,
+        back_color=(1, 1, 1, 1),
+        height=height,
+        is_colorbar=False,
+        show_3d_crosshair=False,
+    )
     low, high = np.percentile(sample_values(s.volume[0]), (2, 99))
-    layers = [{"data": _nifti(s.volume[0], s.mm), "name": "volume.nii.gz", "colormap": "gray", "cal_min": float(low), "cal_max": float(max(high, low+1e-6))}]
+    layers = [
+        {
+            "data": _nifti(s.volume[0], s.mm),
+            "name": "volume.nii.gz",
+            "colormap": "gray",
+            "cal_min": float(low),
+            "cal_max": float(max(high, low + 1e-6)),
+        }
+    ]
     shown, tables = dict(s.overlays), {"edge": {1: COLOURS["edge"]}}
     if "label" in shown:
         shown["label"], tables["label"] = _numbered(shown["label"], s.names)
     layers += [_layer(n, a, s.mm) for n, a in shown.items()]
-    viewer.set_clip_plane_color((1, 1, 1, 0)); viewer.load_volumes(layers)
+    viewer.set_clip_plane_color((1, 1, 1, 0))
+    viewer.load_volumes(layers)
     for volume, name in zip(viewer.volumes[1:], s.overlays):
-        if name in tables: volume.set_colormap_label(_lut(tables[name]))
-    controls = {"volume": labelled_slider("volume", .6, 0., 1., .05), **{n: labelled_slider(heat_name if n == "heat" else n, .7, 0., 1., .05) for n in s.overlays},
-                "clip": labelled_slider("cut away", 0., 0., 1., .05), "turn": labelled_slider("its angle", 270, 0, 360, 5)}
-    legend = {n: colour_of(v) for v, n in s.names.items()} | ({"edge": COLOURS["edge"]} if "edge" in s.overlays else {})
-    return Explorer3d(lambda **_: _still3d(s, title, legend, heat_name), controls, viewer, {n: i for i, n in enumerate(["volume", *s.overlays])},
-                      alt=title, title=title, tell=lambda **_: swatches(legend), rows=[["volume", *s.overlays], ["clip", "turn"]])
+        if name in tables:
+            volume.set_colormap_label(_lut(tables[name]))
+    controls = {
+        "volume": labelled_slider("volume", 0.6, 0.0, 1.0, 0.05),
+        **{
+            n: labelled_slider(heat_name if n == "heat" else n, 0.7, 0.0, 1.0, 0.05)
+            for n in s.overlays
+        },
+        "clip": labelled_slider("cut away", 0.0, 0.0, 1.0, 0.05),
+        "turn": labelled_slider("its angle", 270, 0, 360, 5),
+    }
+    legend = {n: colour_of(v) for v, n in s.names.items()} | (
+        {"edge": COLOURS["edge"]} if "edge" in s.overlays else {}
+    )
+    return Explorer3d(
+        lambda **_: _still3d(s, title, legend, heat_name),
+        controls,
+        viewer,
+        {n: i for i, n in enumerate(["volume", *s.overlays])},
+        alt=title,
+        title=title,
+        tell=lambda **_: swatches(legend),
+        rows=[["volume", *s.overlays], ["clip", "turn"]],
+    )
+
 
 def _still3d(s, title, legend, heat_name):
     "The scene seen from three sides: the volume's outline, and through it the mask's surface"
-    fig = Figure(figsize=(8, 3.1), layout="constrained"); axes = fig.subplots(1, 3)
+    fig = Figure(figsize=(8, 3.1), layout="constrained")
+    axes = fig.subplots(1, 3)
     body = s.volume[0] > np.percentile(sample_values(s.volume[0]), 30)
     for n, ax in enumerate(axes):
         size = plane_layout(s.volume.shape[1:], s.mm, 300)[n][:2]
-        ax.imshow(surface_picture(body, n, "#bbbbbb"), extent=(0, size[1], 0, size[0])); ax.axis("off"); ax.set_xlabel(f"axis {'ijk'[n]}")
-        masks:list = [(s.overlays["label"] == v, colour_of(v), None) for v in s.names] if "label" in s.overlays else []
-        if "edge" in s.overlays: masks.append((s.overlays["edge"] > 0, COLOURS["edge"], None))
-        if "heat" in s.overlays: masks.append((s.overlays["heat"] > 1e-3*_top(s.overlays["heat"]), None, s.overlays["heat"]/_top(s.overlays["heat"])))
+        ax.imshow(surface_picture(body, n, "#bbbbbb"), extent=(0, size[1], 0, size[0]))
+        ax.axis("off")
+        ax.set_xlabel(f"axis {'ijk'[n]}")
+        masks: list = (
+            [(s.overlays["label"] == v, colour_of(v), None) for v in s.names]
+            if "label" in s.overlays
+            else []
+        )
+        if "edge" in s.overlays:
+            masks.append((s.overlays["edge"] > 0, COLOURS["edge"], None))
+        if "heat" in s.overlays:
+            masks.append(
+                (
+                    s.overlays["heat"] > 1e-3 * _top(s.overlays["heat"]),
+                    None,
+                    s.overlays["heat"] / _top(s.overlays["heat"]),
+                )
+            )
         for mask, colour, values in masks:
             seen = surface_picture(mask, n, colour or "white", values, HEAT)
-            ax.imshow(np.dstack([seen, np.where((seen == 255).all(-1), 0, 150 if values is None else 255).astype(np.uint8)]), extent=(0, size[1], 0, size[0]))
-        ax.set_title(f"from {('the left', 'behind', 'below')[n]}" if s.affine is not None else f"along axis {'ijk'[n]}", fontsize=9)
+            ax.imshow(
+                np.dstack(
+                    [
+                        seen,
+                        np.where((seen == 255).all(-1), 0, 150 if values is None else 255).astype(
+                            np.uint8
+                        ),
+                    ]
+                ),
+                extent=(0, size[1], 0, size[0]),
+            )
+        ax.set_title(
+            f"from {('the left', 'behind', 'below')[n]}"
+            if s.affine is not None
+            else f"along axis {'ijk'[n]}",
+            fontsize=9,
+        )
     fig.suptitle(title, fontsize=10)
-    if "heat" in s.overlays: fig.colorbar(plt.cm.ScalarMappable(Normalize(0, _top(s.overlays["heat"])), HEAT), ax=axes, shrink=.7, label=heat_name)
-    if legend: fig.legend([Rectangle((0, 0), 1, 1, color=c) for c in legend.values()], list(legend), loc="outside lower center", ncols=len(legend), frameon=False, fontsize=9)
+    if "heat" in s.overlays:
+        fig.colorbar(
+            plt.cm.ScalarMappable(Normalize(0, _top(s.overlays["heat"])), HEAT),
+            ax=axes,
+            shrink=0.7,
+            label=heat_name,
+        )
+    if legend:
+        fig.legend(
+            [Rectangle((0, 0), 1, 1, color=c) for c in legend.values()],
+            list(legend),
+            loc="outside lower center",
+            ncols=len(legend),
+            frameon=False,
+            fontsize=9,
+        )
     return fig

@@ -28,11 +28,12 @@ from .explorers import Explorer, cut_plane, slice_rgb, swatches
 # %% ../../nbs/2_practice/look_at_data.ipynb #f42806f9
 def _read_image(image):
     "Array and affine in mm of a nibabel image, its axes as `read_array` has them"
-    affine = np.diag([mm_per_unit(image.header)]*3 + [1]) @ image.affine
+    affine = np.diag([mm_per_unit(image.header)] * 3 + [1]) @ image.affine
     shape = (*image.shape, 1, 1)[:3] + tuple(n for n in image.shape[3:] if n > 1)
     return np.asanyarray(image.dataobj).reshape(shape), affine
 
-def _read(a:Any, name):
+
+def _read(a: Any, name):
     "Array (C,D,H,W) and affine (None: unknown) of anything that can be viewed"
     affine = None
     if isinstance(a, (str, Path)):
@@ -43,37 +44,73 @@ def _read(a:Any, name):
         a, affine = _read_image(a)
     a = np.asarray(a.detach().cpu() if hasattr(a, "detach") else a)
     a = a.view(np.uint8) if a.dtype == bool else a
-    expect(a.dtype.kind in "iuf", name, f"values of type {a.dtype}", "real numbers", "take .real, or the absolute value")
-    expect(a.ndim in (3, 4) and a.size, name, f"shape {a.shape}", "(D, H, W) or (C, D, H, W)", "take one case of a batch; give a 2D image a third axis")
-    if a.ndim == 3: return a[None], affine
-    return (a if affine is None else np.moveaxis(a, -1, 0)), affine                # NIfTI keeps its channels last
+    expect(
+        a.dtype.kind in "iuf",
+        name,
+        f"values of type {a.dtype}",
+        "real numbers",
+        "take .real, or the absolute value",
+    )
+    expect(
+        a.ndim in (3, 4) and a.size,
+        name,
+        f"shape {a.shape}",
+        "(D, H, W) or (C, D, H, W)",
+        "take one case of a batch; give a 2D image a third axis",
+    )
+    if a.ndim == 3:
+        return a[None], affine
+    return (a if affine is None else np.moveaxis(a, -1, 0)), affine  # NIfTI keeps its channels last
+
 
 def _turn(a, affine):
     "(C,D,H,W) turned to right, front, top; a view of the same memory"
-    if affine is None: return a
-    return np.moveaxis(nib.apply_orientation(np.moveaxis(a, 0, -1), nib.io_orientation(affine)), -1, 0)
+    if affine is None:
+        return a
+    return np.moveaxis(
+        nib.apply_orientation(np.moveaxis(a, 0, -1), nib.io_orientation(affine)), -1, 0
+    )
 
-_LABELS = ("label", "pred", "other")                                                # overlays of whole numbers
+
+_LABELS = ("label", "pred", "other")  # overlays of whole numbers
+
 
 def _overlay(a, name, volume, affine):
     "A label, edge or prediction (D,H,W), turned as its volume"
-    if a is None: return None
+    if a is None:
+        return None
     a, own = _read(a, name)
-    expect(a.shape[1:] == volume.shape[1:] and len(a) == 1, name, f"shape {a.shape if len(a) > 1 else a.shape[1:]}", f"{volume.shape[1:]} as the volume")
-    expect(own is None or affine is None or np.allclose(own, affine, atol=1e-2), name, "another affine", "the affine of the volume", "resample it onto the volume")
+    expect(
+        a.shape[1:] == volume.shape[1:] and len(a) == 1,
+        name,
+        f"shape {a.shape if len(a) > 1 else a.shape[1:]}",
+        f"{volume.shape[1:]} as the volume",
+    )
+    expect(
+        own is None or affine is None or np.allclose(own, affine, atol=1e-2),
+        name,
+        "another affine",
+        "the affine of the volume",
+        "resample it onto the volume",
+    )
     if name in _LABELS and a.dtype.kind == "f":
-        require(np.isfinite(a).all(), f"The {name} has values that are NaN or infinite. Label maps hold whole numbers.")
+        require(
+            np.isfinite(a).all(),
+            f"The {name} has values that are NaN or infinite. Label maps hold whole numbers.",
+        )
         a, _ = whole_numbers(a, name)
     return _turn(a, affine)[0]
 
 # %% ../../nbs/2_practice/look_at_data.ipynb #490bcf33
 def sample_values(
-    channel:np.ndarray, # (D,H,W)
-)->np.ndarray: # float32, one axis
+    channel: np.ndarray,  # (D,H,W)
+) -> np.ndarray:  # float32, one axis
     "About 200,000 finite values, evenly spread: enough for a window"
-    step = max(1, round((channel.size/2e5)**(1/3)))
-    values = channel[::step, ::step, ::step].astype(np.float32); values = values[np.isfinite(values)]
+    step = max(1, round((channel.size / 2e5) ** (1 / 3)))
+    values = channel[::step, ::step, ::step].astype(np.float32)
+    values = values[np.isfinite(values)]
     return values if values.size else np.zeros(1, np.float32)
+
 
 def _counts(label):
     "Voxels of each label value above 0 per slice of each axis: value -> three arrays"
@@ -82,84 +119,139 @@ def _counts(label):
         for v in np.unique(plane[plane > 0]).tolist():
             per = out.setdefault(int(v), [np.zeros(n, np.int64) for n in label.shape])
             where = plane == v
-            per[0][i] = where.sum(); per[1] += where.sum(1); per[2] += where.sum(0)
+            per[0][i] = where.sum()
+            per[1] += where.sum(1)
+            per[2] += where.sum(0)
     return dict(sorted(out.items()))
+
 
 _FONT = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 13)
 
+
 def _write(rgb, texts):
     "Write (x, y, text, anchor) in white with a dark rim"
-    picture = Image.fromarray(rgb); pen = ImageDraw.Draw(picture)
-    for x, y, text, anchor in texts: pen.text((x, y), text, "white", _FONT, anchor, stroke_width=2, stroke_fill="black")
+    picture = Image.fromarray(rgb)
+    pen = ImageDraw.Draw(picture)
+    for x, y, text, anchor in texts:
+        pen.text((x, y), text, "white", _FONT, anchor, stroke_width=2, stroke_fill="black")
     return np.asarray(picture)
 
 # %% ../../nbs/2_practice/look_at_data.ipynb #d6601b22
 PLANES = ("sagittal", "coronal", "axial")
-_LETTERS = (("P", "A", "I", "S"), ("L", "R", "I", "S"), ("L", "R", "P", "A"))       # left, right, bottom, top of each plane
+_LETTERS = (
+    ("P", "A", "I", "S"),
+    ("L", "R", "I", "S"),
+    ("L", "R", "P", "A"),
+)  # left, right, bottom, top of each plane
+
 
 def plane_layout(
-    shape, # voxels along D, H, W
-    mm, # size of a voxel along D, H, W
-    height:int, # of the tallest plane in pixels
-)->list: # (height, width, x) of the three planes
+    shape,  # voxels along D, H, W
+    mm,  # size of a voxel along D, H, W
+    height: int,  # of the tallest plane in pixels
+) -> list:  # (height, width, x) of the three planes
     "Size of each plane in pixels, and the columns where it begins: [(height, width, x)]"
-    scale, x, out = height/max(shape[1]*mm[1], shape[2]*mm[2]), 0, []
+    scale, x, out = height / max(shape[1] * mm[1], shape[2] * mm[2]), 0, []
     for w, h in ((1, 2), (0, 2), (0, 1)):
-        out.append((max(int(shape[h]*mm[h]*scale), 1), max(int(shape[w]*mm[w]*scale), 1), x)); x += out[-1][1]+8
+        out.append(
+            (max(int(shape[h] * mm[h] * scale), 1), max(int(shape[w] * mm[w] * scale), 1), x)
+        )
+        x += out[-1][1] + 8
     return out
+
 
 def _planes(cuts, layout, at, shape, letters, crosshair):
     "The three cuts in one picture, with crosshair and letters"
     tall = max(h for h, _, _ in layout)
-    canvas = np.full((tall, layout[-1][2]+layout[-1][1], 3), 255, np.uint8)
+    canvas = np.full((tall, layout[-1][2] + layout[-1][1], 3), 255, np.uint8)
     texts = []
     for n, (cut, (h, w, x)) in enumerate(zip(cuts, layout)):
         across, up = [a for a in range(3) if a != n]
-        column, row = int((at[across]+.5)*w/shape[across]), h-1-int((at[up]+.5)*h/shape[up])
-        if crosshair: cut[row] = cut[row]//2+np.uint8(110); cut[:, column] = cut[:, column]//2+np.uint8(110)
-        y = tall-h; canvas[y:, x:x+w] = cut
-        places = ((x+3, y+h//2, "lm"), (x+w-3, y+h//2, "rm"), (x+w//2, y+h-3, "mb"), (x+w//2, y+3, "mt"))
-        if letters: texts += [(a, b, letter, anchor) for (a, b, anchor), letter in zip(places, _LETTERS[n])]
+        column, row = (
+            int((at[across] + 0.5) * w / shape[across]),
+            h - 1 - int((at[up] + 0.5) * h / shape[up]),
+        )
+        if crosshair:
+            cut[row] = cut[row] // 2 + np.uint8(110)
+            cut[:, column] = cut[:, column] // 2 + np.uint8(110)
+        y = tall - h
+        canvas[y:, x : x + w] = cut
+        places = (
+            (x + 3, y + h // 2, "lm"),
+            (x + w - 3, y + h // 2, "rm"),
+            (x + w // 2, y + h - 3, "mb"),
+            (x + w // 2, y + 3, "mt"),
+        )
+        if letters:
+            texts += [(a, b, letter, anchor) for (a, b, anchor), letter in zip(places, _LETTERS[n])]
     return _write(canvas, texts) if texts else canvas
 
+
 def labelled_slider(
-    name:str, # shown before it
-    value:float, # where it stands
-    low:float, # lowest value
-    high:float, # highest value
-    step:float=1, # whole: a slider of whole numbers
-): # ipywidgets slider
+    name: str,  # shown before it
+    value: float,  # where it stands
+    low: float,  # lowest value
+    high: float,  # highest value
+    step: float = 1,  # whole: a slider of whole numbers
+):  # ipywidgets slider
     "A slider with its name before it"
     make = widgets.IntSlider if isinstance(step, int) else widgets.FloatSlider
-    return make(value=min(max(value, low), high), min=low, max=high, step=step, description=name, style={"description_width": "7em"}, layout={"width": "21em"})
+    return make(
+        value=min(max(value, low), high),
+        min=low,
+        max=high,
+        step=step,
+        description=name,
+        style={"description_width": "7em"},
+        layout={"width": "21em"},
+    )
+
 
 def _box(name, colour=None, value=True):
     "A box to tick, with the colour that it stands for"
-    swatch = f'<span style="color:{colour}; text-shadow:0 0 1px #000">&#9632;</span> ' if colour else ""
-    return widgets.Checkbox(value, description=swatch+name, description_allow_html=True, indent=False, layout={"width": "auto", "margin": "0 1em 0 0"})
+    swatch = (
+        f'<span style="color:{colour}; text-shadow:0 0 1px #000">&#9632;</span> ' if colour else ""
+    )
+    return widgets.Checkbox(
+        value,
+        description=swatch + name,
+        description_allow_html=True,
+        indent=False,
+        layout={"width": "auto", "margin": "0 1em 0 0"},
+    )
 
 # %% ../../nbs/2_practice/look_at_data.ipynb #de1c5689
 @dataclass
 class Scene:
     "What a view shows, turned to right, front, top where the affine is known"
-    volume:np.ndarray # (C,D,H,W)
-    affine:np.ndarray|None # of the file
-    overlays:dict # "label", "edge", "pred" -> (D,H,W), those that there are
-    mm:np.ndarray # size of a voxel along D, H, W
-    back:np.ndarray # (4,4): shown voxel -> voxel of the file
-    names:dict # label value -> name
-    start:list # first position
+
+    volume: np.ndarray  # (C,D,H,W)
+    affine: np.ndarray | None  # of the file
+    overlays: dict  # "label", "edge", "pred" -> (D,H,W), those that there are
+    mm: np.ndarray  # size of a voxel along D, H, W
+    back: np.ndarray  # (4,4): shown voxel -> voxel of the file
+    names: dict  # label value -> name
+    start: list  # first position
+
 
 def read_scene(
-    volume, # anything that can be viewed
-    spacing, # voxel size in mm, or None
-    names:dict|None, # label value -> name
-    **overlays, # "label", "edge", "pred" or another name = what can be viewed, or None
-)->Scene:
+    volume,  # anything that can be viewed
+    spacing,  # voxel size in mm, or None
+    names: dict | None,  # label value -> name
+    **overlays,  # "label", "edge", "pred" or another name = what can be viewed, or None
+) -> Scene:
     "Read, check and turn what a view shows"
     volume, affine = _read(volume, "volume")
-    expect(spacing is None or (len(spacing) == 3 and min(spacing) > 0), "spacing", spacing, "3 positive numbers in mm")
-    mm = np.array(spacing if spacing is not None else (1, 1, 1) if affine is None else voxel_sizes(affine), float)
+    expect(
+        spacing is None or (len(spacing) == 3 and min(spacing) > 0),
+        "spacing",
+        spacing,
+        "3 positive numbers in mm",
+    )
+    mm = np.array(
+        spacing if spacing is not None else (1, 1, 1) if affine is None else voxel_sizes(affine),
+        float,
+    )
     overlays = {n: _overlay(a, n, volume, affine) for n, a in overlays.items() if a is not None}
     back = np.eye(4)
     if affine is not None:
@@ -168,131 +260,291 @@ def read_scene(
     volume = _turn(volume, affine)
     counts = [_counts(overlays[n]) for n in ("label", "pred") if n in overlays]
     values = sorted({v for c in counts for v in c})
-    start = [int(np.argmax(sum(n[a] for n in counts[0].values()))) if counts and counts[0] else s//2 for a, s in enumerate(volume.shape[1:])]
-    return Scene(volume, affine, overlays, mm, back, {v: (names or {}).get(v, f"label {v}") for v in values}, start)
+    start = [
+        int(np.argmax(sum(n[a] for n in counts[0].values()))) if counts and counts[0] else s // 2
+        for a, s in enumerate(volume.shape[1:])
+    ]
+    return Scene(
+        volume,
+        affine,
+        overlays,
+        mm,
+        back,
+        {v: (names or {}).get(v, f"label {v}") for v in values},
+        start,
+    )
+
 
 def colour_of(
-    value:int, # label value
-)->str: # of COLOURS
+    value: int,  # label value
+) -> str:  # of COLOURS
     "Colour of a label value"
     return COLOURS.get(value, COLOURS["truth"])
 
 # %% ../../nbs/2_practice/look_at_data.ipynb #fc4afbd3
 def _view_controls(s, channels, windows, bounds):
     "The controls of a view by name, and the rows in which they stand"
-    low, high = bounds; width = max(high-low, 1e-6)
-    sides = [n if s.affine is None else f"{p} {n}" for p, n in zip(PLANES, ("slice i", "slice j", "slice k") if s.affine is None else "ijk")]
-    made:dict = {n: labelled_slider(d, at, 0, size-1) for n, d, size, at in zip("ijk", sides, s.volume.shape[1:], s.start)}
-    made |= {"level": labelled_slider("level", windows[0][0], low, high, width/200), "window": labelled_slider("window", windows[0][1], width/200, width, width/200),
-             "opacity": labelled_slider("overlay", .5, 0., 1., .05)}
-    made["channel"] = widgets.Dropdown(options=[(n, i) for i, n in enumerate(channels)], description="channel", style={"description_width": "7em"},
-                                       layout={"width": "21em", "display": None if len(channels) > 1 else "none"})
+    low, high = bounds
+    width = max(high - low, 1e-6)
+    sides = [
+        n if s.affine is None else f"{p} {n}"
+        for p, n in zip(PLANES, ("slice i", "slice j", "slice k") if s.affine is None else "ijk")
+    ]
+    made: dict = {
+        n: labelled_slider(d, at, 0, size - 1)
+        for n, d, size, at in zip("ijk", sides, s.volume.shape[1:], s.start)
+    }
+    made |= {
+        "level": labelled_slider("level", windows[0][0], low, high, width / 200),
+        "window": labelled_slider("window", windows[0][1], width / 200, width, width / 200),
+        "opacity": labelled_slider("overlay", 0.5, 0.0, 1.0, 0.05),
+    }
+    made["channel"] = widgets.Dropdown(
+        options=[(n, i) for i, n in enumerate(channels)],
+        description="channel",
+        style={"description_width": "7em"},
+        layout={"width": "21em", "display": None if len(channels) > 1 else "none"},
+    )
     made |= {"crosshair": _box("crosshair"), "outline": _box("label as outline", value=False)}
-    boxes = {"label": ("truth", "label", None), "pred": ("prediction", "prediction (outline)", None), "edge": ("edges", "edge", COLOURS["edge"])}
+    boxes = {
+        "label": ("truth", "label", None),
+        "pred": ("prediction", "prediction (outline)", None),
+        "edge": ("edges", "edge", COLOURS["edge"]),
+    }
     made |= {boxes[n][0]: _box(*boxes[n][1:]) for n in s.overlays}
     made |= {f"show_{v}": _box(n, colour_of(v)) for v, n in s.names.items()}
-    return made, [["i", "j", "k"], ["level", "window", "opacity"], ["channel"], [n for n, c in made.items() if isinstance(c, widgets.Checkbox)]]
+    return made, [
+        ["i", "j", "k"],
+        ["level", "window", "opacity"],
+        ["channel"],
+        [n for n, c in made.items() if isinstance(c, widgets.Checkbox)],
+    ]
+
 
 def _tell(s, channels, at, channel):
     "The line below a view: voxel of the file, millimetres, intensity, label, prediction"
     voxel = np.rint(s.back @ (*at, 1))[:3].astype(int)
-    parts = [f"voxel ({', '.join(map(str, voxel))})", f"{channels[channel]} {s.volume[(channel, *at)]:.4g}"]
-    if s.affine is not None: parts.insert(1, f"({', '.join(f'{c:.1f}' for c in (s.affine @ (*voxel, 1))[:3])}) mm")
-    parts += [f"{n} {s.names.get(int(s.overlays[o][at]), 'none')}" for o, n in (("label", "label"), ("pred", "prediction")) if o in s.overlays]
+    parts = [
+        f"voxel ({', '.join(map(str, voxel))})",
+        f"{channels[channel]} {s.volume[(channel, *at)]:.4g}",
+    ]
+    if s.affine is not None:
+        parts.insert(1, f"({', '.join(f'{c:.1f}' for c in (s.affine @ (*voxel, 1))[:3])}) mm")
+    parts += [
+        f"{n} {s.names.get(int(s.overlays[o][at]), 'none')}"
+        for o, n in (("label", "label"), ("pred", "prediction"))
+        if o in s.overlays
+    ]
     return " &middot; ".join(parts)
+
 
 def _clicked(layout, shape, x, y):
     "Axis -> index of the voxel at the fractions `x`, `y` of the picture; empty between the planes"
-    tall, x = max(h for h, _, _ in layout), x*(layout[-1][2]+layout[-1][1])
+    tall, x = max(h for h, _, _ in layout), x * (layout[-1][2] + layout[-1][1])
     for n, (h, w, left) in enumerate(layout):
-        up = tall*(1-y)/h
-        if left <= x < left+w and 0 <= up < 1:
+        up = tall * (1 - y) / h
+        if left <= x < left + w and 0 <= up < 1:
             a, b = [a for a in range(3) if a != n]
-            return {a: int((x-left)/w*shape[a]), b: int(up*shape[b])}
+            return {a: int((x - left) / w * shape[a]), b: int(up * shape[b])}
     return {}
 
 # %% ../../nbs/2_practice/look_at_data.ipynb #5ca43b89
 def view(
-    volume, # (D,H,W) or (C,D,H,W): array, tensor, Volume, nibabel image or path
-    label=None, # whole numbers (D,H,W), any of these kinds
-    edge=None, # {0,1} (D,H,W)
-    pred=None, # whole numbers (D,H,W): outlined
-    spacing=None, # voxel size in mm along D, H, W; None: that of the affine, else cubes
-    title=None, # says what it is, also to those who cannot see it
-    names:dict=None, # label value -> name
-    channels=None, # names of the channels
-    height:int=300, # of the tallest plane, in pixels
-)->Explorer:
+    volume,  # (D,H,W) or (C,D,H,W): array, tensor, Volume, nibabel image or path
+    label=None,  # whole numbers (D,H,W), any of these kinds
+    edge=None,  # {0,1} (D,H,W)
+    pred=None,  # whole numbers (D,H,W): outlined
+    spacing=None,  # voxel size in mm along D, H, W; None: that of the affine, else cubes
+    title=None,  # says what it is, also to those who cannot see it
+    names: dict = None,  # label value -> name
+    channels=None,  # names of the channels
+    height: int = 300,  # of the tallest plane, in pixels
+) -> Explorer:
     "Three linked planes with crosshair, window, overlays and orientation; raises `InputError` on what cannot be shown"
     s = read_scene(volume, spacing, names, label=label, edge=edge, pred=pred)
     shape, layout = s.volume.shape[1:], plane_layout(s.volume.shape[1:], s.mm, height)
     channels = list(channels or (f"channel {i}" for i in range(len(s.volume))))
-    expect(len(channels) == len(s.volume), "channels", f"{len(channels)} names", f"{len(s.volume)}, one a channel")
+    expect(
+        len(channels) == len(s.volume),
+        "channels",
+        f"{len(channels)} names",
+        f"{len(s.volume)}, one a channel",
+    )
     samples = [sample_values(c) for c in s.volume]
-    windows = [(float(a+b)/2, float(b-a) or 1.) for a, b in (np.percentile(c, (2, 99.5)) for c in samples)]
-    controls, rows = _view_controls(s, channels, windows, (min(float(c.min()) for c in samples), max(float(c.max()) for c in samples)))
+    windows = [
+        (float(a + b) / 2, float(b - a) or 1.0)
+        for a, b in (np.percentile(c, (2, 99.5)) for c in samples)
+    ]
+    controls, rows = _view_controls(
+        s,
+        channels,
+        windows,
+        (min(float(c.min()) for c in samples), max(float(c.max()) for c in samples)),
+    )
     get = s.overlays.get
 
-    def draw(i, j, k, level, window, opacity, outline, crosshair, channel, truth=False, prediction=False, edges=False, **show):
+    def draw(
+        i,
+        j,
+        k,
+        level,
+        window,
+        opacity,
+        outline,
+        crosshair,
+        channel,
+        truth=False,
+        prediction=False,
+        edges=False,
+        **show,
+    ):
         on = [v for v in s.names if show[f"show_{v}"]]
-        cuts = [slice_rgb(s.volume[channel], a, n, (level-window/2, level+window/2), get("label") if truth else None, get("edge") if edges else None,
-                          opacity, get("pred") if prediction else None, on, outline, layout[a][:2]) for a, n in enumerate((i, j, k))]
+        cuts = [
+            slice_rgb(
+                s.volume[channel],
+                a,
+                n,
+                (level - window / 2, level + window / 2),
+                get("label") if truth else None,
+                get("edge") if edges else None,
+                opacity,
+                get("pred") if prediction else None,
+                on,
+                outline,
+                layout[a][:2],
+            )
+            for a, n in enumerate((i, j, k))
+        ]
         return _planes(cuts, layout, (i, j, k), shape, s.affine is not None, crosshair)
 
-    legend = {n: colour_of(v) for v, n in s.names.items()} | ({"edge": COLOURS["edge"]} if edge is not None else {})
-    shown = Explorer(draw, controls, title or "three planes of a volume", title or "", legend,
-                     lambda i, j, k, channel, **_: _tell(s, channels, (i, j, k), channel), rows)
-    def other_channel(change): controls["level"].value, controls["window"].value = windows[change["new"]]
+    legend = {n: colour_of(v) for v, n in s.names.items()} | (
+        {"edge": COLOURS["edge"]} if edge is not None else {}
+    )
+    shown = Explorer(
+        draw,
+        controls,
+        title or "three planes of a volume",
+        title or "",
+        legend,
+        lambda i, j, k, channel, **_: _tell(s, channels, (i, j, k), channel),
+        rows,
+    )
+
+    def other_channel(change):
+        controls["level"].value, controls["window"].value = windows[change["new"]]
+
     def move(change):
-        for axis, n in _clicked(layout, shape, *change["new"][:2]).items(): controls["ijk"[axis]].value = n
-    controls["channel"].observe(other_channel, "value"); shown.image.observe(move, "click")
+        for axis, n in _clicked(layout, shape, *change["new"][:2]).items():
+            controls["ijk"[axis]].value = n
+
+    controls["channel"].observe(other_channel, "value")
+    shown.image.observe(move, "click")
     return shown
 
 # %% ../../nbs/2_practice/look_at_data.ipynb #6e64457b
 def _where_wrong(truth, a, b):
     "RGB picture of a plane: lighter where a truth is, and in colour where only a, only b, or both are wrong"
-    rgb = np.full((*truth.shape, 3), 30, np.uint8); rgb[truth > 0] = 110
-    for where, colour in (((a != truth) & (b == truth), "bare"), ((a == truth) & (b != truth), "prediction"), ((a != truth) & (b != truth), "attention")):
-        rgb[where] = np.array(to_rgb(COLOURS[colour]))*255
+    rgb = np.full((*truth.shape, 3), 30, np.uint8)
+    rgb[truth > 0] = 110
+    for where, colour in (
+        ((a != truth) & (b == truth), "bare"),
+        ((a == truth) & (b != truth), "prediction"),
+        ((a != truth) & (b != truth), "attention"),
+    ):
+        rgb[where] = np.array(to_rgb(COLOURS[colour])) * 255
     return rgb
 
+
 def compare(
-    volume, # (D,H,W): array, tensor, Volume, nibabel image or path
-    truth, # whole numbers (D,H,W), any of these kinds
-    a, # first prediction (D,H,W)
-    b, # second prediction (D,H,W)
-    score=None, # function of (prediction, truth) -> number
-    names:tuple=("a", "b"), # of the predictions
-    spacing=None, # voxel size in mm; None: that of the affine, else cubes
-    title=None, # says what it is
-    height:int=250, # of a picture, in pixels
-    labels:dict=None, # label value -> name
-)->Explorer:
+    volume,  # (D,H,W): array, tensor, Volume, nibabel image or path
+    truth,  # whole numbers (D,H,W), any of these kinds
+    a,  # first prediction (D,H,W)
+    b,  # second prediction (D,H,W)
+    score=None,  # function of (prediction, truth) -> number
+    names: tuple = ("a", "b"),  # of the predictions
+    spacing=None,  # voxel size in mm; None: that of the affine, else cubes
+    title=None,  # says what it is
+    height: int = 250,  # of a picture, in pixels
+    labels: dict = None,  # label value -> name
+) -> Explorer:
     "Two predictions side by side or under a swipe, where they are wrong, and their scores"
     s = read_scene(volume, spacing, labels, label=truth, pred=a, other=b)
-    expect(len(s.volume) == 1, "volume", f"{len(s.volume)} channels", "one", "choose one: volume[0]")
+    expect(
+        len(s.volume) == 1, "volume", f"{len(s.volume)} channels", "one", "choose one: volume[0]"
+    )
     image, truth, a, b = s.volume[0], s.overlays["label"], s.overlays["pred"], s.overlays["other"]
-    window, layout = tuple(np.percentile(sample_values(image), (2, 99.5))), plane_layout(image.shape, s.mm, height)
+    window, layout = (
+        tuple(np.percentile(sample_values(image), (2, 99.5))),
+        plane_layout(image.shape, s.mm, height),
+    )
     whole = [float(score(p, truth)) for p in (a, b)] if score else []
 
     def draw(plane, slice, style, swipe):
-        slice, size = int(slice*(image.shape[plane]-1)+.5), layout[plane][:2]
+        slice, size = int(slice * (image.shape[plane] - 1) + 0.5), layout[plane][:2]
         rgb = lambda **kw: slice_rgb(image, plane, slice, window, size=size, **kw)
-        first, second, cut = rgb(pred=a), rgb(pred=b), [cut_plane(x, plane, slice, size) for x in (truth, a, b)]
-        at = int(swipe*size[1])
-        middle = {f"{names[0]}": first, f"{names[1]}": second} if style == "side by side" else {f"{names[0]} | {names[1]}": np.hstack([first[:, :at], second[:, at:]])}
-        if style == "swipe": list(middle.values())[0][:, max(at-1, 0):at+1] = 255
+        first, second, cut = (
+            rgb(pred=a),
+            rgb(pred=b),
+            [cut_plane(x, plane, slice, size) for x in (truth, a, b)],
+        )
+        at = int(swipe * size[1])
+        middle = (
+            {f"{names[0]}": first, f"{names[1]}": second}
+            if style == "side by side"
+            else {f"{names[0]} | {names[1]}": np.hstack([first[:, :at], second[:, at:]])}
+        )
+        if style == "swipe":
+            list(middle.values())[0][:, max(at - 1, 0) : at + 1] = 255
         pictures = {"truth": rgb(pred=truth), **middle, "where wrong": _where_wrong(*cut)}
-        return np.hstack([np.pad(_write(p, [(4, 4, t, "lt")]), ((0, 0), (0, 8), (0, 0)), constant_values=255) for t, p in pictures.items()])
+        return np.hstack(
+            [
+                np.pad(_write(p, [(4, 4, t, "lt")]), ((0, 0), (0, 8), (0, 0)), constant_values=255)
+                for t, p in pictures.items()
+            ]
+        )
 
     def tell(plane, slice, **_):
-        if not score: return swatches(legend)
-        n = int(slice*(image.shape[plane]-1)+.5); at = (*[np.s_[:]]*plane, n)
-        return swatches(legend) + "<br>" + " &middot; ".join(f"{name}: slice {float(score(p[at], truth[at])):.3f}, whole {w:.3f}" for name, p, w in zip(names, (a, b), whole))
+        if not score:
+            return swatches(legend)
+        n = int(slice * (image.shape[plane] - 1) + 0.5)
+        at = (*[np.s_[:]] * plane, n)
+        return (
+            swatches(legend)
+            + "<br>"
+            + " &middot; ".join(
+                f"{name}: slice {float(score(p[at], truth[at])):.3f}, whole {w:.3f}"
+                for name, p, w in zip(names, (a, b), whole)
+            )
+        )
 
-    most = int(np.argmax([(truth > 0).sum((0, 1))])) if (truth > 0).any() else image.shape[2]//2
-    controls = {"plane": widgets.Dropdown(options=[(p if s.affine is not None else f"axis {'ijk'[n]}", n) for n, p in enumerate(PLANES)], value=2, description="plane", style={"description_width": "7em"}, layout={"width": "21em"}),
-                "slice": labelled_slider("slice", most/max(image.shape[2]-1, 1), 0., 1., 1/max(max(image.shape)-1, 1)),
-                "style": widgets.ToggleButtons(options=["side by side", "swipe"]), "swipe": labelled_slider("swipe", .5, 0., 1., .02)}
-    legend = {n: colour_of(v) for v, n in s.names.items()} | {f"only {names[0]} wrong": COLOURS["bare"], f"only {names[1]} wrong": COLOURS["prediction"], "both wrong": COLOURS["attention"]}
-    return Explorer(draw, controls, title or f"truth, {names[0]}, {names[1]} and where they are wrong", title or "", legend, tell, [["plane", "slice"], ["style", "swipe"]])
+    most = int(np.argmax([(truth > 0).sum((0, 1))])) if (truth > 0).any() else image.shape[2] // 2
+    controls = {
+        "plane": widgets.Dropdown(
+            options=[
+                (p if s.affine is not None else f"axis {'ijk'[n]}", n) for n, p in enumerate(PLANES)
+            ],
+            value=2,
+            description="plane",
+            style={"description_width": "7em"},
+            layout={"width": "21em"},
+        ),
+        "slice": labelled_slider(
+            "slice", most / max(image.shape[2] - 1, 1), 0.0, 1.0, 1 / max(max(image.shape) - 1, 1)
+        ),
+        "style": widgets.ToggleButtons(options=["side by side", "swipe"]),
+        "swipe": labelled_slider("swipe", 0.5, 0.0, 1.0, 0.02),
+    }
+    legend = {n: colour_of(v) for v, n in s.names.items()} | {
+        f"only {names[0]} wrong": COLOURS["bare"],
+        f"only {names[1]} wrong": COLOURS["prediction"],
+        "both wrong": COLOURS["attention"],
+    }
+    return Explorer(
+        draw,
+        controls,
+        title or f"truth, {names[0]}, {names[1]} and where they are wrong",
+        title or "",
+        legend,
+        tell,
+        [["plane", "slice"], ["style", "swipe"]],
+    )

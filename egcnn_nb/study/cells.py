@@ -37,292 +37,532 @@ from ..tensors import to_target
 
 # %% ../../nbs/4_inside/cells.ipynb #d321bf29
 # arm -> whether it has an edge stream, and its readings other than the defaults
-ARMS = {"bare": (False, {}), "matched": (False, {}), "eg": (True, {}),
-        "bare_consistency": (False, {"consistency_alone": True}), "eg_no_consistency": (True, {"w_consistency": 0.})}
+ARMS = {
+    "bare": (False, {}),
+    "matched": (False, {}),
+    "eg": (True, {}),
+    "bare_consistency": (False, {"consistency_alone": True}),
+    "eg_no_consistency": (True, {"w_consistency": 0.0}),
+}
+
 
 def arm_of(
-    name:str, # of ARMS, or one of these with readings, such as "eg+supervise=main+tau=0.5"
-)->tuple: # whether it has an edge stream, its readings
+    name: str,  # of ARMS, or one of these with readings, such as "eg+supervise=main+tau=0.5"
+) -> tuple:  # whether it has an edge stream, its readings
     "What an arm is; raises `InputError` on a name that is none"
     base, *readings = name.split("+")
-    expect(base in ARMS, "arm", repr(name), f"one of {list(ARMS)}, or one with readings, such as eg+supervise=main")
+    expect(
+        base in ARMS,
+        "arm",
+        repr(name),
+        f"one of {list(ARMS)}, or one with readings, such as eg+supervise=main",
+    )
     edge, own = ARMS[base][0], {**ARMS[base][1], **readings_of(readings)}
-    for cls in (EGCNN, EGLoss): reading_for(cls, Settings("", "", edge=edge, readings=own))
+    for cls in (EGCNN, EGLoss):
+        reading_for(cls, Settings("", "", edge=edge, readings=own))
     return edge, own
+
 
 @dataclass(frozen=True)
 class Cell:
     "One training run of an experiment"
-    backbone:str # name of the network, see `Settings`
-    arm:str # see `arm_of`
-    seed:int # of split, weights, order, patches and noise
-    train_cases:int|None=None # how many training cases; None: all
-    lr:float|None=None # initial learning rate; None: that of the recipe
+
+    backbone: str  # name of the network, see `Settings`
+    arm: str  # see `arm_of`
+    seed: int  # of split, weights, order, patches and noise
+    train_cases: int | None = None  # how many training cases; None: all
+    lr: float | None = None  # initial learning rate; None: that of the recipe
 
     @property
-    def name(self)->str:
+    def name(self) -> str:
         "Its folder"
-        return f"{self.backbone}-{self.arm}-{self.train_cases or 'all'}-{self.seed}" + (f"-lr{self.lr:g}" if self.lr else "")
+        return f"{self.backbone}-{self.arm}-{self.train_cases or 'all'}-{self.seed}" + (
+            f"-lr{self.lr:g}" if self.lr else ""
+        )
+
 
 def grid(
-    backbones=("segnet",), # names
-    arms=("bare", "matched", "eg"), # see `arm_of`
-    seeds:Iterable=range(5), # numbers
-    train_cases:Iterable=(None,), # how many training cases, None: all
-    lrs:dict=None, # of `tuned`: (backbone, arm) -> initial learning rate
-)->list: # of Cell, seed by seed, so that whatever is reached is complete in itself
+    backbones=("segnet",),  # names
+    arms=("bare", "matched", "eg"),  # see `arm_of`
+    seeds: Iterable = range(5),  # numbers
+    train_cases: Iterable = (None,),  # how many training cases, None: all
+    lrs: dict = None,  # of `tuned`: (backbone, arm) -> initial learning rate
+) -> list:  # of Cell, seed by seed, so that whatever is reached is complete in itself
     "All combinations"
-    expect(all(n is None or n >= 1 for n in train_cases), "train_cases", train_cases, "numbers of 1 or more, or None for all")
-    for arm in arms: arm_of(arm)
-    return [Cell(b, a, s, n, (lrs or {}).get((b, a))) for n, s, b, a in product(train_cases, seeds, backbones, arms)]
+    expect(
+        all(n is None or n >= 1 for n in train_cases),
+        "train_cases",
+        train_cases,
+        "numbers of 1 or more, or None for all",
+    )
+    for arm in arms:
+        arm_of(arm)
+    return [
+        Cell(b, a, s, n, (lrs or {}).get((b, a)))
+        for n, s, b, a in product(train_cases, seeds, backbones, arms)
+    ]
 
 # %% ../../nbs/4_inside/cells.ipynb #b0d570c8
 def capacity(
-    settings:Settings, # of a run
-    task:Task, # of the dataset
-    patch_size, # voxels along D, H, W
-)->tuple: # parameters, multiply-adds of a patch's forward pass
+    settings: Settings,  # of a run
+    task: Task,  # of the dataset
+    patch_size,  # voxels along D, H, W
+) -> tuple:  # parameters, multiply-adds of a patch's forward pass
     "What the network of a run costs (our choice: convolutions are counted)"
-    with torch.device("meta"): x = torch.empty(1, len(task.channels), *patch_size)
+    with torch.device("meta"):
+        x = torch.empty(1, len(task.channels), *patch_size)
     net = make_model(settings, task).to("meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter: net(x)
-    return sum(p.numel() for p in net.parameters()), counter.get_total_flops()//2
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(x)
+    return sum(p.numel() for p in net.parameters()), counter.get_total_flops() // 2
+
 
 def matched_width(
-    settings:Settings, # of the run with an edge stream
-    task:Task, # of the dataset
-    patch_size, # voxels along D, H, W
-)->tuple: # width, its parameters and its multiply-adds, each as a multiple of the edge stream's network
+    settings: Settings,  # of the run with an edge stream
+    task: Task,  # of the dataset
+    patch_size,  # voxels along D, H, W
+) -> (
+    tuple
+):  # width, its parameters and its multiply-adds, each as a multiple of the edge stream's network
     "The narrowest bare network with at least the parameters and the multiply-adds of EG-CNN (section 4)"
     own = reading_for(maker_of(settings.backbone), settings)
-    bare = lambda width: Settings("", "", settings.backbone, False, width=width, levels=settings.levels, readings=own)
+    bare = lambda width: Settings(
+        "", "", settings.backbone, False, width=width, levels=settings.levels, readings=own
+    )
     goal, width = capacity(settings, task, patch_size), settings.width
-    while min(found := [have/want for have, want in zip(capacity(bare(width), task, patch_size), goal)]) < 1: width += 2
+    while (
+        min(
+            found := [
+                have / want for have, want in zip(capacity(bare(width), task, patch_size), goal)
+            ]
+        )
+        < 1
+    ):
+        width += 2
     return width, *found
 
 # %% ../../nbs/4_inside/cells.ipynb #969a2de6
 def arm_with(
-    arm:str, # see `arm_of`
-    shared:dict|None, # readings that all cells share
-)->tuple: # whether it has an edge stream, its readings
+    arm: str,  # see `arm_of`
+    shared: dict | None,  # readings that all cells share
+) -> tuple:  # whether it has an edge stream, its readings
     "`arm_of`, with the readings that all cells share; the arm's own come first"
     edge, own = arm_of(arm)
     shared = shared or {}
     if own.get("w_cross_entropy") and "semantic" in shared and "semantic" not in own:
-        own["semantic"] = "dice_ce"                                     # an arm that weights the cross entropy has one
+        own["semantic"] = "dice_ce"  # an arm that weights the cross entropy has one
     return edge, {**shared, **own}
 
+
 def words(
-    cell:Cell, # which
-    data, # dataset folder
-    out, # folder of the experiment
-    recipe:dict, # flags of `egcnn_train` that all cells share: name -> value or list of values; "readings": name -> value
-    widths:dict, # backbone -> width of its matched network
-)->list: # of strings
+    cell: Cell,  # which
+    data,  # dataset folder
+    out,  # folder of the experiment
+    recipe: dict,  # flags of `egcnn_train` that all cells share: name -> value or list of values; "readings": name -> value
+    widths: dict,  # backbone -> width of its matched network
+) -> list:  # of strings
     "The command line of a cell's run"
     edge, readings = arm_with(cell.arm, recipe.get("readings"))
-    flags = {**{k: v for k, v in recipe.items() if k != "readings"}, "edge": "on" if edge else "off", "backbone": cell.backbone, "seed": cell.seed}
-    if cell.arm == "matched": flags["width"] = widths[cell.backbone]
-    if cell.lr: flags["lr"] = cell.lr
-    if cell.train_cases: flags["train_cases"] = cell.train_cases
-    flat = [str(w) for k, v in flags.items() for w in (f"--{k}", *(v if isinstance(v, (list, tuple)) else [v]))]
-    return ["egcnn_train", str(data), "--out", str(Path(out)/cell.name), *flat, *(w for k, v in readings.items() for w in ("--reading", f"{k}={v}"))]
+    flags = {
+        **{k: v for k, v in recipe.items() if k != "readings"},
+        "edge": "on" if edge else "off",
+        "backbone": cell.backbone,
+        "seed": cell.seed,
+    }
+    if cell.arm == "matched":
+        flags["width"] = widths[cell.backbone]
+    if cell.lr:
+        flags["lr"] = cell.lr
+    if cell.train_cases:
+        flags["train_cases"] = cell.train_cases
+    flat = [
+        str(w)
+        for k, v in flags.items()
+        for w in (f"--{k}", *(v if isinstance(v, (list, tuple)) else [v]))
+    ]
+    return [
+        "egcnn_train",
+        str(data),
+        "--out",
+        str(Path(out) / cell.name),
+        *flat,
+        *(w for k, v in readings.items() for w in ("--reading", f"{k}={v}")),
+    ]
+
 
 def settings_of(
-    backbone:str, # name
-    arm:str, # see `arm_of`
-    recipe:dict, # flags that all cells share; "width", "levels", "patch_size", "batch_size" and "precision" among them
-    widths:dict, # backbone -> width of its matched network
-)->Settings: # without data and folder
+    backbone: str,  # name
+    arm: str,  # see `arm_of`
+    recipe: dict,  # flags that all cells share; "width", "levels", "patch_size", "batch_size" and "precision" among them
+    widths: dict,  # backbone -> width of its matched network
+) -> Settings:  # without data and folder
     "What decides the network of an arm and its cost"
     edge, readings = arm_with(arm, recipe.get("readings"))
     width = widths[backbone] if arm == "matched" else recipe["width"]
-    return Settings("", "", backbone, edge, width=width, levels=recipe["levels"], patch_size=tuple(recipe["patch_size"]), batch_size=recipe["batch_size"], precision=recipe["precision"],
-                    spacing=tuple(recipe.get("spacing", Settings.spacing)), readings=readings or None)
+    return Settings(
+        "",
+        "",
+        backbone,
+        edge,
+        width=width,
+        levels=recipe["levels"],
+        patch_size=tuple(recipe["patch_size"]),
+        batch_size=recipe["batch_size"],
+        precision=recipe["precision"],
+        spacing=tuple(recipe.get("spacing", Settings.spacing)),
+        readings=readings or None,
+    )
 
 # %% ../../nbs/4_inside/cells.ipynb #2c4992f1
 def state(
-    cell:Cell, # which
-    out, # folder of the experiment
-    epochs:int, # of each run
-)->dict: # "state": "left", "begun" or "done"; "epochs" done; "best" Dice, None before the first; "seconds" of each epoch
+    cell: Cell,  # which
+    out,  # folder of the experiment
+    epochs: int,  # of each run
+) -> dict:  # "state": "left", "begun" or "done"; "epochs" done; "best" Dice, None before the first; "seconds" of each epoch
     "How far a cell is, from its folder"
-    log = Path(out)/cell.name/"log.txt"
-    lines = [l.split() for l in log.read_text().splitlines() if l.startswith("epoch ")] if log.is_file() else []
-    number = lambda l, before: float(l[l.index(before)+1])
+    log = Path(out) / cell.name / "log.txt"
+    lines = (
+        [l.split() for l in log.read_text().splitlines() if l.startswith("epoch ")]
+        if log.is_file()
+        else []
+    )
+    number = lambda l, before: float(l[l.index(before) + 1])
     done = max((int(l[1].split("/")[0]) for l in lines), default=0)
-    seconds = [float(l[l.index("s,")-1]) for l in lines]
-    return {"state": "done" if done >= epochs and (log.parent/"model.safetensors").is_file() else "begun" if log.parent.is_dir() else "left", "epochs": done, "best": number(lines[-1], "best") if lines else None, "seconds": seconds}
+    seconds = [float(l[l.index("s,") - 1]) for l in lines]
+    return {
+        "state": "done"
+        if done >= epochs and (log.parent / "model.safetensors").is_file()
+        else "begun"
+        if log.parent.is_dir()
+        else "left",
+        "epochs": done,
+        "best": number(lines[-1], "best") if lines else None,
+        "seconds": seconds,
+    }
+
 
 def progress(
-    cells:list, # of Cell
-    out, # folder of the experiment
-    epochs:int, # of each run
-    jobs:int=1, # cells at a time
-    running=(), # names of the cells that run now
-)->str: # Markdown
+    cells: list,  # of Cell
+    out,  # folder of the experiment
+    epochs: int,  # of each run
+    jobs: int = 1,  # cells at a time
+    running=(),  # names of the cells that run now
+) -> str:  # Markdown
     "A table of all cells, and the hours to go"
     found = {c: state(c, out, epochs) for c in cells}
-    mean = lambda seconds: sum(seconds)/len(seconds) if seconds else None
-    own = {arm: mean([s for c, f in found.items() if (c.backbone, c.arm) == arm for s in f["seconds"]]) for arm in {(c.backbone, c.arm) for c in cells}}
+    mean = lambda seconds: sum(seconds) / len(seconds) if seconds else None
+    own = {
+        arm: mean([s for c, f in found.items() if (c.backbone, c.arm) == arm for s in f["seconds"]])
+        for arm in {(c.backbone, c.arm) for c in cells}
+    }
     every = mean([s for f in found.values() for s in f["seconds"]])
     states = {c: "running" if c.name in running else f["state"] for c, f in found.items()}
-    rows = [f"| {c.name} | {states[c]} | {f['epochs']}/{epochs} | {'' if f['best'] is None else format(f['best'], '.4f')} |" for c, f in found.items()]
+    rows = [
+        f"| {c.name} | {states[c]} | {f['epochs']}/{epochs} | {'' if f['best'] is None else format(f['best'], '.4f')} |"
+        for c, f in found.items()
+    ]
     count = Counter("left" if s == "begun" else s for s in states.values())
-    to_go = sum((epochs-f["epochs"])*(own[c.backbone, c.arm] or every or 0) for c, f in found.items())/3600/jobs
-    return "\n".join(["| cell | state | epochs | best validation Dice |", "|---|---|---|---|", *rows, "",
-                      f"{count['done']} done, {count['running']} running, {count['left']} left; " + (f"{to_go:.1f} hours to go" if every else "hours to go: not known before the first epoch")])
+    to_go = (
+        sum(
+            (epochs - f["epochs"]) * (own[c.backbone, c.arm] or every or 0)
+            for c, f in found.items()
+        )
+        / 3600
+        / jobs
+    )
+    return "\n".join(
+        [
+            "| cell | state | epochs | best validation Dice |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            f"{count['done']} done, {count['running']} running, {count['left']} left; "
+            + (
+                f"{to_go:.1f} hours to go"
+                if every
+                else "hours to go: not known before the first epoch"
+            ),
+        ]
+    )
 
 # %% ../../nbs/4_inside/cells.ipynb #18718dc9
 def _run(cell, line, out, epochs, threads, running, stop, tell):
     "One cell, if it is not done: None, or its last line of complaint"
-    if stop.is_set() or state(cell, out, epochs)["state"] == "done": return None
-    process = subprocess.Popen([sys.executable, "-m", "egcnn_nb.train", *line[1:], "--resume", "if_there"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    running.append(process); tell(f"{cell.name}: begun")
-    if stop.is_set(): process.terminate()
-    complaint = process.communicate()[1].strip().splitlines(); done = state(cell, out, epochs)["state"] == "done"
+    if stop.is_set() or state(cell, out, epochs)["state"] == "done":
+        return None
+    process = subprocess.Popen(
+        [sys.executable, "-m", "egcnn_nb.train", *line[1:], "--resume", "if_there"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+    )
+    running.append(process)
+    tell(f"{cell.name}: begun")
+    if stop.is_set():
+        process.terminate()
+    complaint = process.communicate()[1].strip().splitlines()
+    done = state(cell, out, epochs)["state"] == "done"
     tell(f"{cell.name}: {'failed' if process.returncode else 'done' if done else 'stopped'}")
-    if process.returncode: return f"{cell.name}: {complaint[-1] if complaint else f'exit code {process.returncode}'}"
+    if process.returncode:
+        return f"{cell.name}: {complaint[-1] if complaint else f'exit code {process.returncode}'}"
     return None if done else f"{cell.name}: stopped before its end"
+
 
 def _flags(line):
     "What makes a cell what it is: its command without folders and files, the kind of its semantic loss always named"
     at = {i for i, w in enumerate(line) if w in ("--cache", "--exclude")}
-    flags = [w for i, w in enumerate(line[4:], 4) if not {i, i-1} & at]
+    flags = [w for i, w in enumerate(line[4:], 4) if not {i, i - 1} & at]
     return _with_semantic(flags, "dice_ce")
+
 
 def _with_semantic(flags, default):
     "Flags that name the kind of the semantic loss, in the order of their names"
     readings = [w for before, w in zip(flags, flags[1:]) if before == "--reading"]
-    rest = [w for i, w in enumerate(flags) if w != "--reading" and (i == 0 or flags[i-1] != "--reading")]
+    rest = [
+        w
+        for i, w in enumerate(flags)
+        if w != "--reading" and (i == 0 or flags[i - 1] != "--reading")
+    ]
     given = readings_of(readings)
     if "semantic" not in given:
         readings.append(f"semantic={'dice_ce' if given.get('w_cross_entropy') else default}")
     return rest + [w for reading in sorted(readings) for w in ("--reading", reading)]
 
+
 def check_readings(
-    cells:list, # of Cell
-    out, # folder of the experiment
-    recipe:dict, # see `words`
-)->None:
+    cells: list,  # of Cell
+    out,  # folder of the experiment
+    recipe: dict,  # see `words`
+) -> None:
     "Raise `InputError` on a cell that is begun or done with other readings, such as the defaults of 0.1, than this command would give it"
     for cell in cells:
-        run = Path(out)/cell.name
-        if not (run/"config.json").is_file():
+        run = Path(out) / cell.name
+        if not (run / "config.json").is_file():
             continue
         edge, readings = arm_with(cell.arm, recipe.get("readings"))
         want = readings_in_force(Settings("", "", cell.backbone, edge, readings=readings or None))
-        have = settings_of_config(read_config(run), run/"config.json")[0].readings
+        have = settings_of_config(read_config(run), run / "config.json")[0].readings
         differ = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
         if "semantic" in differ:
-            differ = [k for k in differ if k != "w_cross_entropy"]               # follows from it
+            differ = [k for k in differ if k != "w_cross_entropy"]  # follows from it
         found = ", ".join(f"{k}={have.get(k)}" for k in differ)
         expected = ", ".join(f"{k}={want.get(k)}" for k in differ)
         fix = " ".join(f"--reading {k}={have.get(k)}" for k in differ)
-        require(not differ, f"{run} was trained with {found}, and this command gives it {expected}, so their results cannot be compared. Add {fix} to go on with this experiment, or begin another one in another folder.")
+        require(
+            not differ,
+            f"{run} was trained with {found}, and this command gives it {expected}, so their results cannot be compared. Add {fix} to go on with this experiment, or begin another one in another folder.",
+        )
+
 
 def run_cells(
-    cells:list, # of Cell
-    data, # dataset folder
-    out, # folder of the experiment
-    recipe:dict, # flags that all cells share; "epochs" among them
-    widths:dict, # backbone -> width of its matched network
-    jobs:int=1, # cells at a time
-    tell=print, # called with a line when a cell begins or ends
-)->None:
+    cells: list,  # of Cell
+    data,  # dataset folder
+    out,  # folder of the experiment
+    recipe: dict,  # flags that all cells share; "epochs" among them
+    widths: dict,  # backbone -> width of its matched network
+    jobs: int = 1,  # cells at a time
+    tell=print,  # called with a line when a cell begins or ends
+) -> None:
     "Run the cells that are not done; raises `InputError` that names those that failed"
     check_readings(cells, out, recipe)
     lines = {c.name: words(c, data, out, recipe, widths) for c in cells}
-    record = Path(out)/"cells.json"
+    record = Path(out) / "cells.json"
     flags = {name: _flags(line) for name, line in lines.items()}
     old = json.loads(record.read_text()) if record.is_file() else {}
-    old = {name: _with_semantic(f, "dice") for name, f in old.items()}              # 0.1 did not name it
+    old = {name: _with_semantic(f, "dice") for name, f in old.items()}  # 0.1 did not name it
     changed = sorted(n for n in flags if old.get(n, flags[n]) != flags[n])
-    expect(not changed, record, f"other flags for {changed[:5]}", "the flags that the experiment began with", "choose another folder for another recipe")
-    Path(out).mkdir(parents=True, exist_ok=True); write_whole(record, lambda p: p.write_text(json.dumps({**old, **flags}, indent=1)))
-    running, stop, threads = [], Event(), max(1, processors()//jobs)
+    expect(
+        not changed,
+        record,
+        f"other flags for {changed[:5]}",
+        "the flags that the experiment began with",
+        "choose another folder for another recipe",
+    )
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_whole(record, lambda p: p.write_text(json.dumps({**old, **flags}, indent=1)))
+    running, stop, threads = [], Event(), max(1, processors() // jobs)
     with ThreadPoolExecutor(jobs) as pool:
-        try: failed = [f for f in pool.map(lambda c: _run(c, lines[c.name], out, recipe["epochs"], threads, running, stop, tell), cells) if f]
+        try:
+            failed = [
+                f
+                for f in pool.map(
+                    lambda c: _run(
+                        c, lines[c.name], out, recipe["epochs"], threads, running, stop, tell
+                    ),
+                    cells,
+                )
+                if f
+            ]
         except BaseException:
             stop.set()
-            for process in list(running): process.terminate()       # each saves, see `13_multi_gpu`
+            for process in list(running):
+                process.terminate()  # each saves, see `13_multi_gpu`
             raise
-    expect(not failed, "the experiment", "; ".join(failed), "cells that end well", "mend what they complain about and run it again")
+    expect(
+        not failed,
+        "the experiment",
+        "; ".join(failed),
+        "cells that end well",
+        "mend what they complain about and run it again",
+    )
 
 # %% ../../nbs/4_inside/cells.ipynb #b81aefc7
 def trials(
-    backbones, # names
-    arms, # see `arm_of`
-    lrs, # initial learning rates that each tries
-    seeds:int=1, # with how many of them each rate is tried
-    train_cases:int|None=None, # how many training cases; None: all
-)->list: # of Cell
+    backbones,  # names
+    arms,  # see `arm_of`
+    lrs,  # initial learning rates that each tries
+    seeds: int = 1,  # with how many of them each rate is tried
+    train_cases: int | None = None,  # how many training cases; None: all
+) -> list:  # of Cell
     "The runs by which learning rates are chosen"
-    return [c for lr in lrs for c in grid(backbones, arms, range(seeds), [train_cases], dict.fromkeys(product(backbones, arms), lr))]
+    return [
+        c
+        for lr in lrs
+        for c in grid(
+            backbones,
+            arms,
+            range(seeds),
+            [train_cases],
+            dict.fromkeys(product(backbones, arms), lr),
+        )
+    ]
+
 
 def trial_scores(
-    cells:list, # of `trials`, done
-    out, # folder of the experiment
-    epochs:int, # of each run
-)->dict: # (backbone, arm) -> learning rate -> best validation Dice of each seed
+    cells: list,  # of `trials`, done
+    out,  # folder of the experiment
+    epochs: int,  # of each run
+) -> dict:  # (backbone, arm) -> learning rate -> best validation Dice of each seed
     "What the trials came to; raises `InputError` if one is missing"
     found, scores = {c: state(c, out, epochs) for c in cells}, {}
     missing = [c.name for c, f in found.items() if f["state"] != "done"]
-    expect(not missing, "the trials", f"{len(missing)} that are not done, {missing[:3]}", "all of them", "run them first")
-    for c, f in found.items(): scores.setdefault((c.backbone, c.arm), {}).setdefault(c.lr, []).append(f["best"])
+    expect(
+        not missing,
+        "the trials",
+        f"{len(missing)} that are not done, {missing[:3]}",
+        "all of them",
+        "run them first",
+    )
+    for c, f in found.items():
+        scores.setdefault((c.backbone, c.arm), {}).setdefault(c.lr, []).append(f["best"])
     return scores
 
+
 def tuned(
-    cells:list, # of `trials`, done
-    out, # folder of the experiment
-    epochs:int, # of each run
-)->dict: # (backbone, arm) -> learning rate with the best validation Dice, averaged over seeds; the lower of equals
+    cells: list,  # of `trials`, done
+    out,  # folder of the experiment
+    epochs: int,  # of each run
+) -> dict:  # (backbone, arm) -> learning rate with the best validation Dice, averaged over seeds; the lower of equals
     "The learning rate of each arm"
-    return {pair: min(own, key=lambda lr: (-mean(own[lr]), lr)) for pair, own in trial_scores(cells, out, epochs).items()}
+    return {
+        pair: min(own, key=lambda lr: (-mean(own[lr]), lr))
+        for pair, own in trial_scores(cells, out, epochs).items()
+    }
 
 # %% ../../nbs/4_inside/cells.ipynb #956e03d8
 def _measure(settings, task, threads):
     "Seconds of a training step, of one window's prediction, and MiB that training adds at its peak"
     from resource import RUSAGE_SELF, getrusage  # not on Windows
-    keep_memory(); torch.set_num_threads(threads); peak = lambda: getrusage(RUSAGE_SELF).ru_maxrss/1024
-    labels = torch.zeros(settings.batch_size, *settings.patch_size, dtype=torch.int64)
-    for i, value in enumerate(list(task.labels)[1:]): labels[(slice(None), *(slice(n//4+i, 3*n//4-i) for n in settings.patch_size))] = value     # nested boxes
-    x, target, idle = torch.randn(len(labels), len(task.channels), *settings.patch_size), to_target(labels, task), peak()
-    net, loss = make_model(settings, task), EGLoss(task.activation, **reading_for(EGLoss, settings))
-    optimizer, scaler, keys = torch.optim.Adam(net.parameters(), settings.lr, fused=True), torch.amp.GradScaler("cpu", enabled=False), [(0, 0, i) for i in range(len(labels))]
-    steps = [_seconds(lambda: train_step(net, loss, optimizer, scaler, x, target, keys, settings)) for _ in range(4)]; memory = peak()-idle
-    return min(steps), min(_seconds(lambda: infer(net, x[0], settings.patch_size, settings.precision)) for _ in range(2)), memory
 
-def _seconds(f): start = time.perf_counter(); f(); return time.perf_counter()-start
+    keep_memory()
+    torch.set_num_threads(threads)
+    peak = lambda: getrusage(RUSAGE_SELF).ru_maxrss / 1024
+    labels = torch.zeros(settings.batch_size, *settings.patch_size, dtype=torch.int64)
+    for i, value in enumerate(list(task.labels)[1:]):
+        labels[(slice(None), *(slice(n // 4 + i, 3 * n // 4 - i) for n in settings.patch_size))] = (
+            value  # nested boxes
+        )
+    x, target, idle = (
+        torch.randn(len(labels), len(task.channels), *settings.patch_size),
+        to_target(labels, task),
+        peak(),
+    )
+    net, loss = make_model(settings, task), EGLoss(task.activation, **reading_for(EGLoss, settings))
+    optimizer, scaler, keys = (
+        torch.optim.Adam(net.parameters(), settings.lr, fused=True),
+        torch.amp.GradScaler("cpu", enabled=False),
+        [(0, 0, i) for i in range(len(labels))],
+    )
+    steps = [
+        _seconds(lambda: train_step(net, loss, optimizer, scaler, x, target, keys, settings))
+        for _ in range(4)
+    ]
+    memory = peak() - idle
+    return (
+        min(steps),
+        min(
+            _seconds(lambda: infer(net, x[0], settings.patch_size, settings.precision))
+            for _ in range(2)
+        ),
+        memory,
+    )
+
+
+def _seconds(f):
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
 
 def _measure_all(settings, task, threads):
     "`_measure` of each, in a process of its own that has imported everything already"
-    with get_context("fork").Pool(1, maxtasksperchild=1) as pool: return [pool.apply(_measure, (s, task, threads)) for s in settings]
+    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        return [pool.apply(_measure, (s, task, threads)) for s in settings]
+
 
 def costs_of(
-    settings:list, # of Settings, each with its patch size
-    task:Task, # of the dataset
-    threads:int=1, # processor threads
-)->list: # of dicts: "parameters", "multiply-adds" of a patch, "step" and "window" in seconds, "MiB" of memory that training adds
+    settings: list,  # of Settings, each with its patch size
+    task: Task,  # of the dataset
+    threads: int = 1,  # processor threads
+) -> list:  # of dicts: "parameters", "multiply-adds" of a patch, "step" and "window" in seconds, "MiB" of memory that training adds
     "What networks cost, measured on this processor"
     child = "import json, pickle, sys; from egcnn_nb.study.cells import _measure_all; print(json.dumps(_measure_all(*pickle.load(sys.stdin.buffer))))"
-    measured = json.loads(subprocess.run([sys.executable, "-c", child], input=pickle.dumps((settings, task, threads)), stdout=subprocess.PIPE, check=True).stdout)
-    return [dict(zip(("parameters", "multiply-adds", "step", "window", "MiB"), (*capacity(s, task, s.patch_size), *m))) for s, m in zip(settings, measured)]
+    measured = json.loads(
+        subprocess.run(
+            [sys.executable, "-c", child],
+            input=pickle.dumps((settings, task, threads)),
+            stdout=subprocess.PIPE,
+            check=True,
+        ).stdout
+    )
+    return [
+        dict(
+            zip(
+                ("parameters", "multiply-adds", "step", "window", "MiB"),
+                (*capacity(s, task, s.patch_size), *m),
+            )
+        )
+        for s, m in zip(settings, measured)
+    ]
+
 
 def plan(
-    cells:list, # of Cell
-    costs:dict, # (backbone, arm) -> of `costs_of`
-    epochs:int, # of each run
-    steps:int, # of an epoch
-    windows:int, # predicted after each epoch, for validation
-    jobs:int=1, # cells at a time
-)->str: # Markdown
+    cells: list,  # of Cell
+    costs: dict,  # (backbone, arm) -> of `costs_of`
+    epochs: int,  # of each run
+    steps: int,  # of an epoch
+    windows: int,  # predicted after each epoch, for validation
+    jobs: int = 1,  # cells at a time
+) -> str:  # Markdown
     "Hours and disk before anything starts"
     rows, total = [], [0, 0]
     for pair, c in costs.items():
         n = sum((cell.backbone, cell.arm) == pair for cell in cells)
-        hours, disk = n*epochs*(steps*c["step"]+windows*c["window"])/3600, n*c["parameters"]*4*7/1e6             # weights, and two checkpoints of weights and Adam's two moments
-        total = [total[0]+hours, total[1]+disk]
-        rows.append(f"| {' '.join(pair)} | {n} | {c['parameters']:,} | {c['multiply-adds']/1e9:.2f} | {c['step']:.2f} | {c['MiB']:.0f} | {hours:.1f} | {disk:.0f} |")
+        hours, disk = (
+            n * epochs * (steps * c["step"] + windows * c["window"]) / 3600,
+            n * c["parameters"] * 4 * 7 / 1e6,
+        )  # weights, and two checkpoints of weights and Adam's two moments
+        total = [total[0] + hours, total[1] + disk]
+        rows.append(
+            f"| {' '.join(pair)} | {n} | {c['parameters']:,} | {c['multiply-adds'] / 1e9:.2f} | {c['step']:.2f} | {c['MiB']:.0f} | {hours:.1f} | {disk:.0f} |"
+        )
     head = "| arm | runs | parameters | 10⁹ multiply-adds a patch | s a step | MiB | hours | MB of disk |\n|---|---|---|---|---|---|---|---|"
-    return "\n".join([head, *rows, "", f"{len(cells)} runs, {total[0]/jobs:.1f} hours with {jobs} at a time, {total[1]:.0f} MB of disk"])
+    return "\n".join(
+        [
+            head,
+            *rows,
+            "",
+            f"{len(cells)} runs, {total[0] / jobs:.1f} hours with {jobs} at a time, {total[1]:.0f} MB of disk",
+        ]
+    )

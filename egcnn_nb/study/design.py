@@ -25,37 +25,66 @@ from .cells import arm_with, costs_of, matched_width, progress, settings_of
 
 # %% ../../nbs/4_inside/design.ipynb #2b58b9c5
 def datasets_in(
-    root, # a dataset folder, or a folder of such folders
-)->list: # of folders
+    root,  # a dataset folder, or a folder of such folders
+) -> list:  # of folders
     "The datasets of a folder; raises `InputError` if there is none"
+
     def known(folder):
-        try: return bool(find_dataset(folder))
-        except InputError: return False
+        try:
+            return bool(find_dataset(folder))
+        except InputError:
+            return False
+
     root = Path(root)
-    below = [d for d in sorted(root.iterdir()) if d.is_dir() and known(d)] if root.is_dir() and not known(root) else []
-    if not below: find_dataset(root)
+    below = (
+        [d for d in sorted(root.iterdir()) if d.is_dir() and known(d)]
+        if root.is_dir() and not known(root)
+        else []
+    )
+    if not below:
+        find_dataset(root)
     return below or [root]
 
 # %% ../../nbs/4_inside/design.ipynb #559f067e
 def freeze_test_cases(
-    data, # dataset folder
-    out, # folder of the experiment
-    choice:str="0.2", # a file with names, one a line, or a share of the cases, or their number
-)->list: # names
+    data,  # dataset folder
+    out,  # folder of the experiment
+    choice: str = "0.2",  # a file with names, one a line, or a share of the cases, or their number
+) -> list:  # names
     "Fix the test cases in test_cases.txt; raises `InputError` if others were fixed before"
-    path, cases = Path(out)/"test_cases.txt", find_dataset(data).cases
+    path, cases = Path(out) / "test_cases.txt", find_dataset(data).cases
     labelled = [c for c in cases if c.label]
     if Path(choice).is_file():
         names = sorted(known_names(choice, cases))
-        require(names, f"--test_cases: {choice} names no case. Write the names of the test cases, one a line.")
+        require(
+            names,
+            f"--test_cases: {choice} names no case. Write the names of the test cases, one a line.",
+        )
     else:
-        expect(choice.replace(".", "", 1).isdigit() and float(choice) > 0, "--test_cases", choice, "a file, a share below 1, or a number of cases")
+        expect(
+            choice.replace(".", "", 1).isdigit() and float(choice) > 0,
+            "--test_cases",
+            choice,
+            "a file, a share below 1, or a number of cases",
+        )
         names = sorted(c.name for c in split_cases(labelled, 0, float(choice))[1])
-    unknown = sorted(set(names)-{c.name for c in labelled})
-    expect(not unknown, "--test_cases", f"{unknown[:3]}", f"names of cases of {data} that have a label map")
+    unknown = sorted(set(names) - {c.name for c in labelled})
+    expect(
+        not unknown,
+        "--test_cases",
+        f"{unknown[:3]}",
+        f"names of cases of {data} that have a label map",
+    )
     before = sorted(read_names(path)) if path.exists() else names
-    expect(before == names, path, "other test cases", "those that the experiment began with", "choose another folder for another experiment")
-    Path(out).mkdir(parents=True, exist_ok=True); write_whole(path, lambda p: p.write_text("".join(n+"\n" for n in names)))
+    expect(
+        before == names,
+        path,
+        "other test cases",
+        "those that the experiment began with",
+        "choose another folder for another experiment",
+    )
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda p: p.write_text("".join(n + "\n" for n in names)))
     return names
 
 # %% ../../nbs/4_inside/design.ipynb #04dd391a
@@ -63,78 +92,159 @@ def _shared_readings(args):
     "Readings of every arm: those of the preset that a bare backbone has too, then those that are given; each cell adds the rest of the preset's"
     return preset_values(args.preset, False, readings_of(args.reading))["readings"]
 
+
 def check_arms(
-    args:argparse.Namespace, # of `arguments`
-)->None:
+    args: argparse.Namespace,  # of `arguments`
+) -> None:
     "Raise `InputError` on a setting of the experiment that cannot work, before anything is read"
     for name in ("jobs", "seeds"):
-        require(getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}. Give a whole number of 1 or more.")
+        require(
+            getattr(args, name) >= 1,
+            f"--{name} is {getattr(args, name)}. Give a whole number of 1 or more.",
+        )
     readings = _shared_readings(args)
-    shared = {k: getattr(args, k) for k in ("preset", "epochs", "width", "levels", "batch_size", "precision", "validation", "patch_size", "cache")}
+    shared = {
+        k: getattr(args, k)
+        for k in (
+            "preset",
+            "epochs",
+            "width",
+            "levels",
+            "batch_size",
+            "precision",
+            "validation",
+            "patch_size",
+            "cache",
+        )
+    }
     if args.augment is not None:
         shared["augment"] = tuple(args.augment)
     if args.spacing:
         shared["spacing"] = spacing_of(args.spacing)
     for backbone, arm, lr, cases in product(args.backbones, args.arms, args.lr, args.train_cases):
         edge, own = arm_with(arm, readings)
-        check_settings(Settings("", "", backbone, edge, lr=lr, train_cases=cases, readings=own or None, **shared))
+        check_settings(
+            Settings(
+                "", "", backbone, edge, lr=lr, train_cases=cases, readings=own or None, **shared
+            )
+        )
+
 
 def make_design(
-    data, # dataset folder
-    out, # folder of the experiment
-    args:argparse.Namespace, # of `arguments`
-)->dict: # "task", "names" of the test cases, "recipe", "widths", "excess" of the matched networks, "costs", "steps" of an epoch, "windows" of validation
+    data,  # dataset folder
+    out,  # folder of the experiment
+    args: argparse.Namespace,  # of `arguments`
+) -> dict:  # "task", "names" of the test cases, "recipe", "widths", "excess" of the matched networks, "costs", "steps" of an epoch, "windows" of validation
     "What is fixed before anything is trained"
     names = freeze_test_cases(data, out, args.test_cases)
     spacing = spacing_of(args.spacing) if args.spacing else Settings.spacing
-    settings = Settings(str(data), "", patch_size=args.patch_size, validation=args.validation, exclude=str(Path(out)/"test_cases.txt"), cache=args.cache, spacing=spacing)
+    settings = Settings(
+        str(data),
+        "",
+        patch_size=args.patch_size,
+        validation=args.validation,
+        exclude=str(Path(out) / "test_cases.txt"),
+        cache=args.cache,
+        spacing=spacing,
+    )
     task, train, val, _ = prepare(settings)
-    recipe = {k: getattr(args, k) for k in ("epochs", "width", "levels", "batch_size", "precision", "validation")} | {"patch_size": list(cast(tuple, settings.patch_size)), "exclude": settings.exclude}
-    if args.cache: recipe["cache"] = args.cache
-    if args.spacing: recipe["spacing"] = list(settings.spacing)                # the median of one split, for all cells
-    if args.augment is not None: recipe["augment"] = args.augment
+    recipe = {
+        k: getattr(args, k)
+        for k in ("epochs", "width", "levels", "batch_size", "precision", "validation")
+    } | {"patch_size": list(cast(tuple, settings.patch_size)), "exclude": settings.exclude}
+    if args.cache:
+        recipe["cache"] = args.cache
+    if args.spacing:
+        recipe["spacing"] = list(settings.spacing)  # the median of one split, for all cells
+    if args.augment is not None:
+        recipe["augment"] = args.augment
     readings = _shared_readings(args)
-    if readings: recipe["readings"] = readings
-    if args.preset != "default": recipe["preset"] = args.preset
-    matched = {b: matched_width(settings_of(b, "eg", recipe, {}), task, settings.patch_size) for b in args.backbones}
-    d = {"task": task, "names": names, "cases": (len(train), len(val)), "recipe": recipe, "widths": {b: w for b, (w, *_) in matched.items()}, "excess": {b: e for b, (_, *e) in matched.items()},
-         "steps": -(-len(train)//args.batch_size), "windows": sum(len(windows(c.x.shape[1:], settings.patch_size)) for c in val)}
-    return {**d, "costs": _costs(Path(out)/"costs.json", list(product(args.backbones, args.arms)), d, max(1, processors()//args.jobs))}
+    if readings:
+        recipe["readings"] = readings
+    if args.preset != "default":
+        recipe["preset"] = args.preset
+    matched = {
+        b: matched_width(settings_of(b, "eg", recipe, {}), task, settings.patch_size)
+        for b in args.backbones
+    }
+    d = {
+        "task": task,
+        "names": names,
+        "cases": (len(train), len(val)),
+        "recipe": recipe,
+        "widths": {b: w for b, (w, *_) in matched.items()},
+        "excess": {b: e for b, (_, *e) in matched.items()},
+        "steps": -(-len(train) // args.batch_size),
+        "windows": sum(len(windows(c.x.shape[1:], settings.patch_size)) for c in val),
+    }
+    return {
+        **d,
+        "costs": _costs(
+            Path(out) / "costs.json",
+            list(product(args.backbones, args.arms)),
+            d,
+            max(1, processors() // args.jobs),
+        ),
+    }
+
 
 def _costs(path, pairs, d, threads):
     "What each network costs; measured once for a recipe and kept"
-    of = {k: v for k, v in d["recipe"].items() if k in ("width", "levels", "patch_size", "batch_size", "precision", "readings")} | {"threads": threads}
+    of = {
+        k: v
+        for k, v in d["recipe"].items()
+        if k in ("width", "levels", "patch_size", "batch_size", "precision", "readings")
+    } | {"threads": threads}
     kept = json.loads(path.read_text()) if path.is_file() else {}
     costs = kept["costs"] if kept.get("of") == of else {}
     new = [pair for pair in pairs if " ".join(pair) not in costs]
-    if new: costs |= zip(map(" ".join, new), costs_of([settings_of(b, a, d["recipe"], d["widths"]) for b, a in new], d["task"], threads))
+    if new:
+        costs |= zip(
+            map(" ".join, new),
+            costs_of(
+                [settings_of(b, a, d["recipe"], d["widths"]) for b, a in new], d["task"], threads
+            ),
+        )
     write_whole(path, lambda p: p.write_text(json.dumps({"of": of, "costs": costs}, indent=1)))
     return {pair: costs[" ".join(pair)] for pair in pairs}
 
 # %% ../../nbs/4_inside/design.ipynb #84632400
 @contextmanager
 def live_table(
-    cells:list, # of Cell
-    out, # folder of the experiment
-    epochs:int, # of each run
-    jobs:int, # cells at a time
-    screen=None, # whether stderr is a terminal; None: ask it
-    every:float=5., # seconds after which it is written again
+    cells: list,  # of Cell
+    out,  # folder of the experiment
+    epochs: int,  # of each run
+    jobs: int,  # cells at a time
+    screen=None,  # whether stderr is a terminal; None: ask it
+    every: float = 5.0,  # seconds after which it is written again
 ):
     "Gives the function that `run_cells` tells of its cells; shows what is done, running and left, and the time to go"
     running, ended = set(), Event()
     screen = sys.stderr.isatty() if screen is None else screen
+
     def show():
-        text = progress(cells, out, epochs, jobs, running); write_whole(Path(out)/"progress.md", lambda p: p.write_text(text+"\n"))
-        if screen: print("\x1b[H\x1b[2J"+text, file=sys.stderr, flush=True)
+        text = progress(cells, out, epochs, jobs, running)
+        write_whole(Path(out) / "progress.md", lambda p: p.write_text(text + "\n"))
+        if screen:
+            print("\x1b[H\x1b[2J" + text, file=sys.stderr, flush=True)
         return text
+
     def tell(line):
         name, what = line.split(": ", 1)
         running.add(name) if what == "begun" else running.discard(name)
         last = show().splitlines()[-1]
-        if not screen: print(f"{line} ({last})", file=sys.stderr, flush=True)
+        if not screen:
+            print(f"{line} ({last})", file=sys.stderr, flush=True)
+
     def again():
-        while not ended.wait(every): show()
-    thread = Thread(target=again, daemon=True); thread.start()
-    try: yield tell
-    finally: ended.set(); thread.join(); show()
+        while not ended.wait(every):
+            show()
+
+    thread = Thread(target=again, daemon=True)
+    thread.start()
+    try:
+        yield tell
+    finally:
+        ended.set()
+        thread.join()
+        show()

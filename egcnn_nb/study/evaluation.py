@@ -35,10 +35,27 @@ from ..tensors import keyed_generator
 
 # %% ../../nbs/4_inside/evaluation.ipynb #1b60f121
 SCORES = ("dice", "hd95", "surface_dice", "boundary_dice", "volume_error", "edge_width")
-EDGE_SCORES = ("edge_f1", "filled", "ods", "mask_edge_f1", "mask_edge_width", "mask_filled", "mask_ods", "deep_share")
+EDGE_SCORES = (
+    "edge_f1",
+    "filled",
+    "ods",
+    "mask_edge_f1",
+    "mask_edge_width",
+    "mask_filled",
+    "mask_ods",
+    "deep_share",
+)
 
-_KEYS = {"edge_f1": "f1", "edge_width": "width", "filled": "filled", "mask_edge_f1": "mask_f1", "mask_edge_width": "mask_width",
-         "mask_filled": "mask_filled", "deep_share": "deep"} # column -> key of `score_edges`
+_KEYS = {
+    "edge_f1": "f1",
+    "edge_width": "width",
+    "filled": "filled",
+    "mask_edge_f1": "mask_f1",
+    "mask_edge_width": "mask_width",
+    "mask_filled": "mask_filled",
+    "deep_share": "deep",
+}  # column -> key of `score_edges`
+
 
 def _class_masks(labels, task):
     "Masks of what has an edge (K,D,H,W), in the order of `task.classes`"
@@ -47,19 +64,22 @@ def _class_masks(labels, task):
         values = [(v,) for v in list(task.labels)[1:]]
     return np.stack([np.isin(labels, v) for v in values])
 
+
 def _owners(task, maps):
     "The region that each edge map belongs to; None where it belongs to none"
     if maps < len(task.classes):
-        return [None]*maps
+        return [None] * maps
     if task.activation == "sigmoid":
         return list(task.regions)
     region_of = {tuple(values): name for name, values in task.regions.items()}
     return [region_of.get((v,)) for v in list(task.labels)[1:]]
 
+
 def _mean(values):
     "Mean of the values that are numbers; NaN where none is"
     known = [v for v in values if np.isfinite(v)]
     return float(np.mean(known)) if known else float("nan")
+
 
 def _ods(cases, i, key):
     "ODS of an edge map over the cases of a run; NaN for a map that is not there"
@@ -68,13 +88,16 @@ def _ods(cases, i, key):
         return float("nan")
     return best_f1(counts, range(len(counts[0])))[0]
 
+
 def edge_columns(
-    cases:list, # of `score_edges`, of every case of a run
-    task:Task, # of the run
-)->list: # for each case a dict: region, and "mean" -> edge_width and EDGE_SCORES
+    cases: list,  # of `score_edges`, of every case of a run
+    task: Task,  # of the run
+) -> list:  # for each case a dict: region, and "mean" -> edge_width and EDGE_SCORES
     "What stands in the rows of a case: the numbers of each region's edge map, and their mean over all maps"
     maps = range(len(cases[0]))
-    ods = [{"ods": _ods(cases, i, "counts"), "mask_ods": _ods(cases, i, "mask_counts")} for i in maps]
+    ods = [
+        {"ods": _ods(cases, i, "counts"), "mask_ods": _ods(cases, i, "mask_counts")} for i in maps
+    ]
     owners = _owners(task, len(maps))
     out = []
     for case in cases:
@@ -89,13 +112,16 @@ def edge_columns(
 @dataclass
 class _Scored:
     "A case as one output of a network segments it"
-    case:str # its name
-    regions:dict # of `score_case`
-    edges:list # of `score_edges`
+
+    case: str  # its name
+    regions: dict  # of `score_case`
+    edges: list  # of `score_edges`
+
 
 def _thickness(settings):
     "Thickness of the edge targets of a run, in voxels"
     return EGLoss(**reading_for(EGLoss, settings)).edge["thickness"]
+
 
 def _scored(run, case, loaded, maps, edges):
     "Compare an output with the truth: masks on the scan's own grid, edges on the grid of the network"
@@ -107,10 +133,12 @@ def _scored(run, case, loaded, maps, edges):
     predicted = _class_masks(labels_of(maps.maps, task), task)
     return _Scored(case.name, regions, score_edges(edges, masks, predicted, _thickness(settings)))
 
+
 def _edge_maps(maps, run):
     "Edge probabilities (E,D,H,W) of `case_maps` on the grid of the network; None for a bare network"
     _, settings, task = run
-    return maps.maps[task.outputs:-1].numpy() if settings.edge else None
+    return maps.maps[task.outputs : -1].numpy() if settings.edge else None
+
 
 def _rows(scored, task):
     "Rows of scored cases, which are of one output, for every region and the mean"
@@ -118,15 +146,24 @@ def _rows(scored, task):
     rows = []
     for one, columns in zip(scored, edge_columns([s.edges for s in scored], task)):
         for region, numbers in one.regions.items():
-            rows.append({"case": one.case, "region": region, **numbers, **no_edges, **columns.get(region, {})})
+            rows.append(
+                {
+                    "case": one.case,
+                    "region": region,
+                    **numbers,
+                    **no_edges,
+                    **columns.get(region, {}),
+                }
+            )
     return rows
 
+
 def score_run(
-    run:tuple, # of `load_run`; its network is moved to the GPU if there is one
-    cases:list, # of Case with labels
-    tick:Callable=lambda: None, # called after each case
-    change:Callable|None=None, # see `case_maps`
-)->list: # of dicts: "case", "region" ("mean" too), SCORES and EDGE_SCORES; NaN for what a bare network or a region does not have
+    run: tuple,  # of `load_run`; its network is moved to the GPU if there is one
+    cases: list,  # of Case with labels
+    tick: Callable = lambda: None,  # called after each case
+    change: Callable | None = None,  # see `case_maps`
+) -> list:  # of dicts: "case", "region" ("mean" too), SCORES and EDGE_SCORES; NaN for what a bare network or a region does not have
     "Scores of every case and region, with those of its edges; ODS is that of the run and stands in the rows of every case"
     model, settings, task = run
     run = model.to(best_device()), settings, task
@@ -139,43 +176,77 @@ def score_run(
 
 # %% ../../nbs/4_inside/evaluation.ipynb #a7b516f6
 def evaluate(
-    cells:list, # of Cell
-    data, # dataset folder
-    out, # folder of the experiment
-    names, # of the test cases
-    epochs:int, # of each run
-)->Path: # scores.csv
+    cells: list,  # of Cell
+    data,  # dataset folder
+    out,  # folder of the experiment
+    names,  # of the test cases
+    epochs: int,  # of each run
+) -> Path:  # scores.csv
     "Score every run on the test cases; raises `InputError` if a run is missing or knows a test case"
-    path, found = Path(out)/"scores.csv", find_dataset(data).cases
+    path, found = Path(out) / "scores.csv", find_dataset(data).cases
     missing = [c.name for c in cells if state(c, out, epochs)["state"] != "done"]
-    expect(not missing, out, f"{len(missing)} of {len(cells)} runs that are not done, {missing[:3]}", "all of them: test cases are read once, at the end", "run the experiment first")
-    expect(not path.exists(), path, "scores that are there already", "none: test cases are read once", "read them, or choose another folder for another experiment")
+    expect(
+        not missing,
+        out,
+        f"{len(missing)} of {len(cells)} runs that are not done, {missing[:3]}",
+        "all of them: test cases are read once, at the end",
+        "run the experiment first",
+    )
+    expect(
+        not path.exists(),
+        path,
+        "scores that are there already",
+        "none: test cases are read once",
+        "read them, or choose another folder for another experiment",
+    )
     cases = [c for c in found if c.name in set(names)]
-    expect(len(cases) == len(set(names)) > 0 and all(c.label for c in cases), data, f"{len(cases)} of {len(set(names))} test cases, or some without a label map", "all of them")
-    runs = {c: load_run(Path(out)/c.name) for c in cells}
-    seen = {c.name: sorted(_known_to(Path(out)/c.name) & set(names)) for c in cells}
-    expect(not any(seen.values()), out, f"runs that know test cases, {next((f'{n}: {s[:3]}' for n, s in seen.items() if s), '')}", "test cases that no run has seen")
+    expect(
+        len(cases) == len(set(names)) > 0 and all(c.label for c in cases),
+        data,
+        f"{len(cases)} of {len(set(names))} test cases, or some without a label map",
+        "all of them",
+    )
+    runs = {c: load_run(Path(out) / c.name) for c in cells}
+    seen = {c.name: sorted(_known_to(Path(out) / c.name) & set(names)) for c in cells}
+    expect(
+        not any(seen.values()),
+        out,
+        f"runs that know test cases, {next((f'{n}: {s[:3]}' for n, s in seen.items() if s), '')}",
+        "test cases that no run has seen",
+    )
     rows = []
-    with tqdm(total=len(cells)*len(cases), unit="case", desc="test cases", leave=False) as bar:
+    with tqdm(total=len(cells) * len(cases), unit="case", desc="test cases", leave=False) as bar:
         for cell, run in runs.items():
-            own = Path(out)/cell.name/"scores.csv"
-            if not own.exists(): write_csv(own, [{**_columns(cell, run), **r} for r in score_run(run, cases, bar.update)])
+            own = Path(out) / cell.name / "scores.csv"
+            if not own.exists():
+                write_csv(
+                    own, [{**_columns(cell, run), **r} for r in score_run(run, cases, bar.update)]
+                )
             rows += read_scores(own)
     write_csv(path, rows)
     return path
 
+
 def _known_to(run):
     "Names of the cases that a run has trained on or was validated with"
-    split = json.loads((run/"config.json").read_text())["split"]
+    split = json.loads((run / "config.json").read_text())["split"]
     return {n for part in split.values() for n in part}
+
 
 def _columns(cell, run):
     "What says which run a row is of"
-    return {"backbone": cell.backbone, "arm": cell.arm, "train_cases": cell.train_cases or "all", "seed": cell.seed, "lr": run[1].lr}
+    return {
+        "backbone": cell.backbone,
+        "arm": cell.arm,
+        "train_cases": cell.train_cases or "all",
+        "seed": cell.seed,
+        "lr": run[1].lr,
+    }
+
 
 def read_scores(
-    path, # scores.csv of `evaluate`
-)->list: # of dicts; scores and lr as numbers, seed and strength as whole numbers
+    path,  # scores.csv of `evaluate`
+) -> list:  # of dicts; scores and lr as numbers, seed and strength as whole numbers
     "The rows of a table of scores; EDGE_SCORES are NaN where 0.1 wrote it, which did not know them"
     with open(path, newline="") as f:
         rows: list = list(csv.DictReader(f))
@@ -190,44 +261,78 @@ def read_scores(
     return rows
 
 # %% ../../nbs/4_inside/evaluation.ipynb #bfbeabc8
-VALIDATION_COLUMNS = ("arm", "readings", "seed", "case", "region", "output", "dice", "surface_dice", "hd95", "edge_f1", "edge_width", "filled", "ods",
-                      "mask_edge_f1", "mask_edge_width", "mask_filled", "deep_share", "mask_ods", "boundary_dice", "volume_error",
-                      "backbone", "train_cases", "lr", "run", "weights")
+VALIDATION_COLUMNS = (
+    "arm",
+    "readings",
+    "seed",
+    "case",
+    "region",
+    "output",
+    "dice",
+    "surface_dice",
+    "hd95",
+    "edge_f1",
+    "edge_width",
+    "filled",
+    "ods",
+    "mask_edge_f1",
+    "mask_edge_width",
+    "mask_filled",
+    "deep_share",
+    "mask_ods",
+    "boundary_dice",
+    "volume_error",
+    "backbone",
+    "train_cases",
+    "lr",
+    "run",
+    "weights",
+)
+
 
 def _validation_cases(folder, data):
     "The cases that a run was validated with, out of its dataset"
     names = read_config(folder)["split"]["validation"]
     cases = [c for c in find_dataset(data).cases if c.name in set(names)]
-    missing = sorted(set(names)-{c.name for c in cases if c.label})
-    require(len(cases) == len(names) and not missing,
-            f"{data} lacks the validation cases {missing[:3]} of {folder}, or names one twice. Give the dataset that the run was trained with.")
+    missing = sorted(set(names) - {c.name for c in cases if c.label})
+    require(
+        len(cases) == len(names) and not missing,
+        f"{data} lacks the validation cases {missing[:3]} of {folder}, or names one twice. Give the dataset that the run was trained with.",
+    )
     return cases
+
 
 def _other_readings(settings):
     "The readings of a run that are not the defaults, as NAME=VALUE joined by +"
     usual = readings_in_force(replace(settings, readings=None))
-    other = {name: value for name, value in (settings.readings or {}).items() if name not in usual or usual[name] != value}
+    other = {
+        name: value
+        for name, value in (settings.readings or {}).items()
+        if name not in usual or usual[name] != value
+    }
     if "semantic" in other:
-        other.pop("w_cross_entropy", None)                           # follows from it
+        other.pop("w_cross_entropy", None)  # follows from it
     return "+".join(f"{name}={value}" for name, value in sorted(other.items()))
+
 
 def _fingerprint(folder):
     "What tells the weights of a run from others"
-    return hashlib.sha256((Path(folder)/"model.safetensors").read_bytes()).hexdigest()[:16]
+    return hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()[:16]
+
 
 def score_validation(
-    run, # folder written by egcnn_train
-    arm:str|None=None, # its name in the rows; None: "eg", or "bare" without an edge stream
-    data=None, # dataset folder; None: the one that the run was trained with
-    tick:Callable=lambda: None, # called after each case
-)->list: # of dicts with VALIDATION_COLUMNS, for each output, case and region ("mean" too)
+    run,  # folder written by egcnn_train
+    arm: str | None = None,  # its name in the rows; None: "eg", or "bare" without an edge stream
+    data=None,  # dataset folder; None: the one that the run was trained with
+    tick: Callable = lambda: None,  # called after each case
+) -> list:  # of dicts with VALIDATION_COLUMNS, for each output, case and region ("mean" too)
     "Scores of a run on its own validation cases, with the weights of its best epoch; no other case is opened"
     folder = Path(run)
     model, settings, task = load_run(folder)
     cases = _validation_cases(folder, data or settings.data)
     model = model.to(best_device())
     whole = model, settings, task
-    scored:dict = {"fused": [], "main": []}
+    scored: dict = {"fused": [], "main": []}
     for case in cases:
         maps, loaded = case_maps([whole], case, inside=settings.edge)
         edges = _edge_maps(maps, whole)
@@ -236,14 +341,23 @@ def score_validation(
             maps, _ = case_maps([(model.main, settings, task)], case, loaded=loaded)
         scored["main"].append(_scored(whole, case, loaded, maps, edges))
         tick()
-    about = {"arm": arm or ("eg" if settings.edge else "bare"), "readings": _other_readings(settings), "seed": settings.seed, "backbone": settings.network or settings.backbone,
-             "train_cases": settings.train_cases or "all", "lr": settings.lr, "run": folder.name, "weights": _fingerprint(folder)}
+    about = {
+        "arm": arm or ("eg" if settings.edge else "bare"),
+        "readings": _other_readings(settings),
+        "seed": settings.seed,
+        "backbone": settings.network or settings.backbone,
+        "train_cases": settings.train_cases or "all",
+        "lr": settings.lr,
+        "run": folder.name,
+        "weights": _fingerprint(folder),
+    }
     rows = []
     for output, of_output in scored.items():
         for row in _rows(of_output, task) if of_output else []:
             row = {**about, "output": output, **row}
             rows.append({name: row[name] for name in VALIDATION_COLUMNS})
     return rows
+
 
 def _begun(path, out):
     "The rows that are in validation_scores.csv already; raises `InputError` where they are of other weights"
@@ -252,83 +366,137 @@ def _begun(path, out):
     with open(path, newline="") as f:
         rows = list(csv.DictReader(f))
     known = bool(rows) and tuple(rows[0]) == VALIDATION_COLUMNS
-    require(known, f"{path} has other columns than this version writes. Rename it, and score again.")
+    require(
+        known, f"{path} has other columns than this version writes. Rename it, and score again."
+    )
     for run, weights in sorted({(r["run"], r["weights"]) for r in rows}):
-        file = Path(out)/run/"model.safetensors"
+        file = Path(out) / run / "model.safetensors"
         same = not file.is_file() or _fingerprint(file.parent) == weights
-        require(same, f"{path} holds scores of other weights than {file}. Rename it, and score again.")
+        require(
+            same, f"{path} holds scores of other weights than {file}. Rename it, and score again."
+        )
     return rows
 
+
 def score_finished(
-    cells:list, # of Cell
-    data, # dataset folder
-    out, # folder of the experiment
-    epochs:int, # of each run
-)->Path: # validation_scores.csv
+    cells: list,  # of Cell
+    data,  # dataset folder
+    out,  # folder of the experiment
+    epochs: int,  # of each run
+) -> Path:  # validation_scores.csv
     "Score every run that has ended on its own validation cases; runs that are in the file already are left alone"
-    path = Path(out)/"validation_scores.csv"
+    path = Path(out) / "validation_scores.csv"
     ended = [c for c in dict.fromkeys(cells) if state(c, out, epochs)["state"] == "done"]
-    require(ended, f"{out} has no run that has ended. Train first, with the same command without --score_validation.")
+    require(
+        ended,
+        f"{out} has no run that has ended. Train first, with the same command without --score_validation.",
+    )
     rows = _begun(path, out)
     scored = {r["run"] for r in rows}
-    for cell in tqdm([c for c in ended if c.name not in scored], unit="run", desc="validation cases", leave=False):
-        rows += score_validation(Path(out)/cell.name, cell.arm.split("+")[0], data)
+    for cell in tqdm(
+        [c for c in ended if c.name not in scored], unit="run", desc="validation cases", leave=False
+    ):
+        rows += score_validation(Path(out) / cell.name, cell.arm.split("+")[0], data)
         write_csv(path, rows)
     return path
 
 # %% ../../nbs/4_inside/evaluation.ipynb #ae2f3f36
 def table_of(
-    rows:list, # of `read_scores`
-    score:str, # of SCORES
-    region:str="mean", # of the task, or "mean"
-    **which, # columns and their values, such as backbone="segnet", arm="eg"
-)->np.ndarray: # (seeds, cases), both in sorted order
+    rows: list,  # of `read_scores`
+    score: str,  # of SCORES
+    region: str = "mean",  # of the task, or "mean"
+    **which,  # columns and their values, such as backbone="segnet", arm="eg"
+) -> np.ndarray:  # (seeds, cases), both in sorted order
     "The scores of one arm; raises `InputError` if a seed lacks a case"
     chosen = [r for r in rows if r["region"] == region and all(r[k] == v for k, v in which.items())]
     seeds, cases = sorted({r["seed"] for r in chosen}), sorted({r["case"] for r in chosen})
-    expect(len(chosen) == len(seeds)*len(cases) > 0, "scores", f"{len(chosen)} rows of {which} in {region}, for {len(seeds)} seeds and {len(cases)} cases", "one row for each seed and case")
+    expect(
+        len(chosen) == len(seeds) * len(cases) > 0,
+        "scores",
+        f"{len(chosen)} rows of {which} in {region}, for {len(seeds)} seeds and {len(cases)} cases",
+        "one row for each seed and case",
+    )
     at = {(r["seed"], r["case"]): r[score] for r in chosen}
     return np.array([[at[s, c] for c in cases] for s in seeds])
 
 # %% ../../nbs/4_inside/evaluation.ipynb #f8c2a5d9
 CHANGES = ("noise", "blur", "bias", "gamma")
 
+
 def changed(
-    x:Tensor, # prepared image (C,D,H,W)
-    kind:str, # of CHANGES
-    strength:int, # 1 to 5
-    seed:int=0, # of the noise
-    spacing=(1, 1, 1), # voxel size of `x` in mm, since a blur is as wide in mm whatever the voxels are
-)->Tensor: # same shape, mean and spread of each channel
+    x: Tensor,  # prepared image (C,D,H,W)
+    kind: str,  # of CHANGES
+    strength: int,  # 1 to 5
+    seed: int = 0,  # of the noise
+    spacing=(
+        1,
+        1,
+        1,
+    ),  # voxel size of `x` in mm, since a blur is as wide in mm whatever the voxels are
+) -> Tensor:  # same shape, mean and spread of each channel
     "An image as a worse scanner would have taken it (our choice)"
     T = need("monai.transforms", f"the change {kind!r}", "monai")
     expect(kind in CHANGES, "change", repr(kind), f"one of {list(CHANGES)}")
-    mean, spread, base = x.mean((1, 2, 3), keepdim=True), x.std((1, 2, 3), keepdim=True), x-x.amin((1, 2, 3), keepdim=True)
-    if kind == "noise": y = x+.15*strength*spread*torch.randn(x.shape, generator=keyed_generator(seed, strength))
-    else: y = torch.as_tensor({"blur": lambda x: gaussian_filter(x.numpy(), (0, *[.3*strength/s for s in spacing]), mode="nearest"), "bias": T.RandBiasField(coeff_range=(.02*strength, .02*strength), prob=1), "gamma": T.AdjustContrast(1+.25*strength)}[kind](base))
-    y = (y-y.mean((1, 2, 3), keepdim=True))/y.std((1, 2, 3), keepdim=True).clamp_min(1e-6)*spread+mean
-    return torch.where(x == 0, 0., y)
+    mean, spread, base = (
+        x.mean((1, 2, 3), keepdim=True),
+        x.std((1, 2, 3), keepdim=True),
+        x - x.amin((1, 2, 3), keepdim=True),
+    )
+    if kind == "noise":
+        y = x + 0.15 * strength * spread * torch.randn(
+            x.shape, generator=keyed_generator(seed, strength)
+        )
+    else:
+        y = torch.as_tensor(
+            {
+                "blur": lambda x: gaussian_filter(
+                    x.numpy(), (0, *[0.3 * strength / s for s in spacing]), mode="nearest"
+                ),
+                "bias": T.RandBiasField(coeff_range=(0.02 * strength, 0.02 * strength), prob=1),
+                "gamma": T.AdjustContrast(1 + 0.25 * strength),
+            }[kind](base)
+        )
+    y = (y - y.mean((1, 2, 3), keepdim=True)) / y.std((1, 2, 3), keepdim=True).clamp_min(
+        1e-6
+    ) * spread + mean
+    return torch.where(x == 0, 0.0, y)
+
 
 def _changed_rows(cell, run, cases, kind, strength, tick):
     "Rows of `robustness` of one run, change and strength"
-    def change(x): return changed(x, kind, strength, spacing=run[1].spacing)
+
+    def change(x):
+        return changed(x, kind, strength, spacing=run[1].spacing)
+
     scores = score_run(run, cases, tick, change)
     about = {**_columns(cell, run), "change": kind, "strength": strength}
     return [{**about, **row} for row in scores if row["region"] == "mean"]
 
+
 def robustness(
-    cells:list, # of Cell
-    data, # dataset folder
-    out, # folder of the experiment, in which scores.csv is
-    names, # of the test cases
-)->Path: # robustness.csv
+    cells: list,  # of Cell
+    data,  # dataset folder
+    out,  # folder of the experiment, in which scores.csv is
+    names,  # of the test cases
+) -> Path:  # robustness.csv
     "Score every run on changed test cases, averaged over regions; goes on where it was interrupted"
-    path, cases = Path(out)/"robustness.csv", [c for c in find_dataset(data).cases if c.name in set(names)]
-    expect((path.parent/"scores.csv").exists(), path.parent, "no scores.csv", "the scores of unchanged cases", "evaluate first")
+    path, cases = (
+        Path(out) / "robustness.csv",
+        [c for c in find_dataset(data).cases if c.name in set(names)],
+    )
+    expect(
+        (path.parent / "scores.csv").exists(),
+        path.parent,
+        "no scores.csv",
+        "the scores of unchanged cases",
+        "evaluate first",
+    )
     rows, grid = [], [(kind, s) for kind in CHANGES for s in range(1, 6)]
-    with tqdm(total=len(cells)*len(cases)*len(grid), unit="case", desc="changed cases", leave=False) as bar:
+    with tqdm(
+        total=len(cells) * len(cases) * len(grid), unit="case", desc="changed cases", leave=False
+    ) as bar:
         for cell in cells:
-            own, run = path.parent/cell.name/"robustness.csv", load_run(path.parent/cell.name)
+            own, run = path.parent / cell.name / "robustness.csv", load_run(path.parent / cell.name)
             if not own.exists():
                 found = []
                 for kind, strength in grid:

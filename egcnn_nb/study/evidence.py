@@ -15,55 +15,84 @@ from ..core import expect
 
 # %% ../../nbs/4_inside/evidence.ipynb #d468a0b0
 def differences(
-    a, # scores of an arm (seeds, cases)
-    b, # scores of the other, same cases and seeds in the same order
-)->np.ndarray: # (seeds, cases)
+    a,  # scores of an arm (seeds, cases)
+    b,  # scores of the other, same cases and seeds in the same order
+) -> np.ndarray:  # (seeds, cases)
     "What pairs of runs differ by, case by case; raises `InputError` if the tables do not pair up"
     a, b = np.asarray(a, float), np.asarray(b, float)
-    expect(a.ndim == 2 and a.shape == b.shape, "scores", f"shapes {a.shape} and {b.shape}", "one shape (seeds, cases)")
-    expect(np.isfinite(a).all() and np.isfinite(b).all(), "scores", "values that are not finite", "a number for each seed and case")
-    return a-b
+    expect(
+        a.ndim == 2 and a.shape == b.shape,
+        "scores",
+        f"shapes {a.shape} and {b.shape}",
+        "one shape (seeds, cases)",
+    )
+    expect(
+        np.isfinite(a).all() and np.isfinite(b).all(),
+        "scores",
+        "values that are not finite",
+        "a number for each seed and case",
+    )
+    return a - b
+
 
 def interval(
-    difference, # of `differences` (seeds, cases)
-    level:float=.95, # how often such intervals hold the truth
-    draws:int=10_000, # resamplings
-    seed:int=0, # of the resampling
-)->tuple: # lower end, upper end
+    difference,  # of `differences` (seeds, cases)
+    level: float = 0.95,  # how often such intervals hold the truth
+    draws: int = 10_000,  # resamplings
+    seed: int = 0,  # of the resampling
+) -> tuple:  # lower end, upper end
     "Bootstrap interval of the mean difference, over cases, and over seeds where there are five or more (our choice)"
     rng, d = np.random.default_rng(seed), np.asarray(difference)
     seeds, cases = d.shape
+
     def draw():
         rows = rng.integers(seeds, size=seeds) if seeds >= 5 else np.arange(seeds)
         return d[rows].mean(0)[rng.integers(cases, size=cases)].mean()
-    return tuple(np.quantile([draw() for _ in range(draws)], [(1-level)/2, (1+level)/2]))
+
+    return tuple(np.quantile([draw() for _ in range(draws)], [(1 - level) / 2, (1 + level) / 2]))
 
 # %% ../../nbs/4_inside/evidence.ipynb #c7351e0f
 def detectable(
-    difference, # of `differences` (seeds, cases)
-    power:float=.8, # probability of finding it
-    alpha:float=.05, # level of the two-sided test
-)->float: # in units of the score
+    difference,  # of `differences` (seeds, cases)
+    power: float = 0.8,  # probability of finding it
+    alpha: float = 0.05,  # level of the two-sided test
+) -> float:  # in units of the score
     "Smallest difference over cases that a paired t test would have found"
-    d = np.mean(difference, 0); n = len(d)
-    return float((stats.t.ppf(1-alpha/2, n-1)+stats.t.ppf(power, n-1))*d.std(ddof=1)/np.sqrt(n))
+    d = np.mean(difference, 0)
+    n = len(d)
+    return float(
+        (stats.t.ppf(1 - alpha / 2, n - 1) + stats.t.ppf(power, n - 1)) * d.std(ddof=1) / np.sqrt(n)
+    )
 
 # %% ../../nbs/4_inside/evidence.ipynb #27e586d4
 def compare_arms(
-    a, # scores of an arm (seeds, cases)
-    b, # scores of the other, same cases and seeds in the same order
-)->dict: # "difference", "low", "high", "p", "effect", "detectable", "seeds", "cases", "over"
+    a,  # scores of an arm (seeds, cases)
+    b,  # scores of the other, same cases and seeds in the same order
+) -> dict:  # "difference", "low", "high", "p", "effect", "detectable", "seeds", "cases", "over"
     "The difference of two arms: 95 % interval, Wilcoxon's p, Cohen's d_z, and what would have been found (our choice)"
-    d = differences(a, b); mean = d.mean(0); low, high = interval(d); scatter = mean.std(ddof=1)
-    p = cast(Any, stats.wilcoxon(mean)).pvalue if mean.any() else 1.
-    return {"difference": float(mean.mean()), "low": float(low), "high": float(high), "p": float(p), "effect": float(mean.mean()/scatter) if scatter else 0.,
-            "detectable": detectable(d), "seeds": len(d), "cases": d.shape[1], "over": "cases and seeds" if len(d) >= 5 else "cases"}
+    d = differences(a, b)
+    mean = d.mean(0)
+    low, high = interval(d)
+    scatter = mean.std(ddof=1)
+    p = cast(Any, stats.wilcoxon(mean)).pvalue if mean.any() else 1.0
+    return {
+        "difference": float(mean.mean()),
+        "low": float(low),
+        "high": float(high),
+        "p": float(p),
+        "effect": float(mean.mean() / scatter) if scatter else 0.0,
+        "detectable": detectable(d),
+        "seeds": len(d),
+        "cases": d.shape[1],
+        "over": "cases and seeds" if len(d) >= 5 else "cases",
+    }
 
 # %% ../../nbs/4_inside/evidence.ipynb #8a5c98f9
 def holm(
-    p, # p values
-)->np.ndarray: # corrected, in the same order
+    p,  # p values
+) -> np.ndarray:  # corrected, in the same order
     "p values after Holm's correction for their number"
-    p = np.asarray(p, float); order = p.argsort()
-    corrected = np.minimum(np.maximum.accumulate(p[order]*np.arange(len(p), 0, -1)), 1)
+    p = np.asarray(p, float)
+    order = p.argsort()
+    corrected = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
     return corrected[order.argsort()]

@@ -54,175 +54,439 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/2_practice/compare_fairly.ipynb #f12b2fd2
 # Tables 1 and 2 as printed: (backbone, whether with EG-CNN) -> column -> (mean Dice, what stands behind the ±)
-TABLE_1 = {("U-Net", False): {"average": (.8305, .0035), "ET": (.7375, .0021), "TC": (.8480, .0056), "WT": (.9060, .0021)},
-         ("V-Net", False): {"average": (.8281, .0035), "ET": (.7255, .0049), "TC": (.8570, .0042), "WT": (.9020, .0014)},
-         ("Seg-Net", False): {"average": (.8300, .0033), "ET": (.7330, .0042), "TC": (.8550, .0049), "WT": (.9015, .0007)},
-         ("U-Net", True): {"average": (.8406, .0028), "ET": (.7530, .0113), "TC": (.8630, .0014), "WT": (.9006, .0042)},
-         ("V-Net", True): {"average": (.8386, .0051), "ET": (.7460, .0056), "TC": (.8605, .0035), "WT": (.9095, .0063)},
-         ("Seg-Net", True): {"average": (.8570, .0007), "ET": (.7680, .0113), "TC": (.8850, .0070), "WT": (.9180, .0028)}}
-TABLE_2 = {("U-Net", False): {"kidneys": (.9515, .0049), "tumor": (.8245, .0091), "composite": (.8880, .0070)},
-        ("V-Net", False): {"kidneys": (.9370, .0065), "tumor": (.8072, .0072), "composite": (.8720, .0068)},
-        ("Seg-Net", False): {"kidneys": (.9530, .0028), "tumor": (.8235, .0049), "composite": (.8892, .0038)},
-        ("U-Net", True): {"kidneys": (.9620, .0056), "tumor": (.8270, .0084), "composite": (.8945, .0070)},
-        ("V-Net", True): {"kidneys": (.9483, .0048), "tumor": (.8275, .0087), "composite": (.8879, .0067)},
-        ("Seg-Net", True): {"kidneys": (.9647, .0051), "tumor": (.8353, .0025), "composite": (.9000, .0038)}}
+TABLE_1 = {
+    ("U-Net", False): {
+        "average": (0.8305, 0.0035),
+        "ET": (0.7375, 0.0021),
+        "TC": (0.8480, 0.0056),
+        "WT": (0.9060, 0.0021),
+    },
+    ("V-Net", False): {
+        "average": (0.8281, 0.0035),
+        "ET": (0.7255, 0.0049),
+        "TC": (0.8570, 0.0042),
+        "WT": (0.9020, 0.0014),
+    },
+    ("Seg-Net", False): {
+        "average": (0.8300, 0.0033),
+        "ET": (0.7330, 0.0042),
+        "TC": (0.8550, 0.0049),
+        "WT": (0.9015, 0.0007),
+    },
+    ("U-Net", True): {
+        "average": (0.8406, 0.0028),
+        "ET": (0.7530, 0.0113),
+        "TC": (0.8630, 0.0014),
+        "WT": (0.9006, 0.0042),
+    },
+    ("V-Net", True): {
+        "average": (0.8386, 0.0051),
+        "ET": (0.7460, 0.0056),
+        "TC": (0.8605, 0.0035),
+        "WT": (0.9095, 0.0063),
+    },
+    ("Seg-Net", True): {
+        "average": (0.8570, 0.0007),
+        "ET": (0.7680, 0.0113),
+        "TC": (0.8850, 0.0070),
+        "WT": (0.9180, 0.0028),
+    },
+}
+TABLE_2 = {
+    ("U-Net", False): {
+        "kidneys": (0.9515, 0.0049),
+        "tumor": (0.8245, 0.0091),
+        "composite": (0.8880, 0.0070),
+    },
+    ("V-Net", False): {
+        "kidneys": (0.9370, 0.0065),
+        "tumor": (0.8072, 0.0072),
+        "composite": (0.8720, 0.0068),
+    },
+    ("Seg-Net", False): {
+        "kidneys": (0.9530, 0.0028),
+        "tumor": (0.8235, 0.0049),
+        "composite": (0.8892, 0.0038),
+    },
+    ("U-Net", True): {
+        "kidneys": (0.9620, 0.0056),
+        "tumor": (0.8270, 0.0084),
+        "composite": (0.8945, 0.0070),
+    },
+    ("V-Net", True): {
+        "kidneys": (0.9483, 0.0048),
+        "tumor": (0.8275, 0.0087),
+        "composite": (0.8879, 0.0067),
+    },
+    ("Seg-Net", True): {
+        "kidneys": (0.9647, 0.0051),
+        "tumor": (0.8353, 0.0025),
+        "composite": (0.9000, 0.0038),
+    },
+}
+
 
 def printed_columns(
-    row:dict, # of a table: column -> (mean, ±)
-)->dict: # without the average, or composite
+    row: dict,  # of a table: column -> (mean, ±)
+) -> dict:  # without the average, or composite
     "The columns that were measured"
     return {n: v for n, v in row.items() if n not in ("average", "composite")}
 
 # %% ../../nbs/2_practice/compare_fairly.ipynb #6e4ec88c
 def steps_apart(
-    spread:float, # as printed, four decimals
-    step:float=.001, # last decimal of a run's score
-)->int|None: # how many steps two runs lie apart; None: this is not the standard deviation of two such runs
+    spread: float,  # as printed, four decimals
+    step: float = 0.001,  # last decimal of a run's score
+) -> (
+    int | None
+):  # how many steps two runs lie apart; None: this is not the standard deviation of two such runs
     "k with spread = k*step/sqrt(2), cut off after four decimals"
-    return next((k for k in range(1, 1000) if floor(1e4*k*step/sqrt(2)+1e-9) == round(1e4*spread)), None)
+    return next(
+        (
+            k
+            for k in range(1, 1000)
+            if floor(1e4 * k * step / sqrt(2) + 1e-9) == round(1e4 * spread)
+        ),
+        None,
+    )
+
 
 def two_runs(
-    mean:float, # as printed
-    spread:float, # as printed
-    step:float=.001, # last decimal of a run's score
-)->tuple|None: # scores of the two runs, the lower first; None: no two such runs give both numbers
+    mean: float,  # as printed
+    spread: float,  # as printed
+    step: float = 0.001,  # last decimal of a run's score
+) -> (
+    tuple | None
+):  # scores of the two runs, the lower first; None: no two such runs give both numbers
     "The runs behind a mean and a ±"
     expect(0 <= mean <= 1, "mean", mean, "a Dice score in [0, 1]")
-    k, total = steps_apart(spread, step), 2*mean/step
-    if k is None or abs(total-round(total)) > 1e-6 or (round(total)-k) % 2: return None
-    return mean-k*step/2, mean+k*step/2
+    k, total = steps_apart(spread, step), 2 * mean / step
+    if k is None or abs(total - round(total)) > 1e-6 or (round(total) - k) % 2:
+        return None
+    return mean - k * step / 2, mean + k * step / 2
 
 # %% ../../nbs/2_practice/compare_fairly.ipynb #bfa7944c
 def average_spread(
-    row:dict, # of a table: column -> (mean, ±)
-)->tuple: # smallest and largest standard deviation that the average of two runs can have
+    row: dict,  # of a table: column -> (mean, ±)
+) -> tuple:  # smallest and largest standard deviation that the average of two runs can have
     "Bounds of the ± of an average when it is unknown which run was better in which class"
     own = [s for _, s in printed_columns(row).values()]
-    sums = [abs(sum(sign*s for sign, s in zip(signs, own)))/len(own) for signs in product((-1, 1), repeat=len(own))]
+    sums = [
+        abs(sum(sign * s for sign, s in zip(signs, own))) / len(own)
+        for signs in product((-1, 1), repeat=len(own))
+    ]
     return min(sums), max(sums)
 
 # %% ../../nbs/2_practice/compare_fairly.ipynb #076a0f76
 def curves_of(
-    cells:list, # of Cell, done
-    out, # folder of the experiment
-)->"Figure": # of matplotlib
+    cells: list,  # of Cell, done
+    out,  # folder of the experiment
+) -> "Figure":  # of matplotlib
     "Validation Dice of every run against the epoch: whether they were trained until nothing changed"
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-    backbones, arms = (list(dict.fromkeys(getattr(c, of) for c in cells)) for of in ("backbone", "arm"))
-    fig = Figure(figsize=(9, 3+.22*((len(arms)-1)//4)), layout="constrained")
-    axes, own = fig.subplots(1, len(backbones), squeeze=False, sharey=True)[0], dict(zip(ARMS, ("bare", "prediction", "edge", "truth", "attention")))
-    style = {a: {"color": COLOURS[own[a]]} if a in own else {"color": colormaps["tab20"](k % 20), "linestyle": ("-", "--", ":", "-.")[k % 4]} for k, a in enumerate(arms)}      # arms with readings come in any number
+
+    backbones, arms = (
+        list(dict.fromkeys(getattr(c, of) for c in cells)) for of in ("backbone", "arm")
+    )
+    fig = Figure(figsize=(9, 3 + 0.22 * ((len(arms) - 1) // 4)), layout="constrained")
+    axes, own = (
+        fig.subplots(1, len(backbones), squeeze=False, sharey=True)[0],
+        dict(zip(ARMS, ("bare", "prediction", "edge", "truth", "attention"))),
+    )
+    style = {
+        a: {"color": COLOURS[own[a]]}
+        if a in own
+        else {"color": colormaps["tab20"](k % 20), "linestyle": ("-", "--", ":", "-.")[k % 4]}
+        for k, a in enumerate(arms)
+    }  # arms with readings come in any number
     for cell in cells:
-        dice = [r["dice_mean"] for r in read_metrics(Path(out)/cell.name)]
-        axes[backbones.index(cell.backbone)].plot(range(1, len(dice)+1), dice, marker=".", lw=1, **style[cell.arm], label=short(cell.arm))
-    for ax, b in zip(axes, backbones): ax.set(title=NAMES[b], xlabel="epoch"); ax.grid(alpha=.3); ax.xaxis.get_major_locator().set_params(integer=True)
-    axes[0].set_ylabel("validation Dice"); seen = {l: h for ax in axes for h, l in zip(*ax.get_legend_handles_labels())}
-    fig.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=min(len(seen), 4), frameon=False, fontsize=8)
+        dice = [r["dice_mean"] for r in read_metrics(Path(out) / cell.name)]
+        axes[backbones.index(cell.backbone)].plot(
+            range(1, len(dice) + 1),
+            dice,
+            marker=".",
+            lw=1,
+            **style[cell.arm],
+            label=short(cell.arm),
+        )
+    for ax, b in zip(axes, backbones):
+        ax.set(title=NAMES[b], xlabel="epoch")
+        ax.grid(alpha=0.3)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_ylabel("validation Dice")
+    seen = {l: h for ax in axes for h, l in zip(*ax.get_legend_handles_labels())}
+    fig.legend(
+        seen.values(),
+        seen.keys(),
+        loc="outside lower center",
+        ncols=min(len(seen), 4),
+        frameon=False,
+        fontsize=8,
+    )
     return fig
 
+
 def tried_table(
-    tries:list, # of `trials`, done
-    lrs:dict, # of `tuned`
-    out, # folder of the experiment
-    epochs:int, # of each run
-)->list: # of dicts: column -> text
+    tries: list,  # of `trials`, done
+    lrs: dict,  # of `tuned`
+    out,  # folder of the experiment
+    epochs: int,  # of each run
+) -> list:  # of dicts: column -> text
     "What was tried to choose learning rates"
-    return [{"network": title(*pair), "learning rate": f"{lr:g}", "seeds": len(own), "best validation Dice": number(own), "chosen": "yes" if lrs[pair] == lr else ""}
-            for pair, rates in trial_scores(tries, out, epochs).items() for lr, own in rates.items()]
+    return [
+        {
+            "network": title(*pair),
+            "learning rate": f"{lr:g}",
+            "seeds": len(own),
+            "best validation Dice": number(own),
+            "chosen": "yes" if lrs[pair] == lr else "",
+        }
+        for pair, rates in trial_scores(tries, out, epochs).items()
+        for lr, own in rates.items()
+    ]
+
 
 def cost_table(
-    costs:dict, # (backbone, arm) -> of `costs_of`
-)->list: # of dicts: column -> text
+    costs: dict,  # (backbone, arm) -> of `costs_of`
+) -> list:  # of dicts: column -> text
     "Parameters, multiply-adds, time and memory"
-    return [{"network": title(b, a), "parameters": f"{c['parameters']:,}", "10⁹ multiply-adds a patch": f"{c['multiply-adds']/1e9:.2f}", "s a step": f"{c['step']:.2f}", "s a window": f"{c['window']:.2f}", "MiB in training": f"{c['MiB']:.0f}"} for (b, a), c in costs.items()]
+    return [
+        {
+            "network": title(b, a),
+            "parameters": f"{c['parameters']:,}",
+            "10⁹ multiply-adds a patch": f"{c['multiply-adds'] / 1e9:.2f}",
+            "s a step": f"{c['step']:.2f}",
+            "s a window": f"{c['window']:.2f}",
+            "MiB in training": f"{c['MiB']:.0f}",
+        }
+        for (b, a), c in costs.items()
+    ]
+
 
 def printed_for(
-    regions, # names of the scored regions
-)->tuple: # names of table and figure, and TABLE_1, TABLE_2 or None
+    regions,  # names of the scored regions
+) -> tuple:  # names of table and figure, and TABLE_1, TABLE_2 or None
     "What the paper printed for these regions"
-    ours = {frozenset(("WT", "TC", "ET")): ("table_1", "figure_2", TABLE_1), frozenset(("kidneys", "tumor")): ("table_2", "figure_3", TABLE_2)}
+    ours = {
+        frozenset(("WT", "TC", "ET")): ("table_1", "figure_2", TABLE_1),
+        frozenset(("kidneys", "tumor")): ("table_2", "figure_3", TABLE_2),
+    }
     return ours.get(frozenset(regions), ("dice", "cases", None))
+
 
 def _of_first(rows):
     "Rows of the training set that the experiment names first"
     return [r for r in rows if r["train_cases"] == rows[0]["train_cases"]]
 
+
 def tables_of(
-    rows:list, # of `read_scores`
-    found:list=None, # of `comparisons`; None: computed
-)->dict: # name -> table
+    rows: list,  # of `read_scores`
+    found: list = None,  # of `comparisons`; None: computed
+) -> dict:  # name -> table
     "The tables that come from scores.csv alone; Dice and all scores are those of the first training set"
     full = _of_first(rows)
-    name, _, printed = printed_for({r["region"] for r in rows}-{"mean"})
+    name, _, printed = printed_for({r["region"] for r in rows} - {"mean"})
     asked = comparison_table(comparisons(rows) if found is None else found)
-    tables = {name: dice_table(full, printed), "scores": score_table(full), "edges": edge_table(full), "differences": asked}
+    tables = {
+        name: dice_table(full, printed),
+        "scores": score_table(full),
+        "edges": edge_table(full),
+        "differences": asked,
+    }
     return {name: table for name, table in tables.items() if table}
 
 # %% ../../nbs/2_practice/compare_fairly.ipynb #d430ec18
 def write_results(
-    data, # dataset folder
-    out, # folder of the experiment
-    d:dict, # of `make_design`
-    tries:list, # of `trials`
-    lrs:dict, # of `tuned`
-    cells:list, # of Cell
-    args:argparse.Namespace, # of `arguments`
-)->Path: # report.html
+    data,  # dataset folder
+    out,  # folder of the experiment
+    d: dict,  # of `make_design`
+    tries: list,  # of `trials`
+    lrs: dict,  # of `tuned`
+    cells: list,  # of Cell
+    args: argparse.Namespace,  # of `arguments`
+) -> Path:  # report.html
     "Tables, figures and the page, from scores.csv and the run folders"
     out, epochs = Path(out), args.epochs
-    rows = read_scores(out/"scores.csv"); found = comparisons(rows, primary=None if args.exploratory else PRIMARY)
-    tables = {**tables_of(rows, found), "trials": tried_table(tries, lrs, out, epochs), "costs": cost_table(d["costs"])}
-    write_tables(out/"tables", tables)
-    figures = {**({"differences": draw_differences(found)} if found else {}), "training": curves_of(cells, out)}
-    if len({r["train_cases"] for r in rows}) > 1: figures["sizes"] = draw_sizes(rows, d["cases"][0])
-    if {"bare", "eg"} <= {c.arm for c in cells}: figures[printed_for(d["task"].regions)[1]] = _cases_figure(data, out, d["task"], cells, rows, args)
-    if (out/"robustness.csv").exists(): figures["robustness"] = draw_robustness(read_scores(out/"robustness.csv"), rows)
+    rows = read_scores(out / "scores.csv")
+    found = comparisons(rows, primary=None if args.exploratory else PRIMARY)
+    tables = {
+        **tables_of(rows, found),
+        "trials": tried_table(tries, lrs, out, epochs),
+        "costs": cost_table(d["costs"]),
+    }
+    write_tables(out / "tables", tables)
+    figures = {
+        **({"differences": draw_differences(found)} if found else {}),
+        "training": curves_of(cells, out),
+    }
+    if len({r["train_cases"] for r in rows}) > 1:
+        figures["sizes"] = draw_sizes(rows, d["cases"][0])
+    if {"bare", "eg"} <= {c.arm for c in cells}:
+        figures[printed_for(d["task"].regions)[1]] = _cases_figure(
+            data, out, d["task"], cells, rows, args
+        )
+    if (out / "robustness.csv").exists():
+        figures["robustness"] = draw_robustness(read_scores(out / "robustness.csv"), rows)
     pictures = {n: png(f) for n, f in figures.items()}
-    (out/"figures").mkdir(exist_ok=True)
-    for n, p in pictures.items(): write_whole(out/f"figures/{n}.png", lambda part, p=p: part.write_bytes(p))
+    (out / "figures").mkdir(exist_ok=True)
+    for n, p in pictures.items():
+        write_whole(out / f"figures/{n}.png", lambda part, p=p: part.write_bytes(p))
     about = _about(data, out, d, {*tries, *cells}, args)
-    write_whole(out/"experiment.json", lambda p: p.write_text(json.dumps(about, indent=1)))
-    write_report(out/"report.html", f"EG-CNN on {d['task'].name}", _parts(about, tables, pictures, args))
-    return out/"report.html"
+    write_whole(out / "experiment.json", lambda p: p.write_text(json.dumps(about, indent=1)))
+    write_report(
+        out / "report.html", f"EG-CNN on {d['task'].name}", _parts(about, tables, pictures, args)
+    )
+    return out / "report.html"
+
 
 def _cases_figure(data, out, task, cells, rows, args):
     "Best, median and worst case of the last backbone, by the first seed's networks"
     backbone = args.backbones[-1]
-    first = {arm: next(c for c in cells if (c.backbone, c.arm, c.train_cases) == (backbone, arm, args.train_cases[0])) for arm in ("eg", "bare")}
-    runs, cases = {arm: load_run(out/c.name) for arm, c in first.items()}, {c.name: c for c in find_dataset(data).cases}
-    shown = {f"{n}\n{c}\n{100*gain:+.1f} points": maps_of_case(cases[c], runs["eg"], runs["bare"]) for n, (c, gain) in pick_cases(_of_first(rows), backbone).items()}
+    first = {
+        arm: next(
+            c
+            for c in cells
+            if (c.backbone, c.arm, c.train_cases) == (backbone, arm, args.train_cases[0])
+        )
+        for arm in ("eg", "bare")
+    }
+    runs, cases = (
+        {arm: load_run(out / c.name) for arm, c in first.items()},
+        {c.name: c for c in find_dataset(data).cases},
+    )
+    shown = {
+        f"{n}\n{c}\n{100 * gain:+.1f} points": maps_of_case(cases[c], runs["eg"], runs["bare"])
+        for n, (c, gain) in pick_cases(_of_first(rows), backbone).items()
+    }
     return draw_cases(shown, task, args.credit)
+
 
 def _about(data, out, d, cells, args):
     "How it was done, for those who want to repeat it"
-    hours = sum(sum(state(c, out, args.epochs)["seconds"]) for c in cells)/3600
-    cpu = next((l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
-    return {"dataset": d["task"].name, "training cases": d["cases"][0], "validation cases": d["cases"][1], "test cases": len(d["names"]), "seeds": args.seeds, "recipe": {k: v for k, v in d["recipe"].items() if k not in ("exclude", "cache")},
-            "learning rates tried by each arm": list(args.lr), "seeds of each trial": args.tune_seeds, "matched width": d["widths"], "its parameters and multiply-adds over EG-CNN's": d["excess"], "hours of training, all runs": round(hours, 2), "processor": cpu, "cores": os.cpu_count(),
-            "versions": {n: version(n) for n in ("egcnn_nb", "torch", "numpy", "scipy", "monai") if find_spec(n)}, "command": args.command, "credit": args.credit, "exploratory": args.exploratory, "quick": args.quick}
+    hours = sum(sum(state(c, out, args.epochs)["seconds"]) for c in cells) / 3600
+    cpu = (
+        next(
+            (
+                l.split(":")[1].strip()
+                for l in Path("/proc/cpuinfo").read_text().splitlines()
+                if l.startswith("model name")
+            ),
+            platform.processor(),
+        )
+        if Path("/proc/cpuinfo").exists()
+        else platform.processor()
+    )
+    return {
+        "dataset": d["task"].name,
+        "training cases": d["cases"][0],
+        "validation cases": d["cases"][1],
+        "test cases": len(d["names"]),
+        "seeds": args.seeds,
+        "recipe": {k: v for k, v in d["recipe"].items() if k not in ("exclude", "cache")},
+        "learning rates tried by each arm": list(args.lr),
+        "seeds of each trial": args.tune_seeds,
+        "matched width": d["widths"],
+        "its parameters and multiply-adds over EG-CNN's": d["excess"],
+        "hours of training, all runs": round(hours, 2),
+        "processor": cpu,
+        "cores": os.cpu_count(),
+        "versions": {
+            n: version(n) for n in ("egcnn_nb", "torch", "numpy", "scipy", "monai") if find_spec(n)
+        },
+        "command": args.command,
+        "credit": args.credit,
+        "exploratory": args.exploratory,
+        "quick": args.quick,
+    }
+
 
 def _edge_part(tables):
     "The edges on the page, where the scores have them"
     if "edges" not in tables:
         return []
-    text = ("Edges against the Sobel edges of the true mask, on the grid of the network: F1 within one voxel, width in voxels (targets: two), the share of the "
-            "voxels deeper than 2.5 voxels that are filled, and ODS, the best F1 that one threshold reaches over all cases. Beside each stands the same of "
-            "the edges that Sobel finds in the predicted mask, which is all that a bare network has. Deep voxels: their share of the true mask.")
+    text = (
+        "Edges against the Sobel edges of the true mask, on the grid of the network: F1 within one voxel, width in voxels (targets: two), the share of the "
+        "voxels deeper than 2.5 voxels that are filled, and ODS, the best F1 that one threshold reaches over all cases. Beside each stands the same of "
+        "the edges that Sobel finds in the predicted mask, which is all that a bare network has. Deep voxels: their share of the true mask."
+    )
     return [("Edges",), text, tables["edges"]]
+
 
 def _parts(about, tables, pictures, args):
     "The page, from top to bottom"
-    dice, cases = next(iter(tables)), next((p for n, p in pictures.items() if n in ("figure_2", "figure_3", "cases")), None)
-    warning = ["This is what --quick makes: runs of a few steps, on few cases, to see that every table and figure comes out. It is no evidence of anything."]*bool(args.quick)
-    fixed = f"Fixed before anything was trained: {PRIMARY_TEXT} All other questions are" if any(d["question"].startswith("primary") for d in tables.get("differences", [])) else "All questions here are"
-    return [*warning, f"{fixed} exploratory, their p values corrected for their number by Holm's method.",
-            ("Dice",), "Mean over the test cases, then mean ± standard deviation over seeds."+(" The paper's own mean stands beside it: other cases, other hardware, two runs." if dice != "dice" else ""), tables[dice],
-            ("All scores",), "Averaged over regions. HD95 in mm; surface Dice at 1 mm; boundary Dice within two voxels of the true border; volume error as a share of the true volume; width of the predicted edges in voxels (targets: two).", tables["scores"],
-            *_edge_part(tables),
-            *([("Differences",), "Test cases are resampled for the interval, seeds too where there are at least five. p of Wilcoxon's signed-rank test over cases, d_z as effect, and the difference that the design would have found in four of five such experiments.", (pictures["differences"], "differences with intervals"), tables["differences"]] if "differences" in tables else []),
-            *([("Cases",), "Chosen by a rule: the best, the median and the worst difference in Dice between EG-CNN and the bare network, averaged over seeds; the networks of the first seed.", (cases, "test cases with image, truth, predictions, edges and disagreement")] if cases else []),
-            *([("Fewer training cases",), (pictures["sizes"], "Dice against the number of training cases")] if "sizes" in pictures else []),
-            *([("A worse scanner",), "The test cases with noise, blur, a bias field or another contrast, in five strengths; nothing was trained for it.", (pictures["robustness"], "Dice against the strength of each change")] if "robustness" in pictures else []),
-            ("Training",), "Validation Dice of every run.", (pictures["training"], "validation Dice against the epoch"), f"Each arm tried the same learning rates, each with {args.tune_seeds} seed{'s'*(args.tune_seeds > 1)}.", tables["trials"],
-            ("Cost",), tables["costs"], ("How it was done",), [{"": k, "value": json.dumps(v) if isinstance(v, (dict, list)) else str(v)} for k, v in about.items()]]
+    dice, cases = (
+        next(iter(tables)),
+        next((p for n, p in pictures.items() if n in ("figure_2", "figure_3", "cases")), None),
+    )
+    warning = [
+        "This is what --quick makes: runs of a few steps, on few cases, to see that every table and figure comes out. It is no evidence of anything."
+    ] * bool(args.quick)
+    fixed = (
+        f"Fixed before anything was trained: {PRIMARY_TEXT} All other questions are"
+        if any(d["question"].startswith("primary") for d in tables.get("differences", []))
+        else "All questions here are"
+    )
+    return [
+        *warning,
+        f"{fixed} exploratory, their p values corrected for their number by Holm's method.",
+        ("Dice",),
+        "Mean over the test cases, then mean ± standard deviation over seeds."
+        + (
+            " The paper's own mean stands beside it: other cases, other hardware, two runs."
+            if dice != "dice"
+            else ""
+        ),
+        tables[dice],
+        ("All scores",),
+        "Averaged over regions. HD95 in mm; surface Dice at 1 mm; boundary Dice within two voxels of the true border; volume error as a share of the true volume; width of the predicted edges in voxels (targets: two).",
+        tables["scores"],
+        *_edge_part(tables),
+        *(
+            [
+                ("Differences",),
+                "Test cases are resampled for the interval, seeds too where there are at least five. p of Wilcoxon's signed-rank test over cases, d_z as effect, and the difference that the design would have found in four of five such experiments.",
+                (pictures["differences"], "differences with intervals"),
+                tables["differences"],
+            ]
+            if "differences" in tables
+            else []
+        ),
+        *(
+            [
+                ("Cases",),
+                "Chosen by a rule: the best, the median and the worst difference in Dice between EG-CNN and the bare network, averaged over seeds; the networks of the first seed.",
+                (cases, "test cases with image, truth, predictions, edges and disagreement"),
+            ]
+            if cases
+            else []
+        ),
+        *(
+            [
+                ("Fewer training cases",),
+                (pictures["sizes"], "Dice against the number of training cases"),
+            ]
+            if "sizes" in pictures
+            else []
+        ),
+        *(
+            [
+                ("A worse scanner",),
+                "The test cases with noise, blur, a bias field or another contrast, in five strengths; nothing was trained for it.",
+                (pictures["robustness"], "Dice against the strength of each change"),
+            ]
+            if "robustness" in pictures
+            else []
+        ),
+        ("Training",),
+        "Validation Dice of every run.",
+        (pictures["training"], "validation Dice against the epoch"),
+        f"Each arm tried the same learning rates, each with {args.tune_seeds} seed{'s' * (args.tune_seeds > 1)}.",
+        tables["trials"],
+        ("Cost",),
+        tables["costs"],
+        ("How it was done",),
+        [
+            {"": k, "value": json.dumps(v) if isinstance(v, (dict, list)) else str(v)}
+            for k, v in about.items()
+        ],
+    ]

@@ -22,30 +22,37 @@ from ..run.metrics import border_distance, boundary_dice, dice_score
 from ..run.steps import dead_gates
 from ..tensors import probabilities, resize
 
-_all_ = ["dead_gates"] # it is in steps, since training uses it
+_all_ = ["dead_gates"]  # it is in steps, since training uses it
 
 # %% ../../nbs/4_inside/gate_audit.ipynb #602bcba8
-REPLACEMENTS:dict[str, Callable[[Tensor], Tensor]] = {
+REPLACEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "as trained": lambda alpha: alpha,
     "mean": lambda alpha: alpha.mean(tuple(range(1, alpha.dim())), keepdim=True).expand_as(alpha),
-    "half": lambda alpha: torch.full_like(alpha, .5),
+    "half": lambda alpha: torch.full_like(alpha, 0.5),
     "one": torch.ones_like,
     "zero": torch.zeros_like,
     "other": lambda alpha: alpha.roll(1, 0),
 }
 
+
 def gates_of(
-    model:EGCNN, # with an edge stream
-)->list: # of EdgeGate, deep to fine
+    model: EGCNN,  # with an edge stream
+) -> list:  # of EdgeGate, deep to fine
     "The gates of a network whose attention is learned; raises `InputError` where there is none"
     gates = [m for m in model.modules() if isinstance(m, EdgeGate) and m.fixed_attention is None]
-    require(gates, "The network has no gate with a learned attention. Give an EGCNN without fixed_attention.")
+    require(
+        gates,
+        "The network has no gate with a learned attention. Give an EGCNN without fixed_attention.",
+    )
     return gates
+
 
 @contextmanager
 def with_attention(
-    model:EGCNN, # whose gates are changed for a while
-    replace:Callable[[Tensor], Tensor], # function of alpha (B,A,d,h,w), one of `REPLACEMENTS` or your own
+    model: EGCNN,  # whose gates are changed for a while
+    replace: Callable[
+        [Tensor], Tensor
+    ],  # function of alpha (B,A,d,h,w), one of `REPLACEMENTS` or your own
 ):
     "Every gate of `model` uses `replace(alpha)` in place of alpha inside this context"
     gates = gates_of(model)
@@ -56,16 +63,17 @@ def with_attention(
         yield model
     finally:
         for gate in gates:
-            del gate.alpha # the method of the class is seen again
+            del gate.alpha  # the method of the class is seen again
 
 # %% ../../nbs/4_inside/gate_audit.ipynb #943c8943
 def _masks(logits, activation):
     "Foreground masks (B,C,D,H,W) of logits"
     prob = probabilities(logits.float(), activation)
     if activation == "sigmoid":
-        return prob > .5
+        return prob > 0.5
     label = prob.argmax(1)
     return torch.stack([label == k for k in range(1, prob.shape[1])], 1)
+
 
 def _mean_f1(edge_logits, masks):
     "Mean edge F1 over cases and classes that are there"
@@ -76,14 +84,18 @@ def _mean_f1(edge_logits, masks):
         scores += [edge_f1(e, t) for e, t in zip(edges, targets) if t.any()]
     return float(np.mean(scores)) if scores else float("nan")
 
+
 @torch.no_grad()
 def audit_gates(
-    model:EGCNN, # trained, with an edge map for each class
-    x:Tensor, # images (B,C,D,H,W), two cases or more
-    masks:Tensor, # true foreground masks {0,1} (B,K,D,H,W), without background
-)->list: # of dicts: attention, edge_f1, dice, boundary_dice
+    model: EGCNN,  # trained, with an edge map for each class
+    x: Tensor,  # images (B,C,D,H,W), two cases or more
+    masks: Tensor,  # true foreground masks {0,1} (B,K,D,H,W), without background
+) -> list:  # of dicts: attention, edge_f1, dice, boundary_dice
     "Edge F1, mask Dice and boundary Dice with each replacement of alpha (eq. 1)"
-    require(len(x) > 1, f"The audit got {len(x)} case. Give two or more, since one replacement takes the attention of another case.")
+    require(
+        len(x) > 1,
+        f"The audit got {len(x)} case. Give two or more, since one replacement takes the attention of another case.",
+    )
     rows = []
     with evaluating(model):
         for name, replace in REPLACEMENTS.items():
@@ -92,18 +104,24 @@ def audit_gates(
             found, truth = _masks(logits, model.activation), masks.bool()
             dice = dice_score(found, truth).mean()
             boundary = boundary_dice(found, truth).mean()
-            rows.append({"attention": name, "edge_f1": _mean_f1(edge_logits, masks),
-                         "dice": float(dice), "boundary_dice": float(boundary)})
+            rows.append(
+                {
+                    "attention": name,
+                    "edge_f1": _mean_f1(edge_logits, masks),
+                    "dice": float(dice),
+                    "boundary_dice": float(boundary),
+                }
+            )
     return rows
 
 # %% ../../nbs/4_inside/gate_audit.ipynb #17b76b55
 @torch.no_grad()
 def attention_at_border(
-    model:EGCNN, # with an edge stream
-    x:Tensor, # images (B,C,D,H,W)
-    masks:Tensor, # true foreground masks {0,1} (B,K,D,H,W)
-    reach:float=6., # voxels from the border that are compared
-)->dict: # on_edge, off_edge: means of alpha; correlation of alpha with the distance to the border, NaN where alpha is constant
+    model: EGCNN,  # with an edge stream
+    x: Tensor,  # images (B,C,D,H,W)
+    masks: Tensor,  # true foreground masks {0,1} (B,K,D,H,W)
+    reach: float = 6.0,  # voxels from the border that are compared
+) -> dict:  # on_edge, off_edge: means of alpha; correlation of alpha with the distance to the border, NaN where alpha is constant
     "What the attention of the finest gate marks"
     with evaluating(model):
         alpha = model.attention(x)[-1].mean(1, keepdim=True)
@@ -119,5 +137,8 @@ def attention_at_border(
     value, distance = np.concatenate(values), np.concatenate(distances)
     constant = value.std() < 1e-6
     correlation = float("nan") if constant else float(np.corrcoef(value, distance)[0, 1])
-    return {"on_edge": float(value[distance < 1].mean()), "off_edge": float(value[distance >= 1].mean()),
-            "correlation": correlation}
+    return {
+        "on_edge": float(value[distance < 1].mean()),
+        "off_edge": float(value[distance >= 1].mean()),
+        "correlation": correlation,
+    }

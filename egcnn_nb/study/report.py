@@ -30,71 +30,144 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% ../../nbs/4_inside/report.ipynb #843e58c8
-NAMES = {"unet": "U-Net", "vnet": "V-Net", "segnet": "Seg-Net", "segresnet": "SegResNet (MONAI)", "dynunet": "DynUNet (MONAI)"}
-SUFFIX = {"bare": "", "matched": ", wider", "eg": " + EG-CNN", "bare_consistency": " + consistency loss", "eg_no_consistency": " + EG-CNN without consistency loss"}
+NAMES = {
+    "unet": "U-Net",
+    "vnet": "V-Net",
+    "segnet": "Seg-Net",
+    "segresnet": "SegResNet (MONAI)",
+    "dynunet": "DynUNet (MONAI)",
+}
+SUFFIX = {
+    "bare": "",
+    "matched": ", wider",
+    "eg": " + EG-CNN",
+    "bare_consistency": " + consistency loss",
+    "eg_no_consistency": " + EG-CNN without consistency loss",
+}
 
-SHORT = {"bare": "bare", "matched": "wider", "eg": "EG-CNN", "bare_consistency": "bare with consistency loss", "eg_no_consistency": "EG-CNN without it"}
+SHORT = {
+    "bare": "bare",
+    "matched": "wider",
+    "eg": "EG-CNN",
+    "bare_consistency": "bare with consistency loss",
+    "eg_no_consistency": "EG-CNN without it",
+}
+
 
 def title(
-    backbone:str, # name
-    arm:str, # see `arm_of`
-)->str:
+    backbone: str,  # name
+    arm: str,  # see `arm_of`
+) -> str:
     "What a network is called in a table"
     base, *readings = arm.split("+")
-    return ", ".join([NAMES[backbone]+SUFFIX[base], *readings])
+    return ", ".join([NAMES[backbone] + SUFFIX[base], *readings])
+
 
 def short(
-    arm:str, # see `arm_of`
-)->str:
+    arm: str,  # see `arm_of`
+) -> str:
     "What an arm is called beside its backbone"
     base, *readings = arm.split("+")
     return ", ".join([SHORT[base], *readings])
 
+
 def networks_in(
-    rows:list, # of `read_scores`
-)->list: # of (backbone, arm), bare ones first as in the paper
+    rows: list,  # of `read_scores`
+) -> list:  # of (backbone, arm), bare ones first as in the paper
     "The networks in a table of scores"
-    return sorted({(r["backbone"], r["arm"]) for r in rows}, key=lambda n: (list(ARMS).index(n[1].split("+")[0]), n[1], list(NAMES).index(n[0])))
+    return sorted(
+        {(r["backbone"], r["arm"]) for r in rows},
+        key=lambda n: (list(ARMS).index(n[1].split("+")[0]), n[1], list(NAMES).index(n[0])),
+    )
+
 
 def number(
-    values, # one mean over test cases for each seed
-    digits:int=4, # decimals
-)->str:
+    values,  # one mean over test cases for each seed
+    digits: int = 4,  # decimals
+) -> str:
     "Mean and standard deviation over seeds, as text"
-    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+    return f"{np.mean(values):.{digits}f}" + (
+        f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    )
+
 
 def show_table(
-    rows:list, # of dicts: column -> text
-)->None:
+    rows: list,  # of dicts: column -> text
+) -> None:
     "A table on the page of a notebook"
     display(Markdown(tabulate(rows, "keys", "github", disable_numparse=True)))
 
+
 def dice_table(
-    rows:list, # of `read_scores`, of one number of training cases
-    paper:dict=None, # (name of the backbone, whether with EG-CNN) -> column -> (mean, ±), as `compare_fairly` has them
-)->list: # of dicts: column -> text
+    rows: list,  # of `read_scores`, of one number of training cases
+    paper: dict = None,  # (name of the backbone, whether with EG-CNN) -> column -> (mean, ±), as `compare_fairly` has them
+) -> list:  # of dicts: column -> text
     "Dice in the layout of Tables 1 and 2, with the paper's average beside it"
     regions, out = list(dict.fromkeys(r["region"] for r in rows)), []
     for backbone, arm in networks_in(rows):
-        own = {r: table_of(rows, "dice", r, backbone=backbone, arm=arm) for r in ["mean", *(r for r in regions if r != "mean")]}
-        line = {"network": title(backbone, arm), "seeds": len(own["mean"]), **{r: number(t.mean(1)) for r, t in own.items()}}
-        printed = (paper or {}).get((NAMES[backbone], arm == "eg"), {}) if arm in ("bare", "eg") else {}
+        own = {
+            r: table_of(rows, "dice", r, backbone=backbone, arm=arm)
+            for r in ["mean", *(r for r in regions if r != "mean")]
+        }
+        line = {
+            "network": title(backbone, arm),
+            "seeds": len(own["mean"]),
+            **{r: number(t.mean(1)) for r, t in own.items()},
+        }
+        printed = (
+            (paper or {}).get((NAMES[backbone], arm == "eg"), {}) if arm in ("bare", "eg") else {}
+        )
         mean = printed.get("average", printed.get("composite"))
-        out.append({**line, **({"paper's mean": f"{mean[0]:.4f} ± {mean[1]:.4f}" if mean else ""} if paper else {})})
+        out.append(
+            {
+                **line,
+                **(
+                    {"paper's mean": f"{mean[0]:.4f} ± {mean[1]:.4f}" if mean else ""}
+                    if paper
+                    else {}
+                ),
+            }
+        )
     return out
 
+
 def score_table(
-    rows:list, # of `read_scores`, of one number of training cases
-)->list: # of dicts: column -> text
+    rows: list,  # of `read_scores`, of one number of training cases
+) -> list:  # of dicts: column -> text
     "All scores, averaged over regions"
-    digits = {"dice": 4, "hd95": 2, "surface_dice": 4, "boundary_dice": 4, "volume_error": 3, "edge_width": 2}
-    of = lambda score, b, a: [t for t in np.nanmean(table_of(rows, score, backbone=b, arm=a), 1)] if score != "edge_width" or arm_of(a)[0] else None
-    texts = lambda b, a: {s.replace("_", " "): number(v, d) if (v := of(s, b, a)) is not None else "" for s, d in digits.items()}
+    digits = {
+        "dice": 4,
+        "hd95": 2,
+        "surface_dice": 4,
+        "boundary_dice": 4,
+        "volume_error": 3,
+        "edge_width": 2,
+    }
+    of = lambda score, b, a: (
+        [t for t in np.nanmean(table_of(rows, score, backbone=b, arm=a), 1)]
+        if score != "edge_width" or arm_of(a)[0]
+        else None
+    )
+    texts = lambda b, a: {
+        s.replace("_", " "): number(v, d) if (v := of(s, b, a)) is not None else ""
+        for s, d in digits.items()
+    }
     return [{"network": title(b, a), **texts(b, a)} for b, a in networks_in(rows)]
 
 # %% ../../nbs/4_inside/report.ipynb #f2017427
-_EDGE_COLUMNS = {"edge_f1": ("F1", 4), "edge_width": ("width", 2), "filled": ("filled", 3), "ods": ("ODS", 4)} # score -> its name, decimals
-_BESIDE = {"edge_f1": "mask_edge_f1", "edge_width": "mask_edge_width", "filled": "mask_filled", "ods": "mask_ods"} # the same of the mask's edges
+_EDGE_COLUMNS = {
+    "edge_f1": ("F1", 4),
+    "edge_width": ("width", 2),
+    "filled": ("filled", 3),
+    "ods": ("ODS", 4),
+}  # score -> its name, decimals
+_BESIDE = {
+    "edge_f1": "mask_edge_f1",
+    "edge_width": "mask_edge_width",
+    "filled": "mask_filled",
+    "ods": "mask_ods",
+}  # the same of the mask's edges
+
 
 def _per_seed(rows, score, digits, region, backbone, arm):
     "Mean over the cases that have a score, then over seeds, as text; nothing where no case has one"
@@ -104,20 +177,23 @@ def _per_seed(rows, score, digits, region, backbone, arm):
         return ""
     return number([seed.mean() for seed in known], digits)
 
+
 def edge_table(
-    rows:list, # of `read_scores`, of one number of training cases
-)->list: # of dicts: column -> text; empty where no row has edge scores
+    rows: list,  # of `read_scores`, of one number of training cases
+) -> list:  # of dicts: column -> text; empty where no row has edge scores
     "Edge F1, width, filling and ODS of each class, each beside the same of the edges that Sobel finds in the predicted mask"
     have = [r for r in rows if np.isfinite(r.get("mask_edge_f1", np.nan))]
     regions = list(dict.fromkeys(r["region"] for r in have))
-    regions.sort(key=lambda region: region == "mean")                # it comes last
+    regions.sort(key=lambda region: region == "mean")  # it comes last
     out = []
-    for (backbone, arm) in networks_in(have):
+    for backbone, arm in networks_in(have):
         for region in regions:
             line = {"network": title(backbone, arm), "edges of": region}
             for score, (name, digits) in _EDGE_COLUMNS.items():
                 line[name] = _per_seed(rows, score, digits, region, backbone, arm)
-                line[f"{name} of the mask"] = _per_seed(rows, _BESIDE[score], digits, region, backbone, arm)
+                line[f"{name} of the mask"] = _per_seed(
+                    rows, _BESIDE[score], digits, region, backbone, arm
+                )
             line["deep voxels"] = _per_seed(rows, "deep_share", 3, region, backbone, arm)
             out.append(line)
     return out
@@ -126,176 +202,345 @@ def edge_table(
 PRIMARY_TEXT = "Seg-Net, all training cases, Dice averaged over regions, EG-CNN minus the wider bare network, on the test cases."
 PRIMARY = ("segnet", "all", "eg", "matched", "dice")
 
+
 def comparisons(
-    rows:list, # of `read_scores`
-    scores=("dice", "surface_dice", "boundary_dice", "hd95"), # of SCORES, those that every case has
-    pairs=(("eg", "matched"), ("eg", "bare"), ("bare_consistency", "bare"), ("eg_no_consistency", "bare"), ("eg", "bare_consistency")), # arms that are compared where both are there; arms with readings are compared with those without
-    primary:tuple|None=PRIMARY, # backbone, training cases, both arms and score of the comparison that was fixed beforehand; None: there is none
-)->list: # of dicts: "backbone", "train_cases", "a", "b", "score", "primary", "corrected" p, and those of `compare`
+    rows: list,  # of `read_scores`
+    scores=(
+        "dice",
+        "surface_dice",
+        "boundary_dice",
+        "hd95",
+    ),  # of SCORES, those that every case has
+    pairs=(
+        ("eg", "matched"),
+        ("eg", "bare"),
+        ("bare_consistency", "bare"),
+        ("eg_no_consistency", "bare"),
+        ("eg", "bare_consistency"),
+    ),  # arms that are compared where both are there; arms with readings are compared with those without
+    primary: tuple
+    | None = PRIMARY,  # backbone, training cases, both arms and score of the comparison that was fixed beforehand; None: there is none
+) -> list:  # of dicts: "backbone", "train_cases", "a", "b", "score", "primary", "corrected" p, and those of `compare`
     "Differences of arms, the primary one first, then by the number of cases; the p of all others after Holm's correction"
     have, out = {(r["backbone"], r["train_cases"], r["arm"]) for r in rows}, []
-    for backbone, n in sorted({h[:2] for h in have}, key=lambda h: (h[0], np.inf if h[1] == "all" else int(h[1]))):
+    for backbone, n in sorted(
+        {h[:2] for h in have}, key=lambda h: (h[0], np.inf if h[1] == "all" else int(h[1]))
+    ):
         ablations = [(a, a.split("+")[0]) for a in sorted({h[2] for h in have}) if "+" in a]
         for a, b in [*pairs, *ablations]:
-            if not {(backbone, n, a), (backbone, n, b)} <= have: continue
+            if not {(backbone, n, a), (backbone, n, b)} <= have:
+                continue
             for s in scores:
-                key, of = (backbone, n, a, b, s), lambda arm: table_of(rows, s, backbone=backbone, train_cases=n, arm=arm)
-                out.append({"backbone": backbone, "train_cases": n, "a": a, "b": b, "score": s, "primary": key == primary, **compare_arms(of(a), of(b))})
+                key, of = (
+                    (backbone, n, a, b, s),
+                    lambda arm: table_of(rows, s, backbone=backbone, train_cases=n, arm=arm),
+                )
+                out.append(
+                    {
+                        "backbone": backbone,
+                        "train_cases": n,
+                        "a": a,
+                        "b": b,
+                        "score": s,
+                        "primary": key == primary,
+                        **compare_arms(of(a), of(b)),
+                    }
+                )
     others = [c for c in out if not c["primary"]]
-    for c, p in zip(others, holm([c["p"] for c in others])): c["corrected"] = float(p)
+    for c, p in zip(others, holm([c["p"] for c in others])):
+        c["corrected"] = float(p)
     return sorted(({"corrected": c["p"], **c} for c in out), key=lambda c: not c["primary"])
 
+
 def comparison_table(
-    found:list, # of `comparisons`
-)->list: # of dicts: column -> text
+    found: list,  # of `comparisons`
+) -> list:  # of dicts: column -> text
     "Differences as text; Dice in points, HD95 in mm"
+
     def line(c):
         f, unit = (1, "mm") if c["score"] == "hd95" else (100, "points")
-        return {"question": ("primary: " if c["primary"] else "")+f"{NAMES[c['backbone']]}, {short(c['a'])} minus {short(c['b'])}", "cases": c["train_cases"], "score": c["score"].replace("_", " "),
-                "difference": f"{f*c['difference']:+.2f} {unit}", "95 % interval": f"{f*c['low']:+.2f} to {f*c['high']:+.2f}", "over": f"{c['cases']} cases, {c['seeds']} seeds" if c["over"] != "cases" else f"{c['cases']} cases, these {c['seeds']} networks" if c["seeds"] > 1 else f"{c['cases']} cases, one network",
-                "p": "< 0.001" if c["corrected"] < .001 else f"{c['corrected']:.3f}", "effect": f"{c['effect']:+.2f}", "would have found": f"{f*c['detectable']:.2f} {unit}"}
+        return {
+            "question": ("primary: " if c["primary"] else "")
+            + f"{NAMES[c['backbone']]}, {short(c['a'])} minus {short(c['b'])}",
+            "cases": c["train_cases"],
+            "score": c["score"].replace("_", " "),
+            "difference": f"{f * c['difference']:+.2f} {unit}",
+            "95 % interval": f"{f * c['low']:+.2f} to {f * c['high']:+.2f}",
+            "over": f"{c['cases']} cases, {c['seeds']} seeds"
+            if c["over"] != "cases"
+            else f"{c['cases']} cases, these {c['seeds']} networks"
+            if c["seeds"] > 1
+            else f"{c['cases']} cases, one network",
+            "p": "< 0.001" if c["corrected"] < 0.001 else f"{c['corrected']:.3f}",
+            "effect": f"{c['effect']:+.2f}",
+            "would have found": f"{f * c['detectable']:.2f} {unit}",
+        }
+
     return [line(c) for c in found]
 
 # %% ../../nbs/4_inside/report.ipynb #b2f2305c
 def png(
-    fig, # a matplotlib Figure
-)->bytes:
+    fig,  # a matplotlib Figure
+) -> bytes:
     "A figure as a file"
-    with io.BytesIO() as out: fig.savefig(out, format="png", dpi=110); return out.getvalue()
+    with io.BytesIO() as out:
+        fig.savefig(out, format="png", dpi=110)
+        return out.getvalue()
+
 
 def draw_differences(
-    found:list, # of `comparisons`
-)->"Figure": # of matplotlib
+    found: list,  # of `comparisons`
+) -> "Figure":  # of matplotlib
     "Each difference in Dice with its interval, the primary one on top"
     from matplotlib.figure import Figure
+
     found = [c for c in found if c["score"] != "hd95"]
-    fig = Figure(figsize=(8, .8+.32*len(found)), layout="constrained"); ax = fig.subplots()
+    fig = Figure(figsize=(8, 0.8 + 0.32 * len(found)), layout="constrained")
+    ax = fig.subplots()
     for y, c in enumerate(reversed(found)):
         colour = COLOURS["edge" if c["primary"] else "prediction"]
-        ax.plot([100*c["low"], 100*c["high"]], [y, y], color=colour, lw=2); ax.plot(100*c["difference"], y, "o", color=colour)
+        ax.plot([100 * c["low"], 100 * c["high"]], [y, y], color=colour, lw=2)
+        ax.plot(100 * c["difference"], y, "o", color=colour)
     names = [f"{c['question']}, {c['cases']} cases: {c['score']}" for c in comparison_table(found)]
-    ax.set_yticks(range(len(found)), names[::-1], fontsize=8); ax.set_ylim(-.7, len(found)-.3); ax.axvline(0, color="gray", lw=1); ax.set_xlabel("difference in points, with 95 % interval"); ax.grid(axis="x", alpha=.3)
+    ax.set_yticks(range(len(found)), names[::-1], fontsize=8)
+    ax.set_ylim(-0.7, len(found) - 0.3)
+    ax.axvline(0, color="gray", lw=1)
+    ax.set_xlabel("difference in points, with 95 % interval")
+    ax.grid(axis="x", alpha=0.3)
     return fig
 
 # %% ../../nbs/4_inside/report.ipynb #f81f4d17
 def draw_sizes(
-    rows:list, # of `read_scores`
-    whole:int, # number of all training cases
-    scores=("dice", "surface_dice"), # of SCORES
-)->"Figure": # of matplotlib
+    rows: list,  # of `read_scores`
+    whole: int,  # number of all training cases
+    scores=("dice", "surface_dice"),  # of SCORES
+) -> "Figure":  # of matplotlib
     "Scores against the number of training cases: mean and standard deviation over seeds, for each network"
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(4.5*len(scores), 3.2), layout="constrained")
+
+    fig = Figure(figsize=(4.5 * len(scores), 3.2), layout="constrained")
     for ax, score in zip(fig.subplots(1, len(scores), squeeze=False)[0], scores):
         for i, (backbone, arm) in enumerate(networks_in(rows)):
             own = {r["train_cases"] for r in rows if (r["backbone"], r["arm"]) == (backbone, arm)}
-            at = sorted((whole if n == "all" else int(n), table_of(rows, score, backbone=backbone, arm=arm, train_cases=n).mean(1)) for n in own)
-            x, means = [n*1.02**i for n, _ in at], [m.mean() for _, m in at]                 # a little apart, so that bars do not hide each other
-            ax.errorbar(x, means, [m.std(ddof=1) if len(m) > 1 else 0 for _, m in at], capsize=3, marker="o", ms=4, label=title(backbone, arm))
-        ax.set(xscale="log", xlabel="training cases", ylabel=score.replace("_", " ")); ax.grid(alpha=.3)
-        ax.set_xticks(ticks := sorted({whole if r["train_cases"] == "all" else int(r["train_cases"]) for r in rows}), ticks); ax.minorticks_off()
-    ax.legend(frameon=False, fontsize=8); return fig
+            at = sorted(
+                (
+                    whole if n == "all" else int(n),
+                    table_of(rows, score, backbone=backbone, arm=arm, train_cases=n).mean(1),
+                )
+                for n in own
+            )
+            x, means = (
+                [n * 1.02**i for n, _ in at],
+                [m.mean() for _, m in at],
+            )  # a little apart, so that bars do not hide each other
+            ax.errorbar(
+                x,
+                means,
+                [m.std(ddof=1) if len(m) > 1 else 0 for _, m in at],
+                capsize=3,
+                marker="o",
+                ms=4,
+                label=title(backbone, arm),
+            )
+        ax.set(xscale="log", xlabel="training cases", ylabel=score.replace("_", " "))
+        ax.grid(alpha=0.3)
+        ax.set_xticks(
+            ticks := sorted(
+                {whole if r["train_cases"] == "all" else int(r["train_cases"]) for r in rows}
+            ),
+            ticks,
+        )
+        ax.minorticks_off()
+    ax.legend(frameon=False, fontsize=8)
+    return fig
 
 # %% ../../nbs/4_inside/report.ipynb #62073b1e
 def draw_robustness(
-    rows:list, # of robustness.csv, by `read_scores`
-    plain:list, # of scores.csv: strength 0
-    score:str="dice", # of SCORES
-)->"Figure": # of matplotlib
+    rows: list,  # of robustness.csv, by `read_scores`
+    plain: list,  # of scores.csv: strength 0
+    score: str = "dice",  # of SCORES
+) -> "Figure":  # of matplotlib
     "A score against the strength of each change: mean over seeds and cases, for each network"
     from matplotlib.figure import Figure
-    kinds, plain = list(dict.fromkeys(r["change"] for r in rows)), [{**r, "strength": 0} for r in plain if r["region"] == "mean" and r["train_cases"] == rows[0]["train_cases"]]
-    fig = Figure(figsize=(3*len(kinds), 3), layout="constrained"); axes = fig.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+
+    kinds, plain = (
+        list(dict.fromkeys(r["change"] for r in rows)),
+        [
+            {**r, "strength": 0}
+            for r in plain
+            if r["region"] == "mean" and r["train_cases"] == rows[0]["train_cases"]
+        ],
+    )
+    fig = Figure(figsize=(3 * len(kinds), 3), layout="constrained")
+    axes = fig.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for ax, kind in zip(axes, kinds):
         for backbone, arm in networks_in(rows):
-            own = [np.mean(table_of([*plain, *(r for r in rows if r["change"] == kind)], score, backbone=backbone, arm=arm, strength=s)) for s in range(6)]
+            own = [
+                np.mean(
+                    table_of(
+                        [*plain, *(r for r in rows if r["change"] == kind)],
+                        score,
+                        backbone=backbone,
+                        arm=arm,
+                        strength=s,
+                    )
+                )
+                for s in range(6)
+            ]
             ax.plot(range(6), own, ".-", label=title(backbone, arm))
-        ax.set(title=kind, xlabel="strength"); ax.grid(alpha=.3)
-    axes[0].set_ylabel(score.replace("_", " ")); axes[-1].legend(frameon=False, fontsize=7); return fig
+        ax.set(title=kind, xlabel="strength")
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel(score.replace("_", " "))
+    axes[-1].legend(frameon=False, fontsize=7)
+    return fig
 
 # %% ../../nbs/4_inside/report.ipynb #638ec6be
 def pick_cases(
-    rows:list, # of `read_scores`
-    backbone:str="segnet", # whose networks
-)->dict: # "best", "median", "worst" -> (name of the case, difference in Dice)
+    rows: list,  # of `read_scores`
+    backbone: str = "segnet",  # whose networks
+) -> dict:  # "best", "median", "worst" -> (name of the case, difference in Dice)
     "Where the edge stream helps most, in the middle, and least"
     table = lambda arm: table_of(rows, "dice", backbone=backbone, arm=arm).mean(0)
-    gain, cases = table("eg")-table("bare"), sorted({r["case"] for r in rows})
+    gain, cases = table("eg") - table("bare"), sorted({r["case"] for r in rows})
     order = np.argsort(gain, kind="stable")[::-1]
-    return {n: (cases[order[i]], float(gain[order[i]])) for n, i in (("best", 0), ("median", len(order)//2), ("worst", -1))}
+    return {
+        n: (cases[order[i]], float(gain[order[i]]))
+        for n, i in (("best", 0), ("median", len(order) // 2), ("worst", -1))
+    }
 
 # %% ../../nbs/4_inside/report.ipynb #d094a2c4
 _JUDGED = ("EG-CNN right, bare wrong", "bare right, EG-CNN wrong", "both wrong")
 
+
 def maps_of_case(
-    case, # Case with a label map
-    eg:tuple, # of `load_run`
-    bare:tuple, # of `load_run`
-)->dict: # "image", "truth", "eg", "bare", "edge" (D,H,W) on the scan's grid
+    case,  # Case with a label map
+    eg: tuple,  # of `load_run`
+    bare: tuple,  # of `load_run`
+) -> dict:  # "image", "truth", "eg", "bare", "edge" (D,H,W) on the scan's grid
     "What is shown of a case"
     seen, other = [look_inside(model, settings, task, case) for model, settings, task in (eg, bare)]
-    return {"image": seen["image"], "edge": seen["edge"], "eg": seen["labels"], "bare": other["labels"], "truth": read_labels(case.label).array.astype(int)}
+    return {
+        "image": seen["image"],
+        "edge": seen["edge"],
+        "eg": seen["labels"],
+        "bare": other["labels"],
+        "truth": read_labels(case.label).array.astype(int),
+    }
+
 
 def draw_cases(
-    shown:dict, # title -> of `maps_of_case`
-    task:Task, # whose labels are shown
-    credit:str="", # source and licence of the images
-)->"Figure": # of matplotlib
+    shown: dict,  # title -> of `maps_of_case`
+    task: Task,  # whose labels are shown
+    credit: str = "",  # source and licence of the images
+) -> "Figure":  # of matplotlib
     "Image, truth, with EG-CNN, without, predicted edges, disagreement: the slice with most foreground (Figures 2 and 3)"
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
-    fig = Figure(figsize=(13, 2.5*len(shown)+.7), layout="constrained")
+
+    fig = Figure(figsize=(13, 2.5 * len(shown) + 0.7), layout="constrained")
     grid = fig.subplots(len(shown), 6, squeeze=False)
-    for ax, name in zip(grid[0], ("image", "truth", "with EG-CNN", "without", "predicted edges", "disagreement")): ax.set_title(name, fontsize=9)
+    for ax, name in zip(
+        grid[0], ("image", "truth", "with EG-CNN", "without", "predicted edges", "disagreement")
+    ):
+        ax.set_title(name, fontsize=9)
     for axes, (title, maps) in zip(grid, shown.items()):
-        k = int((maps["truth"] > 0).sum((0, 1)).argmax()); cut = {n: m[..., k].T for n, m in maps.items()}
+        k = int((maps["truth"] > 0).sum((0, 1)).argmax())
+        cut = {n: m[..., k].T for n, m in maps.items()}
         right = {n: cut[n] == cut["truth"] for n in ("eg", "bare")}
-        judged = np.select([right["eg"] & ~right["bare"], right["bare"] & ~right["eg"], ~right["eg"] & ~right["bare"]], [1, 2, 3], 0)
+        judged = np.select(
+            [
+                right["eg"] & ~right["bare"],
+                right["bare"] & ~right["eg"],
+                ~right["eg"] & ~right["bare"],
+            ],
+            [1, 2, 3],
+            0,
+        )
         for ax, name in zip(axes, ("image", "truth", "eg", "bare", "edge", "disagreement")):
-            if name == "edge": ax.imshow(cut["edge"], cmap="inferno", vmin=0, vmax=1, origin="lower")
-            else: ax.imshow(cut["image"], cmap="gray", origin="lower")
-            if name in ("truth", "eg", "bare"): _overlay(ax, cut[name], {v: COLOURS[v] for v in filter(None, task.labels)})
-            if name == "disagreement": _overlay(ax, judged, dict(zip((1, 2, 3), (COLOURS["truth"], COLOURS["bare"], COLOURS["attention"]))), .9)
+            if name == "edge":
+                ax.imshow(cut["edge"], cmap="inferno", vmin=0, vmax=1, origin="lower")
+            else:
+                ax.imshow(cut["image"], cmap="gray", origin="lower")
+            if name in ("truth", "eg", "bare"):
+                _overlay(ax, cut[name], {v: COLOURS[v] for v in filter(None, task.labels)})
+            if name == "disagreement":
+                _overlay(
+                    ax,
+                    judged,
+                    dict(zip((1, 2, 3), (COLOURS["truth"], COLOURS["bare"], COLOURS["attention"]))),
+                    0.9,
+                )
             ax.set(xticks=[], yticks=[])
         axes[0].set_ylabel(title, fontsize=9)
     labels = [Patch(color=COLOURS[v], label=n) for v, n in task.labels.items() if v]
-    fig.legend(handles=[*labels, *(Patch(color=c, label=n) for c, n in zip((COLOURS["truth"], COLOURS["bare"], COLOURS["attention"]), _JUDGED))], loc="outside lower center", ncols=6, frameon=False, fontsize=8)
-    if credit: fig.suptitle(credit, fontsize=7, color="gray")
+    fig.legend(
+        handles=[
+            *labels,
+            *(
+                Patch(color=c, label=n)
+                for c, n in zip((COLOURS["truth"], COLOURS["bare"], COLOURS["attention"]), _JUDGED)
+            ),
+        ],
+        loc="outside lower center",
+        ncols=6,
+        frameon=False,
+        fontsize=8,
+    )
+    if credit:
+        fig.suptitle(credit, fontsize=7, color="gray")
     return fig
 
-def _overlay(ax, labels, colours, alpha=.6):
+
+def _overlay(ax, labels, colours, alpha=0.6):
     "Paint each label of a slice in its colour"
     from matplotlib.colors import ListedColormap
-    for v, c in colours.items(): ax.imshow(np.ma.masked_not_equal(labels, v), cmap=ListedColormap([c]), alpha=alpha, origin="lower", interpolation="nearest")
+
+    for v, c in colours.items():
+        ax.imshow(
+            np.ma.masked_not_equal(labels, v),
+            cmap=ListedColormap([c]),
+            alpha=alpha,
+            origin="lower",
+            interpolation="nearest",
+        )
 
 # %% ../../nbs/4_inside/report.ipynb #abecdb81
 FORMATS = {"md": "github", "tex": "latex_booktabs", "html": "html"}
 
+
 def write_tables(
-    folder, # where to
-    tables:dict, # name -> list of dicts: column -> text
-)->list: # of the files
+    folder,  # where to
+    tables: dict,  # name -> list of dicts: column -> text
+) -> list:  # of the files
     "Each table as Markdown, LaTeX and HTML"
     folder, files = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
         for end, form in FORMATS.items():
             text = tabulate(rows, "keys", form, disable_numparse=True)
-            files.append(folder/f"{name}.{end}"); write_whole(files[-1], lambda p, text=text: p.write_text(text+"\n"))
+            files.append(folder / f"{name}.{end}")
+            write_whole(files[-1], lambda p, text=text: p.write_text(text + "\n"))
     return files
+
 
 _STYLE = "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;margin:1em 0;display:block;overflow-x:auto}td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}img{max-width:100%}code{background:#f3f3f3;padding:.1em .3em}"
 
+
 def write_report(
-    path, # report.html
-    title:str, # of the page
-    parts:list, # of str (a paragraph), of (heading,), of a list of dicts (a table), or of (bytes of a PNG, what it shows)
-)->None:
+    path,  # report.html
+    title: str,  # of the page
+    parts: list,  # of str (a paragraph), of (heading,), of a list of dicts (a table), or of (bytes of a PNG, what it shows)
+) -> None:
     "A page without any other file"
+
     def part(p):
-        if isinstance(p, str): return f"<p>{html.escape(p)}</p>"
-        if isinstance(p, list): return tabulate(p, "keys", "html", disable_numparse=True)
-        if len(p) == 1: return f"<h2>{html.escape(p[0])}</h2>"
+        if isinstance(p, str):
+            return f"<p>{html.escape(p)}</p>"
+        if isinstance(p, list):
+            return tabulate(p, "keys", "html", disable_numparse=True)
+        if len(p) == 1:
+            return f"<h2>{html.escape(p[0])}</h2>"
         return f'<img alt="{html.escape(p[1])}" src="data:image/png;base64,{base64.b64encode(p[0]).decode()}">'
+
     text = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>{"".join(map(part, parts))}</body></html>'
     write_whole(path, lambda p: p.write_text(text))
