@@ -12,7 +12,6 @@ from egcnn_nb.method.losses import balanced_bce, consistency_loss, dice_loss
 from egcnn_nb.method.sobel import (
     edge_target,
     flat_face,
-    simple_magnitude,
     sobel_gradient,
     sobel_magnitude,
 )
@@ -65,10 +64,9 @@ def test_sobel_moves_with_the_image(seed, shape, axis):
 
 @tries
 @given(seeds, shapes, st.floats(-3, 3))
-def test_a_constant_does_not_matter_and_slabs_change_nothing(seed, shape, c):
+def test_a_constant_does_not_matter(seed, shape, c):
     x = drawn(seed, 1, 2, *shape)
     torch.testing.assert_close(sobel_magnitude(x + c), sobel_magnitude(x))
-    torch.testing.assert_close(sobel_magnitude(x), simple_magnitude(x))
 
 
 @tries
