@@ -166,7 +166,10 @@ def output(out, name, images, views):
 
 def notebook(path, views={}):
     "A notebook as Markdown; `views`: alternative text of a picture -> HTML in its place"
-    cells, module, text, images = json.loads(path.read_text())["cells"], "", [], []
+    cells = json.loads(path.read_text())["cells"]
+    module = ""
+    text = []
+    images = []
     for cell in cells:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
@@ -193,7 +196,8 @@ def notebook(path, views={}):
 
 def arguments(function):
     "The arguments of a function and what it returns, as a table"
-    rows, signature = docments(function, full=True), inspect.signature(function)
+    rows = docments(function, full=True)
+    signature = inspect.signature(function)
     word = lambda a: (
         ""
         if a in (inspect.Parameter.empty, None)
@@ -227,7 +231,8 @@ def arguments(function):
 
 def reference(module, page):
     "What a module offers, as Markdown"
-    m, text = importlib.import_module(f"egcnn_nb.{module}"), []
+    m = importlib.import_module(f"egcnn_nb.{module}")
+    text = []
     text.append(
         f"# {module}\n\n{inspect.getdoc(m)}\n\nDefined and explained in [{page}](../{page}.md)."
     )
@@ -254,7 +259,8 @@ def write(alive):
     (SOURCE / "api").mkdir(parents=True)
     shutil.copytree(ROOT / "nbs/images", SOURCE / "images")
     shutil.copytree(ROOT / "tools/site", SOURCE, dirs_exist_ok=True)
-    books, nav = notebooks(), []
+    books = notebooks()
+    nav = []
     for path in [ROOT / "nbs/index.ipynb", *books]:
         (SOURCE / f"{path.stem}.md").write_text(
             notebook(path, sweep(path) if path.stem in alive else {})

@@ -211,20 +211,25 @@ def measure_source(source: Source, group: Group, whole: bool) -> None:
     for number, line in enumerate(source.text.splitlines(), 1):
         if is_too_long(line):
             group.long_lines.append(f"{source.place}:{number}")
-    tree = ast.parse(source.text)
+    nodes = list(ast.walk(ast.parse(source.text)))
     if whole and lines:
-        value = density(ast.walk(tree), len(lines))
+        value = density(nodes, len(lines))
         group.densities.append(Density(source.place, value))
-    for node in ast.walk(tree):
-        if not isinstance(node, FUNCTIONS) or not body_of(node):
+    for function in nodes:
+        if not isinstance(function, FUNCTIONS) or not body_of(function):
             continue
-        place = f"{source.place}:{node.lineno} {node.name}"
-        group.functions += 1
-        if complexity(node) > MOST_COMPLEX:
-            group.complex.append(place)
+        place = f"{source.place}:{function.lineno} {function.name}"
+        measure_function(function, place, group)
         if not whole:
-            value = density_of(node, lines)
+            value = density_of(function, lines)
             group.densities.append(Density(place, value))
+
+
+def measure_function(function: ast.FunctionDef, place: str, group: Group) -> None:
+    "Count a function, and note it where it is too complex"
+    group.functions += 1
+    if complexity(function) > MOST_COMPLEX:
+        group.complex.append(place)
 
 
 def measure(name: str) -> Group:

@@ -1237,14 +1237,11 @@ def _head_of(run, flow, net, logits, head):
 
 def find_features(
     net: nn.Module,  # an encoder-decoder
-    example_input: Tensor
-    | tuple,  # (B,C,D,H,W) or (B,C,H,W), or (it, more arguments, dict of named)
+    example_input: Tensor | tuple,  # (B,C,[D,]H,W), or (it, more arguments, dict of named)
     features: list | None = None,  # names of the encoder's features, in place of those found
     decoder_entry: str | None = None,  # name of the first up-sampled map, in place of the one found
     head: str | None = None,  # name of the output layer, in place of the one found
-    output: int
-    | str
-    | None = None,  # item of the network's output with the logits; None: the first
+    output: int | str | None = None,  # item of the output with the logits; None: the first
 ) -> dict:  # encoder [(name, channels)] fine to deep, entry, head, sizes, macs, doubts and more
     """Follow one example to the logits and find the features; raises `InputError` that says which
     to name"""
