@@ -26,10 +26,8 @@ from egcnn_nb.data.patches import EpochBatches, Patches
 
 def ours(cases, task, patch, workers, cache):
     "Patches of cases that lie in the cache, mapped into memory"
-    patches, batches = (
-        Patches(prepared_cases(cases, task, cache, quiet=True), patch),
-        EpochBatches(len(cases), 2),
-    )
+    patches = Patches(prepared_cases(cases, task, cache, quiet=True), patch)
+    batches = EpochBatches(len(cases), 2)
     loader = DataLoader(
         patches, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0
     )
@@ -164,7 +162,8 @@ def memory():
     children = lambda p: [
         c for t in Path(f"/proc/{p}/task").iterdir() for c in (t / "children").read_text().split()
     ]
-    family, found = [str(os.getpid())], {"Pss": 0, "Pss_File": 0}
+    family = [str(os.getpid())]
+    found = {"Pss": 0, "Pss_File": 0}
     for p in family:
         family += children(p)
     for p in family:
@@ -179,7 +178,8 @@ def small(data, exclude, again=5):
     torch.set_num_threads(1)
     out = set(Path(exclude).read_text().split()) if exclude else set()
     dataset = find_dataset(data)
-    cases, patch = [c for c in dataset.cases if c.label and c.name not in out][:100], (40, 56, 40)
+    cases = [c for c in dataset.cases if c.label and c.name not in out][:100]
+    patch = (40, 56, 40)
     with tempfile.TemporaryDirectory() as tmp:
         sides = {n: f(cases, dataset.task, patch, 0, Path(tmp)) for n, f in SIDES.items()}
         seconds = {n: [] for n in sides}

@@ -60,11 +60,9 @@ def sobel(n):
 def losses(n):
     x, target = problem((1, 1, n, n, n))
     loss = EGLoss()
-    logits, edge, main = (
-        torch.randn(1, 3, n, n, n),
-        torch.randn(1, 2, n, n, n),
-        torch.randn(1, 3, n, n, n),
-    )
+    logits = torch.randn(1, 3, n, n, n)
+    edge = torch.randn(1, 2, n, n, n)
+    main = torch.randn(1, 3, n, n, n)
     return lambda: loss(
         logits.requires_grad_(), edge.requires_grad_(), target, main.requires_grad_(), [(0, 0)]
     )["total"].backward()
@@ -75,7 +73,8 @@ def train(n):
 
 
 def prediction(n):
-    net, x = EGCNN(SegNet(1, 3, 8, 3)).eval(), torch.randn(1, n, n, n)
+    net = EGCNN(SegNet(1, 3, 8, 3)).eval()
+    x = torch.randn(1, n, n, n)
     return lambda: infer(net, x, (96,) * 3)
 
 
@@ -121,10 +120,8 @@ def main():
     axes = fig.subplots(1, 2)
     for k, (name, (make, sizes)) in enumerate(WORK.items()):
         sizes = [n for n in sizes if n <= args.largest]
-        seconds, extra = (
-            [measured(make(n), args.again if n < 192 else 1) for n in sizes],
-            [memory(name, n) for n in sizes],
-        )
+        seconds = [measured(make(n), args.again if n < 192 else 1) for n in sizes]
+        extra = [memory(name, n) for n in sizes]
         axes[0].loglog([n**3 for n in sizes], seconds, "o-", ms=4, color=f"C{k}", label=name)
         axes[1].loglog(
             [n**3 for n in sizes], np.array(extra) / 2**20, "o-", ms=4, color=f"C{k}", label=name

@@ -22,7 +22,8 @@ def rows():
             or "ms" in cells[4]
         ):
             continue
-        ratio, wanted = number(cells[4]), number(cells[5])
+        ratio = number(cells[4])
+        wanted = number(cells[5])
         yield (
             f"{cells[0]}\nagainst {cells[2].split(' (')[0]}".replace("`", ""),
             ratio / wanted if "≥" in cells[5] else wanted / ratio,

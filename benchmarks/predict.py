@@ -66,7 +66,8 @@ def run_folder(folder, task, precision, edge):
 
 def measured(words):
     "Seconds and peak memory in GiB of a command"
-    start, process = time.time(), subprocess.Popen(words)
+    start = time.time()
+    process = subprocess.Popen(words)
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, words
     return time.time() - start, usage.ru_maxrss / 2**20

@@ -63,7 +63,8 @@ def alone(n, again):
 
 def measure(n, again=5, rounds=3):
     "Seconds of a step: one process, n processes, and the bytes of a gradient"
-    one, many = [], []
+    one = []
+    many = []
     with tempfile.TemporaryDirectory() as tmp:
         for _ in range(rounds):
             one.append(alone(n, again))

@@ -111,7 +111,8 @@ def by_scipy(x):
 def sobel():
     from monai.transforms import SobelGradients
 
-    x, monai = torch.randn(1, 3, 128, 128, 128), SobelGradients(padding_mode="replicate")
+    x = torch.randn(1, 3, 128, 128, 128)
+    monai = SobelGradients(padding_mode="replicate")
     assert np.allclose(sobel_magnitude(x)[0].numpy(), by_scipy(x), atol=1e-3) and torch.allclose(
         sobel_magnitude(x), by_convolution(x), atol=1e-3
     )
@@ -162,12 +163,10 @@ def problem(shape):
 
 def step(net, x, target, precision="fp32", eg=None):
     "A function that trains one step, as egcnn_train does; `eg`: whether the network has an edge stream, where its class does not say"
-    loss, optimizer, eg, keys = (
-        EGLoss(),
-        torch.optim.Adam(net.parameters(), 1e-4, fused=True),
-        isinstance(net, EGCNN) if eg is None else eg,
-        [(0, i) for i in range(len(x))],
-    )
+    loss = EGLoss()
+    optimizer = torch.optim.Adam(net.parameters(), 1e-4, fused=True)
+    eg = isinstance(net, EGCNN) if eg is None else eg
+    keys = [(0, i) for i in range(len(x))]
 
     def train():
         with autocast(precision, x.device):
@@ -195,11 +194,9 @@ def losses():
     found = []
     for name, (width, levels, shape) in SETTINGS.items():
         x, target = problem(shape)
-        net, loss, keys = (
-            EGCNN(SegNet(shape[1], 3, width, levels)),
-            EGLoss(),
-            [(0, i) for i in range(len(x))],
-        )
+        net = EGCNN(SegNet(shape[1], 3, width, levels))
+        loss = EGLoss()
+        keys = [(0, i) for i in range(len(x))]
         with torch.no_grad():
             outs = net(x, return_main=True)
 
@@ -224,7 +221,8 @@ def steps():
     found = []
     for name, (width, levels, shape) in SETTINGS.items():
         x, target = problem(shape)
-        eg, bare = EGCNN(SegNet(shape[1], 3, width, levels)), SegNet(shape[1], 3, width, levels)
+        eg = EGCNN(SegNet(shape[1], 3, width, levels))
+        bare = SegNet(shape[1], 3, width, levels)
         parameters, adds = cost(eg, x)
         wider = next(
             net
@@ -265,22 +263,20 @@ def segresnet():
     found = []
     for name, (width, levels, shape) in SETTINGS.items():
         x, target = problem(shape)
-        x, target = (
-            x.expand(2, *x.shape[1:]).clone(),
-            target.expand(2, *target.shape[1:]).clone(),
-        )  # batch 2: neither on torch's slow path
-        ours, theirs = (
-            SegNet(shape[1], 3, width, levels),
-            SegResNet(
-                3,
-                width,
-                shape[1],
-                3,
-                blocks_down=(1, 2, 2, 4)[:levels],
-                blocks_up=(1,) * (levels - 1),
-            ),
+        # batch 2: neither on torch's slow path
+        x = x.expand(2, *x.shape[1:]).clone()
+        target = target.expand(2, *target.shape[1:]).clone()
+        ours = SegNet(shape[1], 3, width, levels)
+        theirs = SegResNet(
+            3,
+            width,
+            shape[1],
+            3,
+            blocks_down=(1, 2, 2, 4)[:levels],
+            blocks_up=(1,) * (levels - 1),
         )
-        own, other = cost(ours, x), cost(theirs, x)
+        own = cost(ours, x)
+        other = cost(theirs, x)
         assert own == other, (own, other)
         t = medians(
             7 if name == "a" else 3, ours=step(ours, x, target), theirs=step(theirs, x, target)
@@ -319,7 +315,8 @@ def bf16():
 def batch_1():
     width, levels, shape = SETTINGS["a"]
     x, target = problem(shape)
-    x, target = x[..., :40, :56, :40].contiguous(), target[..., :40, :56, :40].contiguous()
+    x = x[..., :40, :56, :40].contiguous()
+    target = target[..., :40, :56, :40].contiguous()
     net = EGCNN(SegNet(1, 3, width, levels))
     t = medians(ours=step(net, x[:1], target[:1]), two=step(net, x, target))
     return [
@@ -339,7 +336,8 @@ def batch_1():
 def predict():
     from monai.inferers import sliding_window_inference
 
-    net, x = SegNet(4, 3, 8, 4).eval(), torch.zeros(4, 240, 240, 155)
+    net = SegNet(4, 3, 8, 4).eval()
+    x = torch.zeros(4, 240, 240, 155)
     x[:, 40:200, 25:215, 5:150] = torch.randn(4, 160, 190, 145)
     inside = x[:, 40:200, 25:215, 5:150].contiguous()
     with torch.no_grad():
@@ -406,14 +404,12 @@ def first_picture():
     "Start a kernel and run the cells of 02_scans_and_masks until a picture has arrived"
     manager, client = start_new_kernel(cwd=str(LESSON))
     seen = lambda m: pictures.append(m) if "image/png" in m["content"].get("data", {}) else None
-    cells, pictures = (
-        [
-            c
-            for c in json.loads((LESSON / "02_scans_and_masks.ipynb").read_text())["cells"]
-            if c["cell_type"] == "code"
-        ],
-        [],
-    )
+    cells = [
+        c
+        for c in json.loads((LESSON / "02_scans_and_masks.ipynb").read_text())["cells"]
+        if c["cell_type"] == "code"
+    ]
+    pictures = []
     try:
         while not pictures:
             assert (

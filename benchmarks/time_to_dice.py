@@ -20,11 +20,12 @@ import time
 from itertools import product
 from pathlib import Path
 
-GOAL, PATCH, VALIDATION = 0.85, (40, 56, 40), 28
-RATES, EPOCHS = (
-    (1e-3, 3e-3),
-    {False: (6, 12), True: (12, 20)},
-)  # tried by each side; learning takes longer where patches are mirrored
+GOAL = 0.85
+PATCH = (40, 56, 40)
+VALIDATION = 28
+# tried by each side; learning takes longer where patches are mirrored
+RATES = (1e-3, 3e-3)
+EPOCHS = {False: (6, 12), True: (12, 20)}
 COLUMNS = [
     "side",
     "seed",
@@ -39,11 +40,10 @@ COLUMNS = [
     "best dice",
     "curve",
 ]
-DICE, ENTROPY = ["--reading", "semantic=dice"], ["--reading", "semantic=dice_ce"]
-CONSISTENT, PLAIN = (
-    ["--edge", "off", "--reading", "consistency_alone=True"],
-    ["--reading", "norm_head=False"],
-)
+DICE = ["--reading", "semantic=dice"]
+ENTROPY = ["--reading", "semantic=dice_ce"]
+CONSISTENT = ["--edge", "off", "--reading", "consistency_alone=True"]
+PLAIN = ["--reading", "norm_head=False"]
 OURS = {
     "EG-CNN": ["--edge", "on", *DICE],
     "EG-CNN + cross entropy": ["--edge", "on", *ENTROPY],
@@ -92,10 +92,8 @@ def monai(args):
     set_determinism(args.seed)
     cpu = torch.device("cpu")
     precision = "fp32" if args.fp32 else best_precision(cpu)
-    keys, files = (
-        ["x", "y"],
-        lambda cases: [{"x": str(c.images[0]), "y": str(c.label)} for c in cases],
-    )
+    keys = ["x", "y"]
+    files = lambda cases: [{"x": str(c.images[0]), "y": str(c.label)} for c in cases]
     steady = [
         T.LoadImaged(keys),
         T.EnsureChannelFirstd(keys),
@@ -118,15 +116,11 @@ def monai(args):
         if args.one == "MONAI SegResNet"
         else UNet(3, 1, 3, (16, 32, 64, 128), (2, 2, 2), num_res_units=2)
     )
-    loss, optimizer = (
-        DiceCELoss(to_onehot_y=True, softmax=True),
-        torch.optim.AdamW(net.parameters(), args.lr),
-    )
-    decay, dice, one_hot = (
-        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(loader)),
-        DiceMetric(include_background=False),
-        T.AsDiscrete(to_onehot=3),
-    )
+    loss = DiceCELoss(to_onehot_y=True, softmax=True)
+    optimizer = torch.optim.AdamW(net.parameters(), args.lr)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(loader))
+    dice = DiceMetric(include_background=False)
+    one_hot = T.AsDiscrete(to_onehot=3)
     for epoch in range(args.epochs):
         net.train()
         for batch in loader:
@@ -201,7 +195,9 @@ def reach(name, args, seed, lr, epochs):
         open(f"{tmp}/errors.txt", "w+") as errors,
     ):  # files and not pipes: a pipe that nobody reads fills, and the run waits for ever
         (Path(tmp) / "validation.txt").write_text("\n".join(c.name for c in split(args)[1]))
-        start, found, ours = time.time(), [], name in OURS
+        start = time.time()
+        found = []
+        ours = name in OURS
         run = subprocess.Popen(
             words(name, args, seed, lr, epochs, tmp),
             stdout=subprocess.DEVNULL if ours else subprocess.PIPE,
@@ -245,7 +241,8 @@ def followed(run, log):
 def told(name, args, seed, lr, epochs):
     "Run a side and print its line; seconds to the goal"
     found = reach(name, args, seed, lr, epochs)
-    (seconds, epoch, dice), best = found[-1], max(d for *_, d in found)
+    (seconds, epoch, dice) = found[-1]
+    best = max(d for *_, d in found)
     print(
         f"| {name} | {seed} | {lr:g} | {epochs} | {f'{seconds:.0f}' if dice >= GOAL else f'not within {seconds:.0f}'} | {epoch} | {best:.4f} |",
         flush=True,

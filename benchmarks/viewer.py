@@ -26,7 +26,8 @@ def steps(n):
     label = np.zeros(volume.shape[1:], np.uint8)
     for value, r in ((2, 50), (1, 35), (4, 20)):
         label[120 - r : 120 + r, 120 - r : 120 + r, 80 - r : 80 + r] = value
-    v, out = view(volume, label, pred=np.roll(label, 3, 0)), []
+    v = view(volume, label, pred=np.roll(label, 3, 0))
+    out = []
     for i in range(n):
         slider = v.controls["ijk"[i % 3]]
         start = time.perf_counter()
@@ -41,10 +42,8 @@ def opening():
     volume[100:400, 100:400, 100:300] = 700
     label = (volume > 0).astype(np.uint8)
     gc.collect()
-    before, own = (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        volume.nbytes + label.nbytes,
-    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    own = volume.nbytes + label.nbytes
     start = time.perf_counter()
     view(volume, label)
     seconds = time.perf_counter() - start

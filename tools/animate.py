@@ -44,15 +44,11 @@ def main():
     case = load_case(find_dataset(ROOT / "data_samples/brats2019").cases[0], BRATS, need_label=True)
     with torch.no_grad():
         logits, edges, alphas = pretrained("eg")(case.x[None], return_attention=True)
-    truth, found = (
-        to_target(case.labels[None].long(), BRATS)[0, 0].numpy(),
-        (probabilities(logits, "sigmoid")[0, 0] > 0.5).float().numpy(),
-    )
-    flair, gray, heat = (
-        case.x[-1].numpy(),
-        dict(cmap="gray"),
-        dict(cmap="inferno", vmin=0.5, vmax=1),
-    )
+    truth = to_target(case.labels[None].long(), BRATS)[0, 0].numpy()
+    found = (probabilities(logits, "sigmoid")[0, 0] > 0.5).float().numpy()
+    flair = case.x[-1].numpy()
+    gray = dict(cmap="gray")
+    heat = dict(cmap="inferno", vmin=0.5, vmax=1)
     gray |= dict(zip(("vmin", "vmax"), np.percentile(flair, (2, 99.5))))
     target = edge_target(torch.as_tensor(truth)[None, None])[0, 0].numpy()
     maps = [

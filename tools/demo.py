@@ -57,7 +57,8 @@ def results(out):
     cases = [c for c in find_dataset(DATA).cases if c.name in held_out]
     truth = {c.name: read_labels(c.label).array.astype(int) for c in cases}
     first = max(cases, key=lambda c: len(np.unique(truth[c.name])))  # the one with most to see
-    scores, shown = {}, {"truth": truth[first.name], "image": read_volume(first.images[1]).array}
+    scores = {}
+    shown = {"truth": truth[first.name], "image": read_volume(first.images[1]).array}
     for name in ("bare", "eg"):
         run = load_run(out / name)
         for case in cases:

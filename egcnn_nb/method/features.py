@@ -9,10 +9,11 @@ __all__ = ['listen', 'evaluating', 'logits_of', 'find_features', 'multiply_adds'
 import copy
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from math import log2, prod
 from typing import NamedTuple, cast
 
@@ -26,67 +27,89 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..core import InputError, expect, require
 
 # %% ../../nbs/4_inside/features.ipynb #6c000007
-_SITE = re.compile(r"([^#\[]*)(?:#(\d+))?((?:\[[^\]]*\])*)")
+# a module's name, "#2" for a call of it, and "[0]" for an item of what it puts out
+_SITE = re.compile(r"(?P<module>[^#\[]*)(?:#(?P<call>\d+))?(?P<items>(?:\[[^\]]*\])*)")
 
 
-def _parts(site):
-    "Name of the module, number of the call (0: any), and keys into what it puts out"
-    match = _SITE.fullmatch(site)
+@dataclass(frozen=True)
+class _Place:
+    "Where a map is caught: its name, taken apart"
+
+    name: str  # as it was given, such as "up#2" or "enc[0]"
+    module: str  # name of the module
+    call: int  # number of the call, from 1; 0: any
+    keys: tuple  # into nested tuples, lists and dicts, as strings
+
+
+def _place(name):
+    "Take the name of a map apart"
+    match = _SITE.fullmatch(name)
     if match is None:
-        return site, 0, []
-    return match[1], int(match[2] or 0), re.findall(r"\[([^\]]*)\]", match[3])
+        return _Place(name, name, 0, ())
+    keys = re.findall(r"\[([^\]]*)\]", match["items"])
+    call = int(match["call"] or 0)
+    return _Place(name, match["module"], call, tuple(keys))
 
 
 def _item(output, keys):
-    "What stands under `keys` in nested tuples, lists and dicts"
+    "The item under `keys` in nested tuples, lists and dicts"
     for key in keys:
         if isinstance(output, dict):
-            output = next(v for k, v in output.items() if str(k) == key)
+            by_word = {str(k): value for k, value in output.items()}
+            output = by_word[key]
         else:
             output = output[int(key)]
     return output
 
 
-def _caught(seen, sites, of_call):
-    "A hook that counts the calls of its module and keeps what `sites` name"
-    count = 0
+class _Catcher:
+    "Hooks of one module that keep what its places name"
 
-    def catch(value):
-        nonlocal count
-        count += 1
-        for site, call, keys in sites:
-            if call in (0, count):
-                seen[of_call.format(site)] = _item(value, keys)
+    def __init__(self, seen, places):
+        self.seen = seen  # name -> tensor, filled while the network runs
+        self.places = places
+        self.calls = 0  # so far
 
-    return catch
+    def after(self, module, taken, out):
+        "Keep what the module puts out"
+        self.calls += 1
+        for place in self.places:
+            if place.call in (0, self.calls):
+                self.seen[place.name] = _item(out, place.keys)
+
+    def before(self, module, taken):
+        "Keep the first input of the module"
+        self.calls += 1
+        for place in self.places:
+            if place.call in (0, self.calls):
+                self.seen[f"{place.name}:input"] = taken[0]
 
 
-def _by_module(sites):
-    "Module -> (site, number of the call, keys) of each site"
+def _by_module(names):
+    "Module -> places in what it puts out"
     found = {}
-    for site in sites:
-        module, call, keys = _parts(site)
-        found.setdefault(module, []).append((site, call, keys))
+    for name in names:
+        place = _place(name)
+        found.setdefault(place.module, []).append(place)
     return found
 
 
 @contextmanager
 def listen(
     net: nn.Module,  # network to listen to
-    names,  # of modules, as in net.named_modules(), of a call "up#2" or an item "enc[0]"
-    inputs=(),  # names of modules whose first input is caught as well, under "name:input"
+    names: Iterable[str],  # of modules in net.named_modules(), a call "up#2" or an item "enc[0]"
+    inputs: Iterable[str] = (),  # modules whose first input is caught too, under "name:input"
 ) -> Iterator[dict]:  # name -> Tensor, filled while the network runs
     "Catch the outputs of named modules during one pass"
-    seen, handles = {}, []
+    seen = {}
+    handles = []
     try:
-        for module, sites in _by_module(names).items():
-            catch = _caught(seen, sites, "{}")
-            hook = lambda mod, taken, out, catch=catch: catch(out)
-            handles.append(net.get_submodule(module).register_forward_hook(hook))
-        for module, sites in _by_module(inputs).items():
-            catch = _caught(seen, [(site, call, []) for site, call, _ in sites], "{}:input")
-            hook = lambda mod, taken, catch=catch: catch(taken[0])
-            handles.append(net.get_submodule(module).register_forward_pre_hook(hook))
+        for name, places in _by_module(names).items():
+            hook = _Catcher(seen, places).after
+            handles.append(net.get_submodule(name).register_forward_hook(hook))
+        for name, places in _by_module(inputs).items():
+            hook = _Catcher(seen, places).before
+            handles.append(net.get_submodule(name).register_forward_pre_hook(hook))
         yield seen
     finally:
         for handle in handles:
@@ -98,7 +121,7 @@ def evaluating(
     net: nn.Module,  # any network
 ) -> Iterator[None]:  # context
     "In evaluation mode for a while; afterwards each module is in the mode it was in, frozen ones too"
-    modes = {m: m.training for m in net.modules()}
+    modes = {module: module.training for module in net.modules()}
     net.eval()
     try:
         yield
@@ -107,6 +130,9 @@ def evaluating(
             module.training = training
 
 # %% ../../nbs/4_inside/features.ipynb #6c00000a
+_USUAL = ("logits", "out", "seg")  # keys of logits in a dict
+
+
 def _entries(output):
     "Key and value of each item of a tuple, list or dict"
     if isinstance(output, dict):
@@ -117,34 +143,53 @@ def _entries(output):
 
 
 def logits_of(
-    output,  # what a network returns: tensor, tuple, list, dict, or a stack (B,n,K,D,H,W) of deep supervision
+    output: object,  # of a network: tensor, tuple, list, dict, or a stack (B,n,K,D,H,W)
     dims: int,  # 2 or 3 spatial axes
-    which: int
-    | str
-    | None = None,  # number or key of the item that holds the logits; None: the first
+    which: int | str | None = None,  # number or key of the item with the logits; None: the first
 ) -> Tensor | None:  # (B,K,D,H,W), or None where there is no such tensor
-    "The logits in a network's output: the first tensor of the right number of axes, or the one you name (our choice)"
+    """The logits in a network's output: the first tensor of the right number of axes, or the one
+    you name (our choice)"""
     if isinstance(output, Tensor):
-        if output.dim() == dims + 3:
-            return output[:, which if isinstance(which, int) else 0]
-        return output if output.dim() == dims + 2 else None
-    entries = _entries(output)
+        return _logits_in_tensor(output, dims, which)
     if which is not None:
-        keys = [k for k, _ in entries]
-        if isinstance(which, int) and which < 0 and keys == list(range(len(keys))):
-            which = which + len(keys)
-        found = [v for k, v in entries if k == which]
-        require(found, f"output={which!r} is not in what the network returns. Name one of {keys}.")
-        return logits_of(found[0], dims)
-    if isinstance(output, dict):
-        known = [(k, v) for k, v in entries if k in ("logits", "out", "seg")]
-        order = ("logits", "out", "seg")
-        entries = sorted(known, key=lambda entry: order.index(entry[0])) or entries
-    for _, item in entries:
+        return logits_of(_chosen(output, which), dims)
+    for item in _candidates(output):
         found = logits_of(item, dims)
         if found is not None:
             return found
     return None
+
+
+def _logits_in_tensor(output, dims, which):
+    "A tensor with the axes of a map, or one output in a stack of deep supervision"
+    if output.dim() == dims + 3:
+        number = which if isinstance(which, int) else 0
+        return output[:, number]
+    if output.dim() == dims + 2:
+        return output
+    return None
+
+
+def _chosen(output, which):
+    "The item of a network's output with this number or key; raises `InputError` where none has"
+    items = dict(_entries(output))
+    keys = list(items)
+    if isinstance(which, int) and which < 0 and keys == list(range(len(keys))):
+        which += len(keys)
+    require(
+        which in keys,
+        f"output={which!r} is not in what the network returns. Name one of {keys}.",
+    )
+    return items[which]
+
+
+def _candidates(output):
+    "The items in which the logits may be: those with a usual key, else all"
+    if isinstance(output, dict):
+        usual = [output[key] for key in _USUAL if key in output]
+        if usual:
+            return usual
+    return [item for _, item in _entries(output)]
 
 # %% ../../nbs/4_inside/features.ipynb #6c00000d
 _RESHAPES = {
@@ -160,9 +205,8 @@ _RESHAPES = {
     "unbind",
 }
 _TURNS = {"permute", "transpose", "t", "mT", "movedim"}
-_MOVES = (
-    _RESHAPES | _TURNS | {"clone", "slice", "alias", "detach", "_to_copy", "constant_pad_nd", "cat"}
-)
+_COPIES = {"clone", "slice", "alias", "detach", "_to_copy", "constant_pad_nd", "cat"}
+_MOVES = _RESHAPES | _TURNS | _COPIES
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
 _BOUNDED = {"sigmoid", "_softmax", "hardsigmoid"}
 
@@ -184,7 +228,10 @@ class _Step:
     @property
     def level(self) -> float:
         "Logarithm of the scale: 0 at full resolution, 1 more for each halving of one axis"
-        return round(sum(log2(s) for s in self.scale or ()), 1)
+        if self.scale is None:
+            return 0
+        halvings = map(log2, self.scale)
+        return round(sum(halvings), 1)
 
 
 class _Recorder(TorchDispatchMode):
@@ -192,133 +239,244 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, image):
         super().__init__()
-        self.dims, self.size = image.dim() - 2, image.shape[2:]
-        self.steps, self.of, self.written, self.scales = [], WeakTensorKeyDictionary(), {}, {}
+        self.dims = image.dim() - 2
+        self.size = image.shape[2:]
+        self.steps = []
+        self.made = WeakTensorKeyDictionary()  # tensor -> number of the step that made it
+        self.written = {}  # memory -> number of the step that wrote into it last
+        self.scales = {}  # size of a map -> its scale
         self._add(image, _Step("input", (), tuple(image.shape), (1,) * self.dims))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        taken = [self.number(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        inputs = tuple(dict.fromkeys(n for n in taken if n is not None))
+        inputs = self._numbers(args, kwargs)
         if inputs:
-            name = func.overloadpacket.__name__.removesuffix("_")
-            for t in tree_leaves(out):
-                if isinstance(t, Tensor):
-                    self._add(t, self._step(name, args, inputs, t))
+            op = func.overloadpacket.__name__.removesuffix("_")
+            for tensor in _tensors_in(out):
+                self._add(tensor, self._step(op, args, inputs, tensor))
             self._note_written(func, args)
         return out
 
-    def number(self, t):
-        "Number of the step that made a tensor, or wrote into it last; None: it does not depend on the image"
-        made, written = self.of.get(t), self.written.get(StorageWeakRef(t.untyped_storage()))
-        if written is None or (made is not None and made >= written):
+    def _numbers(self, *arguments):
+        "Numbers of the steps that made the tensors in some arguments, each once"
+        numbers = {}  # a dict keeps the order
+        for tensor in _tensors_in(arguments):
+            number = self.number(tensor)
+            if number is not None:
+                numbers[number] = True
+        return tuple(numbers)
+
+    def number(self, tensor):
+        """Number of the step that made a tensor, or wrote into it last; None: it does not depend on
+        the image"""
+        made = self.made.get(tensor)
+        written = self.written.get(_memory(tensor))
+        if written is None:
+            return made
+        if made is not None and made >= written:
             return made
         inputs = (written,) if made is None else (made, written)
-        self._add(t, self._step("join", (t,), inputs, t))
-        return self.of[t]
+        self._add(tensor, self._step("join", (tensor,), inputs, tensor))
+        return self.made[tensor]
 
-    def _add(self, t, step):
+    def _add(self, tensor, step):
+        "Append a step that made a tensor"
+        self.made[tensor] = len(self.steps)
         self.steps.append(step)
-        self.of[t] = len(self.steps) - 1
         if step.scale is not None:
-            self.scales[tuple(t.shape[2:])] = step.scale
+            size = tuple(tensor.shape[2:])
+            self.scales[size] = step.scale
 
     def _note_written(self, func, args):
-        "Whoever else shares the memory of what was written into depends on it now"
-        for given, value in zip(func._schema.arguments, args):
-            written = given.alias_info is not None and given.alias_info.is_write
-            if written and isinstance(value, Tensor):
-                self.written[StorageWeakRef(value.untyped_storage())] = len(self.steps) - 1
-                self.of[value] = len(self.steps) - 1
+        "Every tensor that shares the memory of what was written into depends on the last step now"
+        last = len(self.steps) - 1
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            alias = argument.alias_info
+            if alias is not None and alias.is_write and isinstance(value, Tensor):
+                self.written[_memory(value)] = last
+                self.made[value] = last
 
     def _step(self, op, args, inputs, out):
+        "The record of one operation"
         steps = [self.steps[n] for n in inputs]
-        step = _Step(op, inputs, tuple(out.shape), self._scale(op, args, steps, out))
-        resized = op in _MOVES or "upsample" in op
-        step.bounded = op in _BOUNDED or (resized and all(s.bounded for s in steps))
-        gates = tuple(n for n, s in zip(inputs, steps) if s.bounded)
-        if op == "mul" and len(inputs) == 2 and len(gates) == 1:
-            step.gates = gates
+        scale = self._scale(op, args, steps, out)
+        step = _Step(op, inputs, tuple(out.shape), scale)
+        step.bounded = op in _BOUNDED
+        if op in _MOVES or "upsample" in op:
+            step.bounded = all(before.bounded for before in steps)
+        if op == "mul":
+            step.gates = self._gates(inputs)
         if op == "convolution":
-            step.spatial = max(args[1].shape[2:]) > 1 and not args[6]
-            step.widens = out.shape[1] > args[0].shape[1]
+            image, kernel, transposed = args[0], args[1], args[6]
+            step.spatial = max(kernel.shape[2:]) > 1 and not transposed
+            step.widens = out.shape[1] > image.shape[1]
         step.macs = _multiply_adds(op, args, out)
         return step
 
+    def _gates(self, inputs):
+        "The one of two factors that is a softmax or sigmoid; none where both are, or neither"
+        gates = [n for n in inputs if self.steps[n].bounded]
+        if len(inputs) == 2 and len(gates) == 1:
+            return tuple(gates)
+        return ()
+
+    def _is_map(self, shape):
+        "Whether a tensor of this shape has the axes of a map, and more than one place"
+        if len(shape) != self.dims + 2:
+            return False
+        places = prod(shape[2:])
+        return places > 1
+
     def _scale(self, op, args, steps, out):
         "Voxels of the image a voxel of `out`, along each axis, or None where it is no map"
-        size, maps = tuple(out.shape[2:]), [s for s in steps if s.scale is not None]
-        if out.dim() != self.dims + 2 or prod(size) <= 1:
+        if not self._is_map(out.shape):
             return None
-        if op == "convolution" or "pool" in op or "upsample" in op or op.startswith("pixel_"):
-            source = self.number(args[0])
-            base = None if source is None else self._source(self.steps[source])
-            return None if base is None else _resampled(op, args, base, size)
+        size = tuple(out.shape[2:])
+        if _resamples(op):
+            return self._resampled_scale(op, args, size)
+        maps = [step for step in steps if step.scale is not None]
         if op in _RESHAPES or op in _TURNS:
-            if not maps:
-                return self.scales.get(size)
-            kept = op in _RESHAPES and maps[0].shape[2:] == size
-            return maps[0].scale if kept else None
+            return self._moved_scale(op, maps, size)
         if not maps:
             return None
-        base = next((s for s in maps if s.shape[2:] == size), maps[0])
-        if op == "slice" and len(args) == 5 and args[1] >= 2:
-            return tuple(s * args[4] if i == args[1] - 2 else s for i, s in enumerate(base.scale))
+        same = [step for step in maps if step.shape[2:] == size]
+        base = same[0] if same else maps[0]
+        if op == "slice":
+            return _sliced(base.scale, args)
         return base.scale
 
-    def _source(self, step):
-        "A step that is resampled, with a scale that follows from its size if unknown; None: no map"
-        if step.scale is None and len(step.shape) == self.dims + 2 and prod(step.shape[2:]) > 1:
-            step.scale = tuple(max(round(n / m), 1) for n, m in zip(self.size, step.shape[2:]))
-            self.scales[step.shape[2:]] = step.scale
-            if step.op == "clone":
-                self._source(self.steps[step.inputs[0]])
-        return step if step.scale is not None else None
+    def _moved_scale(self, op, maps, size):
+        "Scale of a map that was made by a reshape or a turn of the axes"
+        if not maps:  # tokens that become a map
+            return self.scales.get(size)
+        if op in _RESHAPES and maps[0].shape[2:] == size:
+            return maps[0].scale
+        return None
+
+    def _resampled_scale(self, op, args, size):
+        "Scale of what a convolution, pooling or up-sampling makes"
+        source = self._source(args[0])
+        if source is None:
+            return None
+        return _resampled(op, args, source, size)
+
+    def _source(self, tensor):
+        "The step of a map that is resampled; None: it does not depend on the image, or is no map"
+        number = self.number(tensor)
+        if number is None:
+            return None
+        step = self.steps[number]
+        self._settle_scale(step)
+        return None if step.scale is None else step
+
+    def _settle_scale(self, step):
+        "Give a map of unknown scale, and those that it is a copy of, the scale of its size"
+        if step.scale is not None or not self._is_map(step.shape):
+            return
+        size = step.shape[2:]
+        scale = []
+        for whole, part in zip(self.size, size, strict=True):
+            voxels = round(whole / part)
+            scale.append(max(voxels, 1))
+        step.scale = tuple(scale)
+        self.scales[size] = step.scale
+        if step.op == "clone":
+            self._settle_scale(self.steps[step.inputs[0]])
+
+
+def _tensors_in(values):
+    "All tensors in nested tuples, lists and dicts"
+    leaves = tree_leaves(values)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _memory(tensor):
+    "A key for the memory that a tensor shares with its views"
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def _resamples(op):
+    "Whether an operation may change the resolution of a map"
+    if op == "convolution" or op.startswith("pixel_"):
+        return True
+    return "pool" in op or "upsample" in op
+
+
+def _sliced(scale, args):
+    "Scale of a map that was sliced along one axis, perhaps with a step"
+    if len(args) < 5 or args[1] < 2:
+        return scale
+    axis, step = args[1] - 2, args[4]
+    sliced = list(scale)
+    sliced[axis] *= step
+    return tuple(sliced)
 
 
 def _strides(op, args, dims):
     "Strides of a convolution or pooling, None where there are none"
-    stride = args[3] if op == "convolution" else None
-    if "_pool" in op and "adaptive" not in op:
-        stride = (args[2] if len(args) > 2 else None) or args[1]
+    stride = None
+    if op == "convolution":
+        stride = args[3]
+    elif "_pool" in op and "adaptive" not in op:
+        kernel = args[1]
+        stride = (args[2] if len(args) > 2 else None) or kernel
     if stride is None:
         return None
-    stride = [stride] if isinstance(stride, int) else list(stride)
-    return stride * dims if len(stride) == 1 else stride
+    strides = [stride] if isinstance(stride, int) else list(stride)
+    return strides * dims if len(strides) == 1 else strides
 
 
-def _resampled(op, args, base, size):
-    "Scale of what a convolution, pooling or up-sampling makes of the map `base`"
+def _resampled(op, args, source, size):
+    "Scale of what a convolution, pooling or up-sampling makes of a map"
     strides = _strides(op, args, len(size))
     if strides is None:
-        before = base.shape[2:]
-        down = [max(round(n / m), 1) for n, m in zip(before, size)]
-        up = [max(round(m / n), 1) for n, m in zip(before, size)]
-        return tuple(s * d / u for s, d, u in zip(base.scale, down, up))
-    if op == "convolution" and args[6]:
-        return tuple(s / stride for s, stride in zip(base.scale, strides))
-    return tuple(s * stride for s, stride in zip(base.scale, strides))
+        factors = _size_ratios(source.shape[2:], size)
+    elif op == "convolution" and args[6]:  # transposed
+        factors = [1 / stride for stride in strides]
+    else:
+        factors = strides
+    return tuple(scale * factor for scale, factor in zip(source.scale, factors, strict=True))
+
+
+def _size_ratios(before, after):
+    "By which whole number, or its inverse, each side became smaller"
+    ratios = []
+    for n, m in zip(before, after, strict=True):
+        down = max(round(n / m), 1)
+        up = max(round(m / n), 1)
+        ratios.append(down / up)
+    return ratios
 
 
 def _multiply_adds(op, args, out):
     "Multiply-adds of a convolution or a product of matrices, else 0"
     if op == "convolution":
-        voxels = args[0] if args[6] else out
-        return voxels.numel() * prod(args[1].shape[1:])
+        image, kernel, transposed = args[0], args[1], args[6]
+        voxels = image if transposed else out
+        return voxels.numel() * prod(kernel.shape[1:])
     if op in _PRODUCTS:
-        return out.numel() * args[1 if "add" in op else 0].shape[-1]
+        left = args[1] if "add" in op else args[0]
+        return out.numel() * left.shape[-1]
     return 0
 
 # %% ../../nbs/4_inside/features.ipynb #6c00000f
 class _Site(NamedTuple):
     "A map that a module puts out"
 
-    name: str  # "up", "up#2" where it is called several times, "enc[0]" for an item of what it puts out
+    name: str  # "up", "up#2" where it is called several times, "enc[0]" for an item of its output
     node: int  # number of the step that made it
     channels: int
     size: tuple
     call: int  # number of the call
+
+
+class _Item(NamedTuple):
+    "One tensor that a call puts out"
+
+    suffix: str  # of its name, such as "[0]"
+    node: int | None  # number of the step that made it; None: it does not depend on the image
+    shape: tuple
 
 
 @dataclass
@@ -330,7 +488,7 @@ class _Call:
     first: int  # first step inside
     last: int = 0  # the step after the last one inside
     number: int = 0  # of this module's calls, from 1
-    items: tuple = ()  # (suffix, step, shape) of each tensor that it puts out
+    items: tuple = ()  # of what it puts out
     taken: int = 0  # channels of its first input, 0: none
 
 
@@ -346,101 +504,146 @@ class _Pass:
     "One recorded pass: its steps, the calls of modules, and what the network returned"
 
     def __init__(self, net, example, others):
-        self.dims, self.calls, self.open, handles = example.dim() - 2, [], [], []
+        self.dims = example.dim() - 2
+        self.calls = []
+        self.open = []  # numbers of the calls that have begun and not ended
         self.recorder = _Recorder(example)
-        for name, module in net.named_modules():
-            begin = lambda mod, taken, name=name: self._begin(name, taken)
-            end = lambda mod, taken, out: self._end(out)
-            handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
-        named = others[-1] if others and isinstance(others[-1], dict) else {}
-        others = others[:-1] if named else others
-        try:
-            with torch.no_grad(), evaluating(net), self.recorder:
-                self.output = net(example, *others, **named)
-        finally:
-            for handle in handles:
-                handle.remove()
+        self.output = self._run(net, example, others)
         self.steps = self.recorder.steps
         self.sites = self._sites()
 
-    def _begin(self, name, taken):
-        parent = self.open[-1] if self.open else None
-        self.open.append(len(self.calls))
-        first = taken[0] if taken and isinstance(taken[0], Tensor) else None
-        width = first.shape[1] if first is not None and first.dim() > 1 else 0
-        self.calls.append(_Call(name, parent, len(self.recorder.steps), taken=width))
+    def _run(self, net, example, others):
+        "What the network returns, while hooks note each call; a dict at the end has named arguments"
+        named = {}
+        if others and isinstance(others[-1], dict):
+            *others, named = others
+        handles = []
+        for name, module in net.named_modules():
+            handles.append(module.register_forward_pre_hook(partial(self._begin, name)))
+            handles.append(module.register_forward_hook(self._end))
+        try:
+            with torch.no_grad(), evaluating(net), self.recorder:
+                return net(example, *others, **named)
+        finally:
+            for handle in handles:
+                handle.remove()
 
-    def _end(self, out):
+    def _begin(self, name, module, taken):
+        "A hook before a module"
+        parent = self.open[-1] if self.open else None
+        call = _Call(name, parent, first=len(self.recorder.steps))
+        image = taken[0] if taken else None
+        if isinstance(image, Tensor) and image.dim() > 1:
+            call.taken = image.shape[1]
+        self.open.append(len(self.calls))
+        self.calls.append(call)
+
+    def _end(self, module, taken, out):
+        "A hook after a module"
         call = self.calls[self.open.pop()]
-        items = [(suffix, self.recorder.number(t), tuple(t.shape)) for suffix, t in _tensors(out)]
-        call.items, call.last = tuple(items), len(self.recorder.steps)
+        items = []
+        for suffix, tensor in _tensors(out):
+            node = self.recorder.number(tensor)
+            items.append(_Item(suffix, node, tuple(tensor.shape)))
+        call.items = tuple(items)
+        call.last = len(self.recorder.steps)
 
     def _sites(self):
         "Every tensor with the axes of a map that a module other than the whole network puts out"
-        total, count, sites = Counter(call.module for call in self.calls), Counter(), []
+        total = Counter(call.module for call in self.calls)
+        count = Counter()
+        sites = []
         for i, call in enumerate(self.calls):
             count[call.module] += 1
             call.number = count[call.module]
-            name = call.module + (f"#{call.number}" if total[call.module] > 1 else "")
-            for suffix, node, shape in call.items:
-                if call.module and node is not None and len(shape) == self.dims + 2:
-                    sites.append(_Site(name + suffix, node, shape[1], shape[2:], i))
+            name = call.module
+            if total[name] > 1:
+                name = f"{name}#{call.number}"
+            if call.module:
+                sites += self._sites_of(call, name, i)
         return sites
 
-    def around(self, call):
+    def _sites_of(self, call, name, number):
+        "The maps that one call puts out"
+        sites = []
+        for suffix, node, shape in call.items:
+            if node is not None and len(shape) == self.dims + 2:
+                _, channels, *size = shape
+                sites.append(_Site(name + suffix, node, channels, tuple(size), number))
+        return sites
+
+    def around(self, number):
         "Numbers of the calls around a call, without that of the whole network"
-        found, call = [], self.calls[call].parent
-        while call is not None and self.calls[call].module:
-            found.append(call)
-            call = self.calls[call].parent
+        found = []
+        parent = self.calls[number].parent
+        while parent is not None and self.calls[parent].module:
+            found.append(parent)
+            parent = self.calls[parent].parent
         return found
 
+    def calls_around(self, site):
+        "The calls around the one that puts out a map"
+        numbers = self.around(site.call)
+        return [self.calls[number] for number in numbers]
 
-def _on_meta(net, tensors):
+    def inside(self, call):
+        "The steps inside a call"
+        return self.steps[call.first : call.last]
+
+
+def _on_meta(net, values):
     "A copy of a network, and of tensors, that have shapes and no numbers; no memory is taken"
-    weights = {}
-    for p in net.parameters():
-        weights[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
-    for b in net.buffers():
-        weights[id(b)] = torch.empty_like(b, device="meta")
-    move = lambda t: t.to("meta") if isinstance(t, Tensor) else t
-    return copy.deepcopy(net, weights), [move(t) for t in tensors]
+    twins = {}
+    for weight in net.parameters():
+        empty = torch.empty_like(weight, device="meta")
+        twins[id(weight)] = nn.Parameter(empty, requires_grad=False)
+    for buffer in net.buffers():
+        twins[id(buffer)] = torch.empty_like(buffer, device="meta")
+    moved = []
+    for value in values:
+        moved.append(value.to("meta") if isinstance(value, Tensor) else value)
+    return copy.deepcopy(net, twins), moved
 
 
 def _record(net, example_input):
     "One pass of the example, on the meta device where the network can run there, else where it is"
-    given = example_input if isinstance(example_input, (tuple, list)) else (example_input,)
-    given = [t.as_subclass(Tensor) if isinstance(t, Tensor) else t for t in given]
+    single = not isinstance(example_input, (tuple, list))
+    values = []
+    for value in (example_input,) if single else example_input:
+        values.append(value.as_subclass(Tensor) if isinstance(value, Tensor) else value)
     try:
-        twin, (image, *others) = _on_meta(net, given)
+        twin, (image, *others) = _on_meta(net, values)
         return _Pass(twin, image, others)
-    except Exception:
+    except Exception:  # whatever a network may raise where tensors have no numbers
+        image, *others = values
         with _same_buffers(net):
-            return _Pass(net, given[0], given[1:])
+            return _Pass(net, image, others)
 
 
 @contextmanager
 def _same_buffers(net):
     "Afterwards each buffer holds the numbers that it held before"
-    before = {name: b.clone() for name, b in net.named_buffers()}
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
     try:
         yield
     finally:
         with torch.no_grad():
-            for name, b in net.named_buffers():
+            for name, buffer in net.named_buffers():
                 if name in before:
-                    b.copy_(before[name])
+                    buffer.copy_(before[name])
 
 # %% ../../nbs/4_inside/features.ipynb #6c000012
 def _above(steps, start, gates=True):
-    "Numbers of the steps that a step is made from, itself included; `gates=False` leaves out what merely gates"
-    found, waiting = set(), [start]
+    "Numbers of the steps that a step is made from, and its own; `gates=False`: without mere gates"
+    found = set()
+    waiting = [start]
     while waiting:
         n = waiting.pop()
-        if n not in found:
-            found.add(n)
-            step = steps[n]
-            waiting += [i for i in step.inputs if gates or i not in step.gates]
+        if n in found:
+            continue
+        found.add(n)
+        step = steps[n]
+        waiting += [i for i in step.inputs if gates or i not in step.gates]
     return found
 
 
@@ -453,6 +656,23 @@ def _below(steps, start):
     return found - {start}
 
 
+class _Trace(NamedTuple):
+    "Where the data of one step has been"
+
+    depth: float  # deepest level that it has been through, detours apart
+    worked: bool  # whether it has been through weights
+    aside: bool  # whether all of it comes from a detour
+    carried: float  # level of the step, or of the last map before it
+
+
+class _Rise(NamedTuple):
+    "A step that makes a larger map"
+
+    before: int  # number of the step that it is made from
+    after: int  # its own number
+    level: float  # from which it rises
+
+
 class _Flow:
     "How far down the data of each step has been, and where the way up begins"
 
@@ -460,13 +680,20 @@ class _Flow:
         self.steps = steps
         self.counted = _above(steps, logits, gates=False)
         self.levels = self._levels()
-        self.rises = self._follow()
-        self.deepest = max(level for level in self.levels if level is not None)
-        self.source, self.above, self.below = None, self.counted, set()
+        self.reach = self._reach()
+        self.traces = []
+        for n in range(len(steps)):
+            self.traces.append(self._trace(n))
+        self.rises = self._rises()
+        self.above = self.counted
+        self.below = set()
         if self.rises:
-            self.deepest = max(level for _, _, level in self.rises)
-            self.source = self._source()
-            self.above, self.below = _above(steps, self.source), _below(steps, self.source)
+            self.deepest = max(rise.level for rise in self.rises)
+            source = self._source()
+            self.above = _above(steps, source)
+            self.below = _below(steps, source)
+        else:
+            self.deepest = max(level for level in self.levels if level is not None)
         self.touching = self._touching()
 
     def _levels(self):
@@ -477,13 +704,11 @@ class _Flow:
             made = step.scale is not None and step.op in _RESHAPES | _TURNS
             if step.spatial or step.widens or made:
                 real.add(step.level)
-
-        def level(n):
-            step = self.steps[n]
+        levels = []
+        for n, step in enumerate(self.steps):
             counts = n in self.counted and step.scale is not None and step.level in real
-            return step.level if counts else None
-
-        return [level(n) for n in range(len(self.steps))]
+            levels.append(step.level if counts else None)
+        return levels
 
     def _reach(self):
         "The deepest level at which something is computed from each step"
@@ -496,109 +721,183 @@ class _Flow:
                 reach[i] = max(reach[i], reach[n])
         return reach
 
-    def _follow(self):
-        """Fill `depth`, the deepest level that each step has been through, `worked`, whether it has
-        been through weights, and `aside`, whether it is all of a detour; returns the ways up"""
-        self.depth, self.worked, self.aside = [], [], []
-        carried, reach, rises = [], self._reach(), []
+    def _goes_up(self, before, after):
+        "Whether a step makes a larger map of an earlier one"
+        level = self.levels[after]
+        if level is None:
+            return False
+        return self.traces[before].carried > level
+
+    def _is_detour(self, before, after):
+        "Whether a step makes a larger map, from which the data goes down again later"
+        if not self._goes_up(before, after):
+            return False
+        return self.reach[after] >= self.traces[before].carried
+
+    def _trace(self, n):
+        "Where the data of a step has been, from the traces of its inputs"
+        step = self.steps[n]
+        level = self.levels[n]
+        inputs = [self._seen_from(i, n) for i in step.inputs]
+        depths = [trace.depth for trace in inputs]
+        carried = max([trace.carried for trace in inputs], default=0.0)
+        if level is not None:
+            depths.append(level)
+            carried = level
+        return _Trace(
+            depth=max(depths, default=0.0),
+            worked=step.macs > 0 or any(trace.worked for trace in inputs),
+            aside=bool(inputs) and all(trace.aside for trace in inputs),
+            carried=carried,
+        )
+
+    def _seen_from(self, before, after):
+        "The trace of an input as a step takes it over: a detour leaves no depth"
+        trace = self.traces[before]
+        if self._is_detour(before, after):
+            return trace._replace(depth=self.levels[after], aside=True)
+        return trace
+
+    def _rises(self):
+        "The steps that go up, without detours and gates"
+        rises = []
         for n, step in enumerate(self.steps):
-            own = self.levels[n]
-            depths, aside = [] if own is None else [own], []
             for i in step.inputs:
-                up = own is not None and carried[i] > own
-                detour = up and reach[n] >= carried[i]  # it goes down again later
-                depths.append(own if detour else self.depth[i])
-                aside.append(detour or self.aside[i])
-                if up and not detour and i not in step.gates:
-                    rises.append((i, n, carried[i]))
-            self.depth.append(max(depths, default=0.0))
-            self.aside.append(bool(aside) and all(aside))
-            self.worked.append(step.macs > 0 or any(self.worked[i] for i in step.inputs))
-            before = max((carried[i] for i in step.inputs), default=0.0)
-            carried.append(before if own is None else own)
+                if i in step.gates or self._is_detour(i, n) or not self._goes_up(i, n):
+                    continue
+                rises.append(_Rise(i, n, self.traces[i].carried))
         return rises
 
     def _source(self):
-        "The map that the decoder begins with: the last at the deepest level that a larger one is made from"
-        rises = [(i, n) for i, n, level in self.rises if level == self.deepest]
-        first, later = [], set()
-        for i in sorted({i for i, _ in rises}):
+        """The map that the decoder begins with: the last at the deepest level that a larger one is
+        made from"""
+        rises = [rise for rise in self.rises if rise.level == self.deepest]
+        first = set()
+        later = set()
+        for i in sorted({rise.before for rise in rises}):
             if i not in later:
-                first.append(i)
+                first.add(i)
                 later |= _below(self.steps, i)
-        near = max(self.levels[n] for i, n in rises if i in first)
-        return max(i for i, n in rises if i in first and self.levels[n] == near)
+        rises = [rise for rise in rises if rise.before in first]
+        near = max(self.levels[rise.after] for rise in rises)
+        return max(rise.before for rise in rises if self.levels[rise.after] == near)
 
     def strict(self, n):
         "Whether a step is a map that has been through nothing smaller"
-        return self.levels[n] is not None and self.depth[n] == self.levels[n]
+        level = self.levels[n]
+        if level is None:
+            return False
+        return self.traces[n].depth == level
 
     def taken_as_it_is(self, start):
         "Whether the decoder takes a map itself, with nothing that looks at neighbours on the way"
-        after, same = {start}, {start}
+        level = self.steps[start].level
+        after = {start}  # steps made from the map
+        same = {start}  # those made without a look at neighbours
         for n in range(start + 1, len(self.steps)):
             step = self.steps[n]
-            made = [i for i in step.inputs if i in after and n in self.counted]
-            if not made:
+            made = after.intersection(step.inputs)
+            if not made or n not in self.counted:
                 continue
             after.add(n)
             if n in self.below:
                 if not same.isdisjoint(made):
                     return True
-            elif same.issuperset(made) and self._stays(step, self.steps[start].level):
+            elif same.issuperset(made) and self._stays(step, level):
                 same.add(n)
         return False
 
     def _stays(self, step, level):
         "Whether an operation changes each place of a map alone, and not the resolution"
-        mixes = step.spatial or step.op in _PRODUCTS
-        return not mixes and (step.scale is None or step.level == level)
+        if step.spatial or step.op in _PRODUCTS:
+            return False
+        return step.scale is None or step.level == level
 
     def _touching(self):
         "Steps that the decoder takes, perhaps after an operation on each place alone"
         found = set()
-        for n in reversed(range(len(self.steps))):
-            step = self.steps[n]
-            for i in step.inputs if n in self.counted else ():
-                source = self.steps[i]
-                passes = n in found and source.scale is not None and self._stays(step, source.level)
-                if n in self.below or passes:
+        for n in sorted(self.counted, reverse=True):
+            for i in self.steps[n].inputs:
+                if n in self.below or (n in found and self._passes(i, n)):
                     found.add(i)
         return found
 
+    def _passes(self, before, after):
+        "Whether a step hands a map on, each place alone and at its resolution"
+        source = self.steps[before]
+        if source.scale is None:
+            return False
+        return self._stays(self.steps[after], source.level)
+
 # %% ../../nbs/4_inside/features.ipynb #6c000014
+def _preferably(sites: list, good: Callable) -> list:
+    "The maps for which a condition holds, or all where it holds for none"
+    found = list(filter(good, sites))
+    return found or sites
+
+
 def _outermost(run, sites):
     "Whole blocks: without the maps of a layer inside a call that puts out one of `sites`"
     calls = {site.call for site in sites}
-    return [site for site in sites if calls.isdisjoint(run.around(site.call))]
+    outermost = []
+    for site in sites:
+        around = run.around(site.call)
+        if calls.isdisjoint(around):
+            outermost.append(site)
+    return outermost
+
+
+def _by_data(site):
+    "A key that sorts maps by the data they are made from, the inner of two calls first"
+    return site.node, -site.call
+
+
+def _by_time(site):
+    "A key that sorts maps by the step and the call that made them"
+    return site.node, site.call
 
 
 def _last(run, sites):
     "The map that depends on most others, in its outermost block"
-    return _plain(sites, max(_outermost(run, sites), key=lambda site: (site.node, -site.call)))
+    last = max(_outermost(run, sites), key=_by_data)
+    return _plain(sites, last)
 
 
 def _plain(sites, site):
     "The same map under the name of a module, where it is named as an item of a tuple"
-    same = [s for s in sites if s.node == site.node and "[" not in s.name]
-    return min(same, key=lambda s: s.call, default=site)
+    same = [other for other in sites if other.node == site.node]
+    plain = [other for other in same if "[" not in other.name]
+    return min(plain, key=_call_of, default=site)
 
 
-def _leaves_level(run, flow, site):
-    "Whether a map lies at the entrance of a block that goes on to a smaller size"
+def _call_of(site):
+    "A key that sorts maps by the number of the call"
+    return site.call
+
+
+def _layers_at(run, call, level):
+    "Number of convolutions with neighbours inside a call at one level"
+    count = 0
+    for step in run.inside(call):
+        if step.spatial and step.level == level:
+            count += 1
+    return count
+
+
+def _stays_at_level(run, flow, site):
+    "Whether a map lies in no block that goes on to a smaller size right after its entrance"
     level = flow.steps[site.node].level
-    for call in map(run.calls.__getitem__, run.around(site.call)):
-        ends = [flow.steps[node] for _, node, _ in call.items if node is not None]
+    for call in run.calls_around(site):
+        ends = [flow.steps[item.node] for item in call.items if item.node is not None]
         levels = [step.level for step in ends if step.scale is not None]
-        inside = flow.steps[call.first : call.last]
-        layers = sum(step.spatial and step.level == level for step in inside)
-        if levels and min(levels) > level and layers <= 1:
-            return True
-    return False
+        goes_down = levels and min(levels) > level
+        if goes_down and _layers_at(run, call, level) <= 1:
+            return False
+    return True
 
 
 def _rather_a_block(run, sites):
-    "The last of the maps, or the last block before it where that one is a layer with twice the channels"
+    "The last of the maps, or the last block where that map is a layer with twice its channels"
     last = _last(run, sites)
     parents = {call.parent for call in run.calls}
     blocks = [site for site in _outermost(run, sites) if site.call in parents]
@@ -613,58 +912,96 @@ def _of_trunk(run, flow, trunk, pool):
     feature = _rather_a_block(run, trunk)
     taken = [site for site in _outermost(run, trunk) if flow.taken_as_it_is(site.node)]
     after = _below(flow.steps, feature.node)
-    skips = [site for site in pool if site.node in after & flow.touching]
+    skips = _taken_from(flow, pool, after)
     if feature in taken or (taken and not skips):
         return feature
-    for site in trunk if not skips else ():
-        after |= _below(flow.steps, site.node)
-    skips = [site for site in pool if site.node in after & flow.touching and site not in trunk]
+    if not skips:  # look behind every map of the trunk
+        for site in trunk:
+            after |= _below(flow.steps, site.node)
+    beside = [site for site in pool if site not in trunk]
+    skips = _taken_from(flow, beside, after)
     return _last(run, skips) if skips else feature
+
+
+def _taken_from(flow, sites, nodes):
+    "Those of some maps that are made by given steps and taken by the decoder"
+    taken = nodes & flow.touching
+    return [site for site in sites if site.node in taken]
+
+
+def _at_level(run, flow, level):
+    "The maps of one level"
+    return [site for site in run.sites if flow.levels[site.node] == level]
+
+
+def _encoder_maps(run, flow, level):
+    "The maps of one level that may be the encoder's feature"
+    strict = []
+    from_deep = []
+    for site in _at_level(run, flow, level):
+        trace = flow.traces[site.node]
+        if not trace.worked or site.node in flow.below:
+            continue
+        if flow.strict(site.node):
+            strict.append(site)
+        elif trace.depth == flow.deepest:  # made from the deepest maps, but not from the source
+            from_deep.append(site)
+    if not strict:
+        return from_deep
+    return _preferably(strict, lambda site: not flow.traces[site.node].aside)
 
 
 def _feature_at(run, flow, level):
     "The encoder's feature at one level, or None"
-    sites = [site for site in run.sites if flow.levels[site.node] == level]
-    sites = [site for site in sites if flow.worked[site.node]]
-    pool = [site for site in sites if flow.strict(site.node) and site.node not in flow.below]
-    pool = [site for site in pool if not flow.aside[site.node]] or pool
-    trunk = [site for site in pool if site.node in flow.above]
-    trunk = [site for site in trunk if not _leaves_level(run, flow, site)] or trunk
+    pool = _encoder_maps(run, flow, level)
+    trunk = [site for site in pool if flow.strict(site.node) and site.node in flow.above]
+    trunk = _preferably(trunk, partial(_stays_at_level, run, flow))
     if trunk:
         return _of_trunk(run, flow, trunk, pool)
-    deep = [site for site in sites if flow.depth[site.node] == flow.deepest]
-    pool = pool or [site for site in deep if site.node not in flow.below]
-    pool = [site for site in pool if site.node in flow.touching] or pool
-    return _last(run, pool) if pool else None
+    pool = _preferably(pool, lambda site: site.node in flow.touching)
+    if not pool:
+        return None
+    return _last(run, pool)
+
+
+def _is_inside_rise(run, flow, site):
+    "Whether a map lies in a block that puts out a larger map of the decoder"
+    for call in run.calls_around(site):
+        for item in call.items:
+            if item.node in flow.below and flow.levels[item.node] is not None:
+                return True
+    return False
 
 
 def _deepest_feature(run, flow):
     "The last of the widest maps at the deepest level, since a decoder may thin it; or None"
-    pool = [site for site in run.sites if flow.levels[site.node] == flow.deepest]
-    pool = [site for site in pool if flow.strict(site.node) and site.node in flow.above]
-
-    def rises(site):
-        ends = [node for call in run.around(site.call) for _, node, _ in run.calls[call].items]
-        ends = [node for node in ends if node in flow.below]
-        return any(flow.levels[node] is not None for node in ends)
-
-    pool = [site for site in pool if not rises(site)] or pool
+    pool = []
+    for site in _at_level(run, flow, flow.deepest):
+        if flow.strict(site.node) and site.node in flow.above:
+            pool.append(site)
+    pool = _preferably(pool, lambda site: not _is_inside_rise(run, flow, site))
     if not pool:
         return None
     blocks = _outermost(run, pool)
     widest = max(site.channels for site in blocks)
-    return _plain(pool, _last(run, [site for site in blocks if site.channels == widest]))
+    widest_blocks = [site for site in blocks if site.channels == widest]
+    return _plain(pool, _last(run, widest_blocks))
 
 
 def _find_encoder(run, flow):
     "The encoder's feature of each level, fine to deep"
     levels = {flow.levels[site.node] for site in run.sites} - {None}
-    found = [_feature_at(run, flow, level) for level in sorted(levels) if level < flow.deepest]
-    found = [site for site in [*found, _deepest_feature(run, flow)] if site is not None]
+    found = []
+    for level in sorted(levels):
+        if level < flow.deepest:
+            found.append(_feature_at(run, flow, level))
+    found.append(_deepest_feature(run, flow))
+    found = [site for site in found if site is not None]
+    sizes = [site.size for site in found]
     expect(
         len(found) > 1,
         "net",
-        f"one resolution {[site.size for site in found]} only",
+        f"one resolution {sizes} only",
         "an encoder that lowers the resolution",
         "name the layers: features=[...]",
     )
@@ -672,25 +1009,35 @@ def _find_encoder(run, flow):
 
 
 def _whole_rise(run, flow, first, sites, begin):
-    "The block around an up-sampled map that also normalises it, but neither convolves nor merges it"
-    level, best = flow.levels[first.node], first
+    "The block around an up-sampled map that normalises it, but neither convolves nor merges it"
+    level = flow.levels[first.node]
+    best = first
     for number in run.around(first.call):
         call = run.calls[number]
-        inside = flow.steps[call.first : call.last]
-        outside = {i for step in inside for i in step.inputs if i < call.first}
-        convolves = any(step.spatial and step.level == level for step in inside)
+        if call.first <= begin or _merges(run, call) or _layers_at(run, call, level):
+            break
         found = [site for site in sites if site.call == number and site.channels <= first.channels]
-        if call.first <= begin or len(outside) > 1 or convolves or not found:
+        if not found:
             break
         best = found[0]
     return best
 
 
-def _find_entry(run, flow, encoder):
-    "The first larger map made from the deepest one, whole blocks before single layers with more channels"
-    made = [site for site in run.sites if site.node in flow.below]
-    made = [site for site in made if flow.levels[site.node] is not None]
-    made = [site for site in made if flow.levels[site.node] < flow.deepest]
+def _merges(run, call):
+    "Whether a call computes from more than one earlier step"
+    outside = set()
+    for step in run.inside(call):
+        outside.update(i for i in step.inputs if i < call.first)
+    return len(outside) > 1
+
+
+def _first_rise(run, flow):
+    "The maps of the deepest level that the decoder makes from the deepest one"
+    made = []
+    for site in run.sites:
+        level = flow.levels[site.node]
+        if site.node in flow.below and level is not None and level < flow.deepest:
+            made.append(site)
     expect(
         made,
         "net",
@@ -698,67 +1045,105 @@ def _find_entry(run, flow, encoder):
         "a decoder",
         "name the layer: decoder_entry=...",
     )
-    level = max(flow.levels[site.node] for site in made)
-    made = [site for site in made if flow.levels[site.node] == level]
-    first = min(made, key=lambda site: (site.node, site.call))
+    deepest = max(flow.levels[site.node] for site in made)
+    return [site for site in made if flow.levels[site.node] == deepest]
+
+
+def _find_entry(run, flow, encoder):
+    "The first larger map made from the deepest one, rather a whole block than a wider layer"
+    made = _first_rise(run, flow)
+    first = min(made, key=_by_time)
+    level = flow.levels[first.node]
     beside = [site.channels for site in encoder if flow.levels[site.node] == level]
     most = min(beside, default=first.channels)
     begin = encoder[-1].node
-    if first.channels <= most and any(n == first.node for _, n, _ in flow.rises):
+    rises = {rise.after for rise in flow.rises}
+    if first.channels <= most and first.node in rises:
         return _whole_rise(run, flow, first, made, begin)
-    thin = [site for site in made if site.channels <= most and flow.steps[site.node].op != "cat"]
-    blocks = _outermost(run, [site for site in thin if run.calls[site.call].first > begin])
-    return min(blocks, key=lambda site: (site.node, site.call), default=first)
+    thin = [site for site in made if site.channels <= most]
+    merged = [site for site in thin if flow.steps[site.node].op != "cat"]
+    later = [site for site in merged if run.calls[site.call].first > begin]
+    return min(_outermost(run, later), key=_by_time, default=first)
 
 
 def _find_head(run, flow, net, logits):
-    "The last convolution, or layer, whose output has the shape of the logits; and its input channels"
-    shape, parents = flow.steps[logits].shape, {call.parent for call in run.calls}
-    leaves = [site for site in run.sites if site.call not in parents and site.node in flow.counted]
-    fit = [site for site in leaves if (site.channels, site.size) == (shape[1], shape[2:])]
-    fit = [site for site in fit if run.calls[site.call].taken]
-    kinds = [net.get_submodule(run.calls[site.call].module) for site in fit]
-    of_torch = nn.modules.conv._ConvNd
-    convolutions = [site for site, kind in zip(fit, kinds) if isinstance(kind, of_torch)]
-    if not fit:
+    "The last convolution, or layer, whose output has the shape of the logits; its input channels"
+    parents = {call.parent for call in run.calls}
+    layers = []
+    convolutions = []
+    for site in run.sites:
+        call = run.calls[site.call]
+        is_layer = site.call not in parents and call.taken and site.node in flow.counted
+        if not is_layer or not _has_shape(site, flow.steps[logits].shape):
+            continue
+        layers.append(site)
+        if isinstance(net.get_submodule(call.module), nn.modules.conv._ConvNd):
+            convolutions.append(site)
+    if not layers:
         return None, 0
-    head = max(convolutions or fit, key=lambda site: site.node)
+    head = max(convolutions or layers, key=lambda site: site.node)
     return head.name, run.calls[head.call].taken
+
+
+def _has_shape(site, shape):
+    "Whether a map has the channels and the size of a shape (B,C,D,H,W)"
+    _, channels, *size = shape
+    expected = (channels, tuple(size))
+    return (site.channels, site.size) == expected
 
 # %% ../../nbs/4_inside/features.ipynb #6c000016
 def _activation_of(steps, logits):
-    "What the last operation was that bounds the output: softmax, sigmoid, a division by the sum, or None"
+    "The last operation that bounds the output: a softmax, a sigmoid, a division, or None"
     step = steps[logits]
     while len(step.inputs) == 1 and (step.op in _MOVES or "upsample" in step.op):
         step = steps[step.inputs[0]]
+    if step.op == "_softmax":
+        return "a softmax"
     if step.op in _BOUNDED:
-        return {"_softmax": "a softmax"}.get(step.op, "a sigmoid")
-    if step.op == "div" and len(step.inputs) == 2:
-        over, under = step.inputs
-        if steps[under].op in ("sum", "linalg_vector_norm") and over in _above(steps, under):
-            return "a division by the sum over the classes"
+        return "a sigmoid"
+    if step.op == "div" and _divides_by_own_sum(steps, step.inputs):
+        return "a division by the sum over the classes"
     return None
+
+
+def _divides_by_own_sum(steps, inputs):
+    "Whether the second of two steps is a sum of the first"
+    if len(inputs) != 2:
+        return False
+    over, under = inputs
+    is_sum = steps[under].op in ("sum", "linalg_vector_norm")
+    return is_sum and over in _above(steps, under)
 
 
 def _better_output(run, logits):
     "Number or key of a full-size output that is made from more maps than the one taken, or None"
-    shape, best, most = run.steps[logits].shape, None, _maps_above(run, logits)
+    shape = run.steps[logits].shape
+    best = None
+    most = _maps_above(run, logits)
     for key, item in _entries(run.output):
         found = logits_of(item, run.dims)
         node = None if found is None else run.recorder.number(found)
-        if node is not None and run.steps[node].shape == shape and _maps_above(run, node) > most:
-            best, most = key, _maps_above(run, node)
+        if node is None or run.steps[node].shape != shape:
+            continue
+        maps = _maps_above(run, node)
+        if maps > most:
+            best = key
+            most = maps
     return best
 
 
 def _maps_above(run, node):
     "Number of maps that a step is made from"
-    return sum(run.steps[n].scale is not None for n in _above(run.steps, node))
+    count = 0
+    for n in _above(run.steps, node):
+        if run.steps[n].scale is not None:
+            count += 1
+    return count
 
 
-def _doubts(run, flow, logits, searched, output):
+def _doubts(run, logits, searched, output):
     "What may be wrong with what was found: sentences that say what to name"
-    doubts, k = [], run.steps[logits].shape[1]
+    doubts = []
     better = _better_output(run, logits) if output is None else None
     if better is not None:
         doubts.append(
@@ -771,57 +1156,75 @@ def _doubts(run, flow, logits, searched, output):
             f"The network's output comes out of {bounded}, but EGLoss wants logits. "
             "Pass the network without its last activation."
         )
+    classes = run.steps[logits].shape[1]
     for site in searched:
-        if site.channels <= k:
+        if site.channels <= classes:
             doubts.append(
-                f"{site.name} has {site.channels} channels, no more than the {k} classes, so it may be "
-                "an output and no feature. Name others: features=[...], decoder_entry=..."
+                f"{site.name} has {site.channels} channels, no more than the {classes} classes, "
+                "so it may be an output and no feature. "
+                "Name others: features=[...], decoder_entry=..."
             )
     return doubts
 
 # %% ../../nbs/4_inside/features.ipynb #6c000018
 def _named(run, name, argument):
-    "The map that a caller names; raises `InputError` that lists close names, or the calls to choose from"
+    "The map that a caller names; raises `InputError` that lists close names, or its calls"
     known = {site.name: site for site in run.sites}
     if name in known:
         return known[name]
-    module, _, _ = _parts(name)
-    calls = [site.name for site in run.sites if _parts(site.name)[0] == module]
-    close = get_close_matches(name, known, 4, 0.4) or list(known)[:4]
+    module = _place(name).module
+    calls = [other for other in known if _place(other).module == module]
     if calls:
         raise InputError(
             f"{argument}={name!r}: {module!r} puts out several maps. Name one of {calls}."
         )
+    close = get_close_matches(name, known, 4, 0.4) or list(known)[:4]
     raise InputError(
         f"{argument}={name!r}: found no module named {name!r} that puts out a map. "
         f"Name one that does, such as {close}."
     )
 
 
-def _flow_of(run, output, named):
-    "The logits that a pass returned, and the flow of data to them"
-    out = logits_of(run.output, run.dims, output)
-    axes = f"a tensor of logits with {run.dims + 2} axes, alone or in a tuple, list or dict"
+def _logits_step(run, output):
+    "Number of the step that made the logits"
+    found = logits_of(run.output, run.dims, output)
     expect(
-        out is not None, "net", "no output", axes, "wrap the network so that it returns its logits"
+        found is not None,
+        "net",
+        "no output",
+        f"a tensor of logits with {run.dims + 2} axes, alone or in a tuple, list or dict",
+        "wrap the network so that it returns its logits",
     )
-    out = cast(Tensor, out)
-    logits = run.recorder.number(out)
-    alone = "The network's output does not depend on the image."
-    require(logits is not None, f"{alone} Wrap the network so that it returns its logits.")
-    logits = cast(int, logits)
-    flow = _Flow(run.steps, logits)
-    convolves = any(step.op == "convolution" for step in run.steps)
-    maps = [site for site in run.sites if flow.levels[site.node] is not None]
-    found = run.sites if named else convolves and maps
+    number = run.recorder.number(cast(Tensor, found))
+    require(
+        number is not None,
+        "The network's output does not depend on the image. "
+        "Wrap the network so that it returns its logits.",
+    )
+    return cast(int, number)
+
+
+def _expect_maps(run, flow, named):
+    "Raise `InputError` unless there are maps to search, or to name"
+    maps = run.sites
+    if not named:
+        convolves = any(step.op == "convolution" for step in run.steps)
+        maps = [site for site in run.sites if convolves and flow.levels[site.node] is not None]
     expect(
-        found,
+        maps,
         "net",
         "no module that puts out a map",
         "convolutions that are modules",
         "name the layers: features=[...]",
     )
-    return logits, flow
+
+
+def _encoder_of(run, flow, features):
+    "The encoder's features, found or named, fine to deep"
+    if not features:
+        return _find_encoder(run, flow)
+    given = [_named(run, name, "features") for name in features]
+    return sorted(given, key=lambda site: -prod(site.size))
 
 
 def _head_of(run, flow, net, logits, head):
@@ -834,32 +1237,38 @@ def _head_of(run, flow, net, logits, head):
 
 def find_features(
     net: nn.Module,  # an encoder-decoder
-    example_input: Tensor
-    | tuple,  # (B,C,D,H,W) or (B,C,H,W), typical; or a tuple (it, more arguments, dict of those by name)
+    example_input: Tensor | tuple,  # (B,C,[D,]H,W), or (it, more arguments, dict of named)
     features: list | None = None,  # names of the encoder's features, in place of those found
     decoder_entry: str | None = None,  # name of the first up-sampled map, in place of the one found
     head: str | None = None,  # name of the output layer, in place of the one found
-    output: int
-    | str
-    | None = None,  # which item of what the network returns holds the logits, in place of the first
-) -> dict:  # encoder [(name, channels)] fine to deep, entry, head, sizes, out_channels, dims, macs, shape, doubts
-    "Follow one example to the logits and find the features; raises `InputError` that says which to name"
+    output: int | str | None = None,  # item of the output with the logits; None: the first
+) -> dict:  # encoder [(name, channels)] fine to deep, entry, head, sizes, macs, doubts and more
+    """Follow one example to the logits and find the features; raises `InputError` that says which
+    to name"""
     run = _record(net, example_input)
-    logits, flow = _flow_of(run, output, features)
-    given = [_named(run, name, "features") for name in features or []]
-    given.sort(key=lambda site: -prod(site.size))
-    encoder = given or _find_encoder(run, flow)
-    begin = _named(run, decoder_entry, "decoder_entry") if decoder_entry else None
-    entry = begin or _find_entry(run, flow, encoder)
-    last, shape = _head_of(run, flow, net, logits, head), run.steps[logits].shape
-    found: dict = {"encoder": [(site.name, site.channels) for site in encoder]}
-    found |= {"entry": (entry.name, entry.channels), "head": last, "output": output}
-    found["sizes"] = {site.name: site.size for site in [*encoder, entry]}
-    found |= {"out_channels": shape[1], "dims": run.dims, "shape": run.steps[0].shape}
-    found["macs"] = sum(step.macs for step in run.steps)
-    searched = [*([] if given else encoder), *([] if begin else [entry])]
-    found["doubts"] = _doubts(run, flow, logits, searched, output)
-    return found
+    logits = _logits_step(run, output)
+    flow = _Flow(run.steps, logits)
+    _expect_maps(run, flow, features)
+    encoder = _encoder_of(run, flow, features)
+    if decoder_entry:
+        entry = _named(run, decoder_entry, "decoder_entry")
+    else:
+        entry = _find_entry(run, flow, encoder)
+    searched = [] if features else list(encoder)
+    if not decoder_entry:
+        searched.append(entry)
+    return {
+        "encoder": [(site.name, site.channels) for site in encoder],
+        "entry": (entry.name, entry.channels),
+        "head": _head_of(run, flow, net, logits, head),
+        "output": output,
+        "sizes": {site.name: site.size for site in [*encoder, entry]},
+        "out_channels": run.steps[logits].shape[1],
+        "dims": run.dims,
+        "shape": run.steps[0].shape,
+        "macs": sum(step.macs for step in run.steps),
+        "doubts": _doubts(run, logits, searched, output),
+    }
 
 
 def multiply_adds(
@@ -867,8 +1276,10 @@ def multiply_adds(
     shape: tuple,  # of its input
 ) -> int | None:  # None: the network cannot run without numbers
     "Multiply-adds of one pass, counted on the meta device, where nothing is computed"
+    image = torch.empty(shape, device="meta")
     try:
-        twin, (image,) = _on_meta(net, [torch.empty(shape, device="meta")])
-        return sum(step.macs for step in _Pass(twin, image, ()).steps)
-    except Exception:
+        twin, (image,) = _on_meta(net, [image])
+        steps = _Pass(twin, image, []).steps
+    except Exception:  # whatever a network may raise where tensors have no numbers
         return None
+    return sum(step.macs for step in steps)

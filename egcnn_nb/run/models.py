@@ -12,12 +12,13 @@ import copy
 import importlib
 import inspect
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, reduce
 from itertools import product
 from math import ceil, gcd
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,39 +45,50 @@ def make_peer(
     levels: int = 4,  # resolutions
 ) -> nn.Module:
     "MONAI's SegResNet or DynUNet, three-dimensional (our choice, for comparison)"
-    require(name in _PEERS, f"The backbone {name!r} is not known. Choose one of {list(_PEERS)}.")
+    known = list(_PEERS)
+    require(name in known, f"The backbone {name!r} is not known. Choose one of {known}.")
     _expect_size(name, width, levels)
     nets = need("monai.networks.nets", f"the backbone {name!r}", "monai")
-    if name == "dynunet":
-        channels = [width * 2**i for i in range(levels)]
-        net = nets.DynUNet(
-            3,
-            in_channels,
-            out_channels,
-            [3] * levels,
-            [1] + [2] * (levels - 1),
-            [2] * (levels - 1),
-            filters=channels,
-        )
-    else:
-        blocks = [1, 2, 2, 4, *[4] * max(levels - 4, 0)][:levels]
-        norm = ("GROUP", {"num_groups": gcd(8, width)})
-        net = nets.SegResNet(
-            3,
-            width,
-            in_channels,
-            out_channels,
-            norm=norm,
-            blocks_down=tuple(blocks),
-            blocks_up=(1,) * (levels - 1),
-        )
+    make = _make_dynunet if name == "dynunet" else _make_segresnet
+    net = make(nets, in_channels, out_channels, width, levels)
     net.multiple = 2 ** (levels - 1)
     return net
 
 
+def _make_dynunet(nets, in_channels, out_channels, width, levels):
+    "MONAI's DynUNet: it halves each side between two levels and doubles the channels"
+    halvings = [2] * (levels - 1)
+    return nets.DynUNet(
+        spatial_dims=3,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        kernel_size=[3] * levels,
+        strides=[1, *halvings],
+        upsample_kernel_size=halvings,
+        filters=[width * 2**level for level in range(levels)],
+    )
+
+
+def _make_segresnet(nets, in_channels, out_channels, width, levels):
+    "MONAI's SegResNet: one block at the finest level, two at the next two, four below"
+    blocks_down = (1, 2, 2, 4, 4, 4, 4, 4)
+    groups = gcd(8, width)
+    return nets.SegResNet(
+        spatial_dims=3,
+        init_filters=width,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        norm=("GROUP", {"num_groups": groups}),
+        blocks_down=blocks_down[:levels],
+        blocks_up=(1,) * (levels - 1),
+    )
+
+
 def _is_whole(value):
-    "Whether it is a whole number, True and False apart"
-    return isinstance(value, int) and not isinstance(value, bool)
+    "Whether a value is a whole number; True and False are none"
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int)
 
 
 def _expect_size(backbone, width, levels):
@@ -84,20 +96,28 @@ def _expect_size(backbone, width, levels):
     least = _PEERS.get(backbone, 2)
     require(
         _is_whole(levels) and least <= levels <= 8,
-        f"The backbone {backbone} cannot be made with {levels!r} levels. Choose --levels from {least} to 8.",
+        f"The backbone {backbone} cannot be made with {levels!r} levels. "
+        f"Choose --levels from {least} to 8.",
     )
     require(
         _is_whole(width) and 1 <= width <= 1024,
-        f"The backbone {backbone} cannot be made with a width of {width!r}. Choose --width from 1 to 1024.",
+        f"The backbone {backbone} cannot be made with a width of {width!r}. "
+        "Choose --width from 1 to 1024.",
     )
-    deepest = width * 2 ** (levels - 1)
+    deepest = _deepest_channels(width, levels)
     require(
         deepest <= 8192,
-        f"A width of {width} with {levels} levels makes {deepest:,} channels at the deepest. Choose a smaller --width or fewer --levels, so that there are at most 8,192.",
+        f"A width of {width} with {levels} levels makes {deepest:,} channels at the deepest. "
+        "Choose a smaller --width or fewer --levels, so that there are at most 8,192.",
     )
 
+
+def _deepest_channels(width, levels):
+    "Channels at the lowest resolution; they double from level to level"
+    return width * 2 ** (levels - 1)
+
 # %% ../../nbs/4_inside/models.ipynb #25b8e61c
-_FIXED = {
+_FIXED = {  # arguments that are no readings of the paper
     "self",
     "net",
     "example_input",
@@ -115,106 +135,124 @@ _FIXED = {
     "args",
     "kwargs",
 }
+_OF_BARE_LOSS = {"eps_in", "reduce", "consistency_alone", "semantic", "w_cross_entropy"}
+_OF_CONSISTENCY = {"w_consistency", "tau", "hard", "where", "consistency_reduce"}
 
 
 def _arguments(cls):
     "Names of the readings that a class, or a function, takes"
-    return set(inspect.signature(cls).parameters) - _FIXED
+    arguments = inspect.signature(cls).parameters
+    return set(arguments) - _FIXED
 
 
 def maker_of(
     backbone: str,  # name
-):  # callable: channels of the image, classes, width, levels -> network
-    "What makes a backbone: one of our classes, or `make_peer`"
-    return BACKBONES.get(backbone) or partial(make_peer, backbone)
+) -> Callable[..., nn.Module]:  # channels of the image, classes, width, levels -> network
+    "The function that makes a backbone: one of our classes, or `make_peer`"
+    if backbone in BACKBONES:
+        return BACKBONES[backbone]
+    return partial(make_peer, backbone)
 
 
 def takers(
     settings: Settings,  # of the run
-) -> list:  # EGCNN, EGLoss, and what makes the backbone, unless the network is of yours
-    "What takes the readings of a run"
-    ours = [EGCNN, EGLoss]
-    return ours if settings.network else [*ours, maker_of(settings.backbone)]
+) -> list:  # EGCNN, EGLoss, and the maker of the backbone, unless you name a network of your own
+    "The classes and functions that take the readings of a run"
+    if settings.network:
+        return [EGCNN, EGLoss]
+    return [EGCNN, EGLoss, maker_of(settings.backbone)]
 
 
 def reading_for(
-    cls,  # EGCNN, EGLoss, or `maker_of` the backbone
+    cls: Callable,  # EGCNN, EGLoss, or `maker_of` the backbone
     settings: Settings,  # of the run
 ) -> dict:  # its share of the readings
-    "The arguments for a class among the run's readings; raises `InputError` on a name that is no reading"
-    readings, own = (
-        settings.readings or {},
-        set() if settings.network else _arguments(maker_of(settings.backbone)),
-    )
-    known = own | _arguments(EGCNN) | _arguments(EGLoss)
+    "The arguments for a class among the run's readings; raises `InputError` on any other name"
+    readings = settings.readings or {}
+    _expect_known(readings, settings)
+    if not settings.edge:
+        _expect_used_without_edges(readings, settings)
+    names = _arguments(cls)
+    return {name: value for name, value in readings.items() if name in names}
+
+
+def _expect_known(readings, settings):
+    "Raise `InputError` unless a part of the run takes each of the readings"
+    known = set()
+    for part in takers(settings):
+        known |= _arguments(part)
     odd = sorted(set(readings) - known)
-    expect(
-        not odd,
-        "readings",
-        odd,
-        f"names out of {sorted(known)} for {settings.network or settings.backbone}",
-    )
-    alone = {
-        *own,
-        "eps_in",
-        "reduce",
-        "consistency_alone",
-        "semantic",
-        "w_cross_entropy",
-        *(
-            ("w_consistency", "tau", "hard", "where", "consistency_reduce")
-            if readings.get("consistency_alone")
-            else ()
-        ),
-    }
-    idle = sorted(set(readings) - alone)
-    expect(
-        settings.edge or not idle,
-        "readings",
-        idle,
-        f"those that a bare backbone or its loss listens to, {sorted(alone)}",
-        "use --edge on",
-    )
-    return {k: v for k, v in readings.items() if k in _arguments(cls)}
+    network = settings.network or settings.backbone
+    expect(not odd, "readings", odd, f"names out of {sorted(known)} for {network}")
+
+
+def _expect_used_without_edges(readings, settings):
+    "Raise `InputError` unless a bare backbone, or its loss, uses each of the readings"
+    used = set(_OF_BARE_LOSS)
+    if not settings.network:
+        used |= _arguments(maker_of(settings.backbone))
+    if readings.get("consistency_alone"):
+        used |= _OF_CONSISTENCY
+    idle = sorted(set(readings) - used)
+    expected = f"those that a bare backbone or its loss listens to, {sorted(used)}"
+    expect(not idle, "readings", idle, expected, "use --edge on")
 
 # %% ../../nbs/4_inside/models.ipynb #5e772a02
 def import_build(
     name: str,  # "module:function"
-):  # the function
+) -> Callable:  # the function
     "The function behind a name, its module found from the current directory; raises `InputError`"
     module, _, function = name.partition(":")
+    build = getattr(_import_module(module, name), function, None)
+    require(
+        callable(build),
+        f"The module {module} has no function {function}. "
+        f"Name one that returns the network, as in --network {module}:build.",
+    )
+    return cast(Callable, build)
+
+
+def _import_module(module, network):
+    "The module that builds a network; raises `InputError` where it cannot be imported"
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as e:
-        if e.name == module:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
             raise InputError(
-                f"The network {name} names the module {module}, which is not found from {here}. Start the command in the folder of {module}.py."
-            ) from e
+                f"The module {module} of the network {network} needs {error.name}, "
+                "which is not installed. Install it."
+            ) from error
         raise InputError(
-            f"The module {module} of the network {name} needs {e.name}, which is not installed. Install it."
-        ) from e
-    except Exception as e:  # whatever a module may raise
+            f"The network {network} names the module {module}, which is not found from {here}. "
+            f"Start the command in the folder of {module}.py."
+        ) from error
+    except Exception as error:  # whatever a module may raise
         raise InputError(
-            f"The module {module} of the network {name} cannot be imported ({type(e).__name__}: {e}). Repair it."
-        ) from e
-    build = getattr(found, function, None)
-    require(
-        callable(build),
-        f"The module {module} has no function {function}. Name one that returns the network, as in --network {module}:build.",
-    )
-    return build
+            f"The module {module} of the network {network} cannot be imported "
+            f"({type(error).__name__}: {error}). Repair it."
+        ) from error
 
 
 def _expect_named(settings):
-    "Raise `InputError` unless the name of a network has the right form, and no setting of our backbones stands beside it"
+    "Raise `InputError` unless `network` is module:function, without settings of our backbones"
     name = settings.network
-    parts = name.split(":") if isinstance(name, str) else []
-    good = len(parts) == 2 and all(part.isidentifier() for part in [*parts[0].split("."), parts[1]])
-    require(good, f"The network {name!r} is no name. Write it as module:function.")
+    require(
+        _is_module_and_function(name),
+        f"The network {name!r} is no name. Write it as module:function.",
+    )
     expect_alone(settings, name)
+
+
+def _is_module_and_function(name):
+    "Whether a name has the form module:function, as in folder.file:build"
+    if not isinstance(name, str) or name.count(":") != 1:
+        return False
+    module, function = name.split(":")
+    folders = module.split(".")
+    return all(word.isidentifier() for word in [*folders, function])
 
 
 def expect_alone(
@@ -223,7 +261,8 @@ def expect_alone(
 ) -> None:
     "Raise `InputError` where a setting of our backbones stands beside a network of yours"
     for setting in ("backbone", "width", "levels"):
-        given, default = getattr(settings, setting), getattr(Settings, setting)
+        given = getattr(settings, setting)
+        default = getattr(Settings, setting)
         require(
             given == default,
             f"{setting} is {given!r}, but the network is built by {name}. Leave out {setting}.",
@@ -231,45 +270,61 @@ def expect_alone(
 
 
 def build_network(
-    build,  # function of (in_channels, out_channels), or the network itself
+    build: Callable | nn.Module,  # function of (in_channels, out_channels), or the network itself
     task: Task,  # of the dataset
     name: str,  # for messages
 ) -> nn.Module:
     "The network of a function of yours; raises `InputError` where it returns something else"
-    net = build
-    if not isinstance(build, nn.Module):
-        try:
-            net = build(len(task.channels), task.outputs)
-        except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as e:
-            raise InputError(
-                f"{name}({len(task.channels)}, {task.outputs}) fails ({type(e).__name__}: {e}). It is called with the number of channels of the image and of the output."
-            ) from e
-    require(
-        isinstance(net, nn.Module),
-        f"{name} returns {type(net).__name__}. Return a torch.nn.Module.",
-    )
+    net = build if isinstance(build, nn.Module) else _call_build(build, task, name)
+    kind = type(net).__name__
+    require(isinstance(net, nn.Module), f"{name} returns {kind}. Return a torch.nn.Module.")
     learned = any(p.requires_grad for p in net.parameters())
     require(
         learned,
-        f"The network of {name} has no weights to train. Return one with parameters that require a gradient.",
+        f"The network of {name} has no weights to train. "
+        "Return one with parameters that require a gradient.",
     )
     return net
 
 
+def _call_build(build, task, name):
+    "What a function of yours returns; raises `InputError` where it fails"
+    channels = len(task.channels)
+    outputs = task.outputs
+    try:
+        return build(channels, outputs)
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+        raise InputError(
+            f"{name}({channels}, {outputs}) fails ({type(error).__name__}: {error}). "
+            "It is called with the number of channels of the image and of the output."
+        ) from error
+
+
+def _zeros_for(net, shape):
+    "An input of zeros, of a network's device and type of floats"
+    weight = home_of(net)
+    return weight.new_zeros(shape)
+
+
 def _logit_shape(net, shape):
     "Shape of the logits for an input of this shape, or None where the network refuses it"
-    home = home_of(net)
     try:
         with torch.no_grad(), evaluating(net):
-            out = logits_of(net(torch.zeros(shape, dtype=home.dtype, device=home.device)), 3)
+            logits = logits_of(net(_zeros_for(net, shape)), 3)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError):
         return None
-    return None if out is None else tuple(out.shape)
+    return None if logits is None else tuple(logits.shape)
 
 
-def _takes_multiples(net, channels, outputs, multiple):
-    "Whether two sizes that are multiples of this number, and of little else, come out as they went in"
-    first = -(-64 // multiple) * multiple
+def _up_to(size, multiple):
+    "The smallest multiple that is not below a size"
+    count = ceil(size / multiple)
+    return count * multiple
+
+
+def _keeps_multiples(net, channels, outputs, multiple):
+    "Whether a network keeps the size of two inputs whose sides are multiples of this number"
+    first = _up_to(64, multiple)
     for side in (first, first + multiple):
         size = (side, side, side)
         if _logit_shape(net, (1, channels, *size)) != (1, outputs, *size):
@@ -293,26 +348,31 @@ def measure_multiple(
     "The smallest number of whose multiples a network makes logits of the same size"
     twin = _without_values(net)
     if twin is not None and _logit_shape(twin, (1, channels, 64, 64, 64)) is not None:
-        return next((m for m in range(1, 65) if _takes_multiples(twin, channels, outputs, m)), None)
-    return next(
-        (m for m in (1, 2, 4, 8, 16, 32, 64) if _takes_multiples(net, channels, outputs, m)), None
-    )
+        tried, candidates = twin, range(1, 65)
+    else:  # it computes, which takes time
+        tried, candidates = net, (1, 2, 4, 8, 16, 32, 64)
+    for multiple in candidates:
+        if _keeps_multiples(tried, channels, outputs, multiple):
+            return multiple
+    return None
 
 # %% ../../nbs/4_inside/models.ipynb #5e772a03
 def _why_refused(net, name, task):
     "The sentence that says why a network cannot be used"
-    size = (64, 64, 64)
-    channels, outputs = len(task.channels), task.outputs
-    shape = _logit_shape(net, (1, channels, *size))
-    fix = f"It gets (B, {channels}, D, H, W) and must return logits (B, {outputs}, D, H, W)."
-    if shape is not None:
-        return f"The network of {name} makes {shape} of an image of {(1, channels, *size)}. {fix}"
+    shape = (1, len(task.channels), 64, 64, 64)
+    made = _logit_shape(net, shape)
+    fix = (
+        f"It gets (B, {len(task.channels)}, D, H, W) "
+        f"and must return logits (B, {task.outputs}, D, H, W)."
+    )
+    if made is not None:
+        return f"The network of {name} makes {made} of an image of {shape}. {fix}"
     try:
-        home = home_of(net)
         with torch.no_grad(), evaluating(net):
-            net(torch.zeros(1, channels, *size, dtype=home.dtype, device=home.device))
-    except Exception as e:  # whatever a network may raise
-        return f"The network of {name} fails for an image of {(1, channels, *size)} ({type(e).__name__}: {e}). {fix}"
+            net(_zeros_for(net, shape))
+    except Exception as error:  # whatever a network may raise
+        reason = f"{type(error).__name__}: {error}"
+        return f"The network of {name} fails for an image of {shape} ({reason}). {fix}"
     return f"The network of {name} returns no logits. {fix}"
 
 
@@ -320,30 +380,48 @@ def settle_multiple(
     net: nn.Module,  # of yours; its `multiple` is set where it has none
     task: Task,  # of the dataset
     name: str,  # for messages
-    patch_size=None,  # of the run; None: not known yet
+    patch_size: Sequence[int] | None = None,  # voxels along D, H, W; None: not known yet
 ) -> int:  # of whose multiples the network takes
-    "Measure what a network of yours takes; raises `InputError` where its channels or the patch do not fit"
-    said = [getattr(m, "multiple") for m in net.modules() if hasattr(m, "multiple")]
+    "Measure which sizes a network of yours takes; raises `InputError` where it does not fit"
+    said = _said_multiples(net)
     if not said:
         measured = measure_multiple(net, len(task.channels), task.outputs)
         if measured is None:
             raise InputError(_why_refused(net, name, task))
-        setattr(net, "multiple", measured)
-    multiple = max(said) if said else cast(int, net.multiple)
-    divides = patch_size is None or all(p % multiple == 0 for p in patch_size)
+        cast(Any, net).multiple = measured
+        said = [measured]
+    multiple = max(said)
     require(
-        divides,
-        f"The patch size {patch_size} does not fit the network of {name}. Choose multiples of {multiple}.",
+        patch_size is None or _divides(multiple, patch_size),
+        f"The patch size {patch_size} does not fit the network of {name}. "
+        f"Choose multiples of {multiple}.",
     )
     return multiple
 
 
+def _said_multiples(net):
+    "`multiple` of a network and of its parts, of those that have one"
+    found = []
+    for part in net.modules():
+        if hasattr(part, "multiple"):
+            found.append(part.multiple)
+    return found
+
+
+def _divides(multiple, size):
+    "Whether each side of a size is a multiple"
+    rests = [side % multiple for side in size]
+    return not any(rests)
+
+
 def _example_for(net, channels, multiple):
     "An input that shows every resolution of a network"
-    least = max(2 * multiple, 64 if multiple == 1 else 32)
-    side = -(-least // multiple) * multiple
-    home = home_of(net)
-    return torch.zeros(1, channels, side, side, side, dtype=home.dtype, device=home.device)
+    least = 64
+    if multiple > 1:
+        least = max(2 * multiple, 32)
+    side = _up_to(least, multiple)
+    shape = (1, channels, side, side, side)
+    return _zeros_for(net, shape)
 
 
 def _make_named(settings, task):
@@ -352,31 +430,38 @@ def _make_named(settings, task):
     net = build_network(import_build(name), task, name)
     multiple = settle_multiple(net, task, name, settings.patch_size)
     if isinstance(net, EGCNN):
-        require(
-            settings.edge,
-            f"{name} returns an EGCNN, which has an edge stream. Leave out --edge off.",
-        )
-        require(
-            net.activation == task.activation,
-            f"{name} returns an EGCNN for {net.activation}, but the task has {task.activation}. Give it activation={task.activation!r}.",
-        )
-        idle = sorted(set(reading_for(EGCNN, settings)) - {"edge_classes"})
-        require(
-            not idle,
-            f"{name} returns an EGCNN, which has its readings. Leave out --reading {' '.join(idle)}.",
-        )
+        _expect_own_egcnn(net, settings, task)
         return net
     if not settings.edge:
         return net
     example = _example_for(net, len(task.channels), multiple)
     return EGCNN(net, example, task.activation, verbose=False, **reading_for(EGCNN, settings))
 
+
+def _expect_own_egcnn(net, settings, task):
+    "Raise `InputError` unless an EGCNN that you built yourself fits the settings and the task"
+    name = settings.network
+    require(
+        settings.edge,
+        f"{name} returns an EGCNN, which has an edge stream. Leave out --edge off.",
+    )
+    require(
+        net.activation == task.activation,
+        f"{name} returns an EGCNN for {net.activation}, but the task has {task.activation}. "
+        f"Give it activation={task.activation!r}.",
+    )
+    idle = sorted(set(reading_for(EGCNN, settings)) - {"edge_classes"})
+    require(
+        not idle,
+        f"{name} returns an EGCNN, which has its readings. Leave out --reading {' '.join(idle)}.",
+    )
+
 # %% ../../nbs/4_inside/models.ipynb #4cfff374
 def expect_network(
     settings: Settings,  # of the run
 ) -> None:
-    "Raise `InputError` unless the network of these settings can be made; reads nothing, and takes no time"
-    name, patch_size = settings.backbone, settings.patch_size
+    "Raise `InputError` unless the network of these settings can be made; takes no time"
+    name = settings.backbone
     require(
         name in NETWORKS, f"The backbone {name!r} is not known. Choose one of {list(NETWORKS)}."
     )
@@ -388,29 +473,37 @@ def expect_network(
         _is_whole(settings.seed) and 0 <= settings.seed < 2**32,
         f"The seed {settings.seed!r} cannot be used. Choose a whole number from 0 to 4294967295.",
     )
-    if patch_size is not None:
-        good = len(patch_size) == 3 and all(_is_whole(p) and p > 0 for p in patch_size)
-        require(
-            good, f"The patch size {patch_size} is none. Give three whole numbers of 1 or more."
-        )
-        multiple = 1 if name in BACKBONES or settings.network else 2 ** (settings.levels - 1)
-        divides = all(p % multiple == 0 for p in patch_size)
-        require(
-            divides,
-            f"The patch size {patch_size} does not fit {name} with {settings.levels} levels. Choose multiples of {multiple}.",
-        )
+    if settings.patch_size is not None:
+        _expect_patch_size(settings)
     for part in takers(settings):
         reading_for(part, settings)
 
 
+def _expect_patch_size(settings):
+    "Raise `InputError` unless the patch size is one, and fits the backbone"
+    name = settings.backbone
+    patch_size = settings.patch_size
+    good = len(patch_size) == 3 and all(_is_whole(side) and side > 0 for side in patch_size)
+    require(good, f"The patch size {patch_size} is none. Give three whole numbers of 1 or more.")
+    any_size = name in BACKBONES or settings.network
+    multiple = 1 if any_size else 2 ** (settings.levels - 1)
+    require(
+        _divides(multiple, patch_size),
+        f"The patch size {patch_size} does not fit {name} with {settings.levels} levels. "
+        f"Choose multiples of {multiple}.",
+    )
+
+
 def _expect_memory(build, settings):
-    "Raise `InputError` unless the weights of a large network fit into the free memory; it is built without them first"
-    with torch.device("meta"):
-        size = 4 * sum(p.numel() for p in build().parameters())
+    "Raise `InputError` unless the weights of a network fit into the free memory"
+    with torch.device("meta"):  # no memory is taken
+        weights = list(build().parameters())
+    size = 4 * sum(weight.numel() for weight in weights)  # bytes in float32
     free = free_memory()
     require(
         size <= free,
-        f"A {settings.backbone} with a width of {settings.width} and {settings.levels} levels has weights of {size / 1e9:.0f} GB and {free / 1e9:.0f} GB of memory are free. "
+        f"A {settings.backbone} with a width of {settings.width} and {settings.levels} levels "
+        f"has weights of {size / 1e9:.0f} GB and {free / 1e9:.0f} GB of memory are free. "
         "Choose a smaller --width or fewer --levels.",
     )
 
@@ -421,149 +514,187 @@ def make_model(
 ) -> nn.Module:  # EGCNN, or the bare backbone
     "The network of a run, its weights drawn from the seed"
     expect_network(settings)
-    few = task.activation == "softmax" and task.outputs < 2
     require(
-        not few,
-        f"{task.name} has the labels {list(task.labels)}. A network needs a background and at least one label more.",
+        task.activation != "softmax" or task.outputs >= 2,
+        f"{task.name} has the labels {list(task.labels)}. "
+        "A network needs a background and at least one label more.",
     )
     seed_everything(settings.seed)
     if settings.network:
         return _make_named(settings, task)
-    make = maker_of(settings.backbone)
-    build = partial(
-        make,
-        len(task.channels),
-        task.outputs,
-        settings.width,
-        settings.levels,
-        **reading_for(make, settings),
-    )
-    if settings.width * 2 ** (settings.levels - 1) > 1024:
-        _expect_memory(build, settings)
-    net = build()
+    net = _make_backbone(settings, task)
     if not settings.edge:
         return net
-    example = (
-        None
-        if settings.backbone in BACKBONES
-        else torch.zeros(1, len(task.channels), *[2**settings.levels] * 3)
-    )
+    example = None  # our own backbones name their features
+    if settings.backbone not in BACKBONES:
+        side = 2**settings.levels
+        example = torch.zeros(1, len(task.channels), side, side, side)
     return EGCNN(net, example, task.activation, verbose=False, **reading_for(EGCNN, settings))
+
+
+def _make_backbone(settings, task):
+    "The backbone of a run, bare; a large one only where its weights fit into the free memory"
+    make = maker_of(settings.backbone)
+    readings = reading_for(make, settings)
+    sizes = (len(task.channels), task.outputs, settings.width, settings.levels)
+    build = partial(make, *sizes, **readings)
+    if _deepest_channels(settings.width, settings.levels) > 1024:
+        _expect_memory(build, settings)
+    return build()
 
 # %% ../../nbs/4_inside/models.ipynb #c4fbe7ca
 def best_device() -> torch.device:  # "cuda" or "cpu"
-    "Where to compute: on the GPU if there is one, else on the processor"
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    "The GPU if there is one, else the processor"
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu")
 
 
 def home_of(
     model: nn.Module,  # any network, also one without weights
 ) -> Tensor:  # of its device and its type of floats
-    "A weight of a network, or a buffer; of a network that has neither an empty float32 on the processor"
-    own = (t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
-    return next(own, torch.zeros(0))
+    "A weight of a network, else a buffer, else an empty float32 tensor on the processor"
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            return tensor
+    return torch.zeros(0)
 
 
 def best_precision(
     device: torch.device,  # where a run takes place
 ) -> str:  # "bf16", "fp16" or "fp32"
-    "bfloat16 where the processor computes with it, float16 on older GPUs, else float32 (our choice)"
+    "bfloat16 where the processor has it, float16 on older GPUs, else float32 (our choice)"
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    has = lambda name: getattr(torch.cpu, name, lambda: False)()
-    return (
-        "bf16"
-        if device.type == "cpu"
-        and (has("_is_avx512_bf16_supported") or has("_is_amx_tile_supported"))
-        else "fp32"
-    )
+    if device.type == "cpu" and _has_bfloat16():
+        return "bf16"
+    return "fp32"
+
+
+def _has_bfloat16():
+    "Whether the processor has instructions for bfloat16; torch's tests for them are private"
+    for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        if hasattr(torch.cpu, test) and getattr(torch.cpu, test)():
+            return True
+    return False
 
 
 def autocast(
     precision: str,  # "fp32", "bf16", "fp16", "fp64", or "auto"
     device: torch.device,  # where it runs
-):  # context
+) -> AbstractContextManager:
     "Mixed precision, or none; raises `InputError` on another name"
     kinds = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": None}
-    expect(
-        precision in (*kinds, "auto"), "precision", repr(precision), f"one of {[*kinds, 'auto']}"
-    )
-    dtype = kinds[best_precision(device) if precision == "auto" else precision]
-    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+    names = [*kinds, "auto"]
+    expect(precision in names, "precision", repr(precision), f"one of {names}")
+    if precision == "auto":
+        precision = best_precision(device)
+    dtype = kinds[precision]
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(device.type, dtype)
 
 # %% ../../nbs/4_inside/models.ipynb #68f26af8
 def windows(
-    size,  # voxels of the volume along D, H, W
-    patch_size,  # voxels of a window along D, H, W
+    size: Sequence[int],  # voxels of the volume along D, H, W
+    patch_size: Sequence[int],  # voxels of a window along D, H, W
     overlap: float = 0.25,  # of neighbouring windows
-) -> list:  # of tuples of slices
-    "Where the windows lie, on MONAI's grid; a volume hardly larger than one window is taken whole (our choice)"
-    if all(n <= 1.25 * p for n, p in zip(size, patch_size)):
+) -> list[tuple[slice, ...]]:  # of the windows, slices along D, H, W
+    "The windows on MONAI's grid; a volume of at most 1.25 windows is taken whole (our choice)"
+    axes = list(zip(size, patch_size, strict=True))
+    if all(n <= 1.25 * side for n, side in axes):
         return [tuple(slice(0, n) for n in size)]
-    window = [min(n, p) for n, p in zip(size, patch_size)]
-    steps = [max(int(w * (1 - overlap)), 1) for w in window]
-    starts = [
-        [min(i * step, n - w) for i in range(ceil((n - w) / step) + 1)]
-        for n, w, step in zip(size, window, steps)
-    ]  # the last one ends where the volume ends
-    return [tuple(slice(s, s + w) for s, w in zip(corner, window)) for corner in product(*starts)]
+    along_each_axis = [_windows_along(n, side, overlap) for n, side in axes]
+    return list(product(*along_each_axis))
+
+
+def _windows_along(size, patch_size, overlap):
+    "The windows along one axis; the last one ends where the volume ends"
+    side = min(size, patch_size)
+    step = max(int(side * (1 - overlap)), 1)
+    last = size - side
+    found = []
+    for i in range(ceil(last / step) + 1):
+        start = min(i * step, last)
+        found.append(slice(start, start + side))
+    return found
 
 
 def _weights(size):
     "Gaussian of a window (d,h,w), 1/8 of each side its standard deviation, never below 1/1000"
     sides = [gaussian(n, std=n / 8) for n in size]
-    return reduce(torch.multiply, torch.meshgrid(*sides, indexing="ij")).clamp(min=1e-3)
+    grids = torch.meshgrid(*sides, indexing="ij")
+    return reduce(torch.multiply, grids).clamp(min=1e-3)
+
+
+def _no_progress(count):
+    "No progress is shown"
 
 
 def slide(
-    maps,  # function of windows (B,C,d,h,w) -> maps (B,M,d,h,w)
+    maps: Callable[[Tensor], Tensor],  # windows (B,C,d,h,w) -> maps (B,M,d,h,w)
     x: Tensor,  # volume (C,D,H,W)
-    where: list,  # of `windows`, more than one
-    tick=lambda n: None,  # called with the number of windows just done
+    where: list[tuple[slice, ...]],  # of `windows`, more than one
+    tick: Callable[[int], object] = _no_progress,  # called with the number of windows just done
     batch: int = 2,  # windows at once
 ) -> Tensor:  # maps (M,D,H,W)
-    "Average of the windows' answers, with Gaussian weights, summed in place"
-    weight = _weights([s.stop - s.start for s in where[0]]).to(x.device)
-    out, total = torch.zeros(0), torch.zeros(x.shape[1:], device=x.device)
+    "Average of the maps of all windows, with Gaussian weights, summed in place"
+    size = [along.stop - along.start for along in where[0]]
+    weight = _weights(size).to(x.device)
+    total = torch.zeros(x.shape[1:], device=x.device)
+    summed = torch.zeros(0)
     for start in range(0, len(where), batch):
         part = where[start : start + batch]
-        answers = maps(torch.stack([x[(slice(None), *w)] for w in part]))
+        inputs = [x[(slice(None), *window)] for window in part]
+        found = maps(torch.stack(inputs))
         if start == 0:
-            out = answers.new_zeros((answers.shape[1], *x.shape[1:]))
-        for w, answer in zip(part, answers):
-            out[(slice(None), *w)].addcmul_(answer, weight)
-            total[w] += weight
+            channels = found.shape[1]
+            summed = found.new_zeros((channels, *x.shape[1:]))
+        for window, values in zip(part, found, strict=True):
+            inside = summed[(slice(None), *window)]
+            inside.addcmul_(values, weight)
+            total[window] += weight
         tick(len(part))
-    return out.div_(total)
+    return summed.div_(total)
 
 
 @torch.no_grad()
 def infer(
     model: nn.Module,  # EGCNN or a bare network
     x: Tensor,  # one volume (C,D,H,W), normalised, of the voxel size of training
-    patch_size,  # voxels along D, H, W of a window, as in training
+    patch_size: Sequence[int],  # voxels along D, H, W of a window, as in training
     precision: str = "fp32",  # "fp32", "bf16", "fp16", "fp64", or "auto"
     overlap: float = 0.25,  # of neighbouring windows
-    answer=None,  # function of (model, window (1,C,...)) -> maps (1,M,...); None: the logits
-    tick=lambda n: None,  # called with the number of windows just done
+    answer: Callable | None = None,  # (model, window (1,C,...)) -> maps (1,M,...); None: the logits
+    tick: Callable[[int], object] = _no_progress,  # called with the number of windows just done
 ) -> Tensor:  # float32 maps (M,D,H,W), by default logits (K,D,H,W), on the device of the model
-    "What a network says of a whole volume, at once or by a sliding window; a volume smaller than a window is filled up as in training, one taken whole to what the network needs, `net.multiple` (our choice)"
-    first = home_of(model)
-    device = first.device
+    """The maps of a whole volume, at once or by a sliding window (our choice). A volume smaller
+    than a window is filled up as in training, one taken whole to what the network needs,
+    `net.multiple`."""
+    weight = home_of(model)
+    size = _filled_size(model, x.shape[1:], patch_size, overlap)
+    x, inside = fill(x.to(weight), size)
+    where = windows(size, patch_size, overlap)
 
     def maps(window):
-        with autocast(precision, device):
+        with autocast(precision, weight.device):
             out = answer(model, window) if answer else model(window)
-        return cast(Tensor, logits_of(out, window.dim() - 2)).float()
+        logits = cast(Tensor, logits_of(out, window.dim() - 2))
+        return logits.float()
 
-    multiple = max(getattr(m, "multiple", 1) for m in model.modules())
-    size = [max(v, p) for v, p in zip(x.shape[1:], patch_size)]
-    if len(windows(size, patch_size, overlap)) == 1:
-        size = [-(-v // multiple) * multiple for v in size]
-    x, inside = fill(x.to(first), size)
-    where = windows(size, patch_size, overlap)
     with evaluating(model):
-        out = slide(maps, x, where, tick) if len(where) > 1 else maps(x[None])[0]
-    if len(where) == 1:
-        tick(1)
+        if len(where) > 1:
+            out = slide(maps, x, where, tick)
+        else:
+            out = maps(x[None])[0]
+            tick(1)
     return out[(slice(None), *inside)]
+
+
+def _filled_size(model, size, patch_size, overlap):
+    "The size to which a volume is filled up before a network sees it"
+    at_least = list(map(max, size, patch_size))
+    if len(windows(at_least, patch_size, overlap)) > 1:
+        return at_least
+    multiple = max(_said_multiples(model), default=1)
+    return [_up_to(side, multiple) for side in at_least]

@@ -9,7 +9,8 @@ __all__ = ['WrongLayer', 'wrong_layers', 'compute_in_float32', 'describe_check']
 import copy
 import platform
 from dataclasses import dataclass
-from math import inf, isfinite
+from itertools import chain
+from math import ceil, inf, isfinite
 from pathlib import Path
 
 import torch
@@ -37,23 +38,28 @@ class WrongLayer:
 def _reduced(precision, device):
     "The half type of a precision, or None"
     with autocast(precision, device):
-        on = torch.is_autocast_enabled(device.type)
-        return torch.get_autocast_dtype(device.type) if on else None
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+    return None
 
 
 def _allowed(kind):
     "Relative error that rounding explains"
-    return _ALLOWED * torch.finfo(kind).eps / 2
+    rounding = torch.finfo(kind).eps / 2
+    return _ALLOWED * rounding
 
 
 def _norm(x):
     "Square root of the sum of squares, summed in float64"
-    return float(torch.linalg.vector_norm(x.detach(), dtype=torch.float64))
+    norm = torch.linalg.vector_norm(x.detach(), dtype=torch.float64)
+    return float(norm)
 
 
 def _off(found, truth, scale):
     "Relative error; a truth below a millionth of `scale` is what is left of sums that cancel"
-    size, error = _norm(truth), _norm(found.detach().to(truth.dtype) - truth.detach())
+    difference = found.detach().to(truth.dtype) - truth.detach()
+    size = _norm(truth)
+    error = _norm(difference)
     if not isfinite(size):
         return 0.0  # float32 has no answer either
     if not isfinite(error):
@@ -62,12 +68,12 @@ def _off(found, truth, scale):
 
 # %% ../../nbs/4_inside/self_check.ipynb #470a2a18
 class _Enter(torch.autograd.Function):
-    "Round what enters a layer; when its gradient comes back, let the layer be compared"
+    "Round what enters a layer, and compare the layer when the gradient of its input comes back"
 
     @staticmethod
     def forward(ctx, x, call):
         ctx.call = call
-        return x.to(call.kind).to(x.dtype)
+        return _rounded(x, call.kind)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -77,7 +83,7 @@ class _Enter(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    "A copy of what leaves a layer, which the next may overwrite; round the gradient that comes back, and note it"
+    "A copy of what leaves a layer, since the next may overwrite it; round and note its gradient"
 
     @staticmethod
     def forward(ctx, out, call):
@@ -87,54 +93,76 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        ctx.call.grad = grad.to(ctx.call.kind).to(grad.dtype)
-        return ctx.call.grad, None
+        call = ctx.call
+        call.grad = _rounded(grad, call.kind)
+        return call.grad, None
+
+
+def _rounded(x, kind):
+    "A tensor rounded to what a half type can hold, in its own type"
+    half = x.to(kind)
+    return half.to(x.dtype)
 
 
 class _Call:
-    "One call of a layer: what enters, what leaves, the gradient that comes back, and the errors in reduced precision"
+    "One call of a layer: its input, its output, their gradients, and the errors in half precision"
 
-    x: Tensor
-    out: Tensor
-    grad: Tensor
+    x: Tensor  # its input
+    out: Tensor  # its output
+    grad: Tensor  # the gradient that comes back to its output
 
     def __init__(self, layer, precision, kind):
-        self.layer, self.precision, self.kind = layer, precision, kind
+        self.layer = layer
+        self.precision = precision
+        self.kind = kind
         self.weights = [p for p in layer.parameters(recurse=False) if p.requires_grad]
-        self.error, self.found, self.scale = 0.0, [], 0.0
-        self.left, self.compared = False, False
+        self.left = False  # whether it put out a tensor
+        self.compared = False
+        self.error = 0.0  # largest relative error of its output and its input's gradient
+        self.found = []  # gradients of its weights in reduced precision
+        self.scale = 0.0  # size of what those gradients were summed from
 
     def leave(self, x, out):
-        "Note what the layer was given and what it put out"
-        self.x, self.out, self.left = x.detach(), out.detach(), True
+        "Note the input and the output of the layer"
+        self.x = x.detach()
+        self.out = out.detach()
+        self.left = True
         return _Leave.apply(out, self)
 
     def alone(self, scale):
-        "Output and derivatives of the layer alone, in reduced precision, its gradient times `scale`"
+        "Output and derivatives of the layer alone, in half precision, its gradient times `scale`"
         x = self.x.to(self.kind).requires_grad_()
         with torch.enable_grad(), autocast(self.precision, x.device):
             out = self.layer(x)
-        grad = (scale * self.grad).to(out.dtype)
-        grads = torch.autograd.grad(out, [x, *self.weights], grad)
-        return out, [g.float() / scale for g in grads]
+        scaled = (scale * self.grad).to(out.dtype)
+        grads = torch.autograd.grad(out, [x, *self.weights], scaled)
+        return out, [grad.float() / scale for grad in grads]
 
     def compare(self, grad_x):
-        "Compute the layer alone and compare its output and its input gradient; keep those of its weights"
-        if not self.left:  # it put out something else than a tensor
+        "Compute the layer alone and compare its output and its input gradient"
+        if not self.left:  # its output is no tensor
             return
-        scales = [1.0]
-        if self.kind == torch.float16:  # a loss scale, lowered until no gradient overflows
-            largest = float(self.grad.abs().max())
-            scales = [s / max(largest, 1e-30) for s in (1.0, 2**-6, 2**-12)]
-        for scale in scales:
-            out, (dx, *self.found) = self.alone(scale)
-            if all(bool(g.isfinite().all()) for g in (dx, *self.found)):
-                break
-        x, grad = _norm(self.x), _norm(self.grad)
-        self.error = max(_off(out, self.out, x), _off(dx, grad_x, grad))
-        self.scale = x * grad
+        out, (found_grad_x, *self.found) = self._without_overflow()
+        size_x = _norm(self.x)
+        size_grad = _norm(self.grad)
+        error_out = _off(out, self.out, size_x)
+        error_grad = _off(found_grad_x, grad_x, size_grad)
+        self.error = max(error_out, error_grad)
+        self.scale = size_x * size_grad
         self.compared = True
         del self.x, self.out, self.grad  # memory for the layers that follow
+
+    def _without_overflow(self):
+        "Output and derivatives of the layer alone, at the first scale at which all are finite"
+        scales = [1.0]
+        if self.kind == torch.float16:  # a loss scale, lowered until no gradient overflows
+            largest = max(float(self.grad.abs().max()), 1e-30)
+            scales = [1.0 / largest, 2**-6 / largest, 2**-12 / largest]
+        for scale in scales:
+            out, grads = self.alone(scale)
+            if all(bool(grad.isfinite().all()) for grad in grads):
+                break
+        return out, grads
 
 # %% ../../nbs/4_inside/self_check.ipynb #bb000d52
 def _watch(layer, precision, kind):
@@ -142,81 +170,133 @@ def _watch(layer, precision, kind):
     calls = []
 
     def enter(layer, args):
-        usable = args and isinstance(args[0], Tensor) and args[0].dtype == torch.float32
-        if not usable or not args[0].requires_grad:
+        if not args or not _is_compared(args[0]):
             return None
-        calls.append(_Call(layer, precision, kind))
-        return (_Enter.apply(args[0], calls[-1]), *args[1:])
+        call = _Call(layer, precision, kind)
+        calls.append(call)
+        return (_Enter.apply(args[0], call), *args[1:])
 
     def leave(layer, args, out):
         if calls and isinstance(out, Tensor) and out.requires_grad:
             return calls[-1].leave(args[0], out)
         return None
 
-    return [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)], calls
+    before = layer.register_forward_pre_hook(enter)
+    after = layer.register_forward_hook(leave)
+    return [before, after], calls
+
+
+def _is_compared(x):
+    "Whether a layer is compared for this input: a float32 tensor with a gradient"
+    if not isinstance(x, Tensor):
+        return False
+    return x.dtype == torch.float32 and x.requires_grad
 
 
 def _plain(model):
-    "The network that several processes train together, without what keeps it in step"
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    "The network itself, without DistributedDataParallel around it"
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.module
+    return model
 
 
 def _layers(model):
     "Name -> module of all that have weights of their own and no parts"
-    named = model.named_modules()
-    return {n: m for n, m in named if not [*m.children()] and [*m.parameters(recurse=False)]}
+    layers = {}
+    for name, module in model.named_modules():
+        parts = list(module.children())
+        weights = list(module.parameters(recurse=False))
+        if weights and not parts:
+            layers[name] = module
+    return layers
 
 
 def _twin(model, kind):
     "A copy whose weights are what `kind` can hold"
     twin = copy.deepcopy(model)
     with torch.no_grad():
-        for p in twin.parameters():
-            p.copy_(p.to(kind))
+        for weight in twin.parameters():
+            weight.copy_(weight.to(kind))
     return twin
 
 
-def _compared(model, loss, x, target, settings, keys, kind):
+@dataclass
+class _Batch:
+    "What one step of a run computes its loss from"
+
+    x: Tensor  # images (B,C,D,H,W)
+    target: Tensor  # masks (B,K,D,H,W)
+    keys: list | None  # names of the Gumbel noise, one tuple a case
+
+
+def _batch_loss(model, loss, batch, settings):
+    "The loss of a batch, and its images as they entered the network, with a gradient"
+    x = batch.x.detach().clone().requires_grad_()
+    if settings.edge:
+        out, edge, main = model(x, return_main=True)
+    else:
+        out, edge, main = model(x), None, None
+    terms = loss(out, edge, batch.target, main, batch.keys)
+    return terms["total"], x
+
+
+def _compared(model, loss, batch, settings, kind):
     "Name -> calls of each layer, compared, and parameter -> its gradient in float32"
-    handles, calls = [], {}
+    handles = []
+    calls = {}
     for name, layer in _layers(model).items():
         hooks, calls[name] = _watch(layer, settings.precision, kind)
         handles += hooks
-    x = x.detach().clone().requires_grad_()
-    out = model(x, return_main=True) if settings.edge else (model(x), None, None)
-    total = loss(out[0], out[1], target, out[2], keys)["total"]
+    total, x = _batch_loss(model, loss, batch, settings)
     for handle in handles:
         handle.remove()
     weights = [p for p in model.parameters() if p.requires_grad]
     _, *grads = torch.autograd.grad(total, [x, *weights], allow_unused=True)
-    return calls, dict(zip(weights, grads))
+    return calls, dict(zip(weights, grads, strict=True))
 
 
-def _layer_errors(model, loss, x, target, settings, keys, kind):
+def _layer_errors(model, loss, batch, settings, kind):
     "Name -> largest error of a layer, for each that was called"
-    calls, truth = _compared(_twin(_plain(model), kind), loss, x, target, settings, keys, kind)
-    done = {name: cs for name, cs in calls.items() if cs and all(c.compared for c in cs)}
-    sums, scales = {}, {}
-    for call in sum(done.values(), []):
-        for weight, grad in zip(call.weights, call.found):
+    twin = _twin(_plain(model), kind)
+    calls, truth = _compared(twin, loss, batch, settings, kind)
+    done = {}
+    for name, of_layer in calls.items():
+        if of_layer and all(call.compared for call in of_layer):
+            done[name] = of_layer
+    weight_errors = _weight_errors(done, truth)
+    errors = {}
+    for name, of_layer in done.items():
+        found = [call.error for call in of_layer]
+        for call in of_layer:
+            found += [weight_errors[w] for w in call.weights if w in weight_errors]
+        errors[name] = max(found)
+    return errors
+
+
+def _weight_errors(calls, truth):
+    "Parameter -> error of its gradient, summed over the calls of all layers that have it"
+    sums = {}
+    scales = {}
+    for call in chain.from_iterable(calls.values()):
+        for weight, grad in zip(call.weights, call.found, strict=True):
             sums[weight] = sums.get(weight, 0) + grad
             scales[weight] = scales.get(weight, 0) + call.scale
     errors = {}
-    for name, cs in done.items():
-        weights = {w for c in cs for w in c.weights if truth[w] is not None}
-        off = [_off(sums[w], truth[w], scales[w]) for w in weights]
-        errors[name] = max([c.error for c in cs] + off)
+    for weight, found in sums.items():
+        if truth[weight] is not None:
+            errors[weight] = _off(found, truth[weight], scales[weight])
     return errors
 
 
 def _of_all_processes(found):
-    "What any of the processes has found, the same list on each"
-    if ranks()[1] == 1:
+    "The wrong layers that any of the processes has found, the same list on each"
+    _, count = ranks()
+    if count == 1:
         return found
-    parts = [[] for _ in range(ranks()[1])]
+    parts = [[] for _ in range(count)]
     dist.all_gather_object(parts, found)
     worst = {}
-    for layer in sum(parts, []):
+    for layer in chain.from_iterable(parts):
         if layer.name not in worst or layer.error > worst[layer.name].error:
             worst[layer.name] = layer
     return [worst[name] for name in sorted(worst)]
@@ -230,23 +310,27 @@ def wrong_layers(
     settings: Settings,  # of the run; the precision must not be "auto" any more
     keys: list | None = None,  # names of the Gumbel noise, one tuple a case
 ) -> list[WrongLayer]:  # in the order of the network, the same on every process; empty in float32
-    "The layers whose output or derivatives in the run's precision differ from float32 by more than rounding; all processes call it"
+    """The layers whose output or derivatives in the run's precision differ from float32 by more
+    than rounding; all processes call it"""
     kind = _reduced(settings.precision, x.device)
     if kind is None:
         return []
-    part = -(-len(x) // settings.accumulate)  # what the run computes at a time
-    x, target, keys = x[:part], target[:part], keys and keys[:part]
+    size = ceil(len(x) / settings.accumulate)  # what the run computes at a time
+    batch = _Batch(x[:size], target[:size], keys and keys[:size])
     gpus = [x.device] if x.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(gpus), torch.enable_grad():
-            errors = _layer_errors(model, loss, x, target, settings, keys, kind)
-    except torch.OutOfMemoryError as e:
+            errors = _layer_errors(model, loss, batch, settings, kind)
+    except torch.OutOfMemoryError as error:
         raise InputError(
             "The self-check needs the memory of a float32 step, which is not there. "
             "Take a smaller batch, or more parts of it (accumulate), or switch the check off."
-        ) from e
+        ) from error
     allowed = _allowed(kind)
-    found = [WrongLayer(n, e, allowed) for n, e in errors.items() if e > allowed]
+    found = []
+    for name, error in errors.items():
+        if error > allowed:
+            found.append(WrongLayer(name, error, allowed))
     return _of_all_processes(found)
 
 # %% ../../nbs/4_inside/self_check.ipynb #51b1105a
@@ -262,30 +346,34 @@ class _InFloat32:
         if not torch.is_autocast_enabled(device):
             return forward(self.layer, *args, **kwargs)
         kind = torch.get_autocast_dtype(device)
-        args = [_wide(a) for a in args]
-        kwargs = {k: _wide(a) for k, a in kwargs.items()}
+        args = [_wide(value) for value in args]
+        kwargs = {name: _wide(value) for name, value in kwargs.items()}
         with torch.autocast(device, enabled=False):
             out = forward(self.layer, *args, **kwargs)
-        return out.to(kind) if isinstance(out, Tensor) and out.dtype == torch.float32 else out
+        if isinstance(out, Tensor) and out.dtype == torch.float32:
+            return out.to(kind)
+        return out
 
 
 def _wide(value):
     "A tensor of a half type in float32, anything else as it is"
-    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-    return value.float() if half else value
+    if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+        return value.float()
+    return value
 
 
 def compute_in_float32(
     model: nn.Module,  # the network, or its DistributedDataParallel; changed in place
     names: list[str],  # of layers, as `wrong_layers` gives them
 ) -> None:
-    "Let these layers compute in float32, whatever the precision of the run; raises `InputError` on a name that is none"
+    "These layers compute in float32 from now on; raises `InputError` on an unknown name"
     layers = dict(_plain(model).named_modules())
     odd = sorted(set(names) - set(layers))
     require(not odd, f"The network has no layers {odd}. Give names out of model.named_modules().")
     for name in names:
-        if not isinstance(layers[name].forward, _InFloat32):
-            layers[name].forward = _InFloat32(layers[name])
+        layer = layers[name]
+        if not isinstance(layer.forward, _InFloat32):
+            layer.forward = _InFloat32(layer)
 
 
 def _processor(device):
@@ -296,18 +384,23 @@ def _processor(device):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # another system than Linux
         lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    for line in lines:
+        if line.startswith("model name"):
+            _, _, name = line.partition(":")
+            return name.strip()
+    return platform.processor() or platform.machine()
 
 
 def describe_check(
     found: list[WrongLayer],  # of `wrong_layers`
     device: torch.device | None = None,  # of the run; None: this machine's processor
 ) -> list[str]:  # one line a layer, for the log
-    "What was found, on which processor, and what is done about it"
+    "The wrong layers, the processor, and what is done about them"
     where = _processor(device)
-    return [
-        f"self-check: layer {f.name} is off by {f.error:.2g} of its size on {where}, where rounding explains "
-        f"{f.allowed:.2g}; it is computed in float32 in this run"
-        for f in found
-    ]
+    lines = []
+    for layer in found:
+        lines.append(
+            f"self-check: layer {layer.name} is off by {layer.error:.2g} of its size on {where}, "
+            f"where rounding explains {layer.allowed:.2g}; it is computed in float32 in this run"
+        )
+    return lines

@@ -11,16 +11,12 @@ import argparse
 import ast
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-NETWORKS = (
-    "unet",
-    "vnet",
-    "segnet",
-    "segresnet",
-    "dynunet",
-)  # the last two are MONAI's, see `models`
+# the last two are MONAI's, see `models`
+NETWORKS = ("unet", "vnet", "segnet", "segresnet", "dynunet")
 
 
 def default_cache() -> Path | None:  # None where neither EGCNN_CACHE nor a home folder is known
@@ -46,44 +42,26 @@ class Settings:
     accumulate: int = 1  # parts in which each process computes its share of a batch, to save memory
     width: int = 8  # channels at the finest resolution
     levels: int = 4  # resolutions
-    patch_size: tuple | None = (
-        None  # voxels at the spacing of the run; None: from the cases, at most 128
-    )
+    patch_size: tuple | None = None  # voxels of the run; None: from the cases, at most 128
     lr: float = 1e-4  # initial learning rate (section 3.2)
     seed: int = 0  # of split, weights, order, patches and noise
     workers: int = 0  # loader processes; they change no result
     precision: str = "auto"  # "fp32", "bf16", "fp16" (GPU), "fp64", or "auto": see `best_precision`
     validation: float | str = 0.2  # share of cases, or their number, or a file with their names
     exclude: str | None = None  # file with names of cases to leave out
-    train_cases: int | None = (
-        None  # how many of the training cases to use, each the more often, so that an epoch stays as long; None: all
-    )
+    train_cases: int | None = None  # training cases to use, an epoch stays as long; None: all
     augment: tuple = ("flip", "intensity")  # names of augmentations (`patches`)
-    cache: str | None = (
-        None  # folder of prepared cases, "off" for memory alone; None: egcnn_nb in the user's cache folder
-    )
+    cache: str | None = None  # folder of prepared cases, "off": memory alone; None: the user's
     cache_gb: float = 50.0  # size that this folder may reach
-    save_minutes: float = (
-        10.0  # a checkpoint that often, besides the one after each epoch; 0: after each step
-    )
+    save_minutes: float = 10.0  # between checkpoints inside an epoch; 0: one after each step
     shard: bool = False  # spread weights and optimizer over the processes (FSDP) too
-    spacing: tuple | str = (
-        1.0,
-        1.0,
-        1.0,
-    )  # voxel size in mm to which cases are resampled, or "median" of the training cases
+    spacing: tuple | str = (1.0, 1.0, 1.0)  # voxel size in mm, or "median" of the training cases
     init: str | None = None  # run folder whose trained weights the network starts from
-    self_check: bool = True  # in reduced precision, compare the gradients of every layer with float32 before the first step
-    readers: int | None = (
-        None  # cases that are read at once; None: as many as cores and memory allow
-    )
-    readings: dict | None = (
-        None  # readings of the paper other than the defaults: argument of EGCNN, EGLoss or SegNet -> value
-    )
+    self_check: bool = True  # in reduced precision, compare every layer with float32 first
+    readers: int | None = None  # cases read at once; None: as many as cores and memory allow
+    readings: dict | None = None  # of the paper, argument of EGCNN, EGLoss or SegNet -> value
     preset: str = "default"  # name out of PRESETS whose values the settings began with
-    network: str | None = (
-        None  # "module:function" that builds a network of yours in place of `backbone`; None: `backbone`
-    )
+    network: str | None = None  # "module:function" that builds a network of yours, or None
 
     @classmethod
     def from_preset(
@@ -94,32 +72,35 @@ class Settings:
         **given,  # other settings; each comes before the preset's value
     ) -> "Settings":
         "Settings of a preset, with those that you give"
-        values = preset_values(name, given.get("edge", True), given.get("readings"))
-        named = {"readings": values["readings"], "preset": name}
-        return cls(data, out, **{**values, **given, **named})
+        edge = given.get("edge", True)
+        values = preset_values(name, edge, given.get("readings"))
+        settings = {**values, **given}
+        settings["readings"] = values["readings"]
+        settings["preset"] = name
+        return cls(data, out, **settings)
 
 # %% ../../nbs/4_inside/settings.ipynb #f34a8a0e
 def readings_of(
-    words,  # strings NAME=VALUE
-) -> dict:  # name -> value; what is no Python literal stays a string
-    "Readings from words; raises `InputError` on one that is no NAME=VALUE"
+    words: Sequence[str],  # each NAME=VALUE
+) -> dict:  # name -> value; a value that is no Python literal stays a string
+    "Readings from words; raises `InputError` on one that is not NAME=VALUE"
     from egcnn_nb.core import expect
 
-    out = {}
+    readings = {}
     for word in words:
         name, equals, value = word.partition("=")
         expect(equals and name, "reading", repr(word), "NAME=VALUE")
         try:
-            out[name] = ast.literal_eval(value)
+            readings[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            out[name] = value
-    return out
+            readings[name] = value
+    return readings
 
 # %% ../../nbs/4_inside/settings.ipynb #53b34ab9
 def share_or_file(
     word: str,  # of a command line
 ) -> float | str:  # a number, or the name of a file
-    "What `--validation` is given"
+    "The value of `--validation`"
     try:
         return float(word)
     except ValueError:
@@ -127,26 +108,27 @@ def share_or_file(
 
 # %% ../../nbs/4_inside/settings.ipynb #ef193962
 def spacing_of(
-    words,  # of a command line: three lengths in mm, one for all axes, or "median"
+    words: Sequence[str],  # three lengths in mm, one for all axes, or "median"
 ) -> tuple | str:  # three lengths in mm along R, A, S, or "median"
-    "What `--spacing` is given; raises `InputError` on anything else"
+    "The value of `--spacing`; raises `InputError` on anything else"
     from egcnn_nb.core import require
 
     if list(words) == ["median"]:
         return "median"
     try:
-        lengths = tuple(float(w) for w in words)
+        lengths = tuple(map(float, words))
     except ValueError:
         lengths = ()
-    good = len(lengths) in (1, 3) and all(0 < v < float("inf") for v in lengths)
+    given = " ".join(map(str, words))
     require(
-        good,
-        f"--spacing {' '.join(map(str, words))} is no voxel size. Give one or three lengths in mm above 0, or the word median.",
+        len(lengths) in (1, 3) and all(0 < length < float("inf") for length in lengths),
+        f"--spacing {given} is no voxel size. "
+        "Give one or three lengths in mm above 0, or the word median.",
     )
     return lengths * 3 if len(lengths) == 1 else lengths
 
 # %% ../../nbs/4_inside/settings.ipynb #5e7700a2
-# name -> settings, where they differ from those of `Settings`; readings of the loss by their own names
+# name -> settings where they differ from those of `Settings`; readings of the loss by their names
 PRESETS = {
     "default": {},
     "paper": {
@@ -154,7 +136,12 @@ PRESETS = {
         "lr": 1e-4,
         "spacing": (1.0, 1.0, 1.0),
         "augment": (),
-        "readings": {"semantic": "dice", "lambda1": 1.0, "lambda2": 0.5, "weight_negatives": True},
+        "readings": {
+            "semantic": "dice",
+            "lambda1": 1.0,
+            "lambda2": 0.5,
+            "weight_negatives": True,
+        },
     },
 }
 _OF_EDGES = ("lambda1", "lambda2", "weight_negatives")  # readings of the edge loss
@@ -177,18 +164,26 @@ def preset_values(
 ) -> dict:  # setting -> value; the readings are together under one name
     "Settings of a preset; raises `InputError` on an unknown name"
     check_preset(name)
-    given, values = readings or {}, PRESETS[name]
-    own = {k: v for k, v in values.get("readings", {}).items() if edge or k not in _OF_EDGES}
+    values = dict(PRESETS[name])
+    own = dict(values.get("readings", {}))
+    if not edge:
+        for reading in _OF_EDGES:
+            own.pop(reading, None)
+    given = readings or {}
     if given.get("w_cross_entropy") and "semantic" in own:
         own["semantic"] = "dice_ce"  # a loss that weights the cross entropy has one
-    return {**values, "readings": {**own, **given} or None}
+    values["readings"] = {**own, **given} or None
+    return values
 
 # %% ../../nbs/4_inside/settings.ipynb #5e7700a6
 def _word(value):
     "A value as it stands on the command line"
     if isinstance(value, (tuple, list)):
-        return " ".join(_word(v) for v in value) or "none"
-    return f"{value:.12g}" if isinstance(value, float) else str(value)
+        words = [_word(item) for item in value]
+        return " ".join(words) or "none"
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    return str(value)
 
 
 def preset_note(
@@ -197,29 +192,35 @@ def preset_note(
 ) -> str:
     "One line that names a preset, and every value of a run that is not the preset's"
     check_preset(name)
-    wanted = {**PRESETS[name], **PRESETS[name].get("readings", {})}
-    pairs = {
-        k: (_word(values[k]), _word(v))
-        for k, v in wanted.items()
-        if k in values and k != "readings"
-    }
-    other = [f"{k} {have} in place of {want}" for k, (have, want) in pairs.items() if have != want]
-    return f"preset {name}" + (f", but {', '.join(other)}" if other else "")
+    wanted = dict(PRESETS[name])
+    wanted |= wanted.pop("readings", {})
+    other = []
+    for setting, value in wanted.items():
+        if setting not in values:
+            continue
+        have = _word(values[setting])
+        want = _word(value)
+        if have != want:
+            other.append(f"{setting} {have} in place of {want}")
+    note = f"preset {name}"
+    return f"{note}, but {', '.join(other)}" if other else note
 
 # %% ../../nbs/4_inside/settings.ipynb #5e7700a9
 PRESET_HELP = (
-    "default, or paper: what section 3.2 of the paper names. That is batch_size 8, Adam with lr 1e-4 that decays with power 0.9, spacing 1 1 1, "
-    "no augmentation, and the readings semantic=dice, lambda1=1, lambda2=0.5 and weight_negatives=True. The paper names no epochs, patch size, "
-    "width, levels, precision, seed or validation split, which keep our defaults. A flag that you give beside the preset wins"
+    "default, or paper: what section 3.2 of the paper names. That is batch_size 8, "
+    "Adam with lr 1e-4 that decays with power 0.9, spacing 1 1 1, no augmentation, "
+    "and the readings semantic=dice, lambda1=1, lambda2=0.5 and weight_negatives=True. "
+    "The paper names no epochs, patch size, width, levels, precision, seed or validation split, "
+    "which keep our defaults. A flag that you give beside the preset wins"
 )
 
 
 def _named_preset(words):
     "The preset that a command line names; the parser itself complains about one that is none"
-    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    p.add_argument("--preset", nargs="?")
-    name = p.parse_known_args(words)[0].preset
-    return name if name in PRESETS else "default"
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?")
+    found, _ = parser.parse_known_args(words)
+    return found.preset if found.preset in PRESETS else "default"
 
 
 class PresetParser(argparse.ArgumentParser):
@@ -236,11 +237,12 @@ class PresetParser(argparse.ArgumentParser):
     ):  # namespace, words that are no flags
         "The values of a command line; argparse keeps what a namespace has unless a flag is given"
         words = sys.argv[1:] if args is None else list(args)
-        namespace = argparse.Namespace() if namespace is None else namespace
-        for name, value in PRESETS[_named_preset(words)].items():
-            several = isinstance(
-                self.get_default(name), list
-            )  # such as the rates that an experiment tries
-            if name != "readings" and not hasattr(namespace, name):
-                setattr(namespace, name, [value] if several else value)
+        if namespace is None:
+            namespace = argparse.Namespace()
+        values = PRESETS[_named_preset(words)]
+        for name, value in values.items():
+            if name == "readings" or hasattr(namespace, name):
+                continue
+            several = isinstance(self.get_default(name), list)  # as the rates of an experiment
+            setattr(namespace, name, [value] if several else value)
         return super().parse_known_args(words, namespace)
