@@ -48,7 +48,7 @@ class _Extent:
     @property
     def fields(self):
         "Field of view in mm along each axis"
-        return [float(n * mm) for n, mm in zip(self.shape, self.lengths, strict=True)]
+        return [float(side) for side in self.lengths * self.shape]
 
     def shrinking(self):
         "What becomes of a scan whose voxels are much smaller than those of the run"
@@ -67,7 +67,8 @@ def _by(numbers):
 
 def _voxel_lengths(affine):
     "Voxel size in mm along the axes of a file"
-    return np.linalg.norm(affine[:3, :3], axis=0)
+    axes = affine[:3, :3]
+    return np.linalg.norm(axes, axis=0)
 
 
 def size_at(
@@ -80,14 +81,17 @@ def size_at(
     nearest_axes = io_orientation(affine)[:, 0].astype(int)  # 0 for R, 1 for A, 2 for S
     size = []
     for voxels, length, axis in zip(shape, lengths, nearest_axes, strict=False):
-        size.append(max(1, round(float(voxels * length / spacing[axis]))))
+        millimetres = float(voxels * length)
+        size.append(max(1, round(millimetres / spacing[axis])))
     return tuple(size)
 
 
 def _extent(shape, affine, spacing):
     "The extent of a scan of any number of axes, the first three of which are space"
     shape = tuple(shape)[:3]
-    return _Extent(shape, _voxel_lengths(affine), size_at(shape, affine, spacing), spacing)
+    lengths = _voxel_lengths(affine)
+    size = size_at(shape, affine, spacing)
+    return _Extent(shape, lengths, size, spacing)
 
 
 def expect_plausible(
@@ -217,10 +221,12 @@ def corner_distance(
 ) -> float:  # in voxels
     "The largest distance between the eight corners of a volume under two affines"
     ends = [(-0.5, voxels - 0.5) for voxels in shape]
-    corners = np.array([[*corner, 1] for corner in product(*ends)]).T  # (4,8)
+    corners = np.ones((4, 8))  # the last row lets an affine shift them
+    corners[:3] = np.array(list(product(*ends))).T
     to_first = np.linalg.inv(first) @ affine
-    moved = (to_first @ corners - corners)[:3]
-    return float(np.linalg.norm(moved, axis=0).max())
+    shifts = to_first @ corners - corners
+    distances = np.linalg.norm(shifts[:3], axis=0)
+    return float(distances.max())
 
 
 def expect_same_grid(
@@ -343,7 +349,9 @@ class _Channel:
     @cached_property
     def range(self) -> tuple:
         "Lowest and highest value"
-        return float(self.volume.array.min()), float(self.volume.array.max())
+        array = self.volume.array
+        lowest, highest = array.min(), array.max()
+        return float(lowest), float(highest)
 
     def problems(self):
         "A sentence on an image without any contrast"
@@ -383,7 +391,8 @@ def _label_counts(label, ml):
     values, counts = np.unique(label.array, return_counts=True)
     found = {}
     for value, voxels in zip(values.tolist(), counts.tolist(), strict=True):
-        found[value] = (voxels, round(voxels * ml, 3))
+        millilitres = round(voxels * ml, 3)
+        found[value] = (voxels, millilitres)
     return found
 
 
@@ -558,8 +567,13 @@ def check_dataset(
 def _common(rows, key):
     "The four commonest values of a column, with their number"
     counts = Counter(str(row[key]) for row in rows)
-    text = ", ".join(f"{value} ({number})" for value, number in counts.most_common(4))
-    return f"{text} ..." if len(counts) > 4 else text
+    parts = []
+    for value, number in counts.most_common(4):
+        parts.append(f"{value} ({number})")
+    text = ", ".join(parts)
+    if len(counts) > len(parts):
+        text += " ..."
+    return text
 
 
 def _range_lines(rows):
@@ -570,27 +584,36 @@ def _range_lines(rows):
             lows.setdefault(channel, []).append(low)
             highs.setdefault(channel, []).append(high)
     lines = []
-    for channel, values in lows.items():
-        low, high = min(values), max(highs[channel])
+    for channel in lows:
+        low = min(lows[channel])
+        high = max(highs[channel])
         lines.append(f"  {channel:13} intensities {low:.4g} to {high:.4g}")
     return lines
 
 
 def _label_line(value, name, rows):
     "A line for a label: in how many cases it is, and how large"
-    counts = [row["labels"][value] for row in rows if value in row["labels"]]
-    line = f"  label {value:<7} {name}: in {len(counts)} cases"
-    if not counts:
+    voxels = 0
+    millilitres = []
+    for row in rows:
+        if value in row["labels"]:
+            count, ml = row["labels"][value]
+            voxels += count
+            millilitres.append(ml)
+    line = f"  label {value:<7} {name}: in {len(millilitres)} cases"
+    if not millilitres:
         return line
-    voxels, millilitres = zip(*counts, strict=True)
-    return f"{line}, {sum(voxels):,} voxels, {np.median(millilitres):.4g} ml in the median"
+    median = np.median(millilitres)
+    return f"{line}, {voxels:,} voxels, {median:.4g} ml in the median"
 
 
 def _listing(sentences, what):
     "A heading with the number of sentences, and the sentences"
-    plural = "" if len(sentences) == 1 else "s"
-    colon = ":" if sentences else ""
-    heading = f"{len(sentences)} {what}{plural}{colon}"
+    heading = f"{len(sentences)} {what}"
+    if len(sentences) != 1:
+        heading += "s"
+    if sentences:
+        heading += ":"
     return [heading, *(f"  {sentence}" for sentence in sentences)]
 
 

@@ -97,8 +97,12 @@ def _is_case_folder(path):
 
 def _case_folders(root, prefix):
     "Folders whose name begins with `prefix` in upper or lower case, without run folders"
-    named = [path for path in _visible(root) if path.name.lower().startswith(prefix)]
-    return [path for path in named if _is_case_folder(path)]
+    found = []
+    for path in _visible(root):
+        named = path.name.lower().startswith(prefix)
+        if named and _is_case_folder(path):
+            found.append(path)
+    return found
 
 
 def _copies(folder):
@@ -283,8 +287,10 @@ _KITS_LABELS = (_KITS_MAJORITY, "segmentation")
 
 def _kits_case(folder):
     "The files of one folder; a scan that is missing gets the name that it should have"
-    image = _called(folder, "imaging") or folder / "imaging.nii.gz"
-    return Case(folder.name, (image,), _called(folder, *_KITS_LABELS))
+    should_be = folder / "imaging.nii.gz"
+    image = _called(folder, "imaging") or should_be
+    label = _called(folder, *_KITS_LABELS)
+    return Case(folder.name, (image,), label)
 
 
 def _has_cysts(folder):
@@ -298,11 +304,14 @@ def kits(
     root: Path,  # dataset folder, or the folder of one case
 ) -> Dataset | None:
     "KiTS 2019, 2021, 2023: case_00000/imaging.nii.gz and its segmentation"
-    is_case = root.name.lower().startswith("case_")
-    folders = [root] if is_case else _case_folders(root, "case_")
-    if not any(_called(folder, "imaging", *_KITS_LABELS) for folder in folders):
+    folders = _case_folders(root, "case_")
+    if root.name.lower().startswith("case_"):
+        folders = [root]
+    files = ("imaging", *_KITS_LABELS)
+    if not any(_called(folder, *files) for folder in folders):
         return None
-    task = KITS_2021 if any(_has_cysts(folder) for folder in folders) else KITS
+    has_cysts = any(_has_cysts(folder) for folder in folders)
+    task = KITS_2021 if has_cysts else KITS
     cases = [_kits_case(folder) for folder in folders]
     return Dataset(root, task, cases, (), tuple(_copies_in(folders)))
 
@@ -518,13 +527,15 @@ def _task(name, channels, declared, order=None):
 
 def _channels(given, key):
     "Names of the channels in the order of their numbers"
-    numbers = [_number(k) for k in given] if isinstance(given, dict) else []
+    named: dict[Any, Any] = {}
+    if isinstance(given, dict):
+        named = {_number(number): name for number, name in given.items()}
+    counted = range(len(named))
     require(
-        numbers and set(numbers) == set(range(len(numbers))),
+        named and set(named) == set(counted) and len(named) == len(given),
         f'{key} is {given!r}. Number the channels from 0, such as {{"0": "T1", "1": "T2"}}.',
     )
-    named = dict(zip(numbers, given.values(), strict=True))
-    return [str(named[number]) for number in range(len(numbers))]
+    return [str(named[number]) for number in counted]
 
 
 def _described(root, info, key):
@@ -893,7 +904,10 @@ def _rows(path):
     "The lines of a cases.csv as dicts, and the names of its columns"
     (_, columns), *lines = _numbered_lines(path)
     _expect_columns(path, columns)
-    rows = [_row(f"{path}, line {number}", cells, columns) for number, cells in lines]
+    rows = []
+    for number, cells in lines:
+        where = f"{path}, line {number}"
+        rows.append(_row(where, cells, columns))
     return rows, columns
 
 
@@ -925,11 +939,13 @@ def _label_values(cases):
 
 def _table_task(name, channels, values):
     "A task whose classes are the values of the label maps"
-    # `expect_known_labels` refuses values below 0
-    known = sorted({0, *(value for value in values if value >= 0)})
-    labels = {value: f"label {value}" for value in known}
-    labels[0] = "background"
-    regions = {labels[value]: (value,) for value in known if value}
+    # `expect_known_labels` refuses the values below 0
+    labels = {0: "background"}
+    regions = {}
+    for value in sorted(values):
+        if value > 0:
+            labels[value] = f"label {value}"
+            regions[labels[value]] = (value,)
     return Task(name, tuple(channels), labels, regions, "softmax", _intensities(channels))
 
 
@@ -982,7 +998,8 @@ _SENSELESS = (  # what Python raises on a description that makes no sense
 
 def _is_described(root):
     "Whether a folder has a description of its own"
-    return (root / "cases.csv").is_file() or (root / "dataset.json").is_file()
+    descriptions = (root / "cases.csv", root / "dataset.json")
+    return any(path.is_file() for path in descriptions)
 
 
 def _recognise(root):

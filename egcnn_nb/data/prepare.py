@@ -40,12 +40,14 @@ def normalize(
     if not inside.any():
         return np.zeros_like(x)
     values = x[inside].astype(np.float64)
-    mean, spread = values.mean(), values.std()
+    mean = values.mean()
+    spread = values.std()
     rounding = 1e-8 * np.abs(values).max()  # less than float32 can tell apart
     if spread <= rounding:
         return np.zeros_like(x)
     scores = (x - mean) / spread
-    return np.where(inside, scores, 0).astype(np.float32)
+    scores = np.where(inside, scores, 0)
+    return scores.astype(np.float32)
 
 # %% ../../nbs/4_inside/prepare.ipynb #7da3ff5b
 def target_size(
@@ -56,7 +58,8 @@ def target_size(
     "Number of voxels of another size in the same field of view (section 3.2)"
     sizes = []
     for voxels, old_length, new_length in zip(shape, spacing, target, strict=True):
-        sizes.append(max(1, round(voxels * old_length / new_length)))
+        millimetres = voxels * old_length
+        sizes.append(max(1, round(millimetres / new_length)))
     return tuple(sizes)
 
 
@@ -70,11 +73,21 @@ def label_dtype(
     lowest, highest = min(values), max(values)
     for kind in (np.uint8, np.int16, np.int32):
         limits = np.iinfo(kind)
-        if limits.min <= lowest and highest <= limits.max:
+        fits = limits.min <= lowest and highest <= limits.max
+        if fits:
             return np.dtype(kind)
     raise InputError(
         f"{task.name} has labels from {lowest} to {highest}. Remap them to whole numbers of 32 bits."
     )
+
+
+def _resized(
+    volume: Tensor,  # float32 (D,H,W)
+    size: Sequence[int],  # voxels along D, H, W
+) -> Tensor:  # float32 (*size)
+    "A volume on another grid, by linear interpolation"
+    batch = volume[None, None]
+    return resize(batch, size)[0, 0]
 
 
 def resample_labels(
@@ -89,8 +102,8 @@ def resample_labels(
     winner = torch.zeros(size, dtype=labels.dtype)
     # One mask at a time, so that 100 labels take no more memory than two
     for value in labels.unique():
-        mask = (labels == value).float()
-        mask = resize(mask[None, None], size)[0, 0]
+        mask = labels == value
+        mask = _resized(mask.float(), size)
         better = mask > likeliest
         likeliest[better] = mask[better]
         winner[better] = value
@@ -138,25 +151,30 @@ class Loaded:
 
 def _box_size(box):
     "Voxels of a box of three slices"
-    return tuple(side.stop - side.start for side in box)
+    sizes = [side.stop - side.start for side in box]
+    return tuple(sizes)
 
 
 def _turned(values, affine):
     "Three values along the file's own axes in the order of R, A, S"
     nearest_axes = io_orientation(affine)[:, 0]
-    return tuple(values[i] for i in np.argsort(nearest_axes))
+    order = np.argsort(nearest_axes)
+    return tuple(values[axis] for axis in order)
 
 
 def _is_length(value):
     "Whether a value is a finite number above 0"
-    return isinstance(value, (int, float)) and 0 < value < inf
+    if not isinstance(value, (int, float)):
+        return False
+    return 0 < value < inf
 
 
 def checked_spacing(
     spacing: Spacing,  # voxel size in mm along R, A, S, as a user gave it
 ) -> tuple:  # three floats
     "A voxel size as three floats; raises `InputError` on what is no voxel size"
-    three = isinstance(spacing, (tuple, list)) and len(spacing) == 3
+    several = isinstance(spacing, (tuple, list))
+    three = several and len(spacing) == 3
     require(
         three and all(_is_length(length) for length in spacing),
         f"The spacing {spacing!r} is no voxel size. Give three lengths in mm above 0, along R, A "
@@ -167,7 +185,8 @@ def checked_spacing(
 
 def _by(numbers):
     "Numbers as 24x22x20"
-    return "x".join(f"{number:.4g}" for number in numbers)
+    texts = [f"{number:.4g}" for number in numbers]
+    return "x".join(texts)
 
 
 def _new_size(case, old, voxel, spacing):
@@ -214,9 +233,10 @@ def _expect_memory(case, need):
 def _shape_and_lengths(case):
     "Shape of a case's first image and its voxel size in mm, along R, A, S, from the header alone"
     header = read_header(case.images[0])
-    lengths = [float(length) for length in voxel_sizes(header.affine)]
-    shape = _turned(header.shape[:3], header.affine)
-    return shape, _turned(lengths, header.affine)
+    affine = header.affine
+    lengths = [float(length) for length in voxel_sizes(affine)]
+    shape = header.shape[:3]
+    return _turned(shape, affine), _turned(lengths, affine)
 
 
 def _made_bytes(size, task):
@@ -234,8 +254,10 @@ def reading_bytes(
     shape, lengths = _shape_and_lengths(case)
     bytes_each = 28 + 8 * len(task.channels)
     read = prod(shape) * bytes_each
-    size = target_size(shape, lengths, checked_spacing(spacing))
-    return read, read + _made_bytes(size, task)
+    spacing = checked_spacing(spacing)
+    size = target_size(shape, lengths, spacing)
+    made = _made_bytes(size, task)
+    return read, read + made
 
 
 def median_spacing(
@@ -273,16 +295,18 @@ def load_case(
 
 def _prepared_channel(array, box, size, how):
     "One channel, normalised over the whole image, cropped to the box and resampled"
-    part = np.ascontiguousarray(normalize(array, how)[box])
-    return resize(torch.from_numpy(part)[None, None], size)[0, 0]
+    scores = normalize(array, how)
+    part = np.ascontiguousarray(scores[box])
+    return _resized(torch.from_numpy(part), size)
 
 
 def _prepared_labels(truth, box, size, kind):
     "A label map, cropped to the box and resampled, and the flat indices of its foreground"
-    values = np.ascontiguousarray(truth[box].astype(kind))
-    labels = resample_labels(torch.from_numpy(values), size)
-    spots = labels.flatten().nonzero()[:, 0]
-    return labels, spots.to(torch.int32)
+    values = truth[box].astype(kind)
+    part = np.ascontiguousarray(values)
+    labels = resample_labels(torch.from_numpy(part), size)
+    spots = labels.flatten().nonzero()
+    return labels, spots[:, 0].to(torch.int32)
 
 
 def _prepared(case, task, images, label, spacing):
@@ -321,5 +345,7 @@ def place(
     affine = case.grid.affine
     whole = np.full(_turned(case.shape, affine), outside, array.dtype)
     whole[case.box] = array
-    way_back = ornt_transform(RAS, io_orientation(affine))
-    return np.ascontiguousarray(apply_orientation(whole, way_back))
+    file_axes = io_orientation(affine)
+    way_back = ornt_transform(RAS, file_axes)
+    turned = apply_orientation(whole, way_back)
+    return np.ascontiguousarray(turned)
