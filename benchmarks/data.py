@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from egcnn_nb.data.datasets import prepared_cases
+from egcnn_nb.data.cache import prepared_cases
 from egcnn_nb.data.layouts import find_dataset
 from egcnn_nb.data.patches import EpochBatches, Patches
 

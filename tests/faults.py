@@ -287,7 +287,7 @@ def cache_entries_deleted_during_training(tmp):
 @row()
 def two_processes_fill_one_cache(tmp):
     "two processes prepare the same cases at once -> both see every case, no half file"
-    code = f"from pathlib import Path; from egcnn_nb.data.layouts import find_dataset; from egcnn_nb.data.datasets import prepared_cases; d = find_dataset(r'{tmp / 'data'}'); print(sum(float(c.x.sum()) for c in prepared_cases(d.cases, d.task, Path(r'{tmp / 'cache'}'), quiet=True)))"
+    code = f"from pathlib import Path; from egcnn_nb.data.layouts import find_dataset; from egcnn_nb.data.cache import prepared_cases; d = find_dataset(r'{tmp / 'data'}'); print(sum(float(c.x.sum()) for c in prepared_cases(d.cases, d.task, Path(r'{tmp / 'cache'}'), quiet=True)))"
     both = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=ENV)
         for _ in range(2)

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from egcnn_nb.core import InputError
-from egcnn_nb.data.layouts import expect_files, find_dataset
+from egcnn_nb.data.check import expect_files
+from egcnn_nb.data.layouts import find_dataset
 from egcnn_nb.data.nifti import read_array
 from egcnn_nb.run.checkpoints import read_checkpoint, save_checkpoint
 from egcnn_nb.run.predict import load_run

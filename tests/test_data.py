@@ -19,7 +19,7 @@ EG = ROOT / "egcnn_nb/pretrained/eg"
 
 FILL = """
 import sys; from pathlib import Path
-from egcnn_nb.data.datasets import prepared_cases
+from egcnn_nb.data.cache import prepared_cases
 from egcnn_nb.data.layouts import find_dataset
 data = find_dataset(sys.argv[1])
 for case in prepared_cases(data.cases, data.task, Path(sys.argv[2]), quiet=True): print(case.name, case.x.double().sum().item(), case.labels.sum().item())
@@ -230,7 +230,7 @@ def test_a_label_map_is_that_of_validation_where_regions_fill_a_region():
     import torch
 
     from egcnn_nb.core import Task
-    from egcnn_nb.data.datasets import Loaded
+    from egcnn_nb.data.prepare import Loaded
     from egcnn_nb.data.volumes import Volume
     from egcnn_nb.run.predict import label_map
     from egcnn_nb.tensors import to_labels

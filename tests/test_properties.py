@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from egcnn_nb.data.datasets import resample_labels
+from egcnn_nb.data.prepare import resample_labels
 from egcnn_nb.data.patches import EpochBatches, split_cases
 from egcnn_nb.method.losses import balanced_bce, consistency_loss, dice_loss
 from egcnn_nb.method.sobel import (

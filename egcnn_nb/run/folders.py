@@ -26,7 +26,8 @@ from torch import nn
 
 import egcnn_nb
 from ..core import AUGMENTATIONS, InputError, Task, expect, require
-from ..data.datasets import median_spacing, prepared_cases
+from ..data.cache import prepared_cases
+from ..data.prepare import median_spacing
 from ..data.layouts import expect_foreground, expect_paired, find_dataset
 from ..data.patches import split_cases
 from ..method.egcnn import CHOICES, expect_gate

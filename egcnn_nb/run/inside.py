@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Task
-from ..data.datasets import place
+from ..data.prepare import place
 from ..data.layouts import Case
 from .models import best_device
 from .predict import BoxMaps, case_maps, label_map
