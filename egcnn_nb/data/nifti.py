@@ -149,9 +149,7 @@ def _shape(path, header):
     axes = int(header["dim"][0])
     expect(1 <= axes <= 7, path, f"{axes} axes", "1 to 7", _REPAIR)
     shape = tuple(int(voxels) for voxels in header["dim"][1 : axes + 1])
-    expect(
-        min(shape) > 0, path, f"shape {shape}", "at least one voxel along each axis", _REPAIR
-    )
+    expect(min(shape) > 0, path, f"shape {shape}", "at least one voxel along each axis", _REPAIR)
     space = (*shape, 1, 1)[:3]  # a slice (H, W) is a volume (H, W, 1)
     # (D, H, W, 1, C), as ITK writes channels, is (D, H, W, C)
     more = [voxels for voxels in shape[3:] if voxels > 1]
