@@ -213,7 +213,7 @@ class _Truth:
 
 def _truth_of(masks, thickness):
     "The true edge, the box and the deep voxels of masks (K,D,H,W)"
-    edge = sobel_edges(masks, thickness).any(0)
+    edge = np.asarray(sobel_edges(masks, thickness).any(0))
     box = _around(masks)
     near = masks[(slice(None), *box)]
     return _Truth(edge, box, near, _deep_in(near))

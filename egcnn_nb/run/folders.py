@@ -17,7 +17,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from math import inf, isnan
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import torch
@@ -96,7 +96,7 @@ def _check_count(settings, name):
     least = _LEAST.get(name, 1)
     most = _MOST.get(name, inf)
     bounds = f"from {least} to {most}" if name in _MOST else f"of {least} or more"
-    inside = _is_whole(value) and least <= value <= most
+    inside = _is_whole(value) and least <= cast(int, value) <= most
     require(inside, f"{name} is {value!r}. Give a whole number {bounds}.")
 
 

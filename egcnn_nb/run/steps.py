@@ -47,7 +47,7 @@ def _score(model, case, task, patch_size, precision):
     return score_case(labels.cpu(), case.labels, task)
 
 
-def _from_all(value):
+def _from_all(value) -> list:
     "The values of all processes, in the order of their ranks"
     world = ranks()[1]
     if world == 1:
@@ -247,7 +247,7 @@ def share(
 def _is_bad(model, values):
     "1 where a gradient or a loss is not finite, else 0, on the device"
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
+    norm: Any = nn.utils.get_total_norm(gradients)
     if hasattr(norm, "full_tensor"):  # weights spread over the processes
         norm = norm.full_tensor()
     checked = norm.double() + values.sum()

@@ -201,11 +201,10 @@ class Run:
         state: dict | None = None,  # of a checkpoint that `load` gets next; None: the run begins
         parts: Parts | None = None,  # of yours, tried by `try_parts`; None: the run's own
     ):
-        self.settings = settings
-        self.task = task
-        self.train = train
-        self.val = val
+        self.settings, self.task = settings, task
+        self.train, self.val = train, val
         self.device = device
+        self.patch_size = cast(tuple, settings.patch_size)  # `prepare` has filled it in
         self.parts = parts or Parts()
         self.model = self._make_network()
         self.notes = []  # for the log
@@ -257,7 +256,7 @@ class Run:
     def _make_patches(self):
         "Training patches, changed by `augment` or by the transforms of yours"
         settings = self.settings
-        patches = Patches(self.train, settings.patch_size, settings.seed, settings.augment)
+        patches = Patches(self.train, self.patch_size, settings.seed, settings.augment)
         if self.parts.transforms is None:
             return patches
         return Transformed(patches, self.parts.transforms, self.task, settings.spacing)
@@ -604,8 +603,8 @@ class Run:
         if self.settings.shard:
             self._put_together()
         share(self.whole.buffers())
-        patch_size, precision = self.settings.patch_size, self.settings.precision
-        return validate(self.whole, self.val, self.task, patch_size, precision, stop)
+        precision = self.settings.precision
+        return validate(self.whole, self.val, self.task, self.patch_size, precision, stop)
 
     def _put_together(self):
         "Copy weights that are in pieces into the whole network"
@@ -678,7 +677,7 @@ class Run:
             return []
         log = Path(self.settings.out) / "log.txt"
         written = log.read_text().splitlines() if log.is_file() else []
-        shares = half_shares(self.whole, self.val[:2], self.settings.patch_size)
+        shares = half_shares(cast(EGCNN, self.whole), self.val[:2], self.patch_size)
         lines = []
         for number, half in enumerate(shares, 1):
             problem = f"gate {number} of {len(gates)}, counted from the deepest, is dead"
