@@ -156,7 +156,10 @@ def deep_share(
 
 def _filled(edge, deep):
     "Share of the deep voxels that are predicted as edge"
-    return float(edge[deep].mean()) if deep.any() else float("nan")
+    if not deep.any():
+        return float("nan")
+    painted = edge[deep]
+    return float(painted.mean())
 
 
 def filled(
@@ -222,7 +225,9 @@ def _truth_of(masks, thickness):
 def _width(edge, masks):
     "Width of an edge, beside the masks that have a border; NaN where there is none"
     bordered = [mask for mask in masks if mask.any() and not mask.all()]
-    return edge_width(edge, np.stack(bordered)) if bordered else float("nan")
+    if not bordered:
+        return float("nan")
+    return edge_width(edge, np.stack(bordered))
 
 
 def _judge(prob, truth, thresholds):

@@ -25,17 +25,22 @@ def _expect_one_shape(where, pred, truth):
     expect(pred.shape == truth.shape, where, found, "one shape")
 
 
+def _volume(masks):
+    "Number of voxels of masks (B,C,D,H,W), per case and class"
+    axes = tuple(range(2, masks.dim()))
+    return masks.sum(axes)
+
+
 def dice_score(
     pred: Tensor,  # one-hot or region masks {0,1}, (B,C,D,H,W)
     truth: Tensor,  # same shape
 ) -> Tensor:  # (B,C) in [0,1]; 1 where both are empty
     "Dice of decided masks per case and class (section 3.3)"
     _expect_one_shape("dice_score", pred, truth)
-    axes = tuple(range(2, pred.dim()))
     pred, truth = pred.bool(), truth.bool()
-    both = (pred & truth).sum(axes)
-    size = (pred.sum(axes) + truth.sum(axes)).double()
-    dice = 2 * both / size.clamp_min(1)
+    in_both = _volume(pred & truth)
+    size = (_volume(pred) + _volume(truth)).double()
+    dice = 2 * in_both / size.clamp_min(1)
     return torch.where(size > 0, dice, 1.0).float()
 
 # %% ../../nbs/2_practice/metrics.ipynb #5ab64b16
@@ -64,8 +69,9 @@ def surface_distances(
 
 def _hd95(there, back):
     "The larger of the 95th percentiles of both directions"
-    larger = max(np.percentile(there, 95), np.percentile(back, 95))
-    return float(larger)
+    of_there = np.percentile(there, 95)
+    of_back = np.percentile(back, 95)
+    return float(max(of_there, of_back))
 
 
 def _within(there, back, tolerance):
@@ -78,7 +84,8 @@ def _within(there, back, tolerance):
 
 def _as_array(mask):
     "A mask as a bool array in the memory of the CPU"
-    return mask.bool().cpu().numpy()
+    here = mask.bool().cpu()
+    return here.numpy()
 
 
 def distances(
@@ -191,9 +198,8 @@ def volume_error(
 ) -> Tensor:  # (B,C), 0 is perfect; NaN where the truth alone is empty
     "Difference of the volumes, as a share of the true one (our choice)"
     _expect_one_shape("volume_error", pred, truth)
-    axes = tuple(range(2, pred.dim()))
-    found = pred.bool().sum(axes).double()
-    true = truth.bool().sum(axes).double()
+    found = _volume(pred.bool()).double()
+    true = _volume(truth.bool()).double()
     error = (found - true).abs() / true
     without_truth = torch.where(found > 0, torch.nan, 0.0)
     return torch.where(true > 0, error, without_truth).float()
