@@ -242,7 +242,7 @@ def test_groups_keep_their_own_learning_rates(data, tmp_path):
         assert found == pytest.approx([0.0, 0.3 * left, 0.02 * left], rel=1e-12)
     assert len(rates) == 9 and [row["lr"] for row in rows] == [0.0, 0.0, 0.0]
     config = settings(data, "")
-    fresh = make_model(config, prepare(config, quiet=True)[0]).state_dict()
+    fresh = make_model(config, prepare(config, quiet=True).task).state_dict()
     trained = weights(tmp_path / "run")
     moved = {name.split(".")[0] for name, w in trained.items() if not torch.equal(w, fresh[name])}
     assert moved == {"edge", "fusion"}  # a rate of 0 moves nothing
