@@ -29,11 +29,11 @@ from ..method.backbones import BACKBONES
 from ..method.egcnn import EGCNN
 from ..method.gate import EdgeGate, ResidualBlock
 from ..method.losses import EGLoss
+from .callbacks import Listeners
 from .checkpoints import random_state, save_checkpoint, save_sharded, set_random_state
 from .folders import begin, check_settings, read_config, readings_in_force, start_from
 from .models import best_precision, make_model, reading_for
 from egcnn_nb.run.parts import (
-    Listeners,
     Parts,
     Transformed,
     expect_weights,
@@ -236,7 +236,7 @@ class Run:
 
     def _loader_generator(self):
         "A generator of the loader's own where your network may draw from torch's, so that an epoch which is begun twice draws no more than once; None: torch's"
-        yours = self.parts.model is not None or self.settings.network is not None
+        yours = self.parts.has_own_network(self.settings)
         return torch.Generator().manual_seed(self.settings.seed) if yours else None
 
     def _own_state(self):
@@ -261,7 +261,7 @@ class Run:
     def _prepare_layers(self, state):
         "Layers that are computed in float32 from now on: those of the checkpoint, and those that the self-check finds"
         if "model" in state:
-            if self.parts.model is not None or self.settings.network:
+            if self.parts.has_own_network(self.settings):
                 expect_weights(self.model, state["model"], f"the run {self.settings.out}")
             self.model.load_state_dict(
                 state["model"]
@@ -303,7 +303,9 @@ class Run:
         try:
             found = wrong_layers(self.model, self.loss, x, target, self.settings, keys=keys)
         except (RuntimeError, TypeError) as e:
-            if isinstance(e, torch.OutOfMemoryError) or not self._is_yours():
+            if isinstance(e, torch.OutOfMemoryError) or not self.parts.has_own_network(
+                self.settings
+            ):
                 raise
             found = None
         set_random_state(random)
@@ -313,10 +315,6 @@ class Run:
                 "the self-check cannot run the layers of this network one by one, so it is left out"
             ]
         return [layer.name for layer in found], describe_check(found, self.device)
-
-    def _is_yours(self):
-        "Whether the network was written elsewhere"
-        return self.parts.built is not None or self.settings.network is not None
 
     def _first_batch(self):
         "What the first step will compute with: images, masks, names of the noise; None where no step is left"
@@ -672,7 +670,7 @@ def fit(
     loss=None,  # function of (output, target) or (output, target, keys); None: `EGLoss`
     optimizer=None,  # function of the parameters or of the model, or an optimizer; None: Adam
     transforms=None,  # of a patch, in place of `augment`: a function of (x, labels), or a transform of MONAI or TorchIO
-    callbacks=(),  # objects or functions that follow the run, see `your_own_parts`
+    callbacks=(),  # objects or functions that follow the run, see `callbacks`
 ) -> list:  # rows of metrics.csv, fewer than epochs if it was stopped
     "Train, validate and save, in this process or as one of several; raises `InputError` before anything is written"
     require(
