@@ -338,7 +338,7 @@ def make_optimizer(
 ) -> Optimizer:
     "The optimizer of yours; raises `InputError` where the run cannot step with it"
     name = f"optimizer={name_of_part(part)}"
-    optimizer = part
+    optimizer: Any = part
     if not isinstance(part, Optimizer):
         takes_model = _parameters(part)[:1] == ["model"]
         optimizer = part(model if takes_model else list(model.parameters()))
