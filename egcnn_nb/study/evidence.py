@@ -28,7 +28,7 @@ def differences(
         f"shapes {first.shape} and {second.shape}",
         "one shape (seeds, cases)",
     )
-    finite = np.isfinite(first).all() and np.isfinite(second).all()
+    finite = bool(np.isfinite([first, second]).all())
     expect(finite, "scores", "values that are not finite", "a number for each seed and case")
     return first - second
 
@@ -42,7 +42,7 @@ def interval(
     draws: int = 10_000,  # resamplings
     seed: int = 0,  # of the resampling
 ) -> tuple:  # lower end, upper end
-    "Bootstrap interval of the mean difference, over cases, and over five or more seeds (our choice)"
+    "Bootstrap interval of the mean difference, over cases and five or more seeds (our choice)"
     rng = np.random.default_rng(seed)
     table = np.asarray(difference)
     seeds, cases = table.shape
@@ -53,9 +53,12 @@ def interval(
             rows = rng.integers(seeds, size=seeds)
         of_cases = table[rows].mean(0)
         columns = rng.integers(cases, size=cases)
-        means.append(of_cases[columns].mean())
-    outside = (1 - level) / 2
-    return tuple(np.quantile(means, [outside, (1 + level) / 2]))
+        mean = of_cases[columns].mean()
+        means.append(mean)
+    lowest = (1 - level) / 2
+    highest = (1 + level) / 2
+    ends = np.quantile(means, [lowest, highest])
+    return tuple(ends)
 
 # %% ../../nbs/4_inside/evidence.ipynb #c7351e0f
 def detectable(
@@ -64,12 +67,15 @@ def detectable(
     alpha: float = 0.05,  # level of the two-sided test
 ) -> float:  # in units of the score
     "Smallest difference over cases that a paired t test would have found"
-    of_cases = np.mean(np.asarray(difference), 0)
+    of_cases = np.asarray(difference).mean(0)
     n = len(of_cases)
-    to_reject = stats.t.ppf(1 - alpha / 2, n - 1)
-    to_find = stats.t.ppf(power, n - 1)
+    degrees = n - 1
+    to_reject = stats.t.ppf(1 - alpha / 2, degrees)
+    to_find = stats.t.ppf(power, degrees)
+    steps = to_reject + to_find
     scatter = of_cases.std(ddof=1)
-    return float((to_reject + to_find) * scatter / np.sqrt(n))
+    smallest = steps * scatter / np.sqrt(n)
+    return float(smallest)
 
 # %% ../../nbs/4_inside/evidence.ipynb #27e586d4
 def _wilcoxon(mean):
@@ -84,7 +90,7 @@ def compare_arms(
     a: ArrayLike,  # scores of an arm (seeds, cases)
     b: ArrayLike,  # scores of the other, same cases and seeds in the same order
 ) -> dict:  # "difference", "low", "high", "p", "effect", "detectable", "seeds", "cases", "over"
-    "The difference of two arms: 95 % interval, Wilcoxon's p, Cohen's d_z, `detectable` (our choice)"
+    "The difference of two arms with interval, Wilcoxon's p, Cohen's d_z and power (our choice)"
     difference = differences(a, b)
     seeds, cases = difference.shape
     of_cases = difference.mean(0)
@@ -114,6 +120,7 @@ def holm(
     multiplied = values[order] * factors
     # no later one may come out smaller than one before
     increasing = np.maximum.accumulate(multiplied)
+    at_most_one = np.minimum(increasing, 1)
     corrected = np.empty_like(values)
-    corrected[order] = np.minimum(increasing, 1)
+    corrected[order] = at_most_one
     return corrected
