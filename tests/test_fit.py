@@ -30,7 +30,7 @@ from egcnn_nb.method.egcnn import EGCNN
 from egcnn_nb.method.losses import EGLoss
 from egcnn_nb.run.folders import prepare
 from egcnn_nb.run.models import infer, make_model
-from egcnn_nb.run.parts import EarlyStopping, TensorBoardLogger
+from egcnn_nb.run.callbacks import EarlyStopping, TensorBoardLogger
 from egcnn_nb.run.predict import load_run, predict_case
 from egcnn_nb.run.settings import Settings
 from egcnn_nb.run.steps import train_step

@@ -450,7 +450,7 @@ def run(
     args: argparse.Namespace,  # of `arguments`
 ) -> int:  # exit code
     "One process of a run: join the others if there are any, train, leave"
-    from egcnn_nb.run.parts import LOGGERS
+    from egcnn_nb.run.callbacks import LOGGERS
     from egcnn_nb.run.training import fit
 
     loggers = [LOGGERS[name]() for name in args.logger]

@@ -30,6 +30,7 @@ from ..method.backbones import BACKBONES
 from ..method.egcnn import EGCNN
 from ..method.gate import EdgeGate, ResidualBlock
 from ..method.losses import EGLoss
+from .callbacks import Listeners
 from .checkpoints import random_state, save_checkpoint, save_sharded, set_random_state
 from egcnn_nb.run.folders import (
     begin,
@@ -40,7 +41,6 @@ from egcnn_nb.run.folders import (
 )
 from .models import best_precision, make_model, reading_for
 from egcnn_nb.run.parts import (
-    Listeners,
     Parts,
     Transformed,
     expect_weights,
@@ -289,7 +289,7 @@ class Run:
         Your network may draw from torch's generator. With another one for the loader, an epoch
         that is begun twice draws no more than once.
         """
-        if self.parts.model is None and self.settings.network is None:
+        if not self.parts.has_own_network(self.settings):
             return None
         generator = torch.Generator()
         return generator.manual_seed(self.settings.seed)
@@ -299,7 +299,7 @@ class Run:
     def _prepare_layers(self, state):
         "Compute in float32 the layers of the checkpoint, and those that the self-check finds"
         if "model" in state:  # the check needs the weights that the run continues with
-            if self.parts.model is not None or self.settings.network:
+            if self.parts.has_own_network(self.settings):
                 expect_weights(self.model, state["model"], f"the run {self.settings.out}")
             self.model.load_state_dict(state["model"])
         self.rows = state.get("rows", [])
@@ -348,7 +348,7 @@ class Run:
         try:
             return wrong_layers(self.model, self.loss, x, target, self.settings, keys=keys)
         except (RuntimeError, TypeError) as error:
-            foreign = self.parts.built is not None or self.settings.network is not None
+            foreign = self.parts.has_own_network(self.settings)
             if isinstance(error, torch.OutOfMemoryError) or not foreign:
                 raise
             return None
