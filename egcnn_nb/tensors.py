@@ -84,7 +84,9 @@ def probabilities(
     activation: str,  # "softmax": the channels exclude each other; "sigmoid": each for itself
 ) -> Tensor:  # probabilities in [0,1], same shape
     "Probabilities from logits, by the activation of the task (section 3.1)"
-    return logits.softmax(1) if activation == "softmax" else logits.sigmoid()
+    if activation == "softmax":
+        return logits.softmax(1)
+    return logits.sigmoid()
 
 # %% ../nbs/4_inside/tensors.ipynb #f127b4c2
 def to_target(
@@ -141,7 +143,8 @@ def bounding_box(
         span = slice(int(hit[0]), int(hit[-1]) + 1)
         box.append(span)
         # cut this axis before the next one is searched
-        mask = mask[(slice(None),) * axis + (span,)]
+        before = (slice(None),) * axis
+        mask = mask[(*before, span)]
     return tuple(box)
 
 # %% ../nbs/4_inside/tensors.ipynb #c0de0005

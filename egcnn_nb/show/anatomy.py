@@ -9,6 +9,7 @@ __all__ = ['PRETRAINED', 'costs_by_part', 'drawing', 'pretrained']
 import copy
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -57,8 +58,8 @@ def _parameters(model, names):
 def _parts(model):
     "Part of the network -> names of its modules"
     parts = {name: [f"main.{name}"] for name, _ in model.main.named_children()}
-    for i in range(len(model.edge.gates)):
-        parts[f"gate {i}"] = [f"edge.{kind}.{i}" for kind in ("blocks", "halves", "gates")]
+    for i, _ in enumerate(model.edge.gates):
+        parts[f"gate {i}"] = [f"edge.blocks.{i}", f"edge.halves.{i}", f"edge.gates.{i}"]
     parts[_LAST_PART] = ["edge.last", "edge.head", "fusion"]
     return parts
 
@@ -85,24 +86,31 @@ def _shapes(model, x):
     "Name -> shape (C,D,H,W) of each feature that the edge stream reads"
     names = {name for name, _ in model.found["encoder"]}
     entry, *_ = model.found["entry"]
-    twin = copy.deepcopy(model.main).to("meta")
-    with torch.no_grad(), listen(twin, {*names, entry}) as seen:
+    names.add(entry)
+    twin = copy.deepcopy(model.main)
+    twin.to("meta")
+    with torch.no_grad(), listen(twin, names) as seen:
         twin(x.to("meta"))
     return {name: tuple(feature.shape[1:]) for name, feature in seen.items()}
 
 
 def _box(ax, place, text, colour):
     "A box with text around a place (x, y)"
-    frame = dict(boxstyle="round,pad=.4", fc=(*to_rgb(colour), 0.45), ec="#444444")
-    ax.text(*place, text, ha="center", va="center", fontsize=8, bbox=frame)
+    pale = (*to_rgb(colour), 0.45)
+    frame = dict(boxstyle="round,pad=.4", fc=pale, ec="#444444")
+    style = dict(ha="center", va="center", fontsize=8)
+    ax.text(*place, text, bbox=frame, **style)
 
 
 def _feature_text(name, shape):
     "Name and shape (C,D,H,W) of a feature; a long name keeps its ends"
     if len(name) >= 19:
-        name = f"{name[:6]}…{name[-11:]}"
+        start = name[:6]
+        end = name[-11:]
+        name = f"{start}…{end}"
     channels, *size = shape
-    return f"{name}\n{channels} × {'×'.join(map(str, size))}"
+    space = "×".join(map(str, size))
+    return f"{name}\n{channels} × {space}"
 
 
 def _arrow(ax, start, end, colour, bend=0.0):
@@ -137,22 +145,31 @@ class _Diagram:
     shapes: dict  # name -> (C,D,H,W), of `_shapes`
 
     def __post_init__(self):
-        self.encoder = [name for name, _ in self.model.found["encoder"]]
-        self.entry = self.model.found["entry"][0]
-        self.rows = {self.size(name): -row for row, name in enumerate(self.encoder)}
-        self.bottom = self.row(self.encoder[-1])
+        found = self.model.found
+        self.encoder = [name for name, _ in found["encoder"]]
+        self.entry = found["entry"][0]
+        self.rows = {}  # spatial size -> height in the diagram
+        for row, name in enumerate(self.encoder):
+            size = self.size(name)
+            self.rows[size] = -row
+        deepest = self.encoder[-1]
+        self.bottom = self.row(deepest)
 
     def size(self, name):
         "Spatial size of a feature"
-        return self.shapes[name][1:]
+        _channels, *size = self.shapes[name]
+        return tuple(size)
 
     def row(self, name):
         "Height at which a feature of the encoder stands"
-        return self.rows[self.size(name)]
+        size = self.size(name)
+        return self.rows[size]
 
     def feature(self, place, name, colour):
         "The box of a feature"
-        _box(self.ax, place, _feature_text(name, self.shapes[name]), colour)
+        shape = self.shapes[name]
+        text = _feature_text(name, shape)
+        _box(self.ax, place, text, colour)
 
     def chain(self, places, colour):
         "Arrows from each place to the next"
@@ -187,8 +204,9 @@ class _Diagram:
         logits = (_GATES, _LOGITS)
         _arrow(ax, start, places[0], _EDGE)
         for i, (name, place) in enumerate(zip(names, places, strict=True)):
-            channels = self.model.edge.gates[i].conv_e.in_channels
-            text = _feature_text(f"gate {i}", (channels, *self.size(name)))
+            gate: Any = self.model.edge.gates[i]
+            shape = (gate.conv_e.in_channels, *self.size(name))
+            text = _feature_text(f"gate {i}", shape)
             _box(ax, place, text, _EDGE)
             _arrow(ax, (_ENCODER, place[1]), place, _MAIN, bend=-0.12)
         self.chain(places, _EDGE)
@@ -212,7 +230,7 @@ class _Diagram:
             (_DECODER, "decoder", _MAIN),
             (_GATES, "edge stream", _EDGE),
         )
-        style = dict(ha="center", fontsize=9, weight="bold")
+        style: dict = dict(ha="center", fontsize=9, weight="bold")
         for column, title, colour in columns:
             self.ax.text(column, self.bottom - 0.55, title, color=colour, **style)
 

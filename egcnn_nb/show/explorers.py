@@ -453,7 +453,9 @@ def _rim(mask, width=2):
 def _usual_window(volume):
     "The 2nd and 98th percentile of the finite values; (0, 1) where there is none"
     finite = volume[np.isfinite(volume)]
-    return np.percentile(finite, (2, 98)) if finite.size else (0, 1)
+    if finite.size == 0:
+        return 0, 1
+    return np.percentile(finite, (2, 98))
 
 
 def _grey(plane, window):
@@ -461,7 +463,8 @@ def _grey(plane, window):
     low, high = window
     scale = 255 / max(high - low, 1e-9)
     values = np.nan_to_num(plane.astype(np.float32))
-    grey = np.clip((values - low) * scale, 0, 255)
+    grey = (values - low) * scale
+    grey = np.clip(grey, 0, 255)
     return np.repeat(grey[..., None], 3, -1)
 
 

@@ -44,14 +44,17 @@ def _light(depth):
     right = _slope(depth, 1)
     facing = 1 + 0.5 * right - 0.35 * down
     length = np.sqrt(1.4 * (1 + right**2 + down**2))
-    return np.nan_to_num(facing / length, nan=0.35).clip(0.15, 1)
+    light = np.nan_to_num(facing / length, nan=0.35)
+    return light.clip(0.15, 1)
 
 
 def _values_at(values, index, axis):
     "The value at `index` on each line along an axis, first remaining axis right, second up"
     lines = np.expand_dims(index, axis)
-    taken = np.take_along_axis(np.asarray(values), lines, axis)
-    return taken.squeeze(axis).T[::-1]
+    values = np.asarray(values)
+    taken = np.take_along_axis(values, lines, axis)
+    plane = taken.squeeze(axis)
+    return plane.T[::-1]
 
 
 def surface_picture(
@@ -87,9 +90,12 @@ def surface_picture(
 # %% ../../nbs/4_inside/scenes.ipynb #d8ba683b
 def _nifti(array, mm):
     "NIfTI file in memory, which is how the browser's viewer receives a volume"
-    small = array.dtype.kind in "iu" and array.min() >= 0 and array.max() < 256
-    values = np.ascontiguousarray(array, np.uint8 if small else np.float32)
-    image = nib.Nifti1Image(values, np.diag([*mm, 1.0]))
+    whole_numbers = array.dtype.kind in "iu"
+    small = whole_numbers and array.min() >= 0 and array.max() < 256
+    kind = np.uint8 if small else np.float32
+    values = np.ascontiguousarray(array, kind)
+    affine = np.diag([*mm, 1.0])
+    image = nib.Nifti1Image(values, affine)
     return gzip.compress(image.to_bytes(), 1)
 
 
@@ -226,7 +232,8 @@ def _itk_images(scene):
     spacing = {axis: float(mm) for axis, mm in zip("xyz", scene.mm, strict=True)}
 
     def image(array, kind):
-        return to_ngff_image(np.ascontiguousarray(array.T, kind), ("z", "y", "x"), spacing)
+        values = np.ascontiguousarray(array.T, kind)
+        return to_ngff_image(values, ("z", "y", "x"), spacing)
 
     images = {"image": image(scene.volume[0], np.float32)}
     mask = scene.overlays.get("label", scene.overlays.get("edge"))
@@ -272,7 +279,11 @@ def _heat_layer(heat, mm):
 
 def _mask_layer(name, mask, mm):
     "A label map or an edge as a volume of niivue"
-    return {"data": _nifti(mask, mm), "name": f"{name}.nii.gz", "opacity": 0.7}
+    return {
+        "data": _nifti(mask, mm),
+        "name": f"{name}.nii.gz",
+        "opacity": 0.7,
+    }
 
 
 def _load_layers(viewer, scene):
@@ -348,9 +359,12 @@ class _Surface:
         "The surface seen along an axis; masks let what is behind them shine through"
         seen = surface_picture(self.mask, axis, self.colour, self.values, HEAT)
         nothing = (seen == 255).all(-1)
-        opacity = np.full(nothing.shape, 150 if self.values is None else 255, np.uint8)
+        opacity = np.full(nothing.shape, 255, np.uint8)
+        if self.values is None:
+            opacity[:] = 150
         opacity[nothing] = 0
-        ax.imshow(np.dstack([seen, opacity]), extent=extent)
+        picture = np.dstack([seen, opacity])
+        ax.imshow(picture, extent=extent)
 
 
 @dataclass

@@ -33,8 +33,9 @@ def _read_image(image):
     affine = np.diag([mm, mm, mm, 1]) @ image.affine
     spatial = (*image.shape, 1, 1)[:3]
     channels = [n for n in image.shape[3:] if n > 1]
-    array = np.asanyarray(image.dataobj).reshape((*spatial, *channels))
-    return array, affine
+    array = np.asanyarray(image.dataobj)
+    shape = (*spatial, *channels)
+    return array.reshape(shape), affine
 
 
 def _load(source):
@@ -124,10 +125,14 @@ def sample_values(
     channel: np.ndarray,  # (D,H,W)
 ) -> np.ndarray:  # float32, one axis
     "About 200,000 finite values, evenly spread: enough for a window"
-    step = max(1, round((channel.size / 2e5) ** (1 / 3)))
-    values = channel[::step, ::step, ::step].astype(np.float32)
+    along_an_axis = (channel.size / 2e5) ** (1 / 3)
+    step = max(1, round(along_an_axis))
+    sample = channel[::step, ::step, ::step]
+    values = sample.astype(np.float32)
     finite = values[np.isfinite(values)]
-    return finite if finite.size else np.zeros(1, np.float32)
+    if finite.size == 0:
+        return np.zeros(1, np.float32)
+    return finite
 
 
 def _label_values(label):
@@ -201,8 +206,11 @@ def _canvas_size(layout):
 
 def _draw_crosshair(cut, column, row):
     "Make a row and a column of a plane grey, in place"
-    for line in (cut[row], cut[:, column]):
-        line[:] = line // 2 + np.uint8(110)
+    horizontal = cut[row]
+    vertical = cut[:, column]
+    for line in (horizontal, vertical):
+        darker = line // 2
+        line[:] = darker + np.uint8(110)
 
 
 def _letter_texts(plane, box, y):
@@ -371,7 +379,9 @@ def label_colours(
 def _usual_window(values):
     "Level and window from the 2nd to the 99.5th percentile"
     low, high = np.percentile(values, (2, 99.5))
-    return float(low + high) / 2, float(high - low) or 1.0
+    level = float(low + high) / 2
+    window = float(high - low) or 1.0
+    return level, window
 
 
 @dataclass
@@ -449,19 +459,26 @@ class _ThreePlanes:
 
     def describe(self, i, j, k, channel, **_):
         "The line below: voxel of the file, millimetres, intensity, label, prediction"
-        scene = self.scene
         at = (i, j, k)
-        voxel = np.rint(scene.back @ (*at, 1))[:3].astype(int)
-        parts = [f"voxel ({', '.join(map(str, voxel))})"]
-        if scene.affine is not None:
-            place = (scene.affine @ (*voxel, 1))[:3]
-            parts.append(f"({', '.join(f'{c:.1f}' for c in place)}) mm")
-        parts.append(f"{self.channels[channel]} {scene.volume[(channel, *at)]:.4g}")
+        intensity = self.scene.volume[channel][at]
+        parts = [*self.place(at), f"{self.channels[channel]} {intensity:.4g}"]
         for overlay, word in (("label", "label"), ("pred", "prediction")):
-            if overlay in scene.overlays:
-                value = int(scene.overlays[overlay][at])
-                parts.append(f"{word} {scene.names.get(value, 'none')}")
+            labels = self.scene.overlays.get(overlay)
+            if labels is not None:
+                name = self.scene.names.get(int(labels[at]), "none")
+                parts.append(f"{word} {name}")
         return " &middot; ".join(parts)
+
+    def place(self, at):
+        "Where a shown voxel lies in the file, and in millimetres if they are known"
+        affine = self.scene.affine
+        *voxel, _one = np.rint(self.scene.back @ (*at, 1)).astype(int)
+        words = [f"voxel ({', '.join(map(str, voxel))})"]
+        if affine is not None:
+            *millimetres, _one = affine @ (*voxel, 1)
+            numbers = [f"{c:.1f}" for c in millimetres]
+            words.append(f"({', '.join(numbers)}) mm")
+        return words
 
 
 def _position_sliders(scene):
@@ -525,9 +542,11 @@ def _link(shown, planes):
         controls["window"].value = window
 
     def move(change):
-        x, y, _ = change["new"]
-        for axis, index in _clicked(planes.layout, planes.scene.shape, x, y).items():
-            controls["ijk"[axis]].value = index
+        x, y, _time = change["new"]
+        voxel = _clicked(planes.layout, planes.scene.shape, x, y)
+        for axis, index in voxel.items():
+            name = "ijk"[axis]
+            controls[name].value = index
 
     controls["channel"].observe(other_channel, "value")
     shown.image.observe(move, "click")
@@ -613,11 +632,16 @@ class _Comparison:
     legend: dict  # name -> colour
 
     def __post_init__(self):
-        self.whole = [float(self.score(p, self.truth)) for p in self.predictions if self.score]
+        self.whole = []  # score of each prediction in the whole volume
+        if self.score:
+            for prediction in self.predictions:
+                whole = self.score(prediction, self.truth)
+                self.whole.append(float(whole))
 
     def index(self, plane, slice):
         "Number of the slice at a fraction of the axis"
-        return int(slice * (self.image.shape[plane] - 1) + 0.5)
+        last = self.image.shape[plane] - 1
+        return int(slice * last + 0.5)
 
     def draw(self, plane, slice, style, swipe):
         "Truth, predictions and errors of one slice"
@@ -625,7 +649,14 @@ class _Comparison:
         size = self.layout[plane][:2]
 
         def outlined(labels):
-            return slice_rgb(self.image, plane, index, self.window, pred=labels, size=size)
+            return slice_rgb(
+                self.image,
+                axis=plane,
+                index=index,
+                window=self.window,
+                pred=labels,
+                size=size,
+            )
 
         first, second = [outlined(p) for p in self.predictions]
         maps = [cut_plane(a, plane, index, size) for a in (self.truth, *self.predictions)]
@@ -646,7 +677,8 @@ class _Comparison:
         truth = self.truth.take(index, plane)
         scores = []
         for name, p, whole in zip(self.names, self.predictions, self.whole, strict=True):
-            here = float(self.score(p.take(index, plane), truth))
+            score = self.score(p.take(index, plane), truth)
+            here = float(score)
             scores.append(f"{name}: slice {here:.3f}, whole {whole:.3f}")
         return f"{line}<br>{' &middot; '.join(scores)}"
 
@@ -654,8 +686,11 @@ class _Comparison:
 def _swiped(first, second, swipe):
     "Two pictures in one, with a white line where the second begins"
     at = int(swipe * first.shape[1])
-    both = np.hstack([first[:, :at], second[:, at:]])
-    both[:, max(at - 1, 0) : at + 1] = 255
+    left = first[:, :at]
+    right = second[:, at:]
+    both = np.hstack([left, right])
+    line = slice(max(at - 1, 0), at + 1)
+    both[:, line] = 255
     return both
 
 
