@@ -46,9 +46,10 @@ def _place(name):
     match = _SITE.fullmatch(name)
     if match is None:
         return _Place(name, name, 0, ())
-    keys = re.findall(r"\[([^\]]*)\]", match["items"])
+    module = match["module"]
     call = int(match["call"] or 0)
-    return _Place(name, match["module"], call, tuple(keys))
+    keys = re.findall(r"\[([^\]]*)\]", match["items"])
+    return _Place(name, module, call, tuple(keys))
 
 
 def _item(output, keys):
@@ -368,7 +369,9 @@ class _Recorder(TorchDispatchMode):
             return None
         step = self.steps[number]
         self._settle_scale(step)
-        return None if step.scale is None else step
+        if step.scale is None:
+            return None
+        return step
 
     def _settle_scale(self, step):
         "Give a map of unknown scale, and those that it is a copy of, the scale of its size"
@@ -423,7 +426,9 @@ def _strides(op, args, dims):
         stride = (args[2] if len(args) > 2 else None) or kernel
     if stride is None:
         return None
-    strides = [stride] if isinstance(stride, int) else list(stride)
+    if isinstance(stride, int):
+        return [stride] * dims
+    strides = list(stride)
     return strides * dims if len(strides) == 1 else strides
 
 
@@ -454,10 +459,12 @@ def _multiply_adds(op, args, out):
     if op == "convolution":
         image, kernel, transposed = args[0], args[1], args[6]
         voxels = image if transposed else out
-        return voxels.numel() * prod(kernel.shape[1:])
+        each = prod(kernel.shape[1:])
+        return voxels.numel() * each
     if op in _PRODUCTS:
         left = args[1] if "add" in op else args[0]
-        return out.numel() * left.shape[-1]
+        each = left.shape[-1]
+        return out.numel() * each
     return 0
 
 # %% ../../nbs/4_inside/features.ipynb #6c00000f
@@ -554,9 +561,9 @@ class _Pass:
         count = Counter()
         sites = []
         for i, call in enumerate(self.calls):
-            count[call.module] += 1
-            call.number = count[call.module]
             name = call.module
+            count[name] += 1
+            call.number = count[name]
             if total[name] > 1:
                 name = f"{name}#{call.number}"
             if call.module:
@@ -583,8 +590,10 @@ class _Pass:
 
     def calls_around(self, site):
         "The calls around the one that puts out a map"
-        numbers = self.around(site.call)
-        return [self.calls[number] for number in numbers]
+        found = []
+        for number in self.around(site.call):
+            found.append(self.calls[number])
+        return found
 
     def inside(self, call):
         "The steps inside a call"
@@ -865,8 +874,10 @@ def _last(run, sites):
 
 def _plain(sites, site):
     "The same map under the name of a module, where it is named as an item of a tuple"
-    same = [other for other in sites if other.node == site.node]
-    plain = [other for other in same if "[" not in other.name]
+    plain = []
+    for other in sites:
+        if other.node == site.node and "[" not in other.name:
+            plain.append(other)
     return min(plain, key=_call_of, default=site)
 
 
@@ -904,7 +915,9 @@ def _rather_a_block(run, sites):
     if last.call in parents or not blocks:
         return last
     block = _last(run, blocks)
-    return block if last.channels >= 2 * block.channels else last
+    if last.channels >= 2 * block.channels:
+        return block
+    return last
 
 
 def _of_trunk(run, flow, trunk, pool):
@@ -925,13 +938,20 @@ def _of_trunk(run, flow, trunk, pool):
 
 def _taken_from(flow, sites, nodes):
     "Those of some maps that are made by given steps and taken by the decoder"
-    taken = nodes & flow.touching
-    return [site for site in sites if site.node in taken]
+    found = []
+    for site in sites:
+        if site.node in nodes and site.node in flow.touching:
+            found.append(site)
+    return found
 
 
 def _at_level(run, flow, level):
     "The maps of one level"
-    return [site for site in run.sites if flow.levels[site.node] == level]
+    found = []
+    for site in run.sites:
+        if flow.levels[site.node] == level:
+            found.append(site)
+    return found
 
 
 def _encoder_maps(run, flow, level):
@@ -1060,10 +1080,13 @@ def _find_entry(run, flow, encoder):
     rises = {rise.after for rise in flow.rises}
     if first.channels <= most and first.node in rises:
         return _whole_rise(run, flow, first, made, begin)
-    thin = [site for site in made if site.channels <= most]
-    merged = [site for site in thin if flow.steps[site.node].op != "cat"]
-    later = [site for site in merged if run.calls[site.call].first > begin]
-    return min(_outermost(run, later), key=_by_time, default=first)
+    thin = []
+    for site in made:
+        merely_joined = flow.steps[site.node].op == "cat"
+        later = run.calls[site.call].first > begin
+        if site.channels <= most and later and not merely_joined:
+            thin.append(site)
+    return min(_outermost(run, thin), key=_by_time, default=first)
 
 
 def _find_head(run, flow, net, logits):
@@ -1219,12 +1242,19 @@ def _expect_maps(run, flow, named):
     )
 
 
+def _by_size(site):
+    "A key that sorts maps from fine to deep"
+    return -prod(site.size)
+
+
 def _encoder_of(run, flow, features):
     "The encoder's features, found or named, fine to deep"
     if not features:
         return _find_encoder(run, flow)
-    given = [_named(run, name, "features") for name in features]
-    return sorted(given, key=lambda site: -prod(site.size))
+    given = []
+    for name in features:
+        given.append(_named(run, name, "features"))
+    return sorted(given, key=_by_size)
 
 
 def _head_of(run, flow, net, logits, head):
@@ -1232,7 +1262,8 @@ def _head_of(run, flow, net, logits, head):
     if not head:
         return _find_head(run, flow, net, logits)
     site = _named(run, head, "head")
-    return head, run.calls[site.call].taken or site.channels
+    taken = run.calls[site.call].taken
+    return head, taken or site.channels
 
 
 def find_features(
