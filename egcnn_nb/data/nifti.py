@@ -103,7 +103,7 @@ def _first_bytes(path, count):
 # %% ../../nbs/4_inside/nifti.ipynb #a497df23
 # Size of a header in bytes, as its first four bytes give it -> nibabel's class, and its magic
 _VERSIONS = {348: (nib.Nifti1Header, b"n+1"), 540: (nib.Nifti2Header, b"n+2")}
-_BYTE_ORDERS = {"little": "<", "big": ">"}  # Python's word -> nibabel's mark
+_BYTE_ORDERS: dict[Any, str] = {"little": "<", "big": ">"}  # Python's word -> nibabel's mark
 
 
 def _fields(path, raw):
@@ -149,9 +149,7 @@ def _shape(path, header):
     axes = int(header["dim"][0])
     expect(1 <= axes <= 7, path, f"{axes} axes", "1 to 7", _REPAIR)
     shape = tuple(int(voxels) for voxels in header["dim"][1 : axes + 1])
-    expect(
-        min(shape) > 0, path, f"shape {shape}", "at least one voxel along each axis", _REPAIR
-    )
+    expect(min(shape) > 0, path, f"shape {shape}", "at least one voxel along each axis", _REPAIR)
     space = (*shape, 1, 1)[:3]  # a slice (H, W) is a volume (H, W, 1)
     # (D, H, W, 1, C), as ITK writes channels, is (D, H, W, C)
     more = [voxels for voxels in shape[3:] if voxels > 1]
