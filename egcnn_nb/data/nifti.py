@@ -103,7 +103,7 @@ def _first_bytes(path, count):
 # %% ../../nbs/4_inside/nifti.ipynb #a497df23
 # Size of a header in bytes, as its first four bytes give it -> nibabel's class, and its magic
 _VERSIONS = {348: (nib.Nifti1Header, b"n+1"), 540: (nib.Nifti2Header, b"n+2")}
-_BYTE_ORDERS = {"little": "<", "big": ">"}  # Python's word -> nibabel's mark
+_BYTE_ORDERS: dict[Any, str] = {"little": "<", "big": ">"}  # Python's word -> nibabel's mark
 
 
 def _fields(path, raw):
