@@ -311,15 +311,15 @@ class Lost(Exception):
     "Another process, or a loader's, is gone"
 
 
-class _Asked:
-    """Whether a signal asked the run to stop
+class _StopSignal:
+    """Notes the signals that stop a run
 
     The first SIGTERM or Ctrl-C is noted, the second Ctrl-C ends at once. Leaving the `with` puts
     back the handlers that were there.
     """
 
     def __init__(self):
-        self.signal = None  # number of the last one
+        self.number = None  # of the last one that came
         self.before = {}  # signal -> the handler that was there
 
     def __enter__(self):
@@ -335,9 +335,9 @@ class _Asked:
             signal.signal(number, handler)
 
     def note(self, number, frame):
-        if self.signal == number == signal.SIGINT:
+        if self.number == number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
+        self.number = number
 
 
 def _is_of_connections(error):
@@ -455,10 +455,10 @@ def run(
 
     loggers = [LOGGERS[name]() for name in args.logger]
     resume = _resumes(args)
-    with _Asked() as asked:
+    with _StopSignal() as received:
 
         def stop():
-            return asked.signal is not None
+            return received.number is not None
 
         def train(device):
             fit(settings_from(args), resume, device, stop=stop, callbacks=loggers)
@@ -470,7 +470,7 @@ def run(
             if sentence:
                 raise Lost(sentence) from error
             raise
-    return 130 if asked.signal == signal.SIGINT else 0
+    return 130 if received.number == signal.SIGINT else 0
 
 
 def main(
