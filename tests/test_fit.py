@@ -514,7 +514,7 @@ def test_a_foreign_network_is_loaded_and_predicts(data, tmp_path):
 
 
 def test_a_foreign_network_is_given_again(data, tmp_path, capsys):
-    whole(data, tmp_path / "run", stop=after(3))
+    whole(data, tmp_path / "run", stop=after(6))  # in the second epoch
     given = "trained the network that fit was given as model=Foreign"
     with pytest.raises(InputError, match=f"{given}.*Give the same one: load_run.*model="):
         load_run(tmp_path / "run")
