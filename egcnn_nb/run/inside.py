@@ -98,8 +98,9 @@ def region_ml(
 ) -> dict:  # region -> (ml, ml of the voxels above 3/4, ml of those above 1/4)
     "Volume of each region in millilitres, with a range (our choice)"
     batch = prob[None]
-    labels = to_labels(batch, task)[0]
-    return _ml(prob, labels.cpu().numpy(), task, spacing)
+    (labels,) = to_labels(batch, task)
+    labels = labels.cpu().numpy()
+    return _ml(prob, labels, task, spacing)
 
 # %% ../../nbs/4_inside/inside.ipynb #2a02081b
 def _strongest_edge(maps, outputs):
@@ -115,8 +116,8 @@ def _image_of(loaded, task):
     "The last channel of a case on the scan's own grid, air around its box"
     air = -1 if task.normalize == "hu" else 0
     channels = BoxMaps(loaded.x, loaded.box_size)
-    image = channels[-1].numpy()
-    return place(image, loaded, air)
+    image = channels[-1]
+    return place(image.numpy(), loaded, air)
 
 
 def look_inside(
@@ -126,22 +127,25 @@ def look_inside(
     case: Case,  # which
 ) -> dict:  # image, labels, uncertainty, edge, attention (D,H,W) on the scan's own grid; grid; ml
     "All that a network says about a scan (eq. 1 for the attention); a bare one has no edge stream"
-    run = (model.to(best_device()), settings, task)
+    device = best_device()
+    run = (model.to(device), settings, task)
     maps, loaded = case_maps([run], case, inside=settings.edge)
     outputs = task.outputs
     channels = (maps[i] for i in range(outputs))
     uncertainty = _uncertainty(channels, task.activation, outputs)
     labels = label_map(maps, loaded, task)
+    spacing = loaded.grid.spacing
     out = {
         "image": _image_of(loaded, task),
         "uncertainty": place(uncertainty.numpy(), loaded),
         "labels": labels,
         "grid": loaded.grid,
-        "ml": _ml(maps, labels, task, loaded.grid.spacing),
+        "ml": _ml(maps, labels, task, spacing),
     }
     if settings.edge:
         edge = _strongest_edge(maps, outputs)
-        attention = maps[len(maps) - 1]
+        last = len(maps) - 1
+        attention = maps[last]
         out["edge"] = place(edge.numpy(), loaded)
         out["attention"] = place(attention.numpy(), loaded)
     return out

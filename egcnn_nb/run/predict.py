@@ -630,7 +630,7 @@ def predict_all(
     flips: bool = False,  # average over the eight mirror images
     resume: bool = False,  # leave out what is there
 ) -> None:
-    "Predict every input and save it on its own grid; raises `InputError` for unusable ones, last"
+    "Predict every input and save it on its own grid; unusable inputs raise `InputError` at the end"
     keep_memory()
     record = _record(runs, save, flips)
     loaded = _same_task(runs, [load_run(run) for run in runs], save)
@@ -769,7 +769,7 @@ def _read_record(path, missing):
 
 @contextmanager
 def _begun(out, record, resume):
-    "Hold a folder of predictions, made now or begun with the same record; swept to resume it"
+    "Lock a folder of predictions; raises `InputError` unless it is new or has the same record"
     path = out / "egcnn_predict.json"
     expect(
         _read_record(path, record) == record,

@@ -22,8 +22,9 @@ def differences(
     "What pairs of runs differ by, case by case; raises `InputError` if the tables do not pair up"
     first = np.asarray(a, float)
     second = np.asarray(b, float)
+    pair_up = first.ndim == 2 and first.shape == second.shape
     expect(
-        first.ndim == 2 and first.shape == second.shape,
+        pair_up,
         "scores",
         f"shapes {first.shape} and {second.shape}",
         "one shape (seeds, cases)",
@@ -53,8 +54,8 @@ def interval(
             rows = rng.integers(seeds, size=seeds)
         of_cases = table[rows].mean(0)
         columns = rng.integers(cases, size=cases)
-        mean = of_cases[columns].mean()
-        means.append(mean)
+        drawn = of_cases[columns]
+        means.append(drawn.mean())
     lowest = (1 - level) / 2
     highest = (1 + level) / 2
     ends = np.quantile(means, [lowest, highest])

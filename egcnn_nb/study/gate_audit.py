@@ -68,7 +68,8 @@ def _then(learned, replace):
     "The attention of a gate, followed by its replacement"
 
     def alpha(of_e, m):
-        return replace(learned(of_e, m))
+        own = learned(of_e, m)
+        return replace(own)
 
     return alpha
 
@@ -163,7 +164,8 @@ def _correlation(value, distance):
     if value.std() < 1e-6:
         return float("nan")
     matrix = np.corrcoef(value, distance)
-    return float(matrix[0, 1])
+    correlation = matrix[0, 1]
+    return float(correlation)
 
 
 @torch.no_grad()
@@ -175,9 +177,10 @@ def attention_at_border(
 ) -> dict:  # on_edge, off_edge: means of alpha; correlation: of alpha with the distance, or NaN
     "What the attention of the finest gate marks"
     with evaluating(model):
-        finest = model.attention(x)[-1]
-    mean = finest.mean(1, keepdim=True).float()
-    alpha = resize(mean, x.shape[2:])[:, 0].cpu().numpy()
+        *_, finest = model.attention(x)
+    mean = finest.mean(1, keepdim=True)
+    fine = resize(mean.float(), x.shape[2:])
+    alpha = fine[:, 0].cpu().numpy()
     truth = masks.cpu().numpy().astype(bool)
     values = []
     distances = []
