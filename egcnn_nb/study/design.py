@@ -255,7 +255,7 @@ def _costs(path, networks, design, threads):
     names = {network: " ".join(network) for network in networks}
     new = [network for network in networks if names[network] not in costs]
     if new:
-        settings = [settings_of(*network, recipe, widths) for network in new]
+        settings = [settings_of(backbone, arm, recipe, widths) for backbone, arm in new]
         measured = costs_of(settings, design.task, threads)
         for network, cost in zip(new, measured, strict=True):
             costs[names[network]] = cost
@@ -311,9 +311,8 @@ def live_table(
     every: float = 5.0,  # seconds after which it is written again
 ) -> Iterator[Callable]:  # the function to which `run_cells` gives its lines
     "Show what is done, running and left, and the time to go, while cells run"
-    if screen is None:
-        screen = sys.stderr.isatty()
-    table = _Table(cells, Path(out), epochs, jobs, screen, running=set())
+    on_screen = sys.stderr.isatty() if screen is None else screen
+    table = _Table(cells, Path(out), epochs, jobs, on_screen, running=set())
     ended = Event()
     thread = Thread(target=table.repeat, args=(ended, every), daemon=True)
     thread.start()

@@ -322,10 +322,10 @@ def comparisons(
     `primary` is the comparison that was fixed before anything was trained. It comes first, and
     its p is not corrected. None: there is no such comparison."""
     arms = _arms_of_settings(rows)
-    pairs = [*pairs, *_ablations(rows)]
+    all_pairs = [*pairs, *_ablations(rows)]
     found = []
     for setting in sorted(arms, key=_few_cases_first):
-        for a, b in pairs:
+        for a, b in all_pairs:
             if not {a, b} <= arms[setting]:
                 continue
             for score in scores:
@@ -559,8 +559,10 @@ def maps_of_case(
     bare: tuple,  # of `load_run`
 ) -> dict:  # "image", "truth", "eg", "bare", "edge" (D,H,W) on the scan's grid
     "What is shown of a case"
-    with_edges = look_inside(*eg, case)
-    without = look_inside(*bare, case)
+    model, settings, task = eg
+    with_edges = look_inside(model, settings, task, case)
+    model, settings, task = bare
+    without = look_inside(model, settings, task, case)
     return {
         "image": with_edges["image"],
         "edge": with_edges["edge"],
