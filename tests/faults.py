@@ -338,7 +338,7 @@ PREPARE = """
 import sys
 from pathlib import Path
 
-from egcnn_nb.data.datasets import prepared_cases
+from egcnn_nb.data.cache import prepared_cases
 from egcnn_nb.data.layouts import find_dataset
 
 data, cache = sys.argv[1:]
