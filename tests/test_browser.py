@@ -61,7 +61,7 @@ def front_end_settings(folder):
 
 def wait_for_port(process, port, log):
     "Wait until a server answers"
-    deadline = time.time() + 60
+    deadline = time.time() + 240  # a busy machine needs more than a minute
     while True:
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()
