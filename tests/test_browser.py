@@ -310,7 +310,8 @@ def write_notebook(path, *cells):
 
 
 BOARD = """
-from egcnn_nb.show.dashboard import Dashboard, Settings
+from egcnn_nb.show.dashboard import Dashboard
+from egcnn_nb.run.settings import Settings
 small = dict(width=4, levels=3, patch_size=(24, 32, 32))
 board = Dashboard(Settings("../data_samples/kits2019", "runs/board", epochs=400, **small))
 board
