@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import egcnn_nb.fast as fast
 from egcnn_nb.core import InputError
 from egcnn_nb.method.backbones import SegNet
 from egcnn_nb.method.egcnn import EGCNN
@@ -310,6 +311,35 @@ def test_the_found_features_are_those_a_person_would_name():
     assert wrapped("MONAI UNETR")[1].found["entry"][0].startswith("decoder5") and wrapped(
         "functional U-Net"
     )[1].found["entry"][0].startswith("d")
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["kernels", "plain"])
+@pytest.mark.parametrize("shift", [0, 100])
+def test_both_streams_are_those_of_float64(on, shift, monkeypatch):
+    "With the kernels and without them, and for images whose mean is far from zero"
+    monkeypatch.setattr(fast, "enabled", on)
+    seed_everything(0)
+    model = EGCNN(SegNet(1, 3, width=8, levels=3)).eval()
+    exact = copy.deepcopy(model).double()
+    x = shift + torch.randn(1, 1, 16, 24, 16)
+    with torch.no_grad():
+        expected = exact(x.double())
+        for found, true in zip(model(x), expected, strict=True):
+            assert (found - true).norm() < 1e-4 * true.norm()
+
+
+def test_without_kernels_a_model_can_be_traced_and_differentiated_twice(monkeypatch):
+    monkeypatch.setattr(fast, "enabled", False)
+    seed_everything(0)
+    model = EGCNN(SegNet(1, 2, width=4, levels=2)).eval()
+    x = torch.randn(1, 1, 8, 8, 8, requires_grad=True)
+    traced = torch.jit.trace(model, x)
+    for found, true in zip(traced(2 * x), model(2 * x), strict=True):
+        assert torch.allclose(found, true, atol=1e-5)
+    (slope,) = torch.autograd.grad(model(x)[1].square().sum(), x, create_graph=True)
+    slope.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.edge.head.parameters())
+    assert model.edge.head.weight.grad.abs().sum() > 0
 
 
 def test_a_frozen_backbone_stays_and_the_rest_learns():
