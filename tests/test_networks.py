@@ -34,14 +34,17 @@ class Functional(nn.Module):
             if dims == 3
             else (nn.Conv2d, nn.BatchNorm2d, (kind, "bilinear"))
         )
-        block = lambda a, b, s=1: nn.Sequential(conv(a, b, 3, s, 1), norm(b), nn.ReLU())
+
+        def block(a, b, s=1):
+            return nn.Sequential(conv(a, b, 3, s, 1), norm(b), nn.ReLU())
+
         self.a, self.b, self.c = block(1, 8), block(8, 16, 2), block(16, 32, 2)
         self.d, self.e, self.out = block(48, 16), block(24, 8), conv(8, 3, 1)
 
     def forward(self, x):
-        rise = lambda deep, like: torch.cat(
-            [F.interpolate(deep, like.shape[2:], mode=self.mode), like], 1
-        )
+        def rise(deep, like):
+            return torch.cat([F.interpolate(deep, like.shape[2:], mode=self.mode), like], 1)
+
         a = self.a(x)
         b = self.b(a)
         d = self.d(rise(self.c(b), b))
@@ -54,14 +57,17 @@ class Residual2d(nn.Module):
 
     def __init__(self):
         super().__init__()
-        stage = lambda a, b, s: nn.Sequential(
-            nn.Conv2d(a, b, 3, s, 1, bias=False),
-            nn.BatchNorm2d(b),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(b, b, 3, 1, 1),
-            nn.BatchNorm2d(b),
-            nn.ReLU(inplace=True),
-        )
+
+        def stage(a, b, s):
+            return nn.Sequential(
+                nn.Conv2d(a, b, 3, s, 1, bias=False),
+                nn.BatchNorm2d(b),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(b, b, 3, 1, 1),
+                nn.BatchNorm2d(b),
+                nn.ReLU(inplace=True),
+            )
+
         self.conv1, self.maxpool = stage(1, 16, 2), nn.MaxPool2d(3, 2, 1)
         self.layer1, self.layer2, self.layer3 = stage(16, 16, 1), stage(16, 32, 2), stage(32, 64, 2)
         self.up1, self.up2, self.head = (
@@ -365,7 +371,7 @@ def test_autocast_and_channels_last():
         last = model.to(memory_format=torch.channels_last_3d)(
             x.contiguous(memory_format=torch.channels_last_3d)
         )
-    for a, b, c in zip(plain, half, last):
+    for a, b, c in zip(plain, half, last, strict=False):
         assert (a - b.float()).abs().max() < 0.1 * a.abs().max() and torch.allclose(a, c, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
         assert train(model.train(), x, y, 3)[1] == []
@@ -386,7 +392,7 @@ def test_compile_gives_the_same(backend):
     with torch.no_grad():
         plain = model.eval()(x)
         fast = torch.compile(model, backend=backend)(x)
-    for a, b in zip(plain, fast):
+    for a, b in zip(plain, fast, strict=False):
         assert torch.allclose(a, b, atol=1e-5)
 
 
@@ -404,7 +410,10 @@ def test_ddp(tmp_path):
 
 def test_memory_is_flat_over_200_steps():
     _, model, x, y = wrapped("2D residual network")
-    tensors = lambda: (gc.collect(), sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))[1]
+
+    def tensors():
+        return (gc.collect(), sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))[1]
+
     train(model, x, y, 10)
     before = tensors()
     train(model, x, y, 200)
@@ -419,7 +428,7 @@ def test_copy_pickle_and_state():
         again = EGCNN(Functional(), x, verbose=False).eval()
         again.load_state_dict(model.state_dict(), strict=True)
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), again):
-            assert all(torch.equal(a, b) for a, b in zip(truth, twin(x)))
+            assert all(torch.equal(a, b) for a, b in zip(truth, twin(x), strict=False))
 
 
 @pytest.mark.parametrize(
@@ -437,12 +446,14 @@ def test_export_and_onnx_give_the_same(make, tmp_path):
     with torch.no_grad():
         truth = model(x)
     exported = torch.export.export(model, (x,)).module()(x)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(truth, exported))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(truth, exported, strict=False))
     torch.onnx.export(
         model, (x,), tmp_path / "model.onnx", input_names=["x"], dynamo=True, verbose=False
     )
     out = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"x": x.numpy()})
-    assert all(torch.allclose(a, torch.tensor(b), atol=1e-3) for a, b in zip(truth, out))
+    assert all(
+        torch.allclose(a, torch.tensor(b), atol=1e-3) for a, b in zip(truth, out, strict=False)
+    )
 
 
 class Vanishing(nn.Module):
