@@ -6,7 +6,7 @@
 __all__ = ['BACKBONES', 'pad_to_multiple', 'crop', 'EncoderDecoder', 'SegNet', 'UNet3d', 'ResidualStage', 'VNet', 'make_backbone']
 
 # %% ../../nbs/1_method/06_backbones.ipynb #fb11dd73
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,22 +22,27 @@ def pad_to_multiple(
     multiple: int,  # every spatial size becomes a multiple of this
 ) -> Tensor:  # (B,C,D',H',W'), x at the start
     "Repeat the last voxels until each size is a multiple (our choice: the paper's inputs all divide)"
-    sizes = [-n % multiple for n in reversed(x.shape[2:])]
-    return F.pad(x, [p for s in sizes for p in (0, s)], mode="replicate") if any(sizes) else x
+    pads = []
+    for size in reversed(x.shape[2:]):  # torch begins with the last axis
+        pads += [0, -size % multiple]
+    return F.pad(x, pads, mode="replicate") if any(pads) else x
 
 
 def crop(
     x: Tensor,  # (B,C,D,H,W)
-    size,  # spatial size to keep
+    size: Sequence[int],  # spatial size to keep
 ) -> Tensor:  # (B,C,*size), from the start
     "Undo `pad_to_multiple`"
-    return x[(..., *[slice(n) for n in size])] if tuple(x.shape[2:]) != tuple(size) else x
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    kept = [slice(n) for n in size]
+    return x[(..., *kept)]
 
 # %% ../../nbs/1_method/06_backbones.ipynb #30b35166
 class EncoderDecoder(nn.Module):
     "The skeleton of all three backbones; see `UNet3d`, `VNet`, `SegNet`, which say what its parts are"
 
-    down: Callable  # (channels in, channels out, number of blocks, whether it is the finest) -> one level of the encoder
+    down: Callable  # (channels in, channels out, number of blocks, whether finest) -> a level of the encoder
     rise: Callable  # (deep channels, fine channels) -> up-sampling
     merge: Callable  # (up-sampled map, skip) -> what enters a level of the decoder
     join: Callable  # (channels) -> one level of the decoder
@@ -54,20 +59,22 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         expect(2 <= levels <= 8, "levels", levels, "2 to 8 resolutions")
         expect(1 <= width <= 1024, "width", width, "1 to 1024 channels")
-        self.in_channels, self.out_channels, self.levels, self.dims = (
-            in_channels,
-            out_channels,
-            levels,
-            dims,
-        )
-        c = self.channels = [width * 2**i for i in range(levels)]
-        depths = (1, 2, 2, *[4] * levels)[:levels]  # of Myronenko's encoder
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.levels = levels
+        self.dims = dims
+        self.channels = [width * 2**i for i in range(levels)]
         self.stem = conv(dims, in_channels, width, 3, padding=1, bias=False)
-        self.encoder = nn.ModuleList(
-            [self.down(c[max(i - 1, 0)], c[i], depths[i], i == 0) for i in range(levels)]
-        )
-        self.up = nn.ModuleList([self.rise(c[i + 1], c[i]) for i in range(levels - 1)])
-        self.decoder = nn.ModuleList([self.join(c[i]) for i in range(levels - 1)])
+        self.encoder = nn.ModuleList()
+        before = width
+        for i, channels in enumerate(self.channels):
+            depth = (1, 2, 2)[i] if i < 3 else 4  # of Myronenko's encoder
+            self.encoder.append(self.down(before, channels, depth, i == 0))
+            before = channels
+        fine = self.channels[:-1]
+        deep = self.channels[1:]
+        self.up = nn.ModuleList([self.rise(d, f) for d, f in zip(deep, fine, strict=True)])
+        self.decoder = nn.ModuleList([self.join(channels) for channels in fine])
         self.head = self.output(width, out_channels)
 
     @property
@@ -91,12 +98,16 @@ class EncoderDecoder(nn.Module):
             f"{self.dims + 2} axes with {self.in_channels} channels",
             "build the network for this input",
         )
-        h, skips = self.stem(pad_to_multiple(x, 2 ** (self.levels - 1))), []
+        padded = pad_to_multiple(x, 2 ** (self.levels - 1))
+        h = self.stem(padded)
+        skips = []
         for level in self.encoder:
             h = level(h)
             skips.append(h)
         for i in reversed(range(self.levels - 1)):
-            h = self.decoder[i](self.merge(self.up[i](h), skips[i]))
+            up = self.up[i](h)
+            merged = self.merge(up, skips[i])
+            h = self.decoder[i](merged)
         return crop(self.head(h), x.shape[2:])
 
 # %% ../../nbs/1_method/06_backbones.ipynb #cef64979
@@ -106,24 +117,25 @@ class SegNet(EncoderDecoder):
     def __init__(
         self,
         *args,  # of `EncoderDecoder`
-        norm_head: bool = True,  # GroupNorm and ReLU before the last convolution, as in MONAI's code; Myronenko's text has neither
+        norm_head: bool = True,  # GroupNorm and ReLU before the last convolution, as MONAI; Myronenko has neither
         **kwargs,  # of `EncoderDecoder`
     ):
         self.norm_head = norm_head
         super().__init__(*args, **kwargs)
 
     def down(self, before, channels, depth, first):
-        stride = (
-            [] if first else [conv(self.dims, before, channels, 3, stride=2, padding=1, bias=False)]
-        )
-        return nn.Sequential(*stride, *[ResidualBlock(channels, self.dims) for _ in range(depth)])
+        layers = []
+        if not first:
+            layers.append(conv(self.dims, before, channels, 3, stride=2, padding=1, bias=False))
+        for _ in range(depth):
+            layers.append(ResidualBlock(channels, self.dims))
+        return nn.Sequential(*layers)
 
     def rise(self, deep, channels):
         mode = {2: "bilinear", 3: "trilinear"}[self.dims]
-        return nn.Sequential(
-            conv(self.dims, deep, channels, 1, bias=False),
-            nn.Upsample(scale_factor=2, mode=mode, align_corners=False),
-        )
+        fewer = conv(self.dims, deep, channels, 1, bias=False)
+        up = nn.Upsample(scale_factor=2, mode=mode, align_corners=False)
+        return nn.Sequential(fewer, up)
 
     def merge(self, up, skip):
         return up + skip
@@ -133,22 +145,24 @@ class SegNet(EncoderDecoder):
 
     def output(self, channels, out):
         last = conv(self.dims, channels, out, 1)
-        return (
-            nn.Sequential(norm(channels), nn.ReLU(inplace=True), last) if self.norm_head else last
-        )
+        if not self.norm_head:
+            return last
+        return nn.Sequential(norm(channels), nn.ReLU(inplace=True), last)
 
 # %% ../../nbs/1_method/06_backbones.ipynb #11cd2443
 def _layers(dims, before, channels, depth, activation):
     "`depth` times convolution, GroupNorm, activation"
-    step = lambda c: [
-        conv(dims, c, channels, 3, padding=1, bias=False),
-        norm(channels),
-        activation(channels),
-    ]
-    return nn.Sequential(*step(before), *[m for _ in range(depth - 1) for m in step(channels)])
+    layers = []
+    for _ in range(depth):
+        layers.append(conv(dims, before, channels, 3, padding=1, bias=False))
+        layers.append(norm(channels))
+        layers.append(activation(channels))
+        before = channels
+    return nn.Sequential(*layers)
 
 
 def _relu(channels):
+    "A ReLU in place, whatever the channels"
     return nn.ReLU(inplace=True)
 
 # %% ../../nbs/1_method/06_backbones.ipynb #5b4cafc2
@@ -157,10 +171,9 @@ class UNet3d(EncoderDecoder):
 
     def down(self, before, channels, depth, first):
         pool = {2: nn.MaxPool2d, 3: nn.MaxPool3d}[self.dims]
-        return nn.Sequential(
-            nn.Identity() if first else pool(2),
-            _layers(self.dims, before, channels, 2 * depth, _relu),
-        )
+        half = nn.Identity() if first else pool(2)
+        layers = _layers(self.dims, before, channels, 2 * depth, _relu)
+        return nn.Sequential(half, layers)
 
     def rise(self, deep, channels):
         return conv_transpose(self.dims, deep, channels, 2, stride=2)
@@ -186,13 +199,15 @@ class ResidualStage(nn.Module):
         dims: int = 3,  # 2 or 3 spatial axes
     ):
         super().__init__()
-        self.channels, self.layers = channels, _layers(dims, before, channels, depth, PReLU)
+        self.channels = channels
+        self.layers = _layers(dims, before, channels, depth, PReLU)
 
     def forward(
         self,
         x: Tensor,  # (B,before,D,H,W)
     ) -> Tensor:  # (B,channels,D,H,W)
-        return self.layers(x) + x[:, -self.channels :]
+        added = x[:, -self.channels :]
+        return self.layers(x) + added
 
 # %% ../../nbs/1_method/06_backbones.ipynb #739dcae3
 class VNet(EncoderDecoder):
@@ -202,9 +217,8 @@ class VNet(EncoderDecoder):
         stage = ResidualStage(channels, channels, 2 * depth, self.dims)
         if first:
             return stage
-        return nn.Sequential(
-            conv(self.dims, before, channels, 2, stride=2), norm(channels), PReLU(channels), stage
-        )
+        half = conv(self.dims, before, channels, 2, stride=2)
+        return nn.Sequential(half, norm(channels), PReLU(channels), stage)
 
     def rise(self, deep, channels):
         up = conv_transpose(self.dims, deep, channels, 2, stride=2)

@@ -24,21 +24,20 @@ class ResidualBlock(nn.Module):
         dims: int = 3,  # 2 or 3 spatial axes
     ):
         super().__init__()
-        self.norm1, self.conv1 = (
-            norm(channels),
-            conv(dims, channels, channels, 3, padding=1, bias=False),
-        )
-        self.norm2, self.conv2 = (
-            norm(channels),
-            conv(dims, channels, channels, 3, padding=1, bias=False),
-        )
+        self.norm1 = norm(channels)
+        self.conv1 = conv(dims, channels, channels, 3, padding=1, bias=False)
+        self.norm2 = norm(channels)
+        self.conv2 = conv(dims, channels, channels, 3, padding=1, bias=False)
 
     def forward(
         self,
         x: Tensor,  # (B,C,D,H,W)
     ) -> Tensor:  # same shape
-        h = self.conv1(self.norm1(x).relu_())  # in place: nobody else reads what the norm put out
-        return x + self.conv2(self.norm2(h).relu_())
+        # In place, since nothing else reads what the norms put out.
+        h = self.norm1(x).relu_()
+        h = self.conv1(h)
+        h = self.norm2(h).relu_()
+        return x + self.conv2(h)
 
 # %% ../../nbs/1_method/04_edge_gate.ipynb #63621a29
 class ResidualLayer(nn.Module):
@@ -57,11 +56,17 @@ class ResidualLayer(nn.Module):
         self,
         x: Tensor,  # (B,C,D,H,W)
     ) -> Tensor:  # same shape
-        return x + self.conv(torch.relu(self.norm(x)))
+        h = torch.relu(self.norm(x))
+        return x + self.conv(h)
 
 # %% ../../nbs/1_method/04_edge_gate.ipynb #ae6f67cc
+def _no_residual(channels, dims):
+    "No layer"
+    return nn.Identity()
+
+
 RESIDUALS = {
-    "none": lambda channels, dims: nn.Identity(),
+    "none": _no_residual,
     "layer": ResidualLayer,
     "block": ResidualBlock,
 }
@@ -79,7 +84,7 @@ class EdgeGate(nn.Module):
         dims: int = 3,  # 2 or 3 spatial axes
         residual: str = "none",  # the layer with kernel w_r after the product: "none", "layer" or "block"
         fixed_attention: float
-        | None = None,  # a constant in place of alpha, which takes the gate out; None: learned
+        | None = None,  # a constant for alpha, which takes the gate out; None: learned
         norm_inputs: bool = False,  # GroupNorm of e and of m before their convolutions
         bias: float | None = None,  # initial bias of the sum; None: torch's own small random number
     ):
@@ -90,10 +95,8 @@ class EdgeGate(nn.Module):
             attention_channels,
             f"1 or edge_channels = {edge_channels}",
         )
-        require(
-            residual in RESIDUALS,
-            f"residual={residual!r} is unknown. Choose one of {list(RESIDUALS)}.",
-        )
+        known = residual in RESIDUALS
+        require(known, f"residual={residual!r} is unknown. Choose one of {list(RESIDUALS)}.")
         self.attention_relu = attention_relu
         self.fixed_attention = fixed_attention
         if fixed_attention is None:
@@ -110,6 +113,8 @@ class EdgeGate(nn.Module):
         e: Tensor,  # edge stream (B,C_e,D,H,W)
         m: Tensor,  # main stream (B,C_m,D,H,W), same resolution
         return_attention: bool = False,  # also return alpha
+    ) -> (
+        Tensor | tuple[Tensor, Tensor]
     ):  # e_out (B,C_e,D,H,W), or (e_out, alpha) with alpha (B,1,D,H,W)
         expect(
             e.shape[2:] == m.shape[2:],
@@ -119,7 +124,7 @@ class EdgeGate(nn.Module):
             "resize the edge feature first",
         )
         if self.fixed_attention is None:
-            alpha = self.alpha(self.conv_e(self.norm_e(e)), m)
+            alpha = self.alpha(e, m)
         else:
             alpha = torch.full_like(e[:, :1], self.fixed_attention)
         e_out = self.residual(e * alpha + e)
@@ -127,9 +132,13 @@ class EdgeGate(nn.Module):
 
     def alpha(
         self,
-        of_e: Tensor,  # edge feature, convolved
-        m: Tensor,  # main feature, at the same resolution
+        e: Tensor,  # edge feature (B,C_e,D,H,W)
+        m: Tensor,  # main feature (B,C_m,D,H,W), same resolution
     ) -> Tensor:  # in (0,1), or [1/2,1) with the ReLU
-        "Attention from the convolved edge feature and the main feature (eq. 1)"
-        a = of_e + self.conv_m(self.norm_m(m))
-        return torch.sigmoid(torch.relu(a) if self.attention_relu else a)
+        "Attention from the edge feature and the main feature (eq. 1)"
+        of_e = self.conv_e(self.norm_e(e))
+        of_m = self.conv_m(self.norm_m(m))
+        a = of_e + of_m
+        if self.attention_relu:
+            a = torch.relu(a)
+        return torch.sigmoid(a)
