@@ -30,9 +30,9 @@ from torch import nn
 import egcnn_nb
 from ..core import AUGMENTATIONS, InputError, Task, expect, require
 from ..data.cache import prepared_cases
-from ..data.prepare import median_spacing
 from ..data.layouts import expect_foreground, expect_paired, find_dataset
 from ..data.patches import split_cases
+from ..data.prepare import median_spacing
 from ..method.egcnn import CHOICES, expect_gate
 from ..method.losses import EGLoss, cross_entropy_weight
 from .checkpoints import lock_run, newest_checkpoint

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core import InputError, Task, expect, keep_memory, require, write_whole
-from ..data.prepare import Loaded, enough_memory, label_dtype, load_case, place, target_size
 from ..data.layouts import Case, find_dataset, name_of
 from ..data.nifti import read_array
+from ..data.prepare import Loaded, enough_memory, label_dtype, load_case, place, target_size
 from ..data.volumes import read_shape, write_volume
 from .checkpoints import lock_run
 from egcnn_nb.run.models import (
