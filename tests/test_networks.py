@@ -1,4 +1,6 @@
-"""EG-CNN around networks of other people, unmodified: each trains for twenty steps, and keeps its own weights and output.
+"""EG-CNN around networks of other people, unmodified.
+
+Each trains for twenty steps, and keeps its own weights and output.
 
 python tests/test_networks.py          # the table: found features, parameters added, loss before and after"""
 
@@ -491,20 +493,47 @@ def test_a_network_that_cannot_work_is_told_in_one_sentence(net, what):
     assert what in str(e.value) and "\n" not in str(e.value)
 
 
+COLUMNS = (
+    "network",
+    "gates, deep to fine",
+    "begins with",
+    "parameters",
+    "added",
+    "semantic loss, 20 steps",
+    "edge loss",
+)
+
+
+def parameters_of(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def row_of(name):
+    "What happens when a network is wrapped and trained for twenty steps, as a row of the table"
+    net, model, x, y = wrapped(name)
+    own = parameters_of(net)
+    added = parameters_of(model) - own
+    idle = unreached(net, x, y)
+    curve, missing = train(model.train(), x, y)
+    (semantic_before, edge_before), (semantic_after, edge_after) = curve[0], curve[-1]
+    cells = [
+        name,
+        ", ".join(model.gated),
+        model.entry,
+        f"{own:,}",
+        f"{added:,}",
+        f"{semantic_before:.3f} to {semantic_after:.3f}",
+        f"{edge_before:.3f} to {edge_after:.3f}",
+    ]
+    note = "" if missing == idle else f" no gradient: {missing}"
+    return f"| {' | '.join(cells)} |{note}"
+
+
 def table():
-    print(
-        "| network | gates, deep to fine | begins with | parameters | added | semantic loss, 20 steps | edge loss |\n|---|---|---|---|---|---|---|"
-    )
+    print(f"| {' | '.join(COLUMNS)} |")
+    print("|---" * len(COLUMNS) + "|")
     for name in NETWORKS:
-        net, model, x, y = wrapped(name)
-        own = sum(p.numel() for p in net.parameters())
-        added = sum(p.numel() for p in model.parameters()) - own
-        idle = unreached(net, x, y)
-        curve, missing = train(model.train(), x, y)
-        print(
-            f"| {name} | {', '.join(model.gated)} | {model.entry} | {own:,} | {added:,} | {curve[0][0]:.3f} to {curve[-1][0]:.3f} | {curve[0][1]:.3f} to {curve[-1][1]:.3f} |{'' if missing == idle else f' no gradient: {missing}'}",
-            flush=True,
-        )
+        print(row_of(name), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Where the notebooks and the modules lie. Every tool and test that goes through them asks here, so that none of them goes through an empty list."""
+"""Where the notebooks and the modules lie.
+
+Every tool and test that goes through them takes the lists from here, so that none goes through an empty list.
+"""
 
 import re
 from pathlib import Path
