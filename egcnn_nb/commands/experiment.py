@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from threading import current_thread, main_thread
 
-from ..core import AUGMENTATIONS, exit_on_error, expect, require
+from ..core import AUGMENTATIONS, exit_on_error, expect, import_all, require
 from ..run.checkpoints import lock_run
 from egcnn_nb.run.settings import (
     PresetParser,
@@ -29,7 +29,6 @@ from ..study.cells import ARMS, check_readings, grid, plan, run_cells, trials, t
 from ..study.design import check_arms, datasets_in, live_table, make_design
 from ..study.evaluation import evaluate, robustness, score_finished
 from ..study.experiments import write_results
-from ..study.report import NAMES
 
 # %% ../../nbs/4_inside/command_experiment.ipynb #914f6f23
 QUICK = {
@@ -97,9 +96,9 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument(
         "--backbones",
         nargs="+",
-        choices=list(NAMES),
+        metavar="NAME",
         default=["unet", "vnet", "segnet"],
-        help="main streams; segresnet and dynunet are MONAI's",
+        help="main streams: unet, vnet and segnet, MONAI's segresnet and dynunet, or names that a module of --import registers",
     )
     p.add_argument(
         "--arms",
@@ -304,6 +303,7 @@ def main(
     before = signal.signal(signal.SIGTERM, stopped) if own else None
 
     def run():
+        import_all(args.imports)
         check_arms(args)
         _tell_preset(args)
         found = datasets_in(args.data)

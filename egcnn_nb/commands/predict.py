@@ -11,8 +11,9 @@ import sys
 from itertools import takewhile
 from pathlib import Path
 
-from ..core import exit_on_error, expect
+from ..core import exit_on_error, expect, import_all
 from ..run.predict import SAVES, predict_all
+from ..run.settings import add_import_flag
 
 # %% ../../nbs/4_inside/command_predict.ipynb #d256d65b
 def main(
@@ -55,12 +56,14 @@ def main(
         action="store_true",
         help="go on with a folder that was begun: what is there is left out",
     )
+    add_import_flag(p)
     args = p.parse_args(argv)
     runs = (
         list(takewhile(lambda f: (Path(f) / "config.json").is_file(), args.paths)) or args.paths[:1]
     )
 
     def run():
+        import_all(args.imports)
         expect(
             len(args.paths) > len(runs),
             "INPUT",

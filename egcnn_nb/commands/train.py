@@ -19,7 +19,6 @@ from uuid import uuid4
 
 from ..core import AUGMENTATIONS, InputError, exit_on_error, worker_died
 from egcnn_nb.run.settings import (
-    NETWORKS,
     PresetParser,
     Settings,
     default_cache,
@@ -65,9 +64,9 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, metavar="RUN", help="run folder to write")
     p.add_argument(
         "--backbone",
-        choices=NETWORKS,
+        metavar="NAME",
         default="segnet",
-        help="main stream; segresnet and dynunet are MONAI's",
+        help="main stream: unet, vnet or segnet, MONAI's segresnet or dynunet, or a name that a module of --import registers",
     )
     p.add_argument(
         "--network",
@@ -230,6 +229,7 @@ def settings_from(
             "readings": readings,
             "edge": edge,
             "augment": tuple(args.augment),
+            "imports": tuple(args.imports),
             "spacing": spacing_of(args.spacing),
             "patch_size": tuple(args.patch_size) if args.patch_size else None,
         }

@@ -25,15 +25,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 import egcnn_nb
-from ..core import AUGMENTATIONS, InputError, Task, expect, require
+from ..core import AUGMENTATIONS, InputError, Task, expect, import_all, require
 from ..data.datasets import median_spacing, prepared_cases
 from ..data.layouts import expect_foreground, expect_paired, find_dataset
 from ..data.patches import split_cases
 from ..method.egcnn import CHOICES, expect_gate
 from ..method.losses import EGLoss, cross_entropy_weight
 from .checkpoints import lock_run, newest_checkpoint
-from .models import expect_network, make_model, reading_for, takers
-from .settings import NETWORKS, Settings, default_cache
+from .models import expect_network, make_model, maker_of, reading_for, takers
+from .settings import Settings, default_cache
 from .steps import ranks
 
 # %% ../../nbs/4_inside/folders.ipynb #5e771c02
@@ -117,9 +117,12 @@ def _check_numbers(settings):
 
 def _check_names(settings):
     "Settings that are one of several words, or a switch"
-    for name, choices in (("backbone", NETWORKS), ("precision", _PRECISIONS)):
-        value = getattr(settings, name)
-        require(value in choices, f"{name} is {value!r}. Choose one of {', '.join(choices)}.")
+    maker_of(settings.backbone)
+    precision = settings.precision
+    require(
+        precision in _PRECISIONS,
+        f"precision is {precision!r}. Choose one of {', '.join(_PRECISIONS)}.",
+    )
     for name in ("edge", "shard", "self_check"):
         value = getattr(settings, name)
         require(isinstance(value, bool), f"{name} is {value!r}. Give True or False.")
@@ -163,6 +166,7 @@ def check_settings(
     settings: Settings,  # of a run
 ) -> None:
     "Raise `InputError` on the first setting that cannot work, before anything is read"
+    import_all(settings.imports)
     _check_names(settings)
     _check_counts(settings)
     _check_numbers(settings)
@@ -376,15 +380,22 @@ def version_of(
     return config.get("versions", {}).get("egcnn_nb")
 
 
+def _imports_of(config):
+    "Modules of the user's that a config.json names"
+    settings = config.get("settings")
+    return settings.get("imports", ()) if isinstance(settings, dict) else ()
+
+
 def settings_of_config(
     config: dict,  # of config.json
     where: object = "config.json",  # file, for the message
 ) -> tuple:  # settings with every reading written out, task
     "What a run's config.json says, whichever version wrote it; raises `InputError` where it says something else"
+    import_all(_imports_of(config))
     try:
         old = version_of(config) is None
         values = {**(SETTINGS_0_1 if old else {}), **config["settings"]}
-        for name in ("patch_size", "augment", "spacing"):
+        for name in ("patch_size", "augment", "spacing", "imports"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
         settings, t = Settings(**values), config["task"]
@@ -453,6 +464,7 @@ def start_from(
 _FREE = {
     "out",
     "data",
+    "imports",
     "workers",
     "readers",
     "cache",
@@ -475,6 +487,8 @@ def describe(
     values = {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
     if settings.network is None:
         del values["network"]
+    if not settings.imports:
+        del values["imports"]
     split = {
         "train": list(dict.fromkeys(c.name for c in train)),
         "validation": [c.name for c in val],

@@ -25,13 +25,12 @@ from tqdm.auto import tqdm
 
 from ..core import Task, expect, keep_memory, need, require, write_whole
 from ..data.patches import EpochBatches, Patches
-from ..method.backbones import BACKBONES
 from ..method.egcnn import EGCNN
 from ..method.gate import EdgeGate, ResidualBlock
 from ..method.losses import EGLoss
 from .checkpoints import random_state, save_checkpoint, save_sharded, set_random_state
 from .folders import begin, check_settings, read_config, readings_in_force, start_from
-from .models import best_precision, make_model, reading_for
+from .models import PEERS, best_precision, make_model, reading_for
 from egcnn_nb.run.parts import (
     Listeners,
     Parts,
@@ -613,7 +612,7 @@ def _checked(settings, resume, device):
     )
     if set(settings.augment) - {"flip", "intensity"}:
         need("monai.transforms", f"augment {' '.join(settings.augment)}", "monai")
-    if settings.backbone not in BACKBONES:
+    if settings.backbone in PEERS:
         need("monai.networks.nets", f"the backbone {settings.backbone!r}", "monai")
     expect(not settings.shard or world > 1, "shard", "one process", "several, started by torchrun")
     expect(

@@ -164,7 +164,7 @@ def words(
     "The command line of a cell's run"
     edge, readings = arm_with(cell.arm, recipe.get("readings"))
     flags = {
-        **{k: v for k, v in recipe.items() if k != "readings"},
+        **{k: v for k, v in recipe.items() if k not in ("readings", "imports")},
         "edge": "on" if edge else "off",
         "backbone": cell.backbone,
         "seed": cell.seed,
@@ -187,6 +187,7 @@ def words(
         str(Path(out) / cell.name),
         *flat,
         *(w for k, v in readings.items() for w in ("--reading", f"{k}={v}")),
+        *(w for module in recipe.get("imports", ()) for w in ("--import", module)),
     ]
 
 
@@ -211,6 +212,7 @@ def settings_of(
         precision=recipe["precision"],
         spacing=tuple(recipe.get("spacing", Settings.spacing)),
         readings=readings or None,
+        imports=tuple(recipe.get("imports", ())),
     )
 
 # %% ../../nbs/4_inside/cells.ipynb #2c4992f1

@@ -163,6 +163,8 @@ def make_design(
         recipe["readings"] = readings
     if args.preset != "default":
         recipe["preset"] = args.preset
+    if args.imports:
+        recipe["imports"] = args.imports
     matched = {
         b: matched_width(settings_of(b, "eg", recipe, {}), task, settings.patch_size)
         for b in args.backbones

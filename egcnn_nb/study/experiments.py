@@ -18,7 +18,7 @@ from math import floor, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core import COLOURS, expect, write_whole
+from ..core import COLOURS, expect, title_of, write_whole
 from ..data.layouts import find_dataset
 from ..run.checkpoints import lock_run
 from ..run.predict import load_run
@@ -26,7 +26,6 @@ from ..run.steps import read_metrics
 from .cells import ARMS, state, trial_scores
 from .evaluation import read_scores
 from egcnn_nb.study.report import (
-    NAMES,
     PRIMARY,
     PRIMARY_TEXT,
     comparison_table,
@@ -210,7 +209,7 @@ def curves_of(
             label=short(cell.arm),
         )
     for ax, b in zip(axes, backbones):
-        ax.set(title=NAMES[b], xlabel="epoch")
+        ax.set(title=title_of("backbone", b), xlabel="epoch")
         ax.grid(alpha=0.3)
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("validation Dice")
