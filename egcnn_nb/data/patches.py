@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import AUGMENTATIONS, expect, need
+from ..core import AUGMENTATIONS, expect, need, require
 from ..tensors import keyed_generator
 
 # %% ../../nbs/4_inside/patches.ipynb #35193131
@@ -74,6 +74,31 @@ def fill(
     return x, inside
 
 
+def _random_centre(labels, generator, foreground, spots):
+    "Any voxel, or with the probability `foreground` a voxel of the foreground"
+    size = labels.shape
+    centre = [int(torch.randint(n, (), generator=generator)) for n in size]
+    if spots is None:
+        spots = labels.flatten().nonzero()[:, 0]
+    if torch.rand((), generator=generator) < foreground and len(spots):
+        spot = int(spots[torch.randint(len(spots), (), generator=generator)])
+        centre = np.unravel_index(spot, size)
+    return centre
+
+
+def _own_centre(sampling, labels, generator):
+    "The voxel that a function of the user's returns; raises `InputError` where it is none"
+    centre = [int(c) for c in sampling(labels, generator)]
+    inside = len(centre) == 3 and all(
+        0 <= c < n for c, n in zip(centre, labels.shape, strict=True)
+    )
+    require(
+        inside,
+        f"sampling returns {centre} for labels of {tuple(labels.shape)}. Return a voxel inside.",
+    )
+    return centre
+
+
 def cut_patch(
     x: Tensor,  # (C,D,H,W)
     labels: Tensor,  # (D,H,W)
@@ -81,16 +106,14 @@ def cut_patch(
     generator: torch.Generator,  # source of randomness
     foreground: float = 0.5,  # share of patches centred on a foreground voxel
     spots: Tensor = None,  # flat indices of the foreground voxels; None: looked up, which reads the whole volume
+    sampling=None,  # function of (labels, generator) that returns the voxel in the centre; None: as `foreground` says
 ) -> tuple:  # x (C,*patch_size), labels (*patch_size)
     "A random patch; where it is larger than the volume, the border is repeated (our choice)"
     size = labels.shape
-    centre = [int(torch.randint(n, (), generator=generator)) for n in size]
-    if spots is None:
-        spots = labels.flatten().nonzero()[:, 0]
-    if torch.rand((), generator=generator) < foreground and len(spots):
-        centre = np.unravel_index(
-            int(spots[torch.randint(len(spots), (), generator=generator)]), size
-        )
+    if sampling is None:
+        centre = _random_centre(labels, generator, foreground, spots)
+    else:
+        centre = _own_centre(sampling, labels, generator)
     start = [min(max(c - p // 2, 0), max(n - p, 0)) for c, p, n in zip(centre, patch_size, size)]
     where = (..., *[slice(a, a + p) for a, p in zip(start, patch_size)])
     x, labels = x[where], labels[where]
@@ -178,7 +201,9 @@ class Patches(torch.utils.data.Dataset):
         patch_size,  # voxels along D, H, W
         seed: int = 0,  # of the run
         names=("flip", "intensity"),  # augmentations
+        sampling=None,  # see `cut_patch`
     ):
+        self.sampling = sampling
         self.cases, self.patch_size, self.seed, self.names = (
             cases,
             tuple(patch_size),
@@ -197,7 +222,9 @@ class Patches(torch.utils.data.Dataset):
     ) -> tuple:  # x (C,D,H,W), labels (D,H,W) in the type of the case, number of the sample
         epoch, sample, index = key
         g, case = keyed_generator(self.seed, 1, epoch, sample), self.cases[index]
-        x, labels = cut_patch(case.x, case.labels, self.patch_size, g, spots=case.spots)
+        x, labels = cut_patch(
+            case.x, case.labels, self.patch_size, g, spots=case.spots, sampling=self.sampling
+        )
         x, labels = augment(x, labels, g, self.names)
         return x, labels, sample
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import expect, require
+from ..core import expect, find, register, registered, require
 from .sobel import edge_target, flat_face, sobel_magnitude
 from ..tensors import bounding_box, keyed_generator, probabilities
 
@@ -65,7 +65,6 @@ def _over_batch(x):
 
 _CHOICES = {
     "activation": ("softmax", "sigmoid"),
-    "semantic": ("dice_ce", "dice"),
     "supervise": ("both", "fused", "main"),
     "edge_classes": ("each", "any"),
     "eps_in": ("both", "denominator"),
@@ -306,20 +305,36 @@ def _weight(name, value):
 
 
 def cross_entropy_weight(
-    semantic: str,  # "dice_ce" or "dice"
+    semantic: str,  # "dice_ce", or another name, which has no cross entropy to weight
     weight: float | None,  # as given; None: not given
 ) -> float:  # 0 where there is no cross entropy
     "Weight of the cross entropy in the semantic loss; raises `InputError` where Dice alone is given one"
     if weight is not None:
         _weight("w_cross_entropy", weight)
-    if semantic == "dice":
+    if semantic != "dice_ce":
         fix = "Choose semantic='dice_ce', or leave w_cross_entropy out."
         require(
             not weight,
-            f"semantic='dice' has no cross entropy, but w_cross_entropy is {weight!r}. {fix}",
+            f"semantic={semantic!r} has no cross entropy, but w_cross_entropy is {weight!r}. {fix}",
         )
         return 0.0
     return 1.0 if weight is None else float(weight)
+
+
+@register("semantic", "dice_ce")
+def _dice_and_cross_entropy(logits, target, loss):
+    "Dice, and the weighted cross entropy unless its weight is 0 (our choice)"
+    dice = _dice_alone(logits, target, loss)
+    if not loss.w_cross_entropy:
+        return dice
+    return dice + loss.w_cross_entropy * mask_cross_entropy(logits, target, loss.activation)
+
+
+@register("semantic", "dice")
+def _dice_alone(logits, target, loss):
+    "Dice of the classes, without the background (eq. 4)"
+    prob = probabilities(_float(logits), loss.activation)
+    return dice_loss(prob, target, **loss.dice, skip=int(loss.activation == "softmax"))
 
 
 class EGLoss(nn.Module):
@@ -342,9 +357,9 @@ class EGLoss(nn.Module):
         weight_negatives: bool = True,  # see `balanced_bce`
         beta_over: str = "case",  # see `balanced_bce`
         consistency_alone: bool = False,  # the consistency loss where there is no edge stream too: which is the control of `hippocampus`
-        semantic: str = "dice_ce",  # Dice with the cross entropy of the masks, or "dice" alone, as the paper's eq. 4
+        semantic: str = "dice_ce",  # Dice with the cross entropy of the masks, or "dice" alone, as the paper's eq. 4, or a name that is registered
         w_cross_entropy: float
-        | None = None,  # weight of that cross entropy; None: 1, or none where `semantic` is "dice"
+        | None = None,  # weight of that cross entropy; None: 1 for "dice_ce", else none
         consistency_reduce: str = "mean",  # see `consistency_loss`; "sum" needs a small `w_consistency`
         consistency: str = "masks",  # outputs in eq. 7: the "masks" alone, or "both", the edge stream's too
     ):
@@ -352,6 +367,7 @@ class EGLoss(nn.Module):
         given = dict(locals())
         for name, choices in _CHOICES.items():
             _one_of(name, given[name], choices)
+        _one_of("semantic", semantic, registered("semantic"))
         for name in ("lambda1", "lambda2", "w_consistency", "tau"):
             _weight(name, given[name])
         for name in ("hard", "weight_negatives", "consistency_alone"):
@@ -384,6 +400,7 @@ class EGLoss(nn.Module):
         )
         self.consistency_reduce = consistency_reduce
         self.joint = consistency == "both"
+        self.mask_loss = find("semantic", semantic)
         self.w_cross_entropy = cross_entropy_weight(semantic, w_cross_entropy)
         self.edge: dict = dict(edge_classes=edge_classes, thickness=thickness)
         self.dice: dict = dict(eps_in=eps_in, reduce=reduce)
@@ -414,18 +431,8 @@ class EGLoss(nn.Module):
         logits: Tensor,  # (B,K,D,H,W)
         target: Tensor,  # one-hot or region masks, same shape
     ) -> Tensor:  # scalar
-        "Dice of the classes, without the background (eq. 4), and the weighted cross entropy unless its weight is 0"
-        dice = dice_loss(
-            probabilities(_float(logits), self.activation),
-            target,
-            **self.dice,
-            skip=int(self.activation == "softmax"),
-        )
-        return (
-            dice + self.w_cross_entropy * mask_cross_entropy(logits, target, self.activation)
-            if self.w_cross_entropy
-            else dice
-        )
+        "The loss of the masks that is registered under the name `semantic`"
+        return self.mask_loss(logits, target, self)
 
     def _noise(self, logits, keys):
         "Gumbel noise for the logits (1,K,D,H,W) of one case in training, else None"

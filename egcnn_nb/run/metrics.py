@@ -13,7 +13,7 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.spatial import KDTree
 from torch import Tensor
 
-from ..core import Task, expect
+from ..core import Task, expect, find, register, registered
 from ..tensors import bounding_box, region_masks
 
 # %% ../../nbs/2_practice/metrics.ipynb #0d3ea1fb
@@ -112,6 +112,7 @@ def border_distance(
     return np.maximum(*(np.asarray(distance_transform_edt(m)) for m in (mask, ~mask))) - 0.5
 
 
+@register("metric", "boundary_dice")
 def boundary_dice(
     pred: Tensor,  # masks {0,1} (B,C,D,H,W)
     truth: Tensor,  # same shape
@@ -159,6 +160,7 @@ def edge_width(
     return float(4 * distance.mean()) if len(distance) else float("nan")
 
 # %% ../../nbs/2_practice/metrics.ipynb #494878e2
+@register("metric", "volume_error")
 def volume_error(
     pred: Tensor,  # masks {0,1} (B,C,D,H,W)
     truth: Tensor,  # same shape
@@ -180,7 +182,7 @@ def score_case(
     truth,  # true labels (D,H,W), tensor or array
     task: Task,  # whose regions are scored
     spacing=None,  # voxel size in mm; None: Dice alone
-) -> dict:  # region -> {"dice", and with a spacing "hd95", "surface_dice", "boundary_dice", "volume_error"}; "mean" holds their averages
+) -> dict:  # region -> {"dice", and with a spacing "hd95", "surface_dice" and the metrics that are registered}; "mean" holds their averages
     "Scores of one case per region and on average (section 3.3; for KiTS the mean is the composite)"
     found, true = [region_masks(torch.as_tensor(a)[None], task.regions) for a in (pred, truth)]
     table = {"dice": dice_score(found, true)[0]}
@@ -188,6 +190,6 @@ def score_case(
         table |= dict(
             zip(("hd95", "surface_dice"), (d[0] for d in distances(found, true, spacing)))
         )
-        table |= {f.__name__: f(found, true)[0] for f in (boundary_dice, volume_error)}
+        table |= {name: find("metric", name)(found, true)[0] for name in registered("metric")}
     rows = {r: {k: float(v[i]) for k, v in table.items()} for i, r in enumerate(task.regions)}
     return {**rows, "mean": {k: float(v.nanmean()) for k, v in table.items()}}

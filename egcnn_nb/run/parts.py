@@ -61,12 +61,14 @@ class Parts:
     loss: Any = None  # function of (output, target) or (output, target, keys)
     optimizer: Any = None  # function of the parameters or of the model, or an optimizer
     transforms: Any = None  # of a patch
+    sampling: Any = None  # function of (labels, generator) that returns the centre of a patch
     terms: tuple = TERMS  # names of the loss terms; `try_parts` sets them
     built: nn.Module | None = None  # the network of `model`; `try_parts` sets it
 
     def names(self) -> dict:  # part -> name
         "The parts that are yours"
-        given = {name: getattr(self, name) for name in ("model", "loss", "optimizer", "transforms")}
+        names = ("model", "loss", "optimizer", "transforms", "sampling")
+        given = {name: getattr(self, name) for name in names}
         return {name: name_of_part(part) for name, part in given.items() if part is not None}
 
     def settle(
@@ -436,7 +438,9 @@ def _first_patches(parts, settings, task, train):
     "As many patches as the first step computes at a time: images, masks, names of the noise"
     each = -(-settings.batch_size // ranks()[1])
     count = -(-each // settings.accumulate)
-    patches: Any = Patches(train, settings.patch_size, settings.seed, settings.augment)
+    patches: Any = Patches(
+        train, settings.patch_size, settings.seed, settings.augment, parts.sampling
+    )
     if parts.transforms is not None:
         patches = Transformed(patches, parts.transforms, task, settings.spacing)
     samples = [patches[0, i, i % len(train)] for i in range(count)]

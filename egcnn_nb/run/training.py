@@ -220,7 +220,11 @@ class Run:
     def _make_patches(self):
         "Training patches, changed by `augment` or by the transforms of yours"
         patches = Patches(
-            self.train, self.settings.patch_size, self.settings.seed, self.settings.augment
+            self.train,
+            self.settings.patch_size,
+            self.settings.seed,
+            self.settings.augment,
+            self.parts.sampling,
         )
         if self.parts.transforms is None:
             return patches
@@ -672,6 +676,7 @@ def fit(
     optimizer=None,  # function of the parameters or of the model, or an optimizer; None: Adam
     transforms=None,  # of a patch, in place of `augment`: a function of (x, labels), or a transform of MONAI or TorchIO
     callbacks=(),  # objects or functions that follow the run, see `your_own_parts`
+    sampling=None,  # function of (labels, generator) that returns the centre of a patch; None: see `cut_patch`
 ) -> list:  # rows of metrics.csv, fewer than epochs if it was stopped
     "Train, validate and save, in this process or as one of several; raises `InputError` before anything is written"
     require(
@@ -679,7 +684,8 @@ def fit(
         f"resume is {type(resume).__name__}. Give True or False, and the parts of the run by their names, as in model=...",
     )
     rank, out = ranks()[0], Path(config.out)
-    parts, listeners = Parts(model, loss, optimizer, transforms), Listeners(callbacks, rank == 0)
+    parts = Parts(model, loss, optimizer, transforms, sampling)
+    listeners = Listeners(callbacks, rank == 0)
     settings = parts.settle(config)
     keep_memory()
     emulated = _checked(settings, resume, device)
