@@ -5,7 +5,6 @@ import json
 import re
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -80,14 +79,19 @@ def config(**changes):
 
 def follow(number, settings=None, size=SIZE):
     "Do what the page says: write my_module.py, run the commands and the Python lines; names of the Python lines"
-    names = {"torch": torch, "config": settings or config(), "fit": partial(fit, quiet=True)}
+
+    def fit_here(config, **parts):
+        "`fit`, each time into the next folder: RUN0, or RUN1 where there is a run"
+        folder = f"RUN{len(list(Path().glob('RUN*')))}"
+        return fit(replace(config, out=folder), quiet=True, **parts)
+
+    names = {"torch": torch, "config": settings or config(), "fit": fit_here}
     for language, lines in blocks(number):
         if lines.startswith(MODULE):
             Path("my_module.py").write_text(lines)
         elif language == "sh":
             run(lines, size)
         else:
-            names["config"] = replace(names["config"], out=f"RUN{len(list(Path().glob('RUN*')))}")
             sys.path.insert(0, str(Path.cwd()))  # as where Python is started in this folder
             exec(compile(lines, "CONTRIBUTING.md", "exec"), names)
     return names
@@ -270,5 +274,7 @@ def test_9_early_stopping(place):
 
 def test_10_a_network(place):
     follow(10, config(width=Settings.width, levels=Settings.levels), size=[])
-    assert json.loads(Path("RUN/config.json").read_text())["settings"]["network"] == "my_module:build"
-    assert json.loads(Path("RUN1/config.json").read_text())["parts"] == {"model": "build"}
+    written = json.loads(Path("RUN/config.json").read_text())
+    assert written["settings"]["network"] == "my_module:build"
+    parts = [json.loads(Path(f"RUN{i}/config.json").read_text())["parts"] for i in (1, 2)]
+    assert parts == [{"model": "build"}, {"model": "EGCNN"}]

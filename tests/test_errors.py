@@ -214,11 +214,11 @@ def test_processes_that_do_not_meet(data, tmp_path):
     )
 
 
-@pytest.mark.parametrize("module", ["train", "inference", "layouts", "experiments"])
+@pytest.mark.parametrize("module", ["train", "predict", "check", "experiment"])
 def test_help_for_a_user_without_a_home(module):
     if not shutil.which("setpriv") or os.geteuid() != 0:
         pytest.skip("needs setpriv, and root")
-    code = f"import sys; from egcnn_nb.{module} import main; sys.exit(main())"
+    code = f"import sys; from egcnn_nb.commands.{module} import main; sys.exit(main())"
     words = [
         "env",
         "-i",

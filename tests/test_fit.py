@@ -767,7 +767,7 @@ def test_the_installed_command_finds_the_module(data, folder):
     assert done.returncode == 0, done.stderr[-3000:]
     away = folder / "away"
     away.mkdir()
-    lost = command_of("inference", away, folder / "run", data, "--out", "out")
+    lost = command_of("commands.predict", away, folder / "run", data, "--out", "out")
     assert (
         lost.returncode == 2
         and f"names the module my_module, which is not found from {away}" in lost.stderr
