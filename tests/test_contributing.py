@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from egcnn_nb import Settings, data_samples, fit
+from egcnn_nb.commands import experiment
+from egcnn_nb.commands import train as training
 from egcnn_nb.commands.check import main as check
 from egcnn_nb.commands.predict import main as predict
 from egcnn_nb.commands.train import main as train
@@ -128,6 +130,13 @@ def test_the_first_lines_give_the_names_of_the_others():
     assert names["config"] == Settings("DATA", "RUN") and names["fit"] is fit
 
 
+def test_the_help_names_every_backbone_of_the_package():
+    own = [n for n, e in REGISTRY["backbone"].items() if e.made.__module__.startswith("egcnn_nb.")]
+    assert len(own) == 5
+    for command in (training, experiment):
+        assert all(name in command.arguments().format_help() for name in own)
+
+
 def test_1_a_loss(place):
     follow(1)
     settings = json.loads(Path("RUN/config.json").read_text())["settings"]
@@ -152,14 +161,12 @@ def test_2_a_backbone(place, capsys):
 
 
 def test_2_an_experiment_takes_the_backbone(place, capsys):
-    from egcnn_nb.commands.experiment import main
-
     Path("my_module.py").write_text(blocks(2)[0][1])
     words = "DATA --out EXPERIMENT --backbones segnet plain --arms bare --cache off --plan --quick"
     more = "--test_cases 1 --validation 1 --patch_size 16 16 16".split()
-    assert main([*words.split(), *more]) == 2
+    assert experiment.main([*words.split(), *more]) == 2
     assert "The backbone 'plain' is not known" in capsys.readouterr().err
-    assert main([*words.split(), *more, "--import", "my_module"]) == 0
+    assert experiment.main([*words.split(), *more, "--import", "my_module"]) == 0
     assert "plain bare" in capsys.readouterr().out
 
 
