@@ -1,9 +1,12 @@
-"""A warm epoch of data, augmented and collated: ours beside MONAI's CacheDataset and PersistentDataset and TorchIO's Queue.
+"""A warm epoch of data, augmented and collated: ours beside MONAI's CacheDataset and
+PersistentDataset and TorchIO's Queue.
 
-    python benchmarks/data.py DATA [--exclude FILE]     # small cases, one thread, no worker: DATA is a Decathlon folder such as Task04_Hippocampus
-    python benchmarks/data.py large                     # six phantoms of 240x240x155x4, two workers: seconds an epoch and memory of all processes
+    python benchmarks/data.py DATA [--exclude FILE]     # small cases, one thread, no worker
+    python benchmarks/data.py large                     # six phantoms of 240x240x155x4, two workers
 
-Each takes one random patch of every case, mirrors its axes, shifts and scales its intensity; TorchIO, which is no dependency: pip install torchio."""
+DATA is a Decathlon folder such as Task04_Hippocampus. `large` prints seconds an epoch and memory of
+all processes. Each side takes one random patch of every case, mirrors its axes, shifts and scales its
+intensity. TorchIO is no dependency: pip install torchio."""
 
 import argparse
 import json
@@ -15,139 +18,143 @@ import tempfile
 import time
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from egcnn_nb.data.datasets import prepared_cases
+from egcnn_nb.data.cache import prepared_cases
 from egcnn_nb.data.layouts import find_dataset
 from egcnn_nb.data.patches import EpochBatches, Patches
+
+# ---- the sides: each returns a function that runs an epoch and returns the size of each batch
 
 
 def ours(cases, task, patch, workers, cache):
     "Patches of cases that lie in the cache, mapped into memory"
-    patches, batches = (
-        Patches(prepared_cases(cases, task, cache, quiet=True), patch),
-        EpochBatches(len(cases), 2),
-    )
+    patches = Patches(prepared_cases(cases, task, cache, quiet=True), patch)
+    batches = EpochBatches(len(cases), 2)
     loader = DataLoader(
         patches, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0
     )
 
     def epoch():
         batches.epoch += 1
-        return [b[0].shape[0] for b in loader]
+        return [len(images) for images, *_ in loader]
 
     return epoch
 
 
-def _monai(cases, patch, workers, make):
+def monai_transforms(cases, patch):
+    "MONAI's transforms: those without chance, then those with it"
     from monai import transforms as T
 
     keys = ["x", "y"]
+    if len(cases[0].images) > 1:
+        load = [T.LoadImaged(keys, image_only=True, ensure_channel_first=True)]
+    else:
+        channel = T.EnsureChannelFirstd(keys, channel_dim="no_channel")
+        load = [T.LoadImaged(keys, image_only=True), channel]
     steady = [
-        T.LoadImaged(keys, image_only=True),
-        T.EnsureChannelFirstd(keys, channel_dim="no_channel"),
         T.CropForegroundd(keys, "x", allow_smaller=False),
         T.NormalizeIntensityd("x", channel_wise=True),
         T.SpatialPadd(keys, patch),
     ]
-    if len(cases[0].images) > 1:
-        steady = [T.LoadImaged(keys, image_only=True, ensure_channel_first=True), *steady[2:]]
     chance = [
         T.RandSpatialCropd(keys, patch, random_size=False),
-        *[T.RandFlipd(keys, 0.5, a) for a in range(3)],
+        *[T.RandFlipd(keys, 0.5, axis) for axis in range(3)],
         T.RandScaleIntensityd("x", 0.1, 1),
         T.RandShiftIntensityd("x", 0.1, prob=1),
         T.ToTensord(keys, track_meta=False),
     ]
-    data = make(
-        [
-            {
-                "x": list(map(str, c.images)) if len(c.images) > 1 else str(c.images[0]),
-                "y": str(c.label),
-            }
-            for c in cases
-        ],
-        T.Compose(steady + chance),
-    )
+    return T.Compose([*load, *steady, *chance])
+
+
+def monai_files(cases):
+    "The files of each case, as MONAI's loader takes them"
+    files = []
+    for case in cases:
+        images = [str(path) for path in case.images]
+        image = images if len(images) > 1 else images[0]
+        files.append({"x": image, "y": str(case.label)})
+    return files
+
+
+def by_monai(cases, patch, workers, dataset, **options):
+    "An epoch of one of MONAI's datasets"
+    data = dataset(monai_files(cases), monai_transforms(cases, patch), **options)
     loader = DataLoader(data, 2, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
-    return lambda: [b["x"].shape[0] for b in loader]
+    return lambda: [len(batch["x"]) for batch in loader]
 
 
 def cached(cases, task, patch, workers, cache):
     from monai.data import CacheDataset
 
-    return _monai(cases, patch, workers, lambda d, t: CacheDataset(d, t, progress=False))
+    return by_monai(cases, patch, workers, CacheDataset, progress=False)
 
 
 def cached_uncopied(cases, task, patch, workers, cache):
     from monai.data import CacheDataset
 
-    return _monai(
-        cases, patch, workers, lambda d, t: CacheDataset(d, t, progress=False, copy_cache=False)
-    )
+    return by_monai(cases, patch, workers, CacheDataset, progress=False, copy_cache=False)
 
 
 def persistent(cases, task, patch, workers, cache):
     from monai.data import PersistentDataset
 
-    return _monai(cases, patch, workers, lambda d, t: PersistentDataset(d, t, cache / "monai"))
+    return by_monai(cases, patch, workers, PersistentDataset, cache_dir=cache / "monai")
 
 
-def _same(x):
+def same(x):
     return x
 
 
-def _shift_and_scale(x):
-    return x * (0.9 + 0.2 * torch.rand(1)) + 0.2 * torch.rand(1) - 0.1
+def shift_and_scale(x):
+    scale = 0.9 + 0.2 * torch.rand(1)
+    shift = 0.2 * torch.rand(1) - 0.1
+    return x * scale + shift
+
+
+def largest_shape(cases, patch):
+    "A shape that holds every case and a patch"
+    shapes = [nib.load(case.images[0]).shape for case in cases]
+    return np.max([*shapes, patch], 0).tolist()
+
+
+def torchio_subjects(cases):
+    "The cases, as TorchIO takes them"
+    import torchio as tio
+
+    subjects = []
+    for case in cases:
+        image = case.images if len(case.images) > 1 else case.images[0]
+        subjects.append(tio.Subject(x=tio.ScalarImage(image), y=tio.LabelMap(case.label)))
+    return subjects
 
 
 def queue(cases, task, patch, workers, cache):
+    "An epoch of TorchIO's queue of patches"
     import torchio as tio
 
-    change = tio.Compose(
-        [
-            tio.ZNormalization(),
-            tio.CropOrPad(
-                [
-                    int(max(n, p))
-                    for n, p in zip(np.max([np.asanyarray(_shape(c)) for c in cases], 0), patch)
-                ]
-            )
-            if len(cases[0].images) == 1
-            else tio.Lambda(_same),
-            tio.RandomFlip((0, 1, 2)),
-            tio.Lambda(_shift_and_scale, types_to_apply=[tio.INTENSITY]),
-        ]
-    )
-    data = tio.SubjectsDataset(
-        [
-            tio.Subject(
-                x=tio.ScalarImage(c.images if len(c.images) > 1 else c.images[0]),
-                y=tio.LabelMap(c.label),
-            )
-            for c in cases
-        ],
-        transform=change,
-    )
+    fit = tio.Lambda(same)
+    if len(cases[0].images) == 1:
+        fit = tio.CropOrPad(largest_shape(cases, patch))
+    flip = tio.RandomFlip((0, 1, 2))
+    intensity = tio.Lambda(shift_and_scale, types_to_apply=[tio.INTENSITY])
+    change = tio.Compose([tio.ZNormalization(), fit, flip, intensity])
+    subjects = torchio_subjects(cases)
     if workers == 0:
-        [s.load() for s in data._subjects]
+        for subject in subjects:
+            subject.load()
     patches = tio.Queue(
-        data,
+        tio.SubjectsDataset(subjects, transform=change),
         max_length=len(cases),
         samples_per_volume=1,
         sampler=tio.UniformSampler(patch),
         num_workers=workers,
     )
     loader = tio.SubjectsLoader(patches, batch_size=2)
-    return lambda: [len(b["x"]["data"]) for b in loader]
-
-
-def _shape(case):
-    import nibabel as nib
-
-    return nib.load(case.images[0]).shape
+    return lambda: [len(batch["x"]["data"]) for batch in loader]
 
 
 SIDES = {
@@ -158,112 +165,151 @@ SIDES = {
     "TorchIO Queue": queue,
 }
 
+# ---- memory
+
+
+def children(process):
+    "Numbers of the processes that a process has started"
+    found = []
+    for thread in Path(f"/proc/{process}/task").iterdir():
+        found += (thread / "children").read_text().split()
+    return found
+
 
 def memory():
-    "GiB of this process and its children, shared pages counted once: all of it, and without the pages of mapped files, which the system takes back when it needs them"
-    children = lambda p: [
-        c for t in Path(f"/proc/{p}/task").iterdir() for c in (t / "children").read_text().split()
-    ]
-    family, found = [str(os.getpid())], {"Pss": 0, "Pss_File": 0}
-    for p in family:
-        family += children(p)
-    for p in family:
-        for line in Path(f"/proc/{p}/smaps_rollup").read_text().splitlines():
-            name = line.split(":")[0]
-            if name in found:
-                found[name] += int(line.split()[1])
-    return found["Pss"] / 2**20, (found["Pss"] - found["Pss_File"]) / 2**20
+    """GiB of this process and its children, shared pages counted once: all of it, and without the
+    pages of mapped files, which the system takes back when it needs them"""
+    family = [str(os.getpid())]
+    for process in family:  # it grows on the way
+        family += children(process)
+    kilobytes = {"Pss": 0, "Pss_File": 0}
+    for process in family:
+        for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name in kilobytes:
+                kilobytes[name] += int(value.split()[0])
+    gib = kilobytes["Pss"] / 2**20
+    mapped = kilobytes["Pss_File"] / 2**20
+    return gib, gib - mapped
+
+
+# ---- what is measured
+
+
+def seconds_of(epoch, cases):
+    "Seconds of one epoch, in which every case is seen once"
+    start = time.perf_counter()
+    seen = sum(epoch())
+    seconds = time.perf_counter() - start
+    assert seen == len(cases)
+    return seconds
+
+
+def small_cases(dataset, exclude):
+    "At most a hundred cases with labels, without those that are left out"
+    left_out = set()
+    if exclude:
+        left_out = set(Path(exclude).read_text().split())
+    cases = [case for case in dataset.cases if case.label and case.name not in left_out]
+    return cases[:100]
 
 
 def small(data, exclude, again=5):
+    "Every side in turn on small cases: print the rates"
     torch.set_num_threads(1)
-    out = set(Path(exclude).read_text().split()) if exclude else set()
     dataset = find_dataset(data)
-    cases, patch = [c for c in dataset.cases if c.label and c.name not in out][:100], (40, 56, 40)
-    with tempfile.TemporaryDirectory() as tmp:
-        sides = {n: f(cases, dataset.task, patch, 0, Path(tmp)) for n, f in SIDES.items()}
-        seconds = {n: [] for n in sides}
-        for i in range(again + 1):
-            for name, epoch in sides.items():
-                start = time.perf_counter()
-                assert sum(epoch()) == len(cases)
-                if i:
-                    seconds[name].append(time.perf_counter() - start)
-    rate = {n: len(cases) / statistics.median(s) for n, s in seconds.items()}
-    print(
-        f"{len(cases)} cases, patch {patch}, one thread, no worker\n\n| loader | cases a second | ours is times as fast |\n|---|---|---|"
-    )
-    for n, r in rate.items():
-        print(f"| {n} | {r:.0f} | {rate['ours'] / r:.1f} |")
+    cases = small_cases(dataset, exclude)
+    patch = (40, 56, 40)
+    seconds = {name: [] for name in SIDES}
+    with tempfile.TemporaryDirectory() as folder:
+        epochs = {}
+        for name, make in SIDES.items():
+            epochs[name] = make(cases, dataset.task, patch, 0, Path(folder))
+        for turn in range(again + 1):
+            for name, epoch in epochs.items():
+                spent = seconds_of(epoch, cases)
+                if turn > 0:
+                    seconds[name].append(spent)
+    rates = {name: len(cases) / statistics.median(spent) for name, spent in seconds.items()}
+    print(f"{len(cases)} cases, patch {patch}, one thread, no worker")
+    print("\n| loader | cases a second | ours is times as fast |\n|---|---|---|")
+    for name, rate in rates.items():
+        print(f"| {name} | {rate:.0f} | {rates['ours'] / rate:.1f} |")
 
 
 def one_large(name, folder, again=3):
-    "One side on the large phantoms: prints seconds of each warm epoch, and memory"
+    "One side on the large phantoms: print seconds of each warm epoch, and memory"
     torch.set_num_threads(1)
     dataset = find_dataset(folder / "data")
-    epoch = SIDES[name](dataset.cases, dataset.task, (128,) * 3, 2, folder / "cache")
+    patch = (128, 128, 128)
+    epoch = SIDES[name](dataset.cases, dataset.task, patch, 2, folder / "cache")
     epoch()
-    seconds = []
-    for _ in range(again):
-        start = time.perf_counter()
-        assert sum(epoch()) == len(dataset.cases)
-        seconds.append(time.perf_counter() - start)
+    seconds = [seconds_of(epoch, dataset.cases) for _ in range(again)]
     print(json.dumps({"seconds": seconds, "memory": memory()}))
 
 
-def large(rounds=3, n=6):
-    import nibabel as nib
-    from predict import brats_case, enlarge
+def write_large(folder, number):
+    "A case of 240x240x155x4, with its labels"
+    from predict import brats_case, brats_volume, save
 
     from egcnn_nb.data.volumes import brain
 
-    with tempfile.TemporaryDirectory() as tmp:
-        tmp = Path(tmp)
-        (tmp / "data/HGG").mkdir(parents=True)
-        (tmp / "data/LGG").mkdir()
-        (tmp / "cache").mkdir()
-        for i in range(n):
-            case = brats_case(tmp / "data/HGG")
-            labels = np.pad(
-                enlarge(brain(1)[1], (160, 190, 145)), ((40, 40), (25, 25), (5, 5))
-            ).astype(np.uint8)
-            nib.save(
-                nib.Nifti1Image(labels, np.diag([-1.0, -1, 1, 1])), case / f"{case.name}_seg.nii.gz"
-            )
-            new = case.with_name(f"BraTS19_LARGE_{i}_1")
-            case.rename(new)
-            for f in new.iterdir():
-                f.rename(new / f.name.replace("BraTS19_LARGE_1", new.name))
-        found = {n: [] for n in SIDES if "copy" not in n}
+    case = brats_case(folder)
+    _, labels, *_ = brain(1)
+    labels = brats_volume(labels).astype(np.uint8)
+    save(labels, [-1.0, -1, 1, 1], case / f"{case.name}_seg.nii.gz")
+    new = case.with_name(f"BraTS19_LARGE_{number}_1")
+    case.rename(new)
+    for file in new.iterdir():
+        file.rename(new / file.name.replace(case.name, new.name))
+
+
+def run_large(name, folder):
+    "One side on the large phantoms in a process of its own"
+    words = [sys.executable, __file__, "--one", name, str(folder)]
+    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def large(rounds=3, count=6):
+    "Every side in turn on large phantoms: print seconds and memory"
+    found = {name: [] for name in SIDES if "copy" not in name}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in ("data/HGG", "data/LGG", "cache"):
+            (folder / part).mkdir(parents=True)
+        for number in range(count):
+            write_large(folder / "data/HGG", number)
         for _ in range(rounds):
-            for name in found:
-                found[name].append(
-                    json.loads(
-                        subprocess.run(
-                            [sys.executable, __file__, "--one", name, str(tmp)],
-                            check=True,
-                            stdout=subprocess.PIPE,
-                            text=True,
-                        ).stdout.splitlines()[-1]
-                    )
-                )
-    print(
-        f"{n} cases of 240×240×155×4, patch 128³, two workers, warm\n\n| loader | seconds an epoch | memory, GiB | without mapped files |\n|---|---|---|---|"
-    )
-    for name, runs in found.items():
-        print(
-            f"| {name} | {statistics.median(s for r in runs for s in r['seconds']):.2f} | {statistics.median(r['memory'][0] for r in runs):.2f} | {statistics.median(r['memory'][1] for r in runs):.2f} |"
-        )
+            for side, runs in found.items():
+                runs.append(run_large(side, folder))
+    print(f"{count} cases of 240×240×155×4, patch 128³, two workers, warm")
+    print("\n| loader | seconds an epoch | memory, GiB | without mapped files |\n|---|---|---|---|")
+    for side, runs in found.items():
+        print_large(side, runs)
+
+
+def print_large(name, runs):
+    "Print the medians of one side"
+    seconds = []
+    everything = []
+    unmapped = []
+    for run in runs:
+        seconds += run["seconds"]
+        everything.append(run["memory"][0])
+        unmapped.append(run["memory"][1])
+    words = [f"{statistics.median(values):.2f}" for values in (seconds, everything, unmapped)]
+    print(f"| {name} | {' | '.join(words)} |")
 
 
 def main():
-    p = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("data", metavar="DATA|large")
-    p.add_argument("--exclude", metavar="FILE")
-    p.add_argument("--one", metavar="LOADER", help=argparse.SUPPRESS)
-    args = p.parse_args()
+    parser.add_argument("data", metavar="DATA|large")
+    parser.add_argument("--exclude", metavar="FILE")
+    parser.add_argument("--one", metavar="LOADER", help=argparse.SUPPRESS)
+    args = parser.parse_args()
     if args.one:
         one_large(args.one, Path(args.data))
     elif args.data == "large":

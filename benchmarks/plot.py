@@ -3,60 +3,83 @@
 python benchmarks/plot.py"""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
+MET = "#2a9d8f"
+MISSED = "#c1121f"
+TICKS = {0.5: "half", 1: "as wanted", 2: "twice", 4: "four times", 8: "eight"}
+
+
+@dataclass
+class Row:
+    "One row of the table"
+
+    label: str  # the work, and the peer
+    met: float  # how many times as well as wanted
+
+
+def number(text):
+    "The first number in a cell of the table"
+    return float(re.search(r"\d+(\.\d+)?", text.replace("**", ""))[0])
+
+
+def row_of(line):
+    "The row of a line of Markdown, or None where the line has no goal and no ratio"
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    if len(cells) != 6:
+        return None
+    work, _, peer, _, ratio, goal = cells
+    if not re.search(r"[≤≥]", goal) or not re.search(r"\d", ratio) or "ms" in ratio:
+        return None
+    peer, *_ = peer.split(" (")
+    label = f"{work}\nagainst {peer}".replace("`", "")
+    met = number(ratio) / number(goal)
+    return Row(label, met if "≥" in goal else 1 / met)
 
 
 def rows():
-    "What each row of the first table says: work, how many times as well as wanted"
-    number = lambda text: float(re.search(r"\d+(\.\d+)?", text.replace("**", ""))[0])
+    "The rows of the first table, the last one first"
+    found = []
     for line in (HERE / "README.md").read_text().splitlines():
-        cells = [c.strip() for c in line.strip("|").split("|")]
-        if (
-            len(cells) != 6
-            or not re.search(r"[≤≥]", cells[5])
-            or not re.search(r"\d", cells[4])
-            or "ms" in cells[4]
-        ):
-            continue
-        ratio, wanted = number(cells[4]), number(cells[5])
-        yield (
-            f"{cells[0]}\nagainst {cells[2].split(' (')[0]}".replace("`", ""),
-            ratio / wanted if "≥" in cells[5] else wanted / ratio,
-        )
+        row = row_of(line)
+        if row is not None:
+            found.insert(0, row)
+    return found
+
+
+def write_number(ax, place, met):
+    "The number of a row at the end of its bar"
+    left = met < 1
+    ax.annotate(
+        f"{met:.2g}",
+        (met, place),
+        (-4 if left else 4, 0),
+        textcoords="offset points",
+        ha="right" if left else "left",
+        va="center",
+        fontsize=7,
+    )
 
 
 def main():
-    found = list(rows())[::-1]
+    found = rows()
     fig = Figure(figsize=(8, 0.42 * len(found) + 0.9), layout="constrained")
     ax = fig.subplots()
-    ax.barh(
-        range(len(found)),
-        [v - 1 for _, v in found],
-        left=1,
-        color=["#2a9d8f" if v >= 1 else "#c1121f" for _, v in found],
-    )
-    for i, (_, v) in enumerate(found):
-        ax.annotate(
-            f"{v:.2g}",
-            (v, i),
-            (4 if v >= 1 else -4, 0),
-            textcoords="offset points",
-            ha="left" if v >= 1 else "right",
-            va="center",
-            fontsize=7,
-        )
+    for place, row in enumerate(found):
+        colour = MET if row.met >= 1 else MISSED
+        ax.barh(place, row.met - 1, left=1, color=colour)
+        write_number(ax, place, row.met)
     ax.set_xscale("log")
     ax.set_xlim(0.4, 16)
     ax.set_ylim(-0.7, len(found) - 0.3)
     ax.axvline(1, color="k", lw=0.8)
-    ax.set_yticks(range(len(found)), [n for n, _ in found], fontsize=7)
-    ax.set_xticks(
-        [0.5, 1, 2, 4, 8], ["half", "as wanted", "twice", "four times", "eight"], fontsize=8
-    )
+    labels = [row.label for row in found]
+    ax.set_yticks(range(len(found)), labels, fontsize=7)
+    ax.set_xticks(list(TICKS), list(TICKS.values()), fontsize=8)
     ax.minorticks_off()
     ax.set_title("how well each goal of speed is met (benchmarks/README.md)", fontsize=9)
     fig.savefig(HERE.parent / "nbs/images/speed.png", dpi=90)

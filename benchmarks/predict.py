@@ -1,9 +1,11 @@
-"""What a whole volume costs in egcnn_predict: seconds and peak memory of the command, from the file to the saved label map.
+"""What a whole volume costs in egcnn_predict: seconds and peak memory of the command, from the file
+to the saved label map.
 
     python benchmarks/predict.py [--precision fp32] [--edge on]
 
-A BraTS-sized case (240x240x155, 4 channels, 1 mm) and a KiTS-sized CT (512x512x300, 0.8x0.8x1 mm), made of phantoms;
-EG-CNN on Seg-Net, width 8, 4 levels, windows of 128^3, random weights (the cost does not depend on them)."""
+A BraTS-sized case (240x240x155, 4 channels, 1 mm) and a KiTS-sized CT (512x512x300, 0.8x0.8x1 mm),
+made of phantoms; EG-CNN on Seg-Net, width 8, 4 levels, windows of 128^3, random weights (the cost
+does not depend on them)."""
 
 import argparse
 import json
@@ -25,24 +27,37 @@ from egcnn_nb.run.folders import describe
 from egcnn_nb.run.models import make_model
 from egcnn_nb.run.settings import Settings
 
+HEAD = (160, 190, 145)  # voxels of the head in a volume of 240x240x155
+AROUND = ((40, 40), (25, 25), (5, 5))  # voxels of air around it
+PREDICT = "import sys; from egcnn_nb.commands.predict import main; sys.exit(main())"
+
 
 def enlarge(array, shape):
     "A phantom at the size of a real scan, by repeating voxels"
-    return array[np.ix_(*[np.arange(n) * m // n for n, m in zip(shape, array.shape)])]
+    for axis, (n, m) in enumerate(zip(shape, array.shape, strict=True)):
+        source = np.arange(n) * m // n
+        array = array.take(source, axis)
+    return array
+
+
+def save(array, affine, path):
+    "Write an array as NIfTI; `affine`: its diagonal"
+    nib.save(nib.Nifti1Image(array, np.diag(affine)), path)
+
+
+def brats_volume(array):
+    "A phantom's head in a volume of 240x240x155"
+    return np.pad(enlarge(array, HEAD), AROUND)
 
 
 def brats_case(folder):
     "A case folder of four files, 240x240x155"
     folder = folder / "BraTS19_LARGE_1"
     folder.mkdir()
-    for name, array in brain(1)[0].items():
-        nib.save(
-            nib.Nifti1Image(
-                np.pad(enlarge(array, (160, 190, 145)), ((40, 40), (25, 25), (5, 5))),
-                np.diag([-1.0, -1, 1, 1]),
-            ),
-            folder / f"BraTS19_LARGE_1_{name}.nii.gz",
-        )
+    images, _ = brain(1)
+    for name, array in images.items():
+        path = folder / f"BraTS19_LARGE_1_{name}.nii.gz"
+        save(brats_volume(array), [-1.0, -1, 1, 1], path)
     return folder
 
 
@@ -50,60 +65,64 @@ def kits_case(folder):
     "A CT of 512x512x300"
     folder = folder / "case_00000"
     folder.mkdir()
-    hu = enlarge(np.moveaxis(abdomen(np.random.default_rng(0))[0], 0, -1), (512, 512, 300))
-    nib.save(nib.Nifti1Image(hu, np.diag([0.8, 0.8, 1, 1])), folder / "imaging.nii.gz")
+    image, *_ = abdomen(np.random.default_rng(0))
+    hu = enlarge(np.moveaxis(image, 0, -1), (512, 512, 300))
+    save(hu, [0.8, 0.8, 1, 1], folder / "imaging.nii.gz")
     return folder
 
 
 def run_folder(folder, task, precision, edge):
     "A run as egcnn_train writes it, never trained"
-    settings = Settings("", str(folder), edge=edge, precision=precision, patch_size=(128,) * 3)
+    patch = (128, 128, 128)
+    settings = Settings("", str(folder), edge=edge, precision=precision, patch_size=patch)
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(describe(settings, task, [], [])))
-    save_file(make_model(settings, task).state_dict(), folder / "model.safetensors")
+    config = describe(settings, task, [], [])
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = make_model(settings, task).state_dict()
+    save_file(weights, folder / "model.safetensors")
     return folder
 
 
 def measured(words):
     "Seconds and peak memory in GiB of a command"
-    start, process = time.time(), subprocess.Popen(words)
+    start = time.time()
+    process = subprocess.Popen(words)
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, words
     return time.time() - start, usage.ru_maxrss / 2**20
 
 
+def predict(folder, task, make_case, precision, edge):
+    "Seconds and peak memory of egcnn_predict on one case"
+    folder.mkdir()
+    run = run_folder(folder / "run", task, precision, edge)
+    case = make_case(folder)
+    words = [sys.executable, "-c", PREDICT, str(run), str(case), "--out", str(folder / "out")]
+    if edge:
+        words += ["--save", "edges", "attention"]
+    return measured(words)
+
+
 def main():
-    p = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    p.add_argument("--edge", choices=["on", "off"], default="on")
-    args = p.parse_args()
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--edge", choices=["on", "off"], default="on")
+    args = parser.parse_args()
+    threads = torch.get_num_threads()
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.precision}, edge stream {args.edge}\n\n| volume | seconds | peak memory, GiB |\n|---|---|---|"
+        f"torch {torch.__version__}, {threads} threads, {args.precision}, edge stream {args.edge}"
     )
-    with tempfile.TemporaryDirectory() as tmp:
-        for name, task, case in (
+    print("\n| volume | seconds | peak memory, GiB |\n|---|---|---|")
+    edge = args.edge == "on"
+    with tempfile.TemporaryDirectory() as folder:
+        for name, task, make_case in (
             ("240×240×155×4", BRATS, brats_case),
             ("512×512×300 CT", KITS, kits_case),
         ):
-            tmp_case = Path(tmp) / task.name
-            tmp_case.mkdir()
-            run = run_folder(tmp_case / "run", task, args.precision, args.edge == "on")
-            seconds, gib = measured(
-                [
-                    sys.executable,
-                    "-c",
-                    "import sys; from egcnn_nb.commands.predict import main; sys.exit(main())",
-                    str(run),
-                    str(case(tmp_case)),
-                    "--out",
-                    str(tmp_case / "out"),
-                    "--save",
-                    "edges",
-                    "attention",
-                ][: None if args.edge == "on" else -3]
-            )
+            place = Path(folder) / task.name
+            seconds, gib = predict(place, task, make_case, args.precision, edge)
             print(f"| {name} | {seconds:.0f} | {gib:.2f} |", flush=True)
 
 

@@ -2,7 +2,8 @@
 
     python benchmarks/scaling.py [--processes 2] [--again 5] [--json FILE]
 
-EG-CNN on Seg-Net (a): width 8, 3 levels, patches of 1x48x64x48, two a process. One process computes all of them; rounds alternate."""
+EG-CNN on Seg-Net (a): width 8, 3 levels, patches of 1x48x64x48, two a process. One process computes
+all of them; rounds alternate."""
 
 import argparse
 import json
@@ -16,102 +17,97 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from speed import problem, step
+from speed import problem, processor, step
 
 from egcnn_nb.method.backbones import SegNet
 from egcnn_nb.method.egcnn import EGCNN
 
+SHAPE = (1, 48, 64, 48)  # of a patch
 
-def one_rank(out, again):
-    "Median seconds of a step of this process's share"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    torch.manual_seed(0)
-    net = EGCNN(SegNet(1, 3, 8, 3))
-    parameters = sum(p.numel() for p in net.parameters())
-    train = step(
-        torch.nn.parallel.DistributedDataParallel(net), *problem((2, 1, 48, 64, 48)), eg=True
-    )
+
+def timed(train, again, between=lambda: None):
+    "Median seconds of a step; one before, which finds memory, is not counted"
     train()
     seconds = []
     for _ in range(again):
-        dist.barrier()
+        between()
         start = time.perf_counter()
         train()
-        dist.barrier()
-        seconds.append(time.perf_counter() - start)
-    if dist.get_rank() == 0:
-        Path(out).write_text(
-            json.dumps({"seconds": statistics.median(seconds), "gradient_bytes": 4 * parameters})
-        )
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def alone(n, again):
-    "Median seconds of a step of one process that has all of it"
-    torch.set_num_threads(1)
-    train = step(EGCNN(SegNet(1, 3, 8, 3)), *problem((2 * n, 1, 48, 64, 48)))
-    train()
-    seconds = []
-    for _ in range(again):
-        start = time.perf_counter()
-        train()
+        between()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 
 
-def measure(n, again=5, rounds=3):
-    "Seconds of a step: one process, n processes, and the bytes of a gradient"
-    one, many = [], []
-    with tempfile.TemporaryDirectory() as tmp:
+def one_rank(out, again):
+    "Median seconds of a step of this process's share, written by the first process"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    net = EGCNN(SegNet(1, 3, 8, 3))
+    parameters = sum(weight.numel() for weight in net.parameters())
+    shared = torch.nn.parallel.DistributedDataParallel(net)
+    train = step(shared, *problem((2, *SHAPE)), eg=True)
+    seconds = timed(train, again, between=dist.barrier)
+    if dist.get_rank() == 0:
+        found = {"seconds": seconds, "gradient_bytes": 4 * parameters}
+        Path(out).write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def alone(processes, again):
+    "Median seconds of a step of one process that has all of it"
+    torch.set_num_threads(1)
+    net = EGCNN(SegNet(1, 3, 8, 3))
+    train = step(net, *problem((2 * processes, *SHAPE)))
+    return timed(train, again)
+
+
+def together(processes, again, out):
+    "Median seconds of a step of several processes, and the bytes of a gradient"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    share = [f"--nproc_per_node={processes}", __file__, "--rank_out", out, "--again", str(again)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*torchrun, *share], check=True, capture_output=True, env=env)
+    return json.loads(Path(out).read_text())
+
+
+def measure(processes, again=5, rounds=3):
+    "Seconds of a step: one process, several processes, and the bytes of a gradient"
+    one = []
+    many = []
+    with tempfile.TemporaryDirectory() as folder:
         for _ in range(rounds):
-            one.append(alone(n, again))
-            subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--standalone",
-                    f"--nproc_per_node={n}",
-                    __file__,
-                    "--rank_out",
-                    f"{tmp}/out.json",
-                    "--again",
-                    str(again),
-                ],
-                check=True,
-                capture_output=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-            many.append(json.loads(Path(tmp, "out.json").read_text()))
+            one.append(alone(processes, again))
+            many.append(together(processes, again, f"{folder}/out.json"))
     return {
-        "processes": n,
+        "processes": processes,
         "one_s": statistics.median(one),
-        "many_s": statistics.median(m["seconds"] for m in many),
+        "many_s": statistics.median(found["seconds"] for found in many),
         "gradient_bytes": many[0]["gradient_bytes"],
     }
 
 
 def main():
-    p = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--processes", type=int, default=2)
-    p.add_argument("--again", type=int, default=5)
-    p.add_argument("--json", metavar="FILE")
-    p.add_argument("--rank_out", help=argparse.SUPPRESS)
-    args = p.parse_args()
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--again", type=int, default=5)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--rank_out", help=argparse.SUPPRESS)
+    args = parser.parse_args()
     if args.rank_out:
         return one_rank(args.rank_out, args.again)
     found = measure(args.processes, args.again)
+    one = found["one_s"]
+    many = found["many_s"]
+    megabytes = found["gradient_bytes"] / 1e6
     print(
-        f"one process {found['one_s'] * 1e3:.0f} ms, {args.processes} processes {found['many_s'] * 1e3:.0f} ms: {found['one_s'] / found['many_s']:.2f} times as fast; a gradient has {found['gradient_bytes'] / 1e6:.2f} MB"
+        f"one process {one * 1e3:.0f} ms, {args.processes} processes {many * 1e3:.0f} ms: "
+        f"{one / many:.2f} times as fast; a gradient has {megabytes:.2f} MB"
     )
-    found["cpu"] = next(
-        (l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")),
-        "a CPU",
-    )
+    found["cpu"] = processor()
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1))
 

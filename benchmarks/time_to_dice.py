@@ -1,12 +1,19 @@
-"""Seconds from the command to a mean validation Dice of 0.85 on the Decathlon's hippocampus: egcnn_train beside MONAI as its tutorials use it.
+"""Seconds from the command to a mean validation Dice of 0.85 on the Decathlon's hippocampus:
+egcnn_train beside MONAI as its tutorials use it.
 
-    python benchmarks/time_to_dice.py DATA --exclude FILE --tune        # each side tries the same learning rates and lengths, on a seed of its own
-    python benchmarks/time_to_dice.py DATA --exclude FILE               # the best of each, seeds 0 to 4, in turn; a table
-    python benchmarks/time_to_dice.py DATA --exclude FILE --sides "Seg-Net + consistency loss + cross entropy" --lr 2e-3 --epochs 8       # others than the best
+    python benchmarks/time_to_dice.py DATA --exclude FILE --tune
+    python benchmarks/time_to_dice.py DATA --exclude FILE
+    python benchmarks/time_to_dice.py DATA --exclude FILE --lr 2e-3 --epochs 8 \\
+        --sides "Seg-Net + consistency loss + cross entropy"
 
-Imports, loading, caching (into an empty folder) and validation count. All sides: the same 100 cases for training and 28 for validation, whatever the seed;
-batches of 2 patches of 40x56x40, intensity shifted and scaled (--mirror: and mirrored along each axis); validation after each epoch, mean Dice of two classes over cases; width 8 and
-3 levels (MONAI's UNet: its own 16 to 128); bfloat16 on both sides where the processor has it (--fp32: on neither)."""
+With --tune each side tries the same learning rates and lengths, on a seed of its own. Without it, each
+side runs at its best, or with the rate and length that are given, seeds 0 to 4, in turn.
+
+Imports, loading, caching (into an empty folder) and validation count. All sides: the same 100 cases
+for training and 28 for validation, whatever the seed; batches of 2 patches of 40x56x40, intensity
+shifted and scaled (--mirror: and mirrored along each axis); validation after each epoch, mean Dice of
+two classes over cases; width 8 and 3 levels (MONAI's UNet: its own 16 to 128); bfloat16 on both sides
+where the processor has it (--fp32: on neither)."""
 
 import argparse
 import csv
@@ -17,14 +24,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-GOAL, PATCH, VALIDATION = 0.85, (40, 56, 40), 28
-RATES, EPOCHS = (
-    (1e-3, 3e-3),
-    {False: (6, 12), True: (12, 20)},
-)  # tried by each side; learning takes longer where patches are mirrored
+GOAL = 0.85
+PATCH = (40, 56, 40)
+VALIDATION = 28
+# tried by each side; learning takes longer where patches are mirrored
+RATES = (1e-3, 3e-3)
+EPOCHS = {False: (6, 12), True: (12, 20)}
 COLUMNS = [
     "side",
     "seed",
@@ -39,11 +48,10 @@ COLUMNS = [
     "best dice",
     "curve",
 ]
-DICE, ENTROPY = ["--reading", "semantic=dice"], ["--reading", "semantic=dice_ce"]
-CONSISTENT, PLAIN = (
-    ["--edge", "off", "--reading", "consistency_alone=True"],
-    ["--reading", "norm_head=False"],
-)
+DICE = ["--reading", "semantic=dice"]
+ENTROPY = ["--reading", "semantic=dice_ce"]
+CONSISTENT = ["--edge", "off", "--reading", "consistency_alone=True"]
+PLAIN = ["--reading", "norm_head=False"]
 OURS = {
     "EG-CNN": ["--edge", "on", *DICE],
     "EG-CNN + cross entropy": ["--edge", "on", *ENTROPY],
@@ -64,27 +72,104 @@ BEST = {
 }  # the fastest of its four, not mirrored
 
 
+@dataclass
+class Trial:
+    "One run of a side"
+
+    side: str
+    seed: int
+    lr: float
+    epochs: int
+
+
+@dataclass
+class Validation:
+    "What a side said after an epoch"
+
+    seconds: float  # since the command
+    epoch: int  # from 1
+    dice: float
+
+
 def split(args):
     "Training and validation cases"
     from egcnn_nb.data.layouts import find_dataset
     from egcnn_nb.data.patches import split_cases
 
-    out = set(Path(args.exclude).read_text().split())
-    return split_cases(
-        [c for c in find_dataset(args.data).cases if c.label and c.name not in out], 0, VALIDATION
-    )
+    left_out = set(Path(args.exclude).read_text().split())
+    cases = find_dataset(args.data).cases
+    cases = [case for case in cases if case.label and case.name not in left_out]
+    return split_cases(cases, 0, VALIDATION)
+
+
+# ---- MONAI's side
+
+
+def monai_transforms(mirror):
+    "Transforms without chance, and those with it"
+    from monai import transforms as T
+
+    keys = ["x", "y"]
+    steady = [
+        T.LoadImaged(keys),
+        T.EnsureChannelFirstd(keys),
+        T.Orientationd(keys, "RAS"),
+        T.NormalizeIntensityd("x"),
+    ]
+    chance = [T.SpatialPadd(keys, PATCH), T.RandSpatialCropd(keys, PATCH, random_size=False)]
+    if mirror:
+        chance += [T.RandFlipd(keys, 0.5, axis) for axis in range(3)]
+    chance += [
+        T.RandScaleIntensityd("x", 0.1, 1),
+        T.RandShiftIntensityd("x", 0.1, prob=1),
+    ]
+    return steady, chance
+
+
+def monai_loaders(args):
+    "Loaders of the training and of the validation cases"
+    from monai import transforms as T
+    from monai.data import CacheDataset, DataLoader
+
+    def dataset(cases, transforms):
+        files = [{"x": str(case.images[0]), "y": str(case.label)} for case in cases]
+        return CacheDataset(files, T.Compose(transforms), progress=False)
+
+    train, validation = split(args)
+    steady, chance = monai_transforms(args.mirror)
+    loader = DataLoader(dataset(train, [*steady, *chance]), 2, shuffle=True)
+    return loader, DataLoader(dataset(validation, steady), 1)
+
+
+def monai_network(side):
+    "MONAI's SegResNet, or its UNet"
+    from monai.networks.nets import SegResNet, UNet
+
+    if side == "MONAI SegResNet":
+        return SegResNet(3, 8, 1, 3, blocks_down=(1, 2, 2), blocks_up=(1, 1))
+    return UNet(3, 1, 3, (16, 32, 64, 128), (2, 2, 2), num_res_units=2)
+
+
+def monai_dice(net, loader):
+    "Mean Dice over the validation cases"
+    from monai import transforms as T
+    from monai.inferers import sliding_window_inference
+    from monai.metrics import DiceMetric
+
+    dice = DiceMetric(include_background=False)
+    one_hot = T.AsDiscrete(to_onehot=3)
+    for batch in loader:
+        out = sliding_window_inference(batch["x"], PATCH, 2, net, 0.25)
+        predicted = one_hot(out[0].argmax(0, keepdim=True))
+        dice([predicted], [one_hot(batch["y"][0])])
+    return dice.aggregate().item()
 
 
 def monai(args):
-    "MONAI's side: CacheDataset, DiceCELoss, AdamW, cosine decay; a line of JSON after each validation"
-    train, val = split(args)
+    """MONAI's side: CacheDataset, DiceCELoss, AdamW, cosine decay; a line of JSON after each
+    validation"""
     import torch
-    from monai import transforms as T
-    from monai.data import CacheDataset, DataLoader
-    from monai.inferers import sliding_window_inference
     from monai.losses import DiceCELoss
-    from monai.metrics import DiceMetric
-    from monai.networks.nets import SegResNet, UNet
     from monai.utils import set_determinism
 
     from egcnn_nb.run.models import autocast, best_precision
@@ -92,41 +177,12 @@ def monai(args):
     set_determinism(args.seed)
     cpu = torch.device("cpu")
     precision = "fp32" if args.fp32 else best_precision(cpu)
-    keys, files = (
-        ["x", "y"],
-        lambda cases: [{"x": str(c.images[0]), "y": str(c.label)} for c in cases],
-    )
-    steady = [
-        T.LoadImaged(keys),
-        T.EnsureChannelFirstd(keys),
-        T.Orientationd(keys, "RAS"),
-        T.NormalizeIntensityd("x"),
-    ]
-    chance = [
-        T.SpatialPadd(keys, PATCH),
-        T.RandSpatialCropd(keys, PATCH, random_size=False),
-        *[T.RandFlipd(keys, 0.5, a) for a in range(3) if args.mirror],
-        T.RandScaleIntensityd("x", 0.1, 1),
-        T.RandShiftIntensityd("x", 0.1, prob=1),
-    ]
-    loader = DataLoader(
-        CacheDataset(files(train), T.Compose(steady + chance), progress=False), 2, shuffle=True
-    )
-    held = DataLoader(CacheDataset(files(val), T.Compose(steady), progress=False), 1)
-    net = (
-        SegResNet(3, 8, 1, 3, blocks_down=(1, 2, 2), blocks_up=(1, 1))
-        if args.one == "MONAI SegResNet"
-        else UNet(3, 1, 3, (16, 32, 64, 128), (2, 2, 2), num_res_units=2)
-    )
-    loss, optimizer = (
-        DiceCELoss(to_onehot_y=True, softmax=True),
-        torch.optim.AdamW(net.parameters(), args.lr),
-    )
-    decay, dice, one_hot = (
-        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(loader)),
-        DiceMetric(include_background=False),
-        T.AsDiscrete(to_onehot=3),
-    )
+    loader, held_out = monai_loaders(args)
+    net = monai_network(args.one)
+    loss = DiceCELoss(to_onehot_y=True, softmax=True)
+    optimizer = torch.optim.AdamW(net.parameters(), args.lr)
+    steps = args.epochs * len(loader)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for epoch in range(args.epochs):
         net.train()
         for batch in loader:
@@ -138,91 +194,80 @@ def monai(args):
             decay.step()
         net.eval()
         with torch.no_grad(), autocast(precision, cpu):
-            for batch in held:
-                out = sliding_window_inference(batch["x"], PATCH, 2, net, 0.25)
-                dice([one_hot(out[0].argmax(0, keepdim=True))], [one_hot(batch["y"][0])])
-        print(json.dumps({"epoch": epoch + 1, "dice": dice.aggregate().item()}), flush=True)
-        dice.reset()
+            dice = monai_dice(net, held_out)
+        print(json.dumps({"epoch": epoch + 1, "dice": dice}), flush=True)
 
 
-def words(name, args, seed, lr, epochs, folder):
+# ---- both sides
+
+
+def words(trial, args, folder):
     "The command of a side"
-    shared = [
-        args.data,
-        "--exclude",
-        args.exclude,
-        "--seed",
-        str(seed),
-        "--lr",
-        str(lr),
-        "--epochs",
-        str(epochs),
-    ]
-    if name not in OURS:
-        return [
-            sys.executable,
-            __file__,
-            *shared,
-            "--one",
-            name,
-            *["--fp32"] * args.fp32,
-            *["--mirror"] * args.mirror,
-        ]
-    return [
-        sys.executable,
-        "-m",
-        "egcnn_nb.train",
-        *shared,
-        "--out",
-        f"{folder}/run",
-        "--cache",
-        f"{folder}/cache",
-        "--validation",
-        f"{folder}/validation.txt",
-        *OURS[name],
-        "--width",
-        "8",
-        "--levels",
-        "3",
-        "--patch_size",
-        *map(str, PATCH),
-        "--precision",
-        "fp32" if args.fp32 else "auto",
-        "--augment",
-        *["flip"] * args.mirror,
-        "intensity",
-    ]
+    shared = [args.data, "--exclude", args.exclude, "--seed", str(trial.seed)]
+    shared += ["--lr", str(trial.lr), "--epochs", str(trial.epochs)]
+    if trial.side in OURS:
+        return [sys.executable, "-m", "egcnn_nb.train", *shared, *our_words(trial, args, folder)]
+    command = [sys.executable, __file__, *shared, "--one", trial.side]
+    if args.fp32:
+        command.append("--fp32")
+    if args.mirror:
+        command.append("--mirror")
+    return command
 
 
-def reach(name, args, seed, lr, epochs):
-    "Run a side until the goal is reached: (seconds, epoch, Dice) of each validation"
-    with (
-        tempfile.TemporaryDirectory() as tmp,
-        open(f"{tmp}/errors.txt", "w+") as errors,
-    ):  # files and not pipes: a pipe that nobody reads fills, and the run waits for ever
-        (Path(tmp) / "validation.txt").write_text("\n".join(c.name for c in split(args)[1]))
-        start, found, ours = time.time(), [], name in OURS
-        run = subprocess.Popen(
-            words(name, args, seed, lr, epochs, tmp),
-            stdout=subprocess.DEVNULL if ours else subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-        try:
-            for dice in (
-                followed(run, Path(tmp) / "run/log.txt")
-                if ours
-                else (json.loads(l)["dice"] for l in run.stdout or ())
-            ):
-                found.append((round(time.time() - start, 1), len(found) + 1, round(dice, 4)))
-                if dice >= GOAL:
-                    break
-        finally:
-            run.kill()
-            run.wait()
-        errors.seek(0)
-        assert found, errors.read()
-        return found
+def our_words(trial, args, folder):
+    "The flags of egcnn_train that MONAI's side does not have"
+    found = ["--out", f"{folder}/run", "--cache", f"{folder}/cache"]
+    found += ["--validation", f"{folder}/validation.txt", *OURS[trial.side]]
+    found += ["--width", "8", "--levels", "3", "--patch_size", *map(str, PATCH)]
+    found += ["--precision", "fp32" if args.fp32 else "auto", "--augment"]
+    if args.mirror:
+        found.append("flip")
+    return [*found, "intensity"]
+
+
+def reach(trial, args):
+    "Run a side until the goal is reached: its validations"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _, validation = split(args)
+        names = [case.name for case in validation]
+        (folder / "validation.txt").write_text("\n".join(names))
+        # files and not pipes: a pipe that nobody reads fills, and the run waits for ever
+        with open(folder / "errors.txt", "w+") as errors:
+            found = validations(trial, args, folder, errors)
+            errors.seek(0)
+            assert found, errors.read()
+    return found
+
+
+def validations(trial, args, folder, errors):
+    "Start a side, read its validations until the goal is reached, and end it"
+    ours = trial.side in OURS
+    start = time.time()
+    run = subprocess.Popen(
+        words(trial, args, folder),
+        stdout=subprocess.DEVNULL if ours else subprocess.PIPE,
+        stderr=errors,
+        text=True,
+    )
+    found = []
+    try:
+        for dice in followed(run, folder / "run/log.txt") if ours else printed(run):
+            seconds = round(time.time() - start, 1)
+            found.append(Validation(seconds, len(found) + 1, round(dice, 4)))
+            if dice >= GOAL:
+                break
+    finally:
+        run.kill()
+        run.wait()
+    return found
+
+
+def printed(run):
+    "Dice of each epoch, as MONAI's side prints it"
+    for line in run.stdout:
+        yield json.loads(line)["dice"]
 
 
 def followed(run, log):
@@ -230,102 +275,128 @@ def followed(run, log):
     seen = 0
     while True:
         done = run.poll() is not None
-        epochs = (
-            [l for l in log.read_text().splitlines() if l.startswith("epoch ")]
-            if log.exists()
-            else []
-        )
-        yield from (float(l.split(" dice ")[1].split()[0]) for l in epochs[seen:])
+        lines = log.read_text().splitlines() if log.exists() else []
+        epochs = [line for line in lines if line.startswith("epoch ")]
+        for line in epochs[seen:]:
+            _, _, rest = line.partition(" dice ")
+            yield float(rest.split()[0])
         seen = len(epochs)
         if done:
             return
         time.sleep(0.05)
 
 
-def told(name, args, seed, lr, epochs):
+def told(trial, args):
     "Run a side and print its line; seconds to the goal"
-    found = reach(name, args, seed, lr, epochs)
-    (seconds, epoch, dice), best = found[-1], max(d for *_, d in found)
+    found = reach(trial, args)
+    last = found[-1]
+    best = max(validation.dice for validation in found)
+    reached = last.dice >= GOAL
+    seconds = f"{last.seconds:.0f}" if reached else f"not within {last.seconds:.0f}"
     print(
-        f"| {name} | {seed} | {lr:g} | {epochs} | {f'{seconds:.0f}' if dice >= GOAL else f'not within {seconds:.0f}'} | {epoch} | {best:.4f} |",
+        f"| {trial.side} | {trial.seed} | {trial.lr:g} | {trial.epochs} | {seconds} "
+        f"| {last.epoch} | {best:.4f} |",
         flush=True,
     )
     if args.csv:
-        keep(
-            args.csv,
-            [
-                name,
-                seed,
-                lr,
-                epochs,
-                args.mirror,
-                "fp32" if args.fp32 else "auto",
-                os.environ.get("OMP_NUM_THREADS", os.cpu_count()),
-                seconds,
-                epoch,
-                dice >= GOAL,
-                best,
-                " ".join(f"{s}:{d}" for s, _, d in found),
-            ],
-        )
-    return seconds if dice >= GOAL else float("inf")
+        keep(args.csv, row_of(trial, args, found))
+    return last.seconds if reached else float("inf")
+
+
+def row_of(trial, args, found):
+    "A run as a row of the file, in the order of COLUMNS"
+    last = found[-1]
+    curve = [f"{validation.seconds}:{validation.dice}" for validation in found]
+    return [
+        trial.side,
+        trial.seed,
+        trial.lr,
+        trial.epochs,
+        args.mirror,
+        "fp32" if args.fp32 else "auto",
+        os.environ.get("OMP_NUM_THREADS", os.cpu_count()),
+        last.seconds,
+        last.epoch,
+        last.dice >= GOAL,
+        max(validation.dice for validation in found),
+        " ".join(curve),
+    ]
 
 
 def keep(path, row):
     "Append a run to a file"
     new = not Path(path).exists()
-    with open(path, "a", newline="") as f:
-        csv.writer(f).writerows([COLUMNS, row] if new else [row])
+    with open(path, "a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(COLUMNS)
+        writer.writerow(row)
+
+
+def arguments():
+    "What the command line says"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flag = parser.add_argument
+    flag("data")
+    unseen = "names of the test cases, which nobody sees"
+    flag("--exclude", required=True, metavar="FILE", help=unseen)
+    flag("--tune", action="store_true", help="try, on seed 100")
+    flag("--sides", nargs="*", default=list(BEST), choices=list(BEST), metavar="SIDE")
+    flag("--seeds", type=int, default=5)
+    flag("--fp32", action="store_true", help="no bfloat16")
+    flag("--mirror", action="store_true", help="mirror along each axis, half of the time")
+    flag("--csv", metavar="FILE", help="append the runs there")
+    rate = "learning rate of all sides, in place of the best of each; not for --tune"
+    flag("--lr", type=float, help=rate)
+    flag("--epochs", type=int, help="and their number of epochs")
+    flag("--one", help=argparse.SUPPRESS)
+    flag("--seed", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def expect_columns(path):
+    "Fail unless a file of runs, if there is one, has the columns of today"
+    if path and Path(path).exists():
+        first, _, _ = Path(path).read_text().partition("\n")
+        message = f"{path}: found other columns, expected {COLUMNS}: choose another file"
+        assert first.split(",") == COLUMNS, message
+
+
+def tune(args):
+    "Try every learning rate and length on every side"
+    for lr, epochs, side in product(RATES, EPOCHS[args.mirror], args.sides):
+        told(Trial(side, 100, lr, epochs), args)
+
+
+def compare(args):
+    "Run every side with every seed, and print the medians"
+    seconds = {side: [] for side in args.sides}
+    for seed, side in product(range(args.seeds), args.sides):
+        lr, epochs = BEST[side]
+        trial = Trial(side, seed, args.lr or lr, args.epochs or epochs)
+        seconds[side].append(told(trial, args))
+    print("\n| side | median seconds |\n|---|---|")
+    for side, spent in seconds.items():
+        print(f"| {side} | {statistics.median(spent):.0f} |")
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("data")
-    p.add_argument(
-        "--exclude",
-        required=True,
-        metavar="FILE",
-        help="names of the test cases, which nobody sees",
-    )
-    p.add_argument("--tune", action="store_true", help="try, on seed 100")
-    p.add_argument("--sides", nargs="*", default=list(BEST), choices=list(BEST), metavar="SIDE")
-    p.add_argument("--seeds", type=int, default=5)
-    p.add_argument("--fp32", action="store_true", help="no bfloat16")
-    p.add_argument("--mirror", action="store_true", help="mirror along each axis, half of the time")
-    p.add_argument("--csv", metavar="FILE", help="append the runs there")
-    p.add_argument(
-        "--lr",
-        type=float,
-        help="learning rate of all sides, in place of the best of each; not for --tune",
-    )
-    p.add_argument("--epochs", type=int, help="and their number of epochs")
-    p.add_argument("--one", help=argparse.SUPPRESS)
-    p.add_argument("--seed", type=int, help=argparse.SUPPRESS)
-    args = p.parse_args()
+    args = arguments()
     if args.one:
         return monai(args)
-    if args.csv and Path(args.csv).exists():
-        assert Path(args.csv).read_text().partition("\n")[0].split(",") == COLUMNS, (
-            f"{args.csv}: found other columns, expected {COLUMNS}: choose another file"
-        )
+    expect_columns(args.csv)
+    threads = os.environ.get("OMP_NUM_THREADS", "not set")
+    print(f"{os.cpu_count()} cores, OMP_NUM_THREADS={threads}\n")
     print(
-        f"{os.cpu_count()} cores, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}\n\n| side | seed | learning rate | epochs | seconds to {GOAL} | epochs run | best Dice |\n|---|---|---|---|---|---|---|"
+        f"| side | seed | learning rate | epochs | seconds to {GOAL} | epochs run | best Dice |\n"
+        "|---|---|---|---|---|---|---|"
     )
     if args.tune:
-        for (lr, epochs), name in product(product(RATES, EPOCHS[args.mirror]), args.sides):
-            told(name, args, 100, lr, epochs)
-        return
-    seconds = {n: [] for n in args.sides}
-    for seed, name in product(range(args.seeds), args.sides):
-        seconds[name].append(
-            told(name, args, seed, args.lr or BEST[name][0], args.epochs or BEST[name][1])
-        )
-    print(
-        "\n| side | median seconds |\n|---|---|\n"
-        + "\n".join(f"| {n} | {statistics.median(s):.0f} |" for n, s in seconds.items())
-    )
+        tune(args)
+    else:
+        compare(args)
 
 
 if __name__ == "__main__":

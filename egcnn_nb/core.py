@@ -10,6 +10,7 @@ __all__ = ['BRATS_REGIONS', 'KITS_REGIONS', 'BRATS', 'KITS', 'COLOURS', 'AUGMENT
 
 # %% ../nbs/4_inside/core.ipynb #b54b45e6
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -43,11 +44,13 @@ def expect(
     do: str = "",  # the remedy, where there is one
 ) -> None:
     "Raise `InputError` in the package's style unless `ok` (our choice: one style everywhere)"
-    if not ok:
-        raise InputError(f"{where}: found {found}, expected {expected}" + (f"; {do}" if do else ""))
+    if ok:
+        return
+    problem = f"{where}: found {found}, expected {expected}"
+    raise InputError(f"{problem}; {do}" if do else problem)
 
 # %% ../nbs/4_inside/core.ipynb #57bbff12
-_LACK = (
+_MEMORY_WORDS = (
     "out of memory",
     "can't allocate memory",
     "cannot allocate memory",
@@ -60,21 +63,23 @@ _LACK = (
 
 def _lacks_memory(error):
     "Whether an error means that the memory of the machine or of its GPU is full"
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or any(word in text for word in _LACK)
+    if isinstance(error, MemoryError):
+        return True
+    message = str(error).lower()
+    return any(word in message for word in _MEMORY_WORDS)
 
 
 def worker_died(
     error: BaseException,  # raised while a data loader was read
 ) -> str | None:  # a sentence, or None where the error is another
-    "What to tell when a process of a data loader was killed, ended, or had no memory"
-    text = str(error)
-    own_fault = text.startswith("Caught ") and not _lacks_memory(
-        error
-    )  # an error of the code that the worker ran
-    if "DataLoader worker" not in text or own_fault:
+    "The message for a data-loader process that was killed, ended, or had no memory"
+    message = str(error)
+    if "DataLoader worker" not in message:
         return None
-    if "Bus error" in text:
+    raised_in_worker = message.startswith("Caught ")
+    if raised_in_worker and not _lacks_memory(error):
+        return None  # an error of the code that the worker ran
+    if "Bus error" in message:
         return (
             "A data-loader worker died, probably out of shared memory. "
             "Try fewer --workers, or a container with a larger --shm-size, then --resume."
@@ -82,37 +87,56 @@ def worker_died(
     return "A data-loader worker died, probably out of memory. Try fewer --workers, then --resume."
 
 
+def _memory_message(error):
+    "The message for memory that is full"
+    first_line = str(error).strip().split("\n")[0]
+    reason = first_line[:150] or type(error).__name__
+    return (
+        f"There is not enough memory ({reason}). Take a smaller --patch_size or --batch_size, "
+        "cut the batch by --accumulate, or use fewer --workers or --readers."
+    )
+
+
+def _file_message(error):
+    "The message for a file that the system cannot read or write"
+    path = error.filename2 or error.filename or "A file"
+    reason = error.strerror or error
+    return (
+        f"{path} cannot be read or written ({reason}). "
+        "Make sure that there is free space, and that you may write there."
+    )
+
+
 def _in_one_line(error):
-    "What to tell of an error that a user can do something about, else None"
+    "The message for an error that a user can do something about, else None"
     if isinstance(error, InputError):
         return str(error)
     if worker_died(error):
         return worker_died(error)
     if _lacks_memory(error):
-        reason = f"{error}".strip().split("\n")[0][:150] or type(error).__name__
-        return (
-            f"There is not enough memory ({reason}). Take a smaller --patch_size or --batch_size, "
-            "cut the batch by --accumulate, or use fewer --workers or --readers."
-        )
+        return _memory_message(error)
     if isinstance(error, OSError):
-        path, reason = error.filename2 or error.filename or "A file", error.strerror or error
-        return f"{path} cannot be read or written ({reason}). Make sure that there is free space, and that you may write there."
+        return _file_message(error)
     return None
 
 
 def exit_on_error(
     run,  # function without arguments
 ) -> int:  # exit code of the process
-    "Run `run`; an `InputError`, a disk or memory that is full becomes one line on stderr and exit code 2, Ctrl-C exit code 130 (our choice)"
+    """Run a command: an error of its input becomes one line on stderr and exit code 2 (our choice)
+
+    The same holds for a disk or memory that is full. Ctrl-C gives exit code 130.
+    """
     try:
         return run() or 0
     except KeyboardInterrupt:
         return 130
     except (InputError, OSError, MemoryError, RuntimeError) as e:
-        line = _in_one_line(e)
-        if line is None:
+        message = _in_one_line(e)
+        if message is None:
             raise
-    print("error: " + " ".join(line.split()), file=sys.stderr)
+    words = message.split()
+    print("error:", *words, file=sys.stderr)
     return 2
 
 # %% ../nbs/4_inside/core.ipynb #98b8138f
@@ -134,36 +158,48 @@ BRATS_REGIONS = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
 KITS_REGIONS = {"kidneys": (1, 2), "tumor": (2,)}
 
 # %% ../nbs/4_inside/core.ipynb #acd47c0f
+def _check_region(name, values):
+    "Raise `InputError` where a region has no label, or holds the background"
+    require(values, f"The region {name!r} has no label. Give it at least one.")
+    require(
+        0 not in values,
+        f"The region {name!r} holds the label 0, which is the background. "
+        "Leave it out of the region.",
+    )
+
+
+def _check_pair(name_a, name_b, a, b):
+    "Raise `InputError` unless two sets of labels are disjoint or one lies in the other"
+    shared = sorted(a & b)
+    require(
+        a != b,
+        f"The regions {name_a!r} and {name_b!r} hold the same labels {shared}. "
+        "Leave out one of them.",
+    )
+    require(
+        not shared or a < b or b < a,
+        f"The regions {name_a!r} and {name_b!r} share the labels {shared}, but neither lies "
+        "in the other. Split them into regions that nest or are disjoint.",
+    )
+
+
 def outer_first(
     regions: dict,  # name -> label values of the region
 ) -> dict:  # the same regions, outer ones before those that lie in them
-    "Regions sorted by inclusion; raises `InputError` unless any two are disjoint or one lies in the other"
+    "Regions sorted by inclusion; raises `InputError` where two overlap without nesting"
     for name, values in regions.items():
-        require(values, f"The region {name!r} has no label. Give it at least one.")
-        require(
-            0 not in values,
-            f"The region {name!r} holds the label 0, which is the background. Leave it out of "
-            "the region.",
-        )
-    for (a, one), (b, two) in combinations(regions.items(), 2):
-        shared = set(one) & set(two)
-        require(
-            set(one) != set(two),
-            f"The regions {a!r} and {b!r} hold the same labels {sorted(shared)}. Leave out "
-            "one of them.",
-        )
-        nested = not shared or shared in (set(one), set(two))
-        require(
-            nested,
-            f"The regions {a!r} and {b!r} share the labels {sorted(shared)}, but neither lies "
-            "in the other. Split them into regions that nest or are disjoint.",
-        )
-    return dict(sorted(regions.items(), key=lambda item: -len(set(item[1]))))  # sorted is stable
+        _check_region(name, values)
+    labels = {name: set(values) for name, values in regions.items()}
+    for a, b in combinations(regions, 2):
+        _check_pair(a, b, labels[a], labels[b])
+    # the sort is stable, so regions of one size stay in their order
+    names = sorted(regions, key=lambda name: len(labels[name]), reverse=True)
+    return {name: regions[name] for name in names}
 
 # %% ../nbs/4_inside/core.ipynb #16ad9ce4
 @dataclass(frozen=True)
 class Task:
-    "What a dataset asks for: channels in, labels, exclusive or nested, regions that are scored, intensities"
+    "A dataset's channels, labels (exclusive or nested), scored regions and intensities"
 
     name: str  # e.g. "BraTS 2019"
     channels: tuple  # names of the image channels, e.g. ("t1","t1ce","t2","flair")
@@ -175,26 +211,33 @@ class Task:
     @property
     def outputs(self) -> int:
         "Number of output channels K"
-        return len(self.regions if self.activation == "sigmoid" else self.labels)
+        nested = self.activation == "sigmoid"
+        return len(self.regions if nested else self.labels)
 
     @property
     def classes(self) -> tuple:
         "Names of what has an edge: the regions, or the labels without background"
-        return (
-            tuple(self.regions) if self.activation == "sigmoid" else tuple(self.labels.values())[1:]
-        )
+        if self.activation == "sigmoid":
+            return tuple(self.regions)
+        _background, *foreground = self.labels.values()
+        return tuple(foreground)
 
 # %% ../nbs/4_inside/core.ipynb #1d270e66
 BRATS = Task(
-    "BraTS 2019",
-    ("t1", "t1ce", "t2", "flair"),
-    {0: "background", 1: "necrosis", 2: "edema", 4: "enhancing"},
-    BRATS_REGIONS,
-    "sigmoid",
-    "zscore_nonzero",
+    name="BraTS 2019",
+    channels=("t1", "t1ce", "t2", "flair"),
+    labels={0: "background", 1: "necrosis", 2: "edema", 4: "enhancing"},
+    regions=BRATS_REGIONS,
+    activation="sigmoid",
+    normalize="zscore_nonzero",
 )
 KITS = Task(
-    "KiTS 2019", ("ct",), {0: "background", 1: "kidney", 2: "tumor"}, KITS_REGIONS, "softmax", "hu"
+    name="KiTS 2019",
+    channels=("ct",),
+    labels={0: "background", 1: "kidney", 2: "tumor"},
+    regions=KITS_REGIONS,
+    activation="softmax",
+    normalize="hu",
 )
 
 # %% ../nbs/4_inside/core.ipynb #c0de0003
@@ -213,15 +256,8 @@ COLOURS = {
     "ET": "#882255",
 }
 
-AUGMENTATIONS = (
-    "flip",
-    "intensity",
-    "affine",
-    "elastic",
-    "noise",
-    "bias",
-    "gamma",
-)  # shown in `patches`
+# shown in `patches`
+AUGMENTATIONS = ("flip", "intensity", "affine", "elastic", "noise", "bias", "gamma")
 
 # %% ../nbs/4_inside/core.ipynb #bb4a2a83
 KINDS = {  # kind -> what is registered under it
@@ -335,46 +371,58 @@ def import_all(
 def project_file(
     path: str,  # relative to the folder of the project, such as "results/hippocampus"
 ) -> Path:  # relative to the current folder
-    "A file or folder of this project, found from any folder below it; raises `InputError` where there is none"
+    "A file or folder of this project, found from any folder below it, else `InputError`"
     here = Path.cwd()
     for folder in (here, *here.parents):
-        if (folder / "settings.ini").is_file() and (folder / path).exists():
+        is_project = (folder / "settings.ini").is_file()
+        if is_project and (folder / path).exists():
             return Path(os.path.relpath(folder / path))
     raise InputError(
-        f"{path} is a file of the project's repository, and neither {here} nor a folder above it is inside of that. Clone the repository and work there."
+        f"{path} is a file of the project's repository, and neither {here} nor a folder above it "
+        "is inside of that. Clone the repository and work there."
     )
 
 # %% ../nbs/4_inside/core.ipynb #b87490e6
+def _flush(path, flags):
+    "Have the system write a file or a folder to its disk"
+    opened = os.open(path, flags)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def write_whole(
-    path,  # file; its folder exists
+    path: str | Path,  # file; its folder exists
     write,  # function that is given the temporary path, which ends like `path`
 ) -> Path:  # the file
     "Let `write` fill a temporary file, flush it, and rename it to `path` (our choice)"
     path = Path(path)
-    part = path.with_name(
-        f".part-{uuid4().hex[:8]}-{path.name}"
-    )  # two writers of one file do not meet
+    unique = uuid4().hex[:8]  # two writers of one file do not meet
+    part = path.with_name(f".part-{unique}-{path.name}")
     try:
         write(part)
-        with open(part, "rb+") as f:
-            os.fsync(f.fileno())
+        _flush(part, os.O_RDWR)
         os.replace(part, path)
         if os.name == "posix":
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)  # the new name too
+            _flush(path.parent, os.O_RDONLY)  # the new name too
     finally:
         part.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/4_inside/core.ipynb #c51ce283
-def keep_memory() -> bool:  # whether the allocator could be told
+_M_MMAP_MAX = -4  # parameters of glibc's mallopt
+_M_TRIM_THRESHOLD = -1
+
+
+def keep_memory() -> bool:  # whether the allocator took the settings
     "Let freed memory stay with this process for the next array (our choice)"
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return False  # not glibc
-    no_map, no_trim = mallopt(-4, 0), mallopt(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    no_map = mallopt(_M_MMAP_MAX, 0)
+    no_trim = mallopt(_M_TRIM_THRESHOLD, -1)
     return bool(no_map and no_trim)
 
 # %% ../nbs/4_inside/core.ipynb #1be63346
@@ -386,43 +434,60 @@ def _cgroup(name):
         return []
 
 
-def processors() -> int:  # at least 1
-    "Processor cores that this process may use: its affinity, its container's quota, and `EGCNN_WORKERS`"
+def _allowed_processors():
+    "Processor cores by the affinity of this process and the quota of its container"
     if hasattr(os, "sched_getaffinity"):
         allowed = len(os.sched_getaffinity(0))
     else:
         allowed = os.cpu_count() or 1
-    quota = _cgroup(
-        "cpu.max"
-    )  # microseconds of processor time, and the period in which they may be used
+    quota = _cgroup("cpu.max")  # microseconds of processor time, and the period they are for
     if len(quota) == 2 and quota[0] != "max":
-        allowed = min(allowed, -(-int(quota[0]) // int(quota[1])))
-    asked = os.environ.get("EGCNN_WORKERS", "")
-    require(
-        not asked or asked.isdigit() and int(asked) > 0,
-        f"EGCNN_WORKERS is {asked!r}. Set it to a whole number of 1 or more.",
-    )
-    return max(min(allowed, int(asked or allowed)), 1)
+        time, period = map(int, quota)
+        allowed = min(allowed, math.ceil(time / period))
+    return allowed
+
+
+def processors() -> int:  # at least 1
+    "Cores that this process may use, by affinity, container and `EGCNN_WORKERS`"
+    allowed = _allowed_processors()
+    wanted = os.environ.get("EGCNN_WORKERS")
+    if wanted:
+        require(
+            wanted.isdigit() and int(wanted) > 0,
+            f"EGCNN_WORKERS is {wanted!r}. Set it to a whole number of 1 or more.",
+        )
+        allowed = min(allowed, int(wanted))
+    return max(allowed, 1)
 
 
 def _files_in_memory():
-    "Bytes of files that this process's control group keeps in memory, and gives up when memory is needed"
+    "Bytes of files that this control group keeps in memory until the memory is needed"
     words = _cgroup("memory.stat")
-    counts = dict(zip(words[::2], words[1::2]))
-    return int(counts.get("active_file", 0)) + int(counts.get("inactive_file", 0))
+    counts = dict(zip(words[::2], words[1::2], strict=False))
+    active = int(counts.get("active_file", 0))
+    inactive = int(counts.get("inactive_file", 0))
+    return active + inactive
+
+
+def _free_on_machine():
+    "Bytes that the machine has left; 8 GiB where the system has no such number"
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        counts = dict(line.split(":") for line in lines)
+        kilobytes, _unit = counts["MemAvailable"].split()
+        return int(kilobytes) * 1024
+    except (OSError, KeyError, ValueError):
+        return 8 << 30
 
 
 def free_memory() -> int:  # bytes
-    "Memory that this process may still take: what the machine has left, and what its container has"
-    free = 8 << 30  # where the system does not tell
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        pass
-    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+    "Memory that this process may still take, by the machine and its container"
+    free = _free_on_machine()
+    limit = _cgroup("memory.max")
+    used = _cgroup("memory.current")
     if limit and used and limit[0] != "max":
-        free = min(free, int(limit[0]) - int(used[0]) + _files_in_memory())
+        left = int(limit[0]) - int(used[0])
+        free = min(free, left + _files_in_memory())
     return max(free, 0)
 
 
@@ -430,6 +495,8 @@ def readers(
     bytes_each: int,  # memory that one of them needs at its peak
     most: int | None = None,  # no more than these; None: `processors`
 ) -> int:  # at least 1
-    "How many cases may be read at once, so that they fit into three quarters of the memory that is free"
-    fit = int(0.75 * free_memory()) // max(bytes_each, 1)
-    return max(min(most or processors(), fit), 1)
+    "How many cases may be read at once, so that they fit into three quarters of free memory"
+    memory = int(0.75 * free_memory())
+    fit = memory // max(bytes_each, 1)
+    most = most or processors()
+    return max(min(most, fit), 1)

@@ -8,6 +8,7 @@ __all__ = ['one_hot', 'region_masks', 'regions_to_labels', 'probabilities', 'to_
 
 # %% ../nbs/4_inside/tensors.ipynb #f54b45e6
 import random
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -19,16 +20,18 @@ from .core import InputError, Task
 # %% ../nbs/4_inside/tensors.ipynb #fc346342
 def one_hot(
     labels: Tensor,  # whole numbers (B,D,H,W) or (B,H,W)
-    values,  # label values in the order of the channels, e.g. (0,1,2,4)
+    values: Iterable[int],  # label values in the order of the channels, e.g. (0,1,2,4)
     check: bool = True,  # look for other values, for which a GPU has to wait
 ) -> Tensor:  # float32 {0,1} (B,K,D,H,W)
     "One binary mask per label value; raises `InputError` on a value outside `values`"
-    values = torch.as_tensor(list(values), device=labels.device)
-    mask = labels.unsqueeze(1) == values.view(1, -1, *[1] * (labels.dim() - 1))
-    if check and not bool(mask.any(1).all()):
-        odd = sorted(set(labels.unique().tolist()) - set(values.tolist()))
+    values = list(values)
+    channels = torch.as_tensor(values, device=labels.device)
+    space = [1] * (labels.dim() - 1)
+    mask = labels.unsqueeze(1) == channels.view(1, -1, *space)
+    if check and not mask.any(1).all():
+        others = sorted(set(labels.unique().tolist()) - set(values))
         raise InputError(
-            f"labels: found the values {odd}, expected only {values.tolist()}; remap or list them"
+            f"labels: found the values {others}, expected only {values}; remap or list them"
         )
     return mask.float()
 
@@ -38,40 +41,38 @@ def region_masks(
     regions: dict,  # name -> label values of the region, outer regions first
 ) -> Tensor:  # float32 {0,1} (B,R,D,H,W)
     "One binary mask per region, a region being a union of labels (sections 3.1 and 3.3)"
-    masks = [
-        torch.isin(labels, torch.tensor(values, device=labels.device, dtype=labels.dtype))
-        for values in regions.values()
-    ]
+    masks = []
+    for values in regions.values():
+        region = torch.tensor(values, device=labels.device, dtype=labels.dtype)
+        masks.append(torch.isin(labels, region))
     return torch.stack(masks, 1).float()
 
 # %% ../nbs/4_inside/tensors.ipynb #fcd47c0f
 def _innermost(regions):
-    "label value -> number of the smallest region that holds it"
+    "Label value -> number of the smallest region that holds it"
+    smallest_first = sorted(enumerate(regions.values()), key=lambda region: len(region[1]))
     found = {}
-    for i, values in enumerate(regions.values()):
-        for v in values:
-            if v not in found or len(values) < len(list(regions.values())[found[v]]):
-                found[v] = i
+    for number, values in smallest_first:
+        for value in values:
+            found.setdefault(value, number)
     return found
 
 
 def regions_to_labels(
     masks: Tensor,  # {0,1} or bool (B,R,D,H,W), one channel a region
     regions: dict,  # name -> label values, in the order of the channels
-    prob: Tensor
-    | None = None,  # probabilities (B,R,D,H,W), for regions that consist of other regions
+    prob: Tensor | None = None,  # probabilities (B,R,D,H,W), for regions that consist of others
 ) -> Tensor:  # int64 (B,D,H,W)
-    "Label map from region masks, painted from outside in (our choice: an inner region implies the outer ones)"
-    sizes = [len(values) for values in regions.values()]
+    "Label map, painted from the outer region to the inner one (our choice: an inner one wins)"
     innermost = _innermost(regions)
     out = torch.zeros_like(masks[:, 0], dtype=torch.int64)
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        values = list(regions.values())[i]
-        inside = masks[:, i].bool()
-        own = [v for v in values if innermost[v] == i]
+    outer_first = sorted(enumerate(regions.values()), key=lambda region: -len(region[1]))
+    for number, values in outer_first:
+        inside = masks[:, number].bool()
+        own = [v for v in values if innermost[v] == number]  # in no smaller region
         if own or prob is None:
             out[inside] = (own or list(values))[0]
-        else:  # its parts fill it: the likeliest of them
+        else:  # smaller regions fill it: the likeliest of them
             parts = torch.tensor(values, device=masks.device)
             likeliest = prob[:, [innermost[v] for v in values]].argmax(1)
             out[inside] = parts[likeliest[inside]]
@@ -83,38 +84,41 @@ def probabilities(
     activation: str,  # "softmax": the channels exclude each other; "sigmoid": each for itself
 ) -> Tensor:  # probabilities in [0,1], same shape
     "Probabilities from logits, by the activation of the task (section 3.1)"
-    return logits.softmax(1) if activation == "softmax" else logits.sigmoid()
+    if activation == "softmax":
+        return logits.softmax(1)
+    return logits.sigmoid()
 
 # %% ../nbs/4_inside/tensors.ipynb #f127b4c2
 def to_target(
     labels: Tensor,  # whole numbers (B,D,H,W)
-    task: Task,  # what the dataset asks for
+    task: Task,  # of the dataset
     check: bool = True,  # see `one_hot`
 ) -> Tensor:  # float32 {0,1} (B,K,D,H,W)
-    "The masks that the losses compare with: regions for sigmoid, one-hot labels for softmax (section 3.1)"
-    return (
-        region_masks(labels, task.regions)
-        if task.activation == "sigmoid"
-        else one_hot(labels, task.labels, check)
-    )
+    "The target of the losses: regions for sigmoid, one-hot labels for softmax (section 3.1)"
+    if task.activation == "sigmoid":
+        return region_masks(labels, task.regions)
+    return one_hot(labels, task.labels, check)
 
 
 def to_labels(
     prob: Tensor,  # probabilities (B,K,D,H,W)
-    task: Task,  # what the dataset asks for
+    task: Task,  # of the dataset
 ) -> Tensor:  # int64 (B,D,H,W), values of the dataset
     "Label map from probabilities: the likeliest label, or nested regions above one half (our choice)"
     if task.activation == "sigmoid":
         return regions_to_labels(prob > 0.5, task.regions, prob)
-    return torch.tensor(list(task.labels), device=prob.device)[prob.argmax(1)]
+    values = torch.tensor(list(task.labels), device=prob.device)
+    return values[prob.argmax(1)]
 
 # %% ../nbs/4_inside/tensors.ipynb #fc37daeb
 def keyed_generator(
     *key: int,  # whole numbers ≥ 0 that name the draw, e.g. seed, step, number of the sample
 ) -> torch.Generator:  # on the CPU
-    "A generator that depends on `key` alone: not on the process, the worker or what was drawn before (our choice)"
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+    "A random generator that depends on `key` alone, in any process and any order (our choice)"
+    sequence = np.random.SeedSequence(key)
+    [state] = sequence.generate_state(1, np.uint64)
+    seed = int(state) >> 1  # torch takes 63 bits
+    return torch.Generator().manual_seed(seed)
 
 
 def seed_everything(
@@ -128,25 +132,29 @@ def seed_everything(
 # %% ../nbs/4_inside/tensors.ipynb #f7f2ca4e
 def bounding_box(
     mask: np.ndarray,  # bool, any number of axes
-) -> tuple:  # a slice for each axis; the whole of it where the mask is empty
+) -> tuple[slice, ...]:  # a slice for each axis; the whole of it where the mask is empty
     "The smallest box that holds every voxel of a mask"
     if not mask.any():
         return tuple(slice(0, n) for n in mask.shape)
     box = []
-    for axis in range(mask.ndim):  # each axis is cut before the next is looked at
-        hit = np.flatnonzero(mask.any(tuple(a for a in range(mask.ndim) if a != axis)))
-        box.append(slice(int(hit[0]), int(hit[-1]) + 1))
-        mask = mask[(slice(None),) * axis + (box[-1],)]
+    for axis in range(mask.ndim):
+        others = tuple(a for a in range(mask.ndim) if a != axis)
+        hit = np.flatnonzero(mask.any(others))
+        span = slice(int(hit[0]), int(hit[-1]) + 1)
+        box.append(span)
+        # cut this axis before the next one is searched
+        before = (slice(None),) * axis
+        mask = mask[(*before, span)]
     return tuple(box)
 
 # %% ../nbs/4_inside/tensors.ipynb #c0de0005
 def resize(
     x: Tensor,  # (B,C,d,h,w) or (B,C,h,w)
-    size,  # spatial size to reach
+    size: Sequence[int],  # spatial size to reach
 ) -> Tensor:  # (B,C,*size)
     "Linear interpolation in 2D or 3D to `size`"
-    if tuple(x.shape[2:]) == tuple(size):
+    size = tuple(size)
+    if tuple(x.shape[2:]) == size:
         return x
-    return F.interpolate(
-        x, size=tuple(size), mode={4: "bilinear", 5: "trilinear"}[x.dim()], align_corners=False
-    )
+    mode = {4: "bilinear", 5: "trilinear"}[x.dim()]
+    return F.interpolate(x, size=size, mode=mode, align_corners=False)

@@ -28,7 +28,8 @@ from egcnn_nb.commands.predict import main as predict_main
 from egcnn_nb.commands.train import LAUNCH
 from egcnn_nb.commands.train import main as train_main
 from egcnn_nb.core import InputError, outer_first
-from egcnn_nb.data.layouts import check_dataset, find_dataset, is_run, name_of, read_case
+from egcnn_nb.data.check import check_dataset, read_case
+from egcnn_nb.data.layouts import find_dataset, is_run, name_of
 from egcnn_nb.tensors import region_masks, regions_to_labels, to_labels
 
 ROOT = Path(__file__).parents[1]
@@ -1415,10 +1416,10 @@ def cores_of_the_machine(tmp):
 import os, threading, time
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 os.cpu_count = lambda: 96
-import egcnn_nb.data.datasets as datasets
+import egcnn_nb.data.cache as cache
 from egcnn_nb.data.layouts import find_dataset
 data = find_dataset({str(tmp / "data")!r})
-now, most, lock, real = [0], [0], threading.Lock(), datasets.load_case
+now, most, lock, real = [0], [0], threading.Lock(), cache.load_case
 def counted(*words, **named):
     with lock:
         now[0] += 1
@@ -1428,8 +1429,8 @@ def counted(*words, **named):
     with lock:
         now[0] -= 1
     return loaded
-datasets.load_case = counted
-datasets.prepared_cases(data.cases*4, data.task, None, quiet=True)
+cache.load_case = counted
+cache.prepared_cases(data.cases*4, data.task, None, quiet=True)
 print("most", most[0])
 """
     done = python(code, EGCNN_WORKERS=None)
@@ -1588,7 +1589,7 @@ def gz_not_packed(tmp):
 
 @row("intensities of 1e-30, by a small slope", "normalised like any others")
 def tiny_intensities(tmp):
-    from egcnn_nb.data.datasets import normalize
+    from egcnn_nb.data.prepare import normalize
 
     x = scan(0)[0]
     same = np.allclose(

@@ -1,4 +1,6 @@
-"Fixtures that several files share: one Chromium for all of them (Playwright starts once a process), and a copy of the notebooks."
+"""Fixtures that several files share: one Chromium, a copy of the notebooks, a folder for screenshots.
+
+Playwright starts once a process."""
 
 import os
 import shutil
@@ -10,7 +12,7 @@ from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
-import browser
+import browser  # noqa: E402
 
 FLAGS = [
     "--no-sandbox",
@@ -27,7 +29,9 @@ FLAGS = [
 
 @pytest.fixture(scope="session")
 def shots(tmp_path_factory):
-    folder = Path(os.environ.get("EGCNN_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    "The folder for screenshots"
+    named = os.environ.get("EGCNN_SCREENSHOTS")
+    folder = Path(named) if named else tmp_path_factory.mktemp("screenshots")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -44,6 +48,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chromium():
+    "A browser without a window"
     path = browser.find()
     assert path, "There is no Chromium on this machine. Get one by python tools/browser.py."
     with sync_playwright() as p:

@@ -1,9 +1,9 @@
-"""Twenty thousand broken files: each is read right or refused with our own error, within 5 seconds and 1 GiB, and nobody else's traceback.
+"""Twenty thousand broken files: each is read right or refused with our own error, within 5 seconds and 1 GiB.
 
     python tests/fuzz.py [--count 20000] [--seed 0] [--one KIND NUMBER]        # --one shows a single input again
 
-A seeded mutator flips bits, writes numbers that hurt, cuts, repeats and inserts. What is accepted is compared: voxels and affine with nibabel's, a
-checkpoint with the one it was made from."""
+A seeded mutator flips bits, writes numbers that hurt, cuts, repeats and inserts. What is accepted is
+compared: voxels and affine with nibabel's, a checkpoint with the one it was made from."""
 
 import argparse
 import gzip
@@ -17,17 +17,23 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
-from egcnn_nb.core import InputError
-from egcnn_nb.data.layouts import expect_files, find_dataset
+from egcnn_nb.core import KITS, InputError
+from egcnn_nb.data.check import expect_files
+from egcnn_nb.data.layouts import find_dataset
 from egcnn_nb.data.nifti import read_array
 from egcnn_nb.run.checkpoints import read_checkpoint, save_checkpoint
+from egcnn_nb.run.models import make_model
 from egcnn_nb.run.predict import load_run
+from egcnn_nb.run.settings import Settings
 
 MM = {0: 1, 1: 1000, 2: 1, 3: 0.001}  # code of a unit -> mm
 HURT = [
@@ -68,36 +74,69 @@ WORDS = [
 ]
 
 
-def mutate(data, rng, text=False):
-    "Between one and four changes"
+_WORD = rb'"[^"]*"|-?\d+|\w+'
+_MARK = rb"[\[\]{}:,]"
+
+
+def replace_word(data, rng, pattern):
+    "Write a word that hurts in place of one that fits a pattern"
+    spots = [match.span() for match in re.finditer(pattern, bytes(data))]
+    first, last = rng.choice(spots or [(0, 0)])
+    data[first:last] = rng.choice(WORDS).encode()
+
+
+def flip_bit(data, rng, at):
+    "Flip a bit of a byte; behind the end a byte is added"
+    old = data[at] if at < len(data) else 0
+    data[at : at + 1] = bytes([old ^ (1 << rng.randrange(8))])
+
+
+def change_bytes(data, rng, at, what):
+    "One change at a place, chosen by a number from 0 to 1"
+    if what < 0.3:
+        flip_bit(data, rng, at)
+    elif what < 0.6:
+        word = rng.choice(HURT)
+        data[at : at + len(word)] = word
+    elif what < 0.7:
+        del data[at:]
+    elif what < 0.8:
+        del data[at : at + rng.randint(1, 16)]
+    elif what < 0.9:
+        data[at:at] = data[at : at + rng.randint(1, 64)]
+    else:
+        data[at:at] = rng.randbytes(rng.randint(1, 16))
+
+
+def mutate(data, rng):
+    "Between one and four changes of bytes"
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4))):
-        at, what = rng.randrange(len(data) + 1), rng.random()
-        if text and what < 0.8:
-            spots = [
-                m.span()
-                for m in re.finditer(
-                    rb'"[^"]*"|-?\d+|\w+' if what < 0.7 else rb"[\[\]{}:,]", bytes(data)
-                )
-            ] or [(0, 0)]
-            a, b = rng.choice(spots)
-            data[a:b] = rng.choice(WORDS).encode()
-        elif what < 0.3:
-            data[at : at + 1] = bytes(
-                [(data[at] if at < len(data) else 0) ^ (1 << rng.randrange(8))]
-            )
-        elif what < 0.6:
-            word = rng.choice(HURT)
-            data[at : at + len(word)] = word
-        elif what < 0.7:
-            del data[at:]
-        elif what < 0.8:
-            del data[at : at + rng.randint(1, 16)]
-        elif what < 0.9:
-            data[at:at] = data[at : at + rng.randint(1, 64)]
-        else:
-            data[at:at] = rng.randbytes(rng.randint(1, 16))
+        at = rng.randrange(len(data) + 1)
+        change_bytes(data, rng, at, rng.random())
     return bytes(data)
+
+
+def mutate_text(data, rng):
+    "Between one and four changes, most of them of words and marks"
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at = rng.randrange(len(data) + 1)
+        what = rng.random()
+        if what < 0.7:
+            replace_word(data, rng, _WORD)
+        elif what < 0.8:
+            replace_word(data, rng, _MARK)
+        else:
+            change_bytes(data, rng, at, what)
+    return bytes(data)
+
+
+def hurting_bytes(rng, size):
+    "Random bytes, or a word that hurts, repeated"
+    if rng.random() < 0.5:
+        return rng.randbytes(size)
+    return (rng.choice(HURT) * 8)[:size]
 
 
 def header_mutated(data, rng):
@@ -105,18 +144,19 @@ def header_mutated(data, rng):
     if rng.random() < 0.3:
         return mutate(data, rng)
     data = bytearray(data)
+    template = nib.Nifti1Header.template_dtype
     for _ in range(rng.randint(1, 2)):
-        kind, at = nib.Nifti1Header.template_dtype.fields[
-            rng.choice(nib.Nifti1Header.template_dtype.names)
-        ][:2]
-        base = kind.base
-        at += base.itemsize * rng.randrange(max(kind.itemsize // base.itemsize, 1))
-        data[at : at + base.itemsize] = (
-            rng.randbytes(base.itemsize)
-            if rng.random() < 0.5
-            else (rng.choice(HURT) * 8)[: base.itemsize]
-        )
+        kind, at = template.fields[rng.choice(template.names)][:2]
+        size = kind.base.itemsize
+        numbers = max(kind.itemsize // size, 1)
+        at += size * rng.randrange(numbers)
+        data[at : at + size] = hurting_bytes(rng, size)
     return bytes(data)
+
+
+def packed_header_mutated(data, rng):
+    "The same, packed by gzip"
+    return gzip.compress(header_mutated(data, rng), 1)
 
 
 def nifti(path):
@@ -131,9 +171,8 @@ def nifti(path):
     expected = np.asarray(voxels).astype(array.dtype)
     assert np.allclose(ours, expected, rtol=1e-6, equal_nan=True), "other voxels than nibabel's"
     unit = MM[int(theirs.header["xyzt_units"]) & 7]
-    in_mm = (
-        np.diag([unit, unit, unit, 1]) @ theirs.affine
-    )  # nibabel hands out the numbers in the file's unit
+    # nibabel hands out the numbers in the file's unit
+    in_mm = np.diag([unit, unit, unit, 1]) @ theirs.affine
     assert np.allclose(affine, in_mm, atol=1e-8 * unit), "another affine than nibabel's"
     assert np.allclose(header.get_best_affine(), in_mm, rtol=1e-5, atol=1e-4), (
         "a header of another place"
@@ -141,25 +180,32 @@ def nifti(path):
 
 
 def description(path):
+    "Find the data set of a description, and look for the files of two cases"
     found = find_dataset(path.parent)
     for case in found.cases[:2]:
         expect_files(case, found.task)
 
 
+UNITS = {"mm": 1, "meter": 0.001, "micron": 1000, "unknown": 1}  # unit -> how many are in a mm
+
+
+def kinds_of_volumes():
+    "Types, slopes, forms and units"
+    found = []
+    for dtype, slope in ((np.int16, 1), (np.float32, 1), (np.uint8, 0.5)):
+        found.append((dtype, slope, "both", "unknown"))
+    for form in ("qform", "neither", "both"):
+        for unit in UNITS:
+            found.append((np.int16, 1, form, unit))
+    return found
+
+
 def honest_volumes(path):
     "Volumes of several types, forms and units, as bytes"
     rng = np.random.default_rng(0)
-    kinds = [
-        (dtype, slope, "both", "unknown", 1)
-        for dtype, slope in ((np.int16, 1), (np.float32, 1), (np.uint8, 0.5))
-    ]
-    kinds += [
-        (np.int16, 1, form, unit, per_mm)
-        for form in ("qform", "neither", "both")
-        for unit, per_mm in (("mm", 1), ("meter", 0.001), ("micron", 1000), ("unknown", 1))
-    ]
     found = []
-    for dtype, slope, form, unit, per_mm in kinds:
+    for dtype, slope, form, unit in kinds_of_volumes():
+        per_mm = UNITS[unit]
         voxels = rng.integers(0, 3, (3, 4, 5)).astype(dtype)
         image = nib.Nifti1Image(voxels, np.diag([per_mm, per_mm, 2 * per_mm, 1]))
         image.set_qform(image.affine, 1 if form in ("both", "qform") else 0)
@@ -171,130 +217,122 @@ def honest_volumes(path):
     return found
 
 
+DECATHLON = {
+    "name": "x",
+    "modality": {"0": "MRI"},
+    "labels": {"0": "background", "1": "a"},
+    "training": [{"image": "./a.nii", "label": "./al.nii"}],
+    "test": [],
+}
+NNUNET = {
+    "channel_names": {"0": "MRI"},
+    "labels": {"background": 0, "a": [1, 2], "b": 2},
+    "regions_class_order": [1, 2],
+    "numTraining": 1,
+    "file_ending": ".nii",
+}
+TABLE = b"case,scan,label\na,a.nii,al.nii\nb,a.nii,al.nii\n"
+
+
+def read_run(path):
+    "Load the run folder in which a file lies"
+    load_run(path.parent)
+
+
+@dataclass
+class Kind:
+    "A kind of file that is spoilt"
+
+    share: float  # of all inputs
+    honest: list  # contents of honest files
+    path: Path  # where they are written
+    change: Callable  # the mutator
+    read: Callable  # what reads the file
+    packed: bool = False  # whether the mutator packs it by gzip
+
+
 class Inputs:
     "The honest files, and what reads their mutations"
 
     def __init__(self, tmp):
+        for folder in ("decathlon", "nnunet/imagesTr", "table", "run", "scan", "c", "weights"):
+            (tmp / folder).mkdir(parents=True)
         volumes = honest_volumes(tmp / "x.nii")
-        for folder in ("decathlon", "nnunet", "table", "run", "scan"):
-            (tmp / folder).mkdir()
-        for folder, names in (("decathlon", ("a.nii", "al.nii")), ("table", ("a.nii", "al.nii"))):
-            [(tmp / folder / n).write_bytes(volumes[0]) for n in names]
-        (tmp / "nnunet/imagesTr").mkdir()
-        (tmp / "nnunet/imagesTr/a_0000.nii").write_bytes(volumes[0])
-        decathlon = json.dumps(
-            {
-                "name": "x",
-                "modality": {"0": "MRI"},
-                "labels": {"0": "background", "1": "a"},
-                "training": [{"image": "./a.nii", "label": "./al.nii"}],
-                "test": [],
-            }
-        ).encode()
-        nnunet = json.dumps(
-            {
-                "channel_names": {"0": "MRI"},
-                "labels": {"background": 0, "a": [1, 2], "b": 2},
-                "regions_class_order": [1, 2],
-                "numTraining": 1,
-                "file_ending": ".nii",
-            }
-        ).encode()
+        for name in (
+            "decathlon/a",
+            "decathlon/al",
+            "table/a",
+            "table/al",
+            "nnunet/imagesTr/a_0000",
+        ):
+            (tmp / f"{name}.nii").write_bytes(volumes[0])
+        config, weights = self.honest_run(tmp)
+        self.kinds = {
+            **self.images(tmp, volumes),
+            **self.descriptions(tmp),
+            **self.runs(tmp, config, weights),
+        }
+
+    def images(self, tmp, volumes):
+        "NIfTI files whose headers, packing or voxels are changed"
+        packed = [gzip.compress(volume) for volume in volumes]
+        body = tmp / "scan/b.nii.gz"
+        return {
+            "NIfTI header": Kind(0.35, volumes, tmp / "scan/h.nii", header_mutated, nifti),
+            "NIfTI gzip": Kind(0.2, packed, tmp / "scan/g.nii.gz", mutate, nifti),
+            "NIfTI body, packed": Kind(0.1, volumes, body, packed_header_mutated, nifti, True),
+        }
+
+    def descriptions(self, tmp):
+        "dataset.json and cases.csv"
+        files = {
+            "Decathlon json": (tmp / "decathlon/dataset.json", json.dumps(DECATHLON).encode()),
+            "nnU-Net json": (tmp / "nnunet/dataset.json", json.dumps(NNUNET).encode()),
+            "cases.csv": (tmp / "table/cases.csv", TABLE),
+        }
+        found = {}
+        for name, (path, text) in files.items():
+            found[name] = Kind(0.08, [text], path, mutate_text, description)
+        return found
+
+    def honest_run(self, tmp):
+        "config.json and weights of a run folder, as bytes"
+        settings = Settings("d", "r", width=2, levels=2, patch_size=(8, 8, 8))
+        weights = tmp / "run/model.safetensors"
+        save_file(make_model(settings, KITS).state_dict(), weights)
+        split = {"train": [], "validation": []}
+        about = {"settings": asdict(settings), "task": asdict(KITS), "split": split}
+        config = json.dumps(about).encode()
+        for folder in ("run", "weights"):
+            (tmp / folder / "config.json").write_bytes(config)
+        return config, weights.read_bytes()
+
+    def runs(self, tmp, config, weights):
+        "What a run folder holds"
         state = {
             "model": {"w": torch.arange(300.0)},
             "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}},
             "rows": [{"epoch": 0, "lr": 0.1}],
             "best": 0.5,
         }
-        self.whole = read_checkpoint(save_checkpoint(tmp, 1, state))
+        written = save_checkpoint(tmp, 1, state)
+        self.whole = read_checkpoint(written)
         checkpoint = (tmp / "checkpoint-00000001.pt").read_bytes()
-        from dataclasses import asdict
-
-        from safetensors.torch import save_file
-
-        from egcnn_nb.core import KITS
-        from egcnn_nb.run.models import make_model
-        from egcnn_nb.run.settings import Settings
-
-        s = Settings("d", "r", width=2, levels=2, patch_size=(8, 8, 8))
-        save_file(make_model(s, KITS).state_dict(), tmp / "run/model.safetensors")
-        config, weights = (
-            json.dumps(
-                {
-                    "settings": asdict(s),
-                    "task": asdict(KITS),
-                    "split": {"train": [], "validation": []},
-                }
-            ).encode(),
-            (tmp / "run/model.safetensors").read_bytes(),
-        )
-        (tmp / "run/config.json").write_bytes(config)
-        # kind: share of all inputs, honest files, the place they go to, the mutator, what reads them
-        text = lambda d, r: mutate(d, r, text=True)
-        self.kinds = {
-            "NIfTI header": (0.35, volumes, tmp / "scan/h.nii", header_mutated, nifti),
-            "NIfTI gzip": (
-                0.2,
-                [gzip.compress(v) for v in volumes],
-                tmp / "scan/g.nii.gz",
-                mutate,
-                nifti,
-            ),
-            "NIfTI body, packed": (
-                0.1,
-                volumes,
-                tmp / "scan/b.nii.gz",
-                lambda d, r: gzip.compress(header_mutated(d, r), 1),
-                nifti,
-            ),
-            "Decathlon json": (
-                0.08,
-                [decathlon],
-                tmp / "decathlon/dataset.json",
-                text,
-                description,
-            ),
-            "nnU-Net json": (0.08, [nnunet], tmp / "nnunet/dataset.json", text, description),
-            "cases.csv": (
-                0.08,
-                [b"case,scan,label\na,a.nii,al.nii\nb,a.nii,al.nii\n"],
-                tmp / "table/cases.csv",
-                text,
-                description,
-            ),
-            "checkpoint": (
-                0.05,
-                [checkpoint],
-                tmp / "c/checkpoint-00000001.pt",
-                mutate,
-                self.checkpoint,
-            ),
-            "config.json": (
-                0.03,
-                [config],
-                tmp / "run/config.json",
-                text,
-                lambda p: load_run(p.parent),
-            ),
-            "model.safetensors": (
-                0.03,
-                [weights],
-                tmp / "weights/model.safetensors",
-                mutate,
-                lambda p: load_run(p.parent),
-            ),
+        spoilt = tmp / "c/checkpoint-00000001.pt"
+        config_file, weights_file = tmp / "run/config.json", tmp / "weights/model.safetensors"
+        return {
+            "checkpoint": Kind(0.05, [checkpoint], spoilt, mutate, self.checkpoint),
+            "config.json": Kind(0.03, [config], config_file, mutate_text, read_run),
+            "model.safetensors": Kind(0.03, [weights], weights_file, mutate, read_run),
         }
-        (tmp / "c").mkdir()
-        (tmp / "weights").mkdir()
-        (tmp / "weights/config.json").write_bytes(config)
 
     def checkpoint(self, path):
+        "Read a checkpoint, and compare it with the one that it was made from"
         found = read_checkpoint(path)
-        assert (
-            torch.equal(found["model"]["w"], self.whole["model"]["w"])
-            and found["rows"] == self.whole["rows"]
-            and found["best"] == 0.5
-        ), "another state"
+        weights = torch.equal(found["model"]["w"], self.whole["model"]["w"])
+        assert weights, "other weights"
+        assert found["rows"] == self.whole["rows"], "other rows"
+        assert found["best"] == 0.5, "another state"
 
 
 class Hang(BaseException):
@@ -307,14 +345,15 @@ def hang(*_):
 
 def one(kinds, kind, number, seed):
     "Try one input: 'read', 'refused', or a finding"
-    _, honest, path, change, read = kinds[kind]
+    tried = kinds[kind]
     rng = random.Random(f"{seed} {kind} {number}")
-    path.write_bytes(change(rng.choice(honest), rng))
+    changed = tried.change(rng.choice(tried.honest), rng)
+    tried.path.write_bytes(changed)
     signal.alarm(5)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            read(path)
+            tried.read(tried.path)
         return "read"
     except InputError:
         return "refused"
@@ -326,31 +365,44 @@ def one(kinds, kind, number, seed):
         signal.alarm(0)
 
 
+def limit_memory(more):
+    "Let this process take so many bytes more than it has"
+    status = Path("/proc/self/status").read_text()
+    now = int(re.search(r"VmSize:\s+(\d+)", status)[1]) * 1024
+    limit = now + more
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def read_honest(kinds):
+    "Read every honest file"
+    for kind in kinds.values():
+        for data in kind.honest:
+            kind.path.write_bytes(gzip.compress(data) if kind.packed else data)
+            kind.read(kind.path)
+
+
 def fuzz(count, seed=0, show=None):
-    "Findings, and a row for each kind: inputs, read, refused"
+    "Findings, and a row for each kind: inputs, read, refused, seconds"
     signal.signal(signal.SIGALRM, hang)
     torch.set_num_threads(1)
     nib.imageglobals.logger.setLevel(100)
     findings, rows = [], []
     with tempfile.TemporaryDirectory() as tmp:
         kinds = Inputs(Path(tmp)).kinds
-        now = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-        resource.setrlimit(resource.RLIMIT_AS, (now + (1 << 30),) * 2)
-        for kind, (_, honest, path, _, read) in kinds.items():
-            for data in honest:
-                path.write_bytes(gzip.compress(data) if kind.endswith("packed") else data)
-                read(path)  # the honest ones are read
+        limit_memory(1 << 30)
+        read_honest(kinds)
         if show:
-            return [one(kinds, show[0], int(show[1]), seed)], []
-        for kind, (share, *_) in kinds.items():
-            start, found = (
-                time.time(),
-                [one(kinds, kind, i, seed) for i in range(round(share * count))],
-            )
-            findings += [(kind, i, f) for i, f in enumerate(found) if f not in ("read", "refused")]
-            rows.append(
-                (kind, len(found), found.count("read"), found.count("refused"), time.time() - start)
-            )
+            name, number = show
+            return [one(kinds, name, int(number), seed)], []
+        for name, kind in kinds.items():
+            start = time.time()
+            inputs = round(kind.share * count)
+            ends = [one(kinds, name, number, seed) for number in range(inputs)]
+            for number, end in enumerate(ends):
+                if end not in ("read", "refused"):
+                    findings.append((name, number, end))
+            seconds = time.time() - start
+            rows.append((name, inputs, ends.count("read"), ends.count("refused"), seconds))
     return findings, rows
 
 
@@ -367,13 +419,17 @@ def main():
         print(findings[0])
         return
     print("| kind | inputs | read right | refused | seconds |\n|---|---|---|---|---|")
-    [print(f"| {k} | {n} | {a} | {b} | {s:.0f} |") for k, n, a, b, s in rows]
+    total = 0
+    for name, inputs, read, refused, seconds in rows:
+        print(f"| {name} | {inputs} | {read} | {refused} | {seconds:.0f} |")
+        total += inputs
     seen = set()
-    for kind, i, f in findings:
-        if (kind, f[-150:]) not in seen and len(seen) < 30:
-            print(f"\n{kind} {i}: {f}")
-        seen.add((kind, f[-150:]))
-    print(f"\n{sum(r[1] for r in rows):,} inputs, {len(findings)} findings")
+    for name, number, finding in findings:
+        alike = (name, finding[-150:])
+        if alike not in seen and len(seen) < 30:
+            print(f"\n{name} {number}: {finding}")
+        seen.add(alike)
+    print(f"\n{total:,} inputs, {len(findings)} findings")
     sys.exit(bool(findings))
 
 

@@ -1,8 +1,10 @@
-"""Kill a training run by SIGKILL at random moments and let it go on, until it ends: its files must be those of a run left alone, byte for byte.
+"""Kill a training run by SIGKILL at random moments and let it go on, until it ends.
+Its files must be those of a run left alone, byte for byte.
 
     python tests/kills.py [--kills 50] [--seed 0]
 
-A checkpoint is written after each step, and every second kill waits until a temporary file is there: it falls into the writing of one. Each attempt is a fork of this process, which has torch
+A checkpoint is written after each step, and every second kill waits until a temporary file is
+there: it falls into the writing of one. Each attempt is a fork of this process, which has torch
 loaded already; it dies as any process does."""
 
 import argparse
@@ -11,6 +13,7 @@ import random
 import signal
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,80 +21,115 @@ from tiny import dataset
 
 from egcnn_nb.commands.train import main as train
 
+RECIPE = (
+    "--epochs 24 --width 4 --levels 2 --patch_size 16 16 16 --batch_size 4 --lr 1e-3 "
+    "--validation 2 --precision fp32 --save_minutes 0 --resume if_there"
+).split()
+
+
+def train_quietly(data, out):
+    "Train, or go on, without a word; returns the exit code"
+    torch.set_num_threads(1)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    words = [data, "--out", out, "--cache", data / "cache", *RECIPE]
+    return train([str(word) for word in words])
+
+
+def is_writing(out):
+    "Whether a temporary file is in the run folder"
+    if not out.is_dir():
+        return False
+    names = os.listdir(out)
+    return any(name.startswith(".part-") for name in names)
+
+
+def has_ended(pid):
+    "Whether a process has ended; it stays to be waited for"
+    at_once = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    found = os.waitid(os.P_PID, pid, at_once)
+    return found is not None
+
 
 def attempt(data, out, seconds=None, hunt=False):
-    "Train, or go on, in a process of its own, which is killed after that time, or at the next temporary file then; returns its exit code, or None if it was killed"
+    """Train, or go on, in a process of its own, which is killed after that time, with `hunt` at
+    the next temporary file then. Returns its exit code, or None if it was killed."""
     pid = os.fork()
     if pid == 0:
-        torch.set_num_threads(1)
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        code = train(
-            [
-                str(w)
-                for w in (
-                    data,
-                    "--out",
-                    out,
-                    "--cache",
-                    data / "cache",
-                    *"--epochs 24 --width 4 --levels 2 --patch_size 16 16 16 --batch_size 4 --lr 1e-3 --validation 2 --precision fp32 --save_minutes 0 --resume if_there".split(),
-                )
-            ]
-        )
-        os._exit(code)
+        os._exit(train_quietly(data, out))
     if seconds is not None:
         time.sleep(seconds)
-        while (
-            hunt
-            and not (out.is_dir() and any(n.startswith(".part-") for n in os.listdir(out)))
-            and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-        ):
+        while hunt and not is_writing(out) and not has_ended(pid):
             pass
         os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
+    _, status = os.waitpid(pid, 0)
     return None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
+def expect_same_files(run, alone, kills):
+    "The files of a run are those of the run left alone"
+    for name in ("metrics.csv", "model.safetensors"):
+        found = (run / name).read_bytes()
+        expected = (alone / name).read_bytes()
+        assert found == expected, f"{name} differs after {kills} kills"
+
+
+@dataclass
+class Count:
+    "What has happened so far"
+
+    kills: int = 0
+    writing: int = 0  # kills while a file was being written
+    ended: int = 0  # runs that ended
+
+
+def run_to_its_end(data, out, count, most, moment):
+    "Train and be killed after `moment()` seconds, again and again, until it ends"
+    while True:
+        seconds = moment() if count.kills < most else None
+        code = attempt(data, out, seconds, hunt=count.kills % 2 == 1)
+        if code is not None:
+            break
+        count.kills += 1
+        count.writing += any(out.glob(".part-*"))
+    assert code == 0, code
+    count.ended += 1
+
+
 def kills(n, seed=0):
-    "Kills, and runs that ended: raises AssertionError where one ends in other files than the run left alone"
-    rng, done, ended, writing = random.Random(seed), 0, 0, 0
+    "Kill runs n times; AssertionError where one ends in other files than the run left alone"
+    rng = random.Random(seed)
+    count = Count()
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         data = dataset(tmp / "data")
         attempt(data, tmp / "warm")
         start = time.time()
         assert attempt(data, tmp / "alone") == 0
-        whole = time.time() - start
-        while done < n or ended == 0:
-            out = tmp / f"run{ended}"
-            while (
-                code := attempt(
-                    data, out, rng.uniform(0, whole / 3) if done < n else None, hunt=done % 2 == 1
-                )
-            ) is None:
-                done += 1
-                writing += any(out.glob(".part-*"))
-            assert code == 0, code
-            for name in ("metrics.csv", "model.safetensors"):
-                assert (out / name).read_bytes() == (tmp / "alone" / name).read_bytes(), (
-                    f"{name} differs after {done} kills"
-                )
-            ended += 1
-    return done, ended, writing
+        latest = (time.time() - start) / 3
+
+        def moment():
+            return rng.uniform(0, latest)
+
+        while count.kills < n or count.ended == 0:
+            out = tmp / f"run{count.ended}"
+            run_to_its_end(data, out, count, n, moment)
+            expect_same_files(out, tmp / "alone", count.kills)
+    return count
 
 
 def main():
-    p = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--kills", type=int, default=50)
-    p.add_argument("--seed", type=int, default=0)
-    args = p.parse_args()
-    done, ended, writing = kills(args.kills, args.seed)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    count = kills(args.kills, args.seed)
     print(
-        f"{done} kills, {writing} of them while a file was being written; {ended} runs ended, each with the files of the run left alone"
+        f"{count.kills} kills, {count.writing} of them while a file was being written; "
+        f"{count.ended} runs ended, each with the files of the run left alone"
     )
 
 

@@ -2,10 +2,12 @@
 
     python tests/soak.py [--minutes 120]
 
-Each round trains two epochs on a tiny dataset (every third with a loader's process), stops one in the middle and resumes it, and predicts a case with
-all maps. Printed: what the process holds after each tenth of the time, and the slope over the second half, by least squares. "In use" is what was
-allocated and not given back, as glibc counts it; "resident" also holds what the allocator keeps between pieces in use, which settles slowly.
-Both are read after each twentieth round, once Python has collected its cycles, which it does by itself only when they are a quarter of all it holds."""
+Each round trains two epochs on a tiny dataset (every third with a loader's process), stops one in
+the middle and resumes it, and predicts a case with all maps. Printed: what the process holds after
+each tenth of the time, and the slope over the second half, by least squares. "In use" is what was
+allocated and not given back, as glibc counts it; "resident" also holds what the allocator keeps
+between pieces in use, which settles slowly. Both are read after each twentieth round, once Python
+has collected its cycles, which it does by itself only when they are a quarter of all it holds."""
 
 import argparse
 import ctypes
@@ -16,6 +18,7 @@ import shutil
 import tempfile
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +32,8 @@ from egcnn_nb.run.training import fit
 
 class _Mallinfo(ctypes.Structure):
     _fields_ = [
-        (n, ctypes.c_size_t)
-        for n in (
+        (name, ctypes.c_size_t)
+        for name in (
             "arena",
             "ordblks",
             "smblks",
@@ -56,16 +59,35 @@ def in_use():
     return (found.uordblks + found.hblkhd) / 2**20
 
 
-def held():
-    "MiB resident, MiB in use, open files, threads"
+@dataclass
+class Held:
+    "What the process holds"
+
+    minutes: float  # since the start
+    resident: float  # MiB
+    in_use: float  # MiB
+    files: int  # that are open
+    threads: int
+
+
+def held(minutes):
+    "What the process holds now"
     status = Path("/proc/self/status").read_text()
-    number = lambda name: int(re.search(rf"{name}:\s+(\d+)", status)[1])
-    return number("VmRSS") / 1024, in_use(), len(os.listdir("/proc/self/fd")), number("Threads")
+
+    def number(name):
+        found = re.search(rf"{name}:\s+(\d+)", status)
+        return int(found[1])
+
+    resident = number("VmRSS") / 1024
+    files = len(os.listdir("/proc/self/fd"))
+    return Held(minutes, resident, in_use(), files, number("Threads"))
 
 
 def one_round(tmp, i):
-    run, out = tmp / f"run{i}", tmp / f"out{i}"
-    s = lambda: Settings(
+    "Train, stop in the middle, resume, predict; nothing is left behind"
+    run = tmp / f"run{i}"
+    out = tmp / f"out{i}"
+    settings = Settings(
         str(tmp / "data"),
         str(run),
         cache=str(tmp / "cache"),
@@ -77,48 +99,75 @@ def one_round(tmp, i):
         lr=1e-3,
         validation=2,
         precision="fp32",
-        workers=int(i % 3 == 0),
+        workers=1 if i % 3 == 0 else 0,
     )
-    seen = []
-    fit(s(), quiet=True, stop=lambda: seen.append(1) or len(seen) > 4)
-    fit(s(), True, quiet=True)
+    asked = []
+
+    def stop():
+        asked.append(1)
+        return len(asked) > 4
+
+    fit(settings, quiet=True, stop=stop)
+    fit(settings, True, quiet=True)
     predict_all([run], [tmp / "data/scan00.nii.gz"], out, ("probabilities", "edges", "attention"))
     shutil.rmtree(run)
     shutil.rmtree(out)
 
 
+def print_row(rounds, now, minutes):
+    "A row of the table"
+    print(
+        f"| {minutes:.1f} | {rounds} | {now.resident:.0f} | {now.in_use:.2f} | {now.files} "
+        f"| {now.threads} |",
+        flush=True,
+    )
+
+
+def slope(rows, name):
+    "How fast a number grows an hour, by least squares"
+    hours = [row.minutes / 60 for row in rows]
+    values = [getattr(row, name) for row in rows]
+    return np.polyfit(hours, values, 1)[0]
+
+
+def rounds_for(minutes, tmp):
+    "Rounds for so long, with a row of the table each tenth; their number, and what was held"
+    start = time.time()
+    rows = []
+    rounds = 0
+    due = 0
+    while True:
+        now = (time.time() - start) / 60
+        if now >= minutes:
+            return rounds, rows
+        one_round(tmp, rounds)
+        rounds += 1
+        if rounds % 20 == 1:
+            gc.collect()
+            rows.append(held(now))
+        if now >= due:
+            print_row(rounds, rows[-1], now)
+            due += minutes / 10
+
+
 def main():
-    p = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--minutes", type=float, default=120)
-    args = p.parse_args()
+    parser.add_argument("--minutes", type=float, default=120)
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    rows, start, told = [], time.time(), 0
-    print(
-        "| minutes | rounds | MiB resident | MiB in use | open files | threads |\n|---|---|---|---|---|---|"
-    )
+    print("| minutes | rounds | MiB resident | MiB in use | open files | threads |")
+    print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as tmp:
-        tmp = Path(tmp)
-        dataset(tmp / "data")
-        rounds = 0
-        while (minutes := (time.time() - start) / 60) < args.minutes:
-            one_round(tmp, rounds)
-            rounds += 1
-            if rounds % 20 == 1:
-                gc.collect()
-                rows.append((minutes, *held()))
-            if minutes >= told:
-                print(
-                    f"| {minutes:.1f} | {rounds} | {rows[-1][1]:.0f} | {rows[-1][2]:.2f} | {rows[-1][3]} | {rows[-1][4]} |",
-                    flush=True,
-                )
-                told += args.minutes / 10
-    late = np.array(rows[len(rows) // 2 :])
-    slope = lambda c: np.polyfit(late[:, 0] / 60, late[:, c], 1)[0]
+        dataset(Path(tmp) / "data")
+        rounds, rows = rounds_for(args.minutes, Path(tmp))
+    late = rows[len(rows) // 2 :]
     print(
-        f"\n{rounds} rounds; slope over the second half: {slope(1):+.2f} MiB resident, {slope(2):+.2f} MiB in use, {slope(3):+.2f} files, {slope(4):+.2f} threads an hour"
+        f"\n{rounds} rounds; slope over the second half: {slope(late, 'resident'):+.2f} MiB "
+        f"resident, {slope(late, 'in_use'):+.2f} MiB in use, {slope(late, 'files'):+.2f} files, "
+        f"{slope(late, 'threads'):+.2f} threads an hour"
     )
 
 

@@ -1,6 +1,7 @@
-"""Every interactive view in a real JupyterLab (and one notebook in Notebook 7), in headless Chromium without internet.
+"""Every interactive view in a real JupyterLab, and one notebook in Notebook 7.
 
-The pictures of each view before and after it was moved go to the folder that EGCNN_SCREENSHOTS names (default: a temporary one)."""
+The browser is headless Chromium without internet. A picture of each view before and after it was moved
+goes to the folder that EGCNN_SCREENSHOTS names (default: a temporary one)."""
 
 import io
 import os
@@ -35,115 +36,194 @@ HERE = re.compile(r"(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|data:|blob:|abo
 CURRENT = "window.jupyterapp.shell.currentWidget"
 
 
-def serve(app, folder, log, python=sys.executable, extra=()):
-    "Start a Jupyter front end on a free port: process and address"
+# every cell is in the page, and no question lies over it
+FRONT_END = {
+    "notebook-extension/tracker": '{"windowingMode": "none"}',
+    "apputils-extension/notification": '{"fetchNews": "false"}',
+}
+
+
+def free_port():
+    "The number of a port that nobody uses"
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    settings = folder.parent / "settings/@jupyterlab"
-    for name, value in {
-        "notebook-extension/tracker": '{"windowingMode": "none"}',
-        "apputils-extension/notification": '{"fetchNews": "false"}',
-    }.items():
-        file = settings / f"{name}.jupyterlab-settings"
+        return s.getsockname()[1]
+
+
+def front_end_settings(folder):
+    "Write the settings of the front end into a folder; the folder"
+    for name, value in FRONT_END.items():
+        file = folder / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(value)  # every cell is in the page; no question over it
+        file.write_text(value)
+    return folder
+
+
+def wait_for_port(process, port, log):
+    "Wait until a server answers"
+    deadline = time.time() + 240  # a busy machine needs more than a minute
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            alive = process.poll() is None
+            assert alive and time.time() < deadline, Path(log).read_text()[-2000:]
+            time.sleep(0.3)
+
+
+def serve(app, folder, log, python=sys.executable, extra=()):
+    'Start a Jupyter front end ("lab" or "notebook") on a free port: process and address'
+    port = free_port()
+    settings = front_end_settings(folder.parent / "settings")
+    module = {"lab": "jupyterlab", "notebook": "notebook"}[app]
+    trait = {"lab": "LabApp", "notebook": "JupyterNotebookApp"}[app]
     words = [
         "--no-browser",
         "--allow-root",
         f"--port={port}",
         "--IdentityProvider.token=",
         f"--ServerApp.root_dir={folder}",
-        f"--{'LabApp' if app == 'lab' else 'JupyterNotebookApp'}.expose_app_in_browser=True",
+        f"--{trait}.expose_app_in_browser=True",
     ]
     process = subprocess.Popen(
-        [python, "-m", "jupyterlab" if app == "lab" else app, *words, *extra],
+        [python, "-m", module, *words, *extra],
         stdout=open(log, "w"),
         stderr=subprocess.STDOUT,
-        env={**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(settings.parent), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(settings), "OMP_NUM_THREADS": "1"},
     )
-    deadline = time.time() + 60
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            break
-        except OSError:
-            assert process.poll() is None and time.time() < deadline, Path(log).read_text()[-2000:]
-            time.sleep(0.3)
+    wait_for_port(process, port, log)
     return process, f"http://127.0.0.1:{port}"
+
+
+def end(process):
+    "End a front end"
+    process.terminate()
+    process.wait(30)
 
 
 @pytest.fixture(scope="session")
 def lab(work):
     process, address = serve("lab", work / "nbs", work / "lab.log")
     yield address
-    process.terminate()
-    process.wait(30)
+    end(process)
 
 
 @pytest.fixture
 def page(chromium):
     "A page that remembers errors and requests to other machines"
     page = chromium.new_page(viewport={"width": 1400, "height": 1600}, reduced_motion="reduce")
-    page.outside, page.errors = set(), []
-    page.on("request", lambda r: HERE.match(r.url) or page.outside.add(r.url))
-    page.on("pageerror", lambda e: page.errors.append(str(e)[:300]))
-    page.on("console", lambda m: page.errors.append(m.text[:300]) if m.type == "error" else None)
+    page.outside = set()
+    page.errors = []
+
+    def request(r):
+        if not HERE.match(r.url):
+            page.outside.add(r.url)
+
+    def error(e):
+        page.errors.append(str(e)[:300])
+
+    def console(message):
+        if message.type == "error":
+            page.errors.append(message.text[:300])
+
+    page.on("request", request)
+    page.on("pageerror", error)
+    page.on("console", console)
     yield page
     page.close()
+
+
+KERNEL_IS_IDLE = f"""() =>
+    window.jupyterapp && {CURRENT}?.sessionContext?.session?.kernel?.status == 'idle'"""
+RUN_ALL_CELLS = """() => {
+    window.ran = 0;
+    window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => window.ran = 1);
+}"""
+OUTPUTS = f"""() => {{
+    const found = [];
+    for (const cell of {CURRENT}.content.model.cells)
+        for (let i = 0; i < (cell.outputs?.length ?? 0); i++)
+            found.push(cell.outputs.get(i).toJSON());
+    return found;
+}}"""
+
+
+def wait_for_kernel(page):
+    "Wait until the kernel of the notebook can run cells"
+    page.wait_for_function(KERNEL_IS_IDLE, timeout=120_000)
 
 
 def run_all(page, url):
     "Open a notebook and run all of its cells; the outputs of the cells"
     page.goto(url, timeout=90_000)
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
-    page.wait_for_function(
-        f"() => window.jupyterapp && {CURRENT}?.sessionContext?.session?.kernel?.status == 'idle'",
-        timeout=120_000,
-    )
-    page.errors.clear()  # what the front end says of itself while it starts
-    page.evaluate(
-        "() => { window.ran = 0; window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => window.ran = 1) }"
-    )
+    wait_for_kernel(page)
+    page.errors.clear()  # what the front end logs while it starts
+    page.evaluate(RUN_ALL_CELLS)
     page.wait_for_function("() => window.ran == 1", timeout=400_000)
     page.wait_for_timeout(2500)
-    return page.evaluate(
-        f"() => [...{CURRENT}.content.model.cells].flatMap(c => c.outputs ? [...Array(c.outputs.length).keys()].map(i => c.outputs.get(i).toJSON()) : [])"
-    )
+    return page.evaluate(OUTPUTS)
 
 
 def pixels(element, **kw):
-    return np.asarray(Image.open(io.BytesIO(element.screenshot(**kw))).convert("RGB"), np.int16)
+    "What an element looks like: int16 (H,W,3)"
+    shot = Image.open(io.BytesIO(element.screenshot(**kw)))
+    return np.asarray(shot.convert("RGB"), np.int16)
 
 
 def picture_of(view):
     "The element of a view in which something is drawn"
-    return next(
-        e
-        for e in view.query_selector_all("canvas, img.egcnn-view")
-        if (e.bounding_box() or {"width": 0})["width"] > 60
-    )
+    for element in view.query_selector_all("canvas, img.egcnn-view"):
+        box = element.bounding_box()
+        if box and box["width"] > 60:
+            return element
+    raise AssertionError("The view has no picture.")
+
+
+def visible(view, selector):
+    "The elements of a view that can be seen"
+    return [e for e in view.query_selector_all(selector) if e.is_visible()]
+
+
+def tick(page, view):
+    "Tick the second check box of a view by the keyboard; its state before and after"
+    box = visible(view, "input[type=checkbox]")[1]
+    before = box.is_checked()
+    box.focus()
+    page.keyboard.press("Space")
+    return before, box.is_checked()
+
+
+READOUT_OF = "h => h.closest('.jupyter-widgets').querySelector('.widget-readout')"
 
 
 def move(page, view):
-    "Move the first control of a view by the keyboard; the number it shows before and after"
-    slider = next((h for h in view.query_selector_all(".noUi-handle") if h.is_visible()), None)
-    if slider is None:  # a view of boxes: tick the second
-        box = [b for b in view.query_selector_all("input[type=checkbox]") if b.is_visible()][1]
-        before = box.is_checked()
-        box.focus()
-        page.keyboard.press("Space")
-        return before, box.is_checked()
-    shown = slider.evaluate_handle(
-        "h => h.closest('.jupyter-widgets').querySelector('.widget-readout')"
-    ).as_element()
-    before = shown.inner_text()
+    "Move the first slider (or check box) of a view by the keyboard; its number before and after"
+    sliders = visible(view, ".noUi-handle")
+    if not sliders:
+        return tick(page, view)
+    slider = sliders[0]
+    number = slider.evaluate_handle(READOUT_OF).as_element()
+    before = number.inner_text()
     slider.focus()
-    for _ in range(4):
-        page.keyboard.press("ArrowRight")
-    if shown.inner_text() == before:
-        [page.keyboard.press("ArrowLeft") for _ in range(4)]  # it stood at its end
-    return before, shown.inner_text()
+    press(page, "ArrowRight", 4)
+    if number.inner_text() == before:  # it stood at its end
+        press(page, "ArrowLeft", 4)
+    return before, number.inner_text()
+
+
+def press(page, key, times):
+    "Press a key a few times"
+    for _ in range(times):
+        page.keyboard.press(key)
+
+
+def has_changed(before, after):
+    "Whether a picture shows something, and something else than before"
+    if after.std() <= 3:
+        return False
+    return after.shape != before.shape or np.abs(after - before).max() > 20
 
 
 def try_view(page, view, name, shots):
@@ -158,26 +238,29 @@ def try_view(page, view, name, shots):
     deadline = time.time() + 40
     while time.time() < deadline:
         page.wait_for_timeout(300)
-        after = pixels(picture_of(view))
-        if after.std() > 3 and (after.shape != before.shape or np.abs(after - before).max() > 20):
+        if has_changed(before, pixels(picture_of(view))):
             break
     else:
         pytest.fail(f"{name}: the pixels stay the same when {old} becomes {new}")
     view.screenshot(path=shots / f"{name}_b.png")
 
 
+# logged for a view that a test cell closed at once; a view that is shown must draw anyway
+CLOSED_VIEW = "Failed to initialize model"
+
+
 def healthy(page, outputs, log, since=0):
-    "No error in a cell, the page, or (in what its log says after so many characters) the kernel, and no request to another machine"
-    assert not [o for o in outputs if o["output_type"] == "error"], [
-        o["evalue"] for o in outputs if o["output_type"] == "error"
-    ]
+    """No error in a cell, the page or the kernel, and no request to another machine
+
+    The log of the kernel is read from its character `since`.
+    """
+    failed = [o["evalue"] for o in outputs if o["output_type"] == "error"]
+    assert not failed, failed
     assert not page.outside, page.outside
-    errors = [
-        e for e in page.errors if "Failed to initialize model" not in e
-    ]  # said of a view that a test cell closed at once; one that is shown must draw anyway
+    errors = [e for e in page.errors if CLOSED_VIEW not in e]
     assert not errors, errors
-    said = log.read_text()[since:]
-    assert "Traceback" not in said, said[-3000:]
+    written = log.read_text()[since:]
+    assert "Traceback" not in written, written[-3000:]
 
 
 def path_in_lab(name):
@@ -186,20 +269,15 @@ def path_in_lab(name):
 
 
 def views_of(page):
-    return [
-        v
-        for v in page.query_selector_all(
-            ".jp-OutputArea-output > .jupyter-widgets.widget-vbox, .jp-OutputArea-output .egcnn-root"
-        )
-        if v.is_visible()
-    ]
+    "The interactive views of a notebook"
+    outputs = ".jp-OutputArea-output"
+    return visible(page, f"{outputs} > .jupyter-widgets.widget-vbox, {outputs} .egcnn-root")
 
 
 @pytest.mark.parametrize("notebook", VIEWS)
 def test_each_view_draws_and_moves(notebook, lab, page, work, shots):
-    since = len(
-        (work / "lab.log").read_text()
-    )  # a kernel that was shut down while it drew may have complained after its own test
+    # a kernel that was shut down while it drew may have logged an error after its own test
+    since = len((work / "lab.log").read_text())
     outputs = run_all(page, f"{lab}/lab/tree/{path_in_lab(notebook)}?reset")
     views = views_of(page)
     assert len(views) == VIEWS[notebook], f"{len(views)} views"
@@ -218,65 +296,92 @@ def test_a_notebook_in_notebook_7(page, work, shots):
         assert views_of(page)
         healthy(page, outputs, work / "notebook.log")
     finally:
-        process.terminate()
-        process.wait(30)
+        end(process)
 
 
 def write_notebook(path, *cells):
-    nbformat.write(
-        nbformat.v4.new_notebook(
-            cells=[nbformat.v4.new_code_cell(c) for c in cells],
-            metadata={
-                "kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}
-            },
-        ),
-        path,
+    "Write a notebook of code cells"
+    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(c) for c in cells],
+        metadata={"kernelspec": kernel},
     )
+    nbformat.write(notebook, path)
+
+
+BOARD = """
+from egcnn_nb.show.dashboard import Dashboard
+from egcnn_nb.run.settings import Settings
+small = dict(width=4, levels=3, patch_size=(24, 32, 32))
+board = Dashboard(Settings("../data_samples/kits2019", "runs/board", epochs=400, **small))
+board
+"""
+# this cell keeps the kernel busy: buttons must work all the same
+BUSY = """
+import time
+board.start()
+time.sleep(20)
+"""
+
+
+class Board:
+    "The dashboard in a page"
+
+    def __init__(self, page):
+        self.page = page
+
+    def text(self):
+        "The line below the picture"
+        return self.page.query_selector(".widget-html-content").inner_text()
+
+    def step(self):
+        "The number of the step"
+        return int(re.search(r"step (\d+)", self.text())[1])
+
+    def press(self, name):
+        "Press a button"
+        self.page.click(f"button.jupyter-button:text-is('{name}')")
+
+    def wait_until(self, condition, seconds=60):
+        "Wait until a condition holds"
+        deadline = time.time() + seconds
+        while not condition():
+            assert time.time() < deadline, self.text()
+            self.page.wait_for_timeout(200)
+
+    def wait_for_text(self, start):
+        "Wait until the line begins with a word"
+        self.wait_until(lambda: self.text().startswith(start))
+
+    def stands_still(self, milliseconds):
+        "Wait; the step at which the run stood all the time"
+        step = self.step()
+        self.page.wait_for_timeout(milliseconds)
+        assert self.step() == step
+        return step
 
 
 def test_the_dashboard_pauses_goes_on_and_stops_while_it_trains(lab, page, work, shots):
-    write_notebook(
-        work / "nbs/board.ipynb",
-        "from egcnn_nb.show.dashboard import Dashboard, Settings\n"
-        "board = Dashboard(Settings('../data_samples/kits2019', 'runs/board', epochs=400, width=4, levels=3, patch_size=(24, 32, 32)))\nboard",
-        "board.start()\nimport time; time.sleep(20)",
-    )  # the second cell keeps the kernel busy: buttons must work all the same
+    write_notebook(work / "nbs/board.ipynb", BOARD.strip(), BUSY.strip())
     page.goto(f"{lab}/lab/tree/board.ipynb?reset")
-    page.wait_for_function(
-        f"() => window.jupyterapp && {CURRENT}?.sessionContext?.session?.kernel?.status == 'idle'",
-        timeout=120_000,
-    )
-    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+    wait_for_kernel(page)
+    page.evaluate(RUN_ALL_CELLS)
     page.wait_for_selector(".widget-html-content b", timeout=60_000)
-    text = lambda: page.query_selector(".widget-html-content").inner_text()
-    step = lambda: int(re.search(r"step (\d+)", text())[1])
-    press = lambda name: page.click(f"button.jupyter-button:text-is('{name}')")
-
-    def until(ok, seconds=60):
-        deadline = time.time() + seconds
-        while not ok():
-            assert time.time() < deadline, text()
-            page.wait_for_timeout(200)
-
-    until(lambda: "1 of 400" in text() or "2 of 400" in text())
-    press("pause")
-    until(lambda: text().startswith("paused"))
-    held = step()
-    page.wait_for_timeout(1500)
-    assert step() == held
-    page.query_selector(".jp-OutputArea-output .jupyter-widgets").screenshot(
-        path=shots / "dashboard_paused.png"
-    )
-    press("start")
-    until(lambda: step() > held + 3)
-    press("stop")
-    until(lambda: text().startswith("stopped"))
-    held = step()
-    page.wait_for_timeout(1000)
-    assert step() == held
+    board = Board(page)
+    board.wait_until(lambda: re.search(r"[12] of 400", board.text()))
+    board.press("pause")
+    board.wait_for_text("paused")
+    held = board.stands_still(1500)
+    view = page.query_selector(".jp-OutputArea-output .jupyter-widgets")
+    view.screenshot(path=shots / "dashboard_paused.png")
+    board.press("start")
+    board.wait_until(lambda: board.step() > held + 3)
+    board.press("stop")
+    board.wait_for_text("stopped")
+    stopped = board.stands_still(1000)
     assert list((work / "nbs/runs/board").glob("checkpoint-*.pt"))
-    press("start")
-    until(lambda: step() > held + 3)
-    press("stop")
-    until(lambda: text().startswith("stopped"))
+    board.press("start")
+    board.wait_until(lambda: board.step() > stopped + 3)
+    board.press("stop")
+    board.wait_for_text("stopped")
     assert not page.outside and not page.errors, (page.outside, page.errors)

@@ -1,6 +1,5 @@
 "Many processes: the same losses as one, whatever their number; every reading; sharded; elastic; two hosts."
 
-import csv
 import inspect
 import json
 import os
@@ -13,40 +12,47 @@ from pathlib import Path
 import pytest
 from tiny import ENV, begun, children, command, dataset
 
+from egcnn_nb.run.steps import is_term, read_metrics
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return dataset(tmp_path_factory.mktemp("tiny") / "data")
 
 
-FIFTY = [
-    "--epochs",
-    17,
-]  # 51 steps; with 4 processes two of them find no case in the last of an epoch
+# 51 steps; with 4 processes two of them find no case in the last of an epoch
+FIFTY = ["--epochs", 17]
+FP64 = [*FIFTY, "--precision", "fp64"]
 
 
 def train(data, out, *words, **kw):
-    done = subprocess.run(
-        command(data, out, *words, **kw), capture_output=True, text=True, timeout=300, env=ENV
-    )
+    "Train until the end"
+    words = command(data, out, *words, **kw)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=ENV)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def table(run):
-    return [
-        {k: float(v) for k, v in r.items()} for r in csv.DictReader(open(Path(run) / "metrics.csv"))
-    ]
+def log_of(run):
+    "The text of a run's log"
+    return (run / "log.txt").read_text()
+
+
+def largest_difference(a, b, columns):
+    "The largest relative difference between columns of two tables"
+    worst = 0
+    for x, y in zip(a, b, strict=True):
+        for name in columns:
+            scale = max(abs(y[name]), 1e-12)
+            worst = max(worst, abs(x[name] - y[name]) / scale)
+    return worst
 
 
 def differ(a, b):
-    "Largest relative difference of the loss terms, and of Dice"
-    a, b = table(a), table(b)
-    assert len(a) == len(b)
-    terms = [k for k in a[0] if k not in ("epoch", "lr", "skipped") and not k.startswith("dice")]
-    return [
-        max(abs(x[k] - y[k]) / max(abs(y[k]), 1e-12) for x, y in zip(a, b) for k in keys)
-        for keys in (terms, [k for k in a[0] if k.startswith("dice")])
-    ]
+    "Largest relative difference of the loss terms of two runs, and of Dice"
+    a, b = read_metrics(a), read_metrics(b)
+    terms = [name for name in a[0] if is_term(name)]
+    dice = [name for name in a[0] if name.startswith("dice")]
+    return largest_difference(a, b, terms), largest_difference(a, b, dice)
 
 
 @pytest.fixture(scope="module")
@@ -56,64 +62,55 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(data, runs):
-    train(data, runs / "one", *FIFTY, "--precision", "fp64")
+    train(data, runs / "one", *FP64)
     return runs / "one"
 
 
-@pytest.mark.parametrize(
-    "processes, more",
-    [(2, []), (4, []), (1, ["--accumulate", 3]), (2, ["--accumulate", 2]), (2, ["--shard"])],
-)
+MANY = [
+    (2, []),
+    (4, []),
+    (1, ["--accumulate", 3]),
+    (2, ["--accumulate", 2]),
+    (2, ["--shard"]),
+]
+
+
+@pytest.mark.parametrize("processes, more", MANY)
 def test_any_number_of_processes_gives_the_losses_of_one_in_float64(
     data, one, runs, processes, more
 ):
-    out = runs / f"{processes}{''.join(map(str, more))}"
-    train(data, out, *FIFTY, "--precision", "fp64", *more, processes=processes)
-    losses, dice = differ(out, one)
+    name = "".join(map(str, [processes, *more]))
+    train(data, runs / name, *FP64, *more, processes=processes)
+    losses, dice = differ(runs / name, one)
     assert losses < 1e-9 and dice < 1e-9
 
 
 def test_and_in_float32(data, runs):
-    train(data, runs / "f1", *FIFTY)
+    reference = runs / "f1"
+    train(data, reference, *FIFTY)
     for n in (2, 4):
-        train(data, runs / f"f{n}", *FIFTY, processes=n)
-        assert differ(runs / f"f{n}", runs / "f1")[0] < 1e-4
+        out = runs / f"f{n}"
+        train(data, out, *FIFTY, processes=n)
+        losses, _ = differ(out, reference)
+        assert losses < 1e-4
 
 
 def test_readings_over_the_batch_gather_what_they_need(data, runs):
-    words = [
-        "--precision",
-        "fp64",
-        "--batch_size",
-        5,
-        "--reading",
-        "reduce=batch",
-        "--reading",
-        "beta_over=batch",
-    ]
+    words = [*FP64, "--batch_size", 5, "--reading", "reduce=batch", "--reading", "beta_over=batch"]
     for n in (1, 2):
-        train(data, runs / f"batch{n}", *FIFTY, *words, processes=n)
-    assert differ(runs / "batch2", runs / "batch1")[0] < 1e-9
+        train(data, runs / f"batch{n}", *words, processes=n)
+    losses, _ = differ(runs / "batch2", runs / "batch1")
+    assert losses < 1e-9
 
 
 @pytest.mark.parametrize("more", [[], ["--shard"], ["--accumulate", 2]])
 def test_processes_check_their_layers_together(data, runs, more):
     out = runs / f"half{''.join(map(str, more))}"
     over_batch = [] if "--accumulate" in more else ["--reading", "reduce=batch"]
-    train(
-        data,
-        out,
-        "--epochs",
-        1,
-        "--precision",
-        "bf16",
-        "--batch_size",
-        5,
-        *over_batch,
-        *more,
-        processes=2,
-    )
-    assert len(table(out)) == 1 and "self-check" not in (out / "log.txt").read_text()
+    words = ["--epochs", 1, "--precision", "bf16", "--batch_size", 5, *over_batch, *more]
+    train(data, out, *words, processes=2)
+    assert len(read_metrics(out)) == 1
+    assert "self-check" not in log_of(out)
 
 
 # --- every reading of the paper, on two processes as on one
@@ -203,55 +200,60 @@ def known_readings():
     from egcnn_nb.method.egcnn import EGCNN
     from egcnn_nb.method.losses import EGLoss
 
-    return {
-        name
-        for kind in (EGCNN, EGLoss, SegNet)
-        for name in inspect.signature(kind.__init__).parameters
-    } - NO_READINGS
+    names = set()
+    for kind in (EGCNN, EGLoss, SegNet):
+        names.update(inspect.signature(kind.__init__).parameters)
+    return names - NO_READINGS
 
 
 def every_reading():
     "What is set beside the defaults in each of the small runs"
     known = known_readings()
-    single = [
-        {"readings": {name: value}}
-        for name, values in READINGS.items()
-        if name in known
-        for value in values
-    ]
-    return [{}, *single, *({"readings": r} for r in TOGETHER), *NETWORKS_, *MAIN, *BARE]
+    single = []
+    for name, values in READINGS.items():
+        if name in known:
+            single += [{name: value} for value in values]
+    of_paper = [{"readings": readings} for readings in single + TOGETHER]
+    return [{}, *of_paper, *NETWORKS_, *MAIN, *BARE]
+
+
+COMMON = {
+    "width": 4,
+    "levels": 3,
+    "patch_size": (8, 8, 8),
+    "batch_size": 4,
+    "lr": 1e-2,
+    "validation": 2,
+    "precision": "fp64",
+    "cache": "off",
+    "epochs": 1,
+}
 
 
 def losses_of_every_reading(data):
-    "Loss terms of the three steps of one epoch, for each of `every_reading`, by this process and those beside it"
+    """Loss terms of the three steps of one epoch, for each of `every_reading`
+
+    This process computes them, and those beside it.
+    """
     import torch
 
     from egcnn_nb.run.folders import prepare
     from egcnn_nb.run.settings import Settings
     from egcnn_nb.run.training import Run
 
-    common = dict(
-        width=4,
-        levels=3,
-        patch_size=(8, 8, 8),
-        batch_size=4,
-        lr=1e-2,
-        validation=2,
-        precision="fp64",
-        cache="off",
-        epochs=1,
-    )
-    task, train, val, _ = prepare(Settings(str(data), "", **common), quiet=True)
+    cases = prepare(Settings(str(data), "", **COMMON), quiet=True)
+    cpu = torch.device("cpu")
     found = {}
+
+    def tick(terms):
+        steps.append(list(terms.values()))
+
     for more in every_reading():
         torch.manual_seed(0)
-        steps, run = (
-            [],
-            Run(
-                Settings(str(data), "", **{**common, **more}), task, train, val, torch.device("cpu")
-            ),
-        )
-        run.train_epoch(tick=lambda terms: steps.append(list(terms.values())))
+        steps = []
+        settings = Settings(str(data), "", **{**COMMON, **more})
+        run = Run(settings, cases.task, cases.train, cases.val, cpu)
+        run.train_epoch(tick=tick)
         found[json.dumps(more)] = [steps, run.skipped]
     return found
 
@@ -261,30 +263,25 @@ def test_the_list_of_readings_is_whole():
 
     assert known_readings() <= set(READINGS)
     for name in set(CHOICES) - NO_READINGS:
-        assert set(CHOICES[name][1:]) == set(READINGS[name]), name
+        _, *others = CHOICES[name]
+        assert set(others) == set(READINGS[name]), name
 
 
 def test_every_reading_gives_the_losses_of_one_process_on_two(data, tmp_path):
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        __file__,
-        data,
-        tmp_path / "two.json",
-    ]
-    two = subprocess.Popen(
-        list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = [sys.executable, *torchrun, __file__, str(data), str(tmp_path / "two.json")]
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV
     )
-    one, error = losses_of_every_reading(data), two.communicate(timeout=300)[1]
-    assert two.returncode == 0, error[-3000:]
+    one = losses_of_every_reading(data)
+    error = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, error[-3000:]
     two = json.loads((tmp_path / "two.json").read_text())
     assert list(one) == list(two)
     for name, (steps, skipped) in one.items():
-        assert len(steps) == 3 and skipped == two[name][1] == 0, name
-        for a, b in zip(steps, two[name][0]):
+        steps_of_two, skipped_of_two = two[name]
+        assert len(steps) == 3 and skipped == skipped_of_two == 0, name
+        for a, b in zip(steps, steps_of_two, strict=True):
             assert a == pytest.approx(b, rel=1e-9, abs=1e-12), name
 
 
@@ -299,13 +296,14 @@ def test_a_reading_without_loss_on_the_fused_output_in_pieces(data, runs):
 # --- something is lost
 
 
-def start(words, **kw):
+def start(words, env=(), **kw):
+    "Start a command in a session of its own"
     return subprocess.Popen(
         list(map(str, words)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**ENV, **kw.pop("env", {})},
+        env={**ENV, **dict(env)},
         start_new_session=True,
         **kw,
     )
@@ -319,45 +317,48 @@ def kill_all(process):
 
 
 def test_a_run_of_four_goes_on_with_two_and_ends_with_one(data, one, tmp_path):
-    out, words = tmp_path / "run", [*FIFTY, "--precision", "fp64", "--save_minutes", 0]
-    for processes, epochs in ((4, 3), (2, 6)):
-        process = start(
-            command(data, out, *words, *["--resume"] * out.exists(), processes=processes)
-        )
+    out = tmp_path / "run"
+    words = [*FP64, "--save_minutes", 0]
+    for processes, epochs, more in ((4, 3, []), (2, 6, ["--resume"])):
+        process = start(command(data, out, *words, *more, processes=processes))
         begun(process, out, epochs)
         kill_all(process)
     train(data, out, *words, "--resume")
-    assert (out / "log.txt").read_text().count("resumed after epoch") == 2 and max(
-        differ(out, one)
-    ) < 1e-9
+    assert log_of(out).count("resumed after epoch") == 2
+    assert max(differ(out, one)) < 1e-9
+
+
+def flip_a_bit(path):
+    "Change one bit in the middle of a file"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def test_pieces_are_verified_and_go_on_with_another_number(data, one, tmp_path):
-    out, words = tmp_path / "run", [*FIFTY, "--precision", "fp64", "--shard"]
-    process = start(command(data, out, *words, processes=2))
+    out = tmp_path / "run"
+    process = start(command(data, out, *FP64, "--shard", processes=2))
     begun(process, out, 3)
     kill_all(process)
     newest = max(out.glob("checkpoint-*"))
-    piece = next(newest.glob("*.distcp"))
-    bytes_ = bytearray(piece.read_bytes())
-    bytes_[len(bytes_) // 2] ^= 1
-    piece.write_bytes(bytes_)
-    train(data, out, *words, "--resume", processes=3)
-    assert (
-        "a broken folder (checksums differ)" in (out / "log.txt").read_text()
-        and max(differ(out, one)) < 1e-9
-    )
+    flip_a_bit(next(newest.glob("*.distcp")))
+    train(data, out, *FP64, "--shard", "--resume", processes=3)
+    assert "a broken folder (checksums differ)" in log_of(out)
+    assert max(differ(out, one)) < 1e-9
 
 
 def test_torchrun_brings_a_run_back_after_a_rank_was_killed(data, one, tmp_path):
     out = tmp_path / "run"
-    launch = "--nnodes=1:2 --max-restarts=3 --rdzv_backend=c10d --rdzv_endpoint=localhost:0 --rdzv_conf=last_call_timeout=1 --monitor_interval=0.1".split()
-    process = start(command(data, out, *FIFTY, "--precision", "fp64", processes=2, launch=launch))
+    elastic = "--nnodes=1:2 --max-restarts=3 --monitor_interval=0.1"
+    meeting = "--rdzv_backend=c10d --rdzv_endpoint=localhost:0 --rdzv_conf=last_call_timeout=1"
+    launch = [*elastic.split(), *meeting.split()]
+    process = start(command(data, out, *FP64, processes=2, launch=launch))
     begun(process, out, 3)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     error = process.communicate(timeout=300)[1]
     assert process.returncode == 0, error[-3000:]
-    assert "resumed after epoch" in (out / "log.txt").read_text() and max(differ(out, one)) < 1e-9
+    assert "resumed after epoch" in log_of(out)
+    assert max(differ(out, one)) < 1e-9
 
 
 def test_sigterm_to_torchrun_saves(data, tmp_path):
@@ -366,78 +367,89 @@ def test_sigterm_to_torchrun_saves(data, tmp_path):
     begun(process, out, 3)
     process.terminate()
     error = process.communicate(timeout=60)[1]
-    assert "all of it is safe" in (out / "log.txt").read_text(), error[-3000:]
+    assert "all of it is safe" in log_of(out), error[-3000:]
 
 
 def ip(*words):
     return subprocess.run(["ip", *words], capture_output=True, text=True)
 
 
+class Host:
+    "A network namespace with one end of a link"
+
+    def __init__(self, letter, number):
+        self.name = f"egcnn{os.getpid()}{letter}"
+        self.link = f"v{os.getpid()}{letter}"
+        self.address = f"10.77.0.{number}/24"
+        self.prefix = ["ip", "netns", "exec", self.name]
+        self.env = {"GLOO_SOCKET_IFNAME": self.link, "TP_SOCKET_IFNAME": self.link}
+
+    def join(self):
+        "Commands that put the end of the link into the namespace, and switch it on"
+        inside = ["-n", self.name]
+        return [
+            ["link", "set", self.link, "netns", self.name],
+            [*inside, "addr", "add", self.address, "dev", self.link],
+            [*inside, "link", "set", self.link, "up"],
+            [*inside, "link", "set", "lo", "up"],
+        ]
+
+    def switch(self, to):
+        "Switch the link up or down"
+        return ip("-n", self.name, "link", "set", self.link, to)
+
+
 @pytest.fixture
 def hosts():
-    "Two network namespaces with a link between them: the command prefix of each, and a switch for the link"
-    names = [f"egcnn{os.getpid()}{h}" for h in "ab"]
-    made = [ip("netns", "add", n) for n in names]
-    if any(m.returncode for m in made):
+    "Two hosts with a link between them"
+    pair = [Host("a", 1), Host("b", 2)]
+    made = [ip("netns", "add", host.name) for host in pair]
+    if any(done.returncode for done in made):
         pytest.skip(f"no network namespaces here: {made[0].stderr.strip()}")
     try:
-        links = [f"v{os.getpid()}{h}" for h in "ab"]
-        for words in (
-            ["link", "add", links[0], "type", "veth", "peer", "name", links[1]],
-            *[["link", "set", l, "netns", n] for l, n in zip(links, names)],
-            *[
-                w
-                for n, l, a in zip(names, links, "12")
-                for w in (
-                    ["-n", n, "addr", "add", f"10.77.0.{a}/24", "dev", l],
-                    ["-n", n, "link", "set", l, "up"],
-                    ["-n", n, "link", "set", "lo", "up"],
-                )
-            ],
-        ):
+        a, b = pair
+        link = ["link", "add", a.link, "type", "veth", "peer", "name", b.link]
+        for words in (link, *a.join(), *b.join()):
             done = ip(*words)
             if done.returncode:
                 pytest.skip(f"no virtual link here: {done.stderr.strip()}")
-        yield (
-            [
-                (["ip", "netns", "exec", n], {"GLOO_SOCKET_IFNAME": l, "TP_SOCKET_IFNAME": l})
-                for n, l in zip(names, links)
-            ],
-            lambda to: ip("-n", names[0], "link", "set", links[0], to),
-        )
+        yield pair
     finally:
-        for n in names:
-            ip("netns", "del", n)
+        for host in pair:
+            ip("netns", "del", host.name)
+
+
+def start_on(hosts, data, out, *more):
+    "One process of a run on each host"
+    words = [*FP64, "--timeout", 0.2, *more]
+    started = []
+    for rank, host in enumerate(hosts):
+        where = f"--nnodes=2 --node_rank={rank} --master_addr=10.77.0.1 --master_port=29511"
+        own = command(data, out, *words, launch=where.split())
+        started.append(start([*host.prefix, *own], env=host.env))
+    return started
+
+
+def errors_of(processes, seconds):
+    "What processes print as errors until they end"
+    return [process.communicate(timeout=seconds)[1] for process in processes]
 
 
 def test_two_hosts_whose_link_is_cut(data, one, tmp_path, hosts):
-    (sides, link), out = hosts, tmp_path / "run"
-    words = [*FIFTY, "--precision", "fp64", "--timeout", 0.2]
-    launch = lambda rank: (
-        f"--nnodes=2 --node_rank={rank} --master_addr=10.77.0.1 --master_port=29511".split()
-    )
-
-    def both(*more):
-        return [
-            start([*prefix, *command(data, out, *words, *more, launch=launch(rank))], env=env)
-            for rank, (prefix, env) in enumerate(sides)
-        ]
-
-    hosts_ = both()
-    begun(hosts_[0], out, 3)
+    out = tmp_path / "run"
+    processes = start_on(hosts, data, out)
+    begun(processes[0], out, 3)
     cut = time.time()
-    assert link("down").returncode == 0
-    errors = [p.communicate(timeout=120)[1] for p in hosts_]
-    assert time.time() - cut < 60 and all(
-        p.returncode for p in hosts_
-    )  # 12 seconds are the timeout
-    assert all(
-        "found that another process of this run is gone or unreachable" in e for e in errors
-    ), errors
-    assert link("up").returncode == 0
-    hosts_ = both("--resume")
-    errors = [p.communicate(timeout=200)[1] for p in hosts_]
-    assert not any(p.returncode for p in hosts_), errors
+    assert hosts[0].switch("down").returncode == 0
+    errors = errors_of(processes, 120)
+    assert time.time() - cut < 60  # 12 seconds are the timeout
+    assert all(process.returncode for process in processes)
+    gone = "found that another process of this run is gone or unreachable"
+    assert all(gone in error for error in errors), errors
+    assert hosts[0].switch("up").returncode == 0
+    processes = start_on(hosts, data, out, "--resume")
+    errors = errors_of(processes, 200)
+    assert not any(process.returncode for process in processes), errors
     assert max(differ(out, one)) < 1e-9
 
 

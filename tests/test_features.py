@@ -1,4 +1,5 @@
-"""The features that are found in networks of other people: one small network for each way in which the order of computation misleads, then MONAI's."""
+"""The features that are found in networks of other people: one small network for each way in
+which the order of computation misleads, then MONAI's."""
 
 import copy
 import pickle
@@ -21,9 +22,18 @@ IMAGE = torch.zeros(1, 1, 64, 64)
 
 def block(before, channels, stride=1):
     "Convolution, normalisation, activation"
-    return nn.Sequential(
-        nn.Conv2d(before, channels, 3, stride, 1), nn.BatchNorm2d(channels), nn.ReLU()
-    )
+    conv = nn.Conv2d(before, channels, 3, stride, 1)
+    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU())
+
+
+def joined(*maps):
+    "Maps beside each other, along the channels"
+    return torch.cat(maps, 1)
+
+
+def up_conv(before, channels):
+    "A transposed convolution that doubles the size"
+    return nn.ConvTranspose2d(before, channels, 2, 2)
 
 
 def resized(deep, like):
@@ -36,9 +46,13 @@ class UNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c = block(1, 8), block(8, 16, 2), block(16, 32, 2)
-        self.up1, self.d = nn.ConvTranspose2d(32, 16, 2, 2), block(32, 16)
-        self.up2, self.e = nn.ConvTranspose2d(16, 8, 2, 2), block(16, 8)
+        self.a = block(1, 8)
+        self.b = block(8, 16, 2)
+        self.c = block(16, 32, 2)
+        self.up1 = up_conv(32, 16)
+        self.d = block(32, 16)
+        self.up2 = up_conv(16, 8)
+        self.e = block(16, 8)
         self.out = nn.Conv2d(8, 3, 1)
 
     def encode(self, x):
@@ -47,11 +61,13 @@ class UNet(nn.Module):
         return a, b, self.c(b)
 
     def decode(self, a, b, c):
-        d = self.d(torch.cat([self.up1(c), b], 1))
-        return d, self.e(torch.cat([self.up2(d), a], 1))
+        d = self.d(joined(self.up1(c), b))
+        e = self.e(joined(self.up2(d), a))
+        return d, e
 
     def forward(self, x):
-        return self.out(self.decode(*self.encode(x))[1])
+        _, e = self.decode(*self.encode(x))
+        return self.out(e)
 
 
 class LateHeads(UNet):
@@ -59,11 +75,9 @@ class LateHeads(UNet):
 
     def __init__(self):
         super().__init__()
-        self.head_b, self.head_c, self.head_d = (
-            nn.Conv2d(16, 3, 1),
-            nn.Conv2d(32, 3, 1),
-            nn.Conv2d(16, 3, 3, 2, 1),
-        )
+        self.head_b = nn.Conv2d(16, 3, 1)
+        self.head_c = nn.Conv2d(32, 3, 1)
+        self.head_d = nn.Conv2d(16, 3, 3, 2, 1)
 
     def forward(self, x):
         a, b, c = self.encode(x)
@@ -72,16 +86,17 @@ class LateHeads(UNet):
 
 
 class SecondBranch(UNet):
-    "A branch on the image that runs after the decoder and goes into the logits; another that goes down and into nothing"
+    "A branch that runs after the decoder and goes into the logits; another that goes into nothing"
 
     def __init__(self):
         super().__init__()
-        self.detail, self.out = nn.Sequential(block(1, 8), block(8, 8)), nn.Conv2d(16, 3, 1)
+        self.detail = nn.Sequential(block(1, 8), block(8, 8))
+        self.out = nn.Conv2d(16, 3, 1)
         self.classify = nn.Sequential(block(8, 8, 2), block(8, 8, 2), block(8, 8, 2))
 
     def forward(self, x):
-        e = self.decode(*self.encode(x))[1]
-        y = self.out(torch.cat([e, self.detail(x)], 1))
+        _, e = self.decode(*self.encode(x))
+        y = self.out(joined(e, self.detail(x)))
         return y, self.classify(e)
 
 
@@ -90,20 +105,19 @@ class PooledAttention(UNet):
 
     def __init__(self):
         super().__init__()
-        self.look = nn.ModuleList(
-            [nn.Sequential(nn.AvgPool2d(8), nn.Conv2d(k, k, 1), nn.Sigmoid()) for k in (8, 16)]
-        )
+        self.look_a = nn.Sequential(nn.AvgPool2d(8), nn.Conv2d(8, 8, 1), nn.Sigmoid())
+        self.look_b = nn.Sequential(nn.AvgPool2d(8), nn.Conv2d(16, 16, 1), nn.Sigmoid())
 
     def encode(self, x):
         a = self.a(x)
-        a = a * resized(self.look[0](a), a)
+        a = a * resized(self.look_a(a), a)
         b = self.b(a)
-        b = b * resized(self.look[1](b), b)
+        b = b * resized(self.look_b(b), b)
         return a, b, self.c(b)
 
 
 class DeepAttention(UNet):
-    "The deepest map is weighted by one that was pooled, convolved with neighbours and up-sampled again"
+    "The deepest map is weighted by one that was pooled, convolved and up-sampled again"
 
     def __init__(self):
         super().__init__()
@@ -135,17 +149,16 @@ class PyramidPooling(UNet):
 
     def __init__(self):
         super().__init__()
-        self.pools = nn.ModuleList(
-            [
-                nn.Sequential(nn.AdaptiveAvgPool2d(n), nn.Conv2d(32, 8, 1), nn.ReLU())
-                for n in (1, 2, 3, 6)
-            ]
-        )
+        self.pools = nn.ModuleList()
+        for places in (1, 2, 3, 6):
+            pool = nn.AdaptiveAvgPool2d(places)
+            self.pools.append(nn.Sequential(pool, nn.Conv2d(32, 8, 1), nn.ReLU()))
         self.join = block(64, 32)
 
     def encode(self, x):
         a, b, c = super().encode(x)
-        return a, b, self.join(torch.cat([c, *[resized(pool(c), c) for pool in self.pools]], 1))
+        pooled = [resized(pool(c), c) for pool in self.pools]
+        return a, b, self.join(joined(c, *pooled))
 
 
 class Aspp(UNet):
@@ -153,19 +166,17 @@ class Aspp(UNet):
 
     def __init__(self):
         super().__init__()
-        self.rates = nn.ModuleList([nn.Conv2d(32, 8, 3, padding=r, dilation=r) for r in (1, 2, 4)])
-        self.mean, self.join = (
-            nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(32, 8, 1)),
-            nn.Conv2d(32, 32, 1),
-        )
+        self.rates = nn.ModuleList()
+        for rate in (1, 2, 4):
+            self.rates.append(nn.Conv2d(32, 8, 3, padding=rate, dilation=rate))
+        self.mean = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(32, 8, 1))
+        self.join = nn.Conv2d(32, 32, 1)
 
     def encode(self, x):
         a, b, c = super().encode(x)
-        return (
-            a,
-            b,
-            self.join(torch.cat([*[r(c) for r in self.rates], resized(self.mean(c), c)], 1)),
-        )
+        mean = resized(self.mean(c), c)
+        dilated = [conv(c) for conv in self.rates]
+        return a, b, self.join(joined(*dilated, mean))
 
 
 class Nested(nn.Module):
@@ -173,25 +184,29 @@ class Nested(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.x00, self.x10, self.x20 = block(1, 8), block(8, 16, 2), block(16, 32, 2)
-        self.u10, self.u20, self.u11 = (
-            nn.ConvTranspose2d(16, 8, 2, 2),
-            nn.ConvTranspose2d(32, 16, 2, 2),
-            nn.ConvTranspose2d(16, 8, 2, 2),
-        )
-        self.x01, self.x11, self.x02 = block(16, 8), block(32, 16), block(24, 8)
-        self.head1, self.head2 = nn.Conv2d(8, 3, 1), nn.Conv2d(8, 3, 1)
+        self.x00 = block(1, 8)
+        self.x10 = block(8, 16, 2)
+        self.x20 = block(16, 32, 2)
+        self.u10 = up_conv(16, 8)
+        self.u20 = up_conv(32, 16)
+        self.u11 = up_conv(16, 8)
+        self.x01 = block(16, 8)
+        self.x11 = block(32, 16)
+        self.x02 = block(24, 8)
+        self.head1 = nn.Conv2d(8, 3, 1)
+        self.head2 = nn.Conv2d(8, 3, 1)
 
     def maps(self, x):
         x00 = self.x00(x)
         x10 = self.x10(x00)
-        x01 = self.x01(torch.cat([x00, self.u10(x10)], 1))
+        x01 = self.x01(joined(x00, self.u10(x10)))
         x20 = self.x20(x10)
-        x11 = self.x11(torch.cat([x10, self.u20(x20)], 1))
-        return x01, self.x02(torch.cat([x00, x01, self.u11(x11)], 1))
+        x11 = self.x11(joined(x10, self.u20(x20)))
+        return x01, self.x02(joined(x00, x01, self.u11(x11)))
 
     def forward(self, x):
-        return self.head2(self.maps(x)[1])
+        _, x02 = self.maps(x)
+        return self.head2(x02)
 
 
 class WeakFirst(Nested):
@@ -207,9 +222,15 @@ class TopDown(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.c1, self.c2, self.c3 = block(1, 8), block(8, 16, 2), block(16, 32, 2)
-        self.l1, self.l2, self.l3 = nn.Conv2d(8, 8, 1), nn.Conv2d(16, 8, 1), nn.Conv2d(32, 8, 1)
-        self.s1, self.s2, self.s3 = block(8, 8), block(8, 8), block(8, 8)
+        self.c1 = block(1, 8)
+        self.c2 = block(8, 16, 2)
+        self.c3 = block(16, 32, 2)
+        self.l1 = nn.Conv2d(8, 8, 1)
+        self.l2 = nn.Conv2d(16, 8, 1)
+        self.l3 = nn.Conv2d(32, 8, 1)
+        self.s1 = block(8, 8)
+        self.s2 = block(8, 8)
+        self.s3 = block(8, 8)
         self.out = nn.Conv2d(24, 3, 1)
 
     def forward(self, x):
@@ -219,8 +240,17 @@ class TopDown(nn.Module):
         p3 = self.l3(c3)
         p2 = self.l2(c2) + resized(p3, c2)
         p1 = self.l1(c1) + resized(p2, c1)
-        s1, s2, s3 = self.s1(p1), self.s2(p2), self.s3(p3)
-        return self.out(torch.cat([s1, resized(s2, s1), resized(s3, s1)], 1))
+        s1 = self.s1(p1)
+        s2 = self.s2(p2)
+        s3 = self.s3(p3)
+        return self.out(joined(s1, resized(s2, s1), resized(s3, s1)))
+
+
+def pair(before, channels):
+    "Two convolutions without padding"
+    first = nn.Conv2d(before, channels, 3)
+    second = nn.Conv2d(channels, channels, 3)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
 
 
 class Unpadded(nn.Module):
@@ -228,23 +258,30 @@ class Unpadded(nn.Module):
 
     def __init__(self):
         super().__init__()
-        pair = lambda p, q: nn.Sequential(
-            nn.Conv2d(p, q, 3), nn.ReLU(), nn.Conv2d(q, q, 3), nn.ReLU()
-        )
-        self.a, self.b, self.c, self.pool = pair(1, 8), pair(8, 16), pair(16, 32), nn.MaxPool2d(2)
-        self.up1, self.up2 = nn.ConvTranspose2d(32, 16, 2, 2), nn.ConvTranspose2d(16, 8, 2, 2)
-        self.d, self.e, self.out = pair(32, 16), pair(16, 8), nn.Conv2d(8, 3, 1)
+        self.a = pair(1, 8)
+        self.b = pair(8, 16)
+        self.c = pair(16, 32)
+        self.pool = nn.MaxPool2d(2)
+        self.up1 = up_conv(32, 16)
+        self.up2 = up_conv(16, 8)
+        self.d = pair(32, 16)
+        self.e = pair(16, 8)
+        self.out = nn.Conv2d(8, 3, 1)
 
     def merge(self, up, skip):
-        cut = [(s - u) // 2 for s, u in zip(skip.shape[2:], up.shape[2:])]
-        rows, columns = [slice(k, k + n) for k, n in zip(cut, up.shape[2:])]
-        return torch.cat([up, skip[:, :, rows, columns]], 1)
+        *_, height, width = up.shape
+        top = (skip.shape[2] - height) // 2
+        left = (skip.shape[3] - width) // 2
+        cropped = skip[:, :, top : top + height, left : left + width]
+        return joined(up, cropped)
 
     def forward(self, x):
         a = self.a(x)
         b = self.b(self.pool(a))
-        d = self.d(self.merge(self.up1(self.c(self.pool(b))), b))
-        return self.out(self.e(self.merge(self.up2(d), a)))
+        c = self.c(self.pool(b))
+        d = self.d(self.merge(self.up1(c), b))
+        e = self.e(self.merge(self.up2(d), a))
+        return self.out(e)
 
 
 class Residual(nn.Module):
@@ -253,21 +290,20 @@ class Residual(nn.Module):
     def __init__(self, before, channels):
         super().__init__()
         self.expand = nn.Sequential(nn.Conv2d(before, 4 * before, 1), nn.ReLU())
-        self.conv, self.shorten = (
-            nn.Conv2d(4 * before, channels, 3, 2, 1),
-            nn.Conv2d(before, channels, 1, 2),
-        )
+        self.conv = nn.Conv2d(4 * before, channels, 3, 2, 1)
+        self.shorten = nn.Conv2d(before, channels, 1, 2)
 
     def forward(self, x):
         return torch.relu(self.conv(self.expand(x)) + self.shorten(x))
 
 
 class Strided(UNet):
-    "The first layer of each strided block is still at the larger resolution, with four times the channels"
+    "The first layer of a strided block is at the larger resolution, with four times the channels"
 
     def __init__(self):
         super().__init__()
-        self.b, self.c = Residual(8, 16), Residual(16, 32)
+        self.b = Residual(8, 16)
+        self.c = Residual(16, 32)
 
 
 class SharedUp(UNet):
@@ -275,15 +311,15 @@ class SharedUp(UNet):
 
     def __init__(self):
         super().__init__()
-        self.up, self.thin1, self.thin2 = (
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(32, 16, 1),
-            nn.Conv2d(16, 8, 1),
-        )
+        self.up = nn.Upsample(scale_factor=2)
+        self.thin1 = nn.Conv2d(32, 16, 1)
+        self.thin2 = nn.Conv2d(16, 8, 1)
 
     def decode(self, a, b, c):
-        d = self.d(torch.cat([self.up(self.thin1(c)), b], 1))
-        return d, self.e(torch.cat([self.up(self.thin2(d)), a], 1))
+        up = self.up(self.thin1(c))
+        d = self.d(joined(up, b))
+        up = self.up(self.thin2(d))
+        return d, self.e(joined(up, a))
 
 
 class SharedBlock(nn.Module):
@@ -291,19 +327,20 @@ class SharedBlock(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.block, self.join, self.out = (
-            block(1, 8),
-            block(8, 8),
-            block(16, 8),
-            nn.Conv2d(8, 3, 1),
-        )
+        self.stem = block(1, 8)
+        self.block = block(8, 8)
+        self.join = block(16, 8)
+        self.out = nn.Conv2d(8, 3, 1)
 
     def forward(self, x):
         a = self.block(self.stem(x))
         b = self.block(F.max_pool2d(a, 2))
         c = self.block(F.max_pool2d(b, 2))
-        d = self.join(torch.cat([resized(c, b), b], 1))
-        return self.out(self.join(torch.cat([resized(d, a), a], 1)))
+        up = resized(c, b)
+        d = self.join(joined(up, b))
+        up = resized(d, a)
+        e = self.join(joined(up, a))
+        return self.out(e)
 
 
 class Encoder(nn.Module):
@@ -311,14 +348,16 @@ class Encoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.ParameterList(
-            [torch.randn(*shape) / 8 for shape in ((8, 1, 3, 3), (16, 8, 3, 3), (32, 16, 3, 3))]
-        )
+        self.layers = nn.ParameterList()
+        for before, channels in ((1, 8), (8, 16), (16, 32)):
+            weight = torch.randn(channels, before, 3, 3)
+            self.layers.append(weight / 8)
 
     def forward(self, x):
         found = []
         for i, weight in enumerate(self.layers):
-            x = torch.relu(F.conv2d(x, weight, stride=1 if i == 0 else 2, padding=1))
+            stride = 1 if i == 0 else 2
+            x = torch.relu(F.conv2d(x, weight, stride=stride, padding=1))
             found.append(x)
         return tuple(found)
 
@@ -340,15 +379,16 @@ class GatedSkips(UNet):
 
     def __init__(self):
         super().__init__()
-        self.of_skip, self.of_deep = nn.Conv2d(16, 8, 1), nn.Conv2d(16, 8, 1)
+        self.of_skip = nn.Conv2d(16, 8, 1)
+        self.of_deep = nn.Conv2d(16, 8, 1)
         self.weigh = nn.Sequential(nn.ReLU(), nn.Conv2d(8, 1, 1), nn.Sigmoid())
         self.after = block(16, 16)
 
     def decode(self, a, b, c):
         up = self.up1(c)
         b = self.after(b * self.weigh(self.of_skip(b) + self.of_deep(up)))
-        d = self.d(torch.cat([up, b], 1))
-        return d, self.e(torch.cat([self.up2(d), a], 1))
+        d = self.d(joined(up, b))
+        return d, self.e(joined(self.up2(d), a))
 
 
 class WrittenInPlace(UNet):
@@ -359,7 +399,7 @@ class WrittenInPlace(UNet):
         both[:, :16] = self.up1(c)
         both[:, 16:] = b
         d = self.d(both)
-        return d, self.e(torch.cat([self.up2(d), a], 1))
+        return d, self.e(joined(self.up2(d), a))
 
 
 class AsDict(UNet):
@@ -394,12 +434,22 @@ SMALL = {  # network -> encoder fine to deep, entry
 
 def names(found):
     "Names of the encoder's features, and of the entry"
-    return [name for name, _ in found["encoder"]], found["entry"][0]
+    encoder = [name for name, _ in found["encoder"]]
+    entry, _ = found["entry"]
+    return encoder, entry
 
 
 def image_for(cls):
     "An image that fits a network"
-    return torch.zeros(1, 1, 92, 92) if cls is Unpadded else IMAGE
+    if cls is Unpadded:
+        return torch.zeros(1, 1, 92, 92)
+    return IMAGE
+
+
+def assert_same_weights(net, before):
+    "Assert that weights and buffers are what they were"
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])
 
 
 @pytest.mark.parametrize("cls", SMALL, ids=lambda cls: cls.__name__)
@@ -411,30 +461,31 @@ def test_features_follow_the_data(cls):
 
 @pytest.mark.parametrize("cls", SMALL, ids=lambda cls: cls.__name__)
 def test_the_stream_learns_from_what_was_found(cls):
-    "The caught maps are those that were named, the wrapped network is unchanged, and a step reaches every weight of the stream"
+    "The wrapped network is unchanged, and a step reaches every weight of the stream"
     seed_everything(0)
-    net, x = cls(), torch.randn_like(image_for(cls))
+    net = cls()
+    x = torch.randn_like(image_for(cls))
     before = copy.deepcopy(net.state_dict())
     model = EGCNN(net, x, verbose=False)
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert_same_weights(net, before)
     logits, edge, main = model.train()(x, return_main=True)
     assert torch.equal(logits, main)
     target = torch.zeros_like(logits)
     target[:, 0] = 1
-    target[:, 0, :8, :8], target[:, 1, :8, :8] = 0, 1
+    target[:, 0, :8, :8] = 0
+    target[:, 1, :8, :8] = 1
     EGLoss()(logits, edge, target, main)["total"].backward()
-    assert [n for n, p in model.edge.named_parameters() if p.grad is None] == []
+    unreached = [name for name, weight in model.edge.named_parameters() if weight.grad is None]
+    assert unreached == []
 
 
 def test_the_sizes_are_those_of_the_pass():
     found = find_features(UNet(), IMAGE)
-    assert [found["sizes"][n] for n in ("a", "b", "c", "up1")] == [
-        (64, 64),
-        (32, 32),
-        (16, 16),
-        (32, 32),
-    ]
-    assert found["head"] == ("out", 8) and found["out_channels"] == 3 and found["dims"] == 2
+    expected = {"a": (64, 64), "b": (32, 32), "c": (16, 16), "up1": (32, 32)}
+    assert found["sizes"] == expected
+    assert found["head"] == ("out", 8)
+    assert found["out_channels"] == 3
+    assert found["dims"] == 2
 
 
 def test_multiply_adds_are_counted_as_by_torch():
@@ -449,7 +500,9 @@ class NoMeta(UNet):
     "Looks at a number of the image, which a copy without numbers has not"
 
     def forward(self, x):
-        return super().forward(x if x.mean().item() < 1e9 else -x)
+        if x.mean().item() > 1e9:
+            x = -x
+        return super().forward(x)
 
 
 class Counting(NoMeta):
@@ -469,8 +522,11 @@ def test_a_network_that_needs_numbers_runs_where_it_is(cls):
     net = cls().train()
     before = copy.deepcopy(net.state_dict())
     assert names(find_features(net, IMAGE)) == SMALL[UNet]
-    assert net.training and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert net.training
+    assert_same_weights(net, before)
+    for module in net.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
 
 
 class Broken(UNet):
@@ -498,7 +554,12 @@ class Bounded(UNet):
 
 
 def by_sum(x):
-    return x.exp() / x.exp().sum(1, keepdim=True)
+    positive = x.exp()
+    return positive / positive.sum(1, keepdim=True)
+
+
+def enlarged_softmax(y):
+    return F.interpolate(y.softmax(1), scale_factor=2.0)
 
 
 @pytest.mark.parametrize(
@@ -507,25 +568,28 @@ def by_sum(x):
         (nn.Softmax(1), "softmax"),
         (nn.Sigmoid(), "sigmoid"),
         (F.hardsigmoid, "sigmoid"),
-        (lambda y: F.interpolate(y.softmax(1), scale_factor=2.0), "softmax"),
+        (enlarged_softmax, "softmax"),
     ],
 )
 def test_probabilities_are_told(last, word):
-    with pytest.warns(
-        UserWarning,
-        match=f"comes out of a {word}, but EGLoss wants logits. Pass the network without its last activation",
-    ):
+    told = (
+        f"comes out of a {word}, but EGLoss wants logits. "
+        "Pass the network without its last activation"
+    )
+    with pytest.warns(UserWarning, match=told):
         EGCNN(Bounded(last), IMAGE, verbose=False)
 
 
 def test_logits_and_their_logarithms_are_not_told():
-    assert find_features(Bounded(nn.LogSoftmax(1)), IMAGE)["doubts"] == []
-    assert find_features(Bounded(nn.Identity()), IMAGE)["doubts"] == []
+    for last in (nn.LogSoftmax(1), nn.Identity()):
+        found = find_features(Bounded(last), IMAGE)
+        assert found["doubts"] == []
 
 
 def test_the_weakest_of_several_outputs_is_told_and_another_can_be_named():
     seed_everything(0)
-    net, x = WeakFirst().eval(), torch.randn(1, 1, 64, 64)
+    net = WeakFirst().eval()
+    x = torch.randn(1, 1, 64, 64)
     with pytest.warns(UserWarning, match="output=1"):
         EGCNN(net, x, verbose=False)
     for output in (1, -1):
@@ -540,9 +604,8 @@ def test_the_weakest_of_several_outputs_is_told_and_another_can_be_named():
 
 def test_an_entry_of_a_dict_can_be_named():
     net = AsDict().eval()
-    assert torch.equal(
-        EGCNN(net, IMAGE, output="out", verbose=False).eval()(IMAGE)[0], net(IMAGE)["out"]
-    )
+    model = EGCNN(net, IMAGE, output="out", verbose=False).eval()
+    assert torch.equal(model(IMAGE)[0], net(IMAGE)["out"])
     assert find_features(net, IMAGE, output="feature")["out_channels"] == 16
 
 
@@ -551,17 +614,21 @@ class NoDecoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.out = block(1, 8), block(8, 16, 2), nn.Conv2d(16, 3, 1)
+        self.a = block(1, 8)
+        self.b = block(8, 16, 2)
+        self.out = nn.Conv2d(16, 3, 1)
 
     def forward(self, x):
-        return resized(self.out(self.b(self.a(x))), x)
+        deep = self.b(self.a(x))
+        return resized(self.out(deep), x)
 
 
 def test_no_decoder_is_an_error_that_says_what_to_name():
     with pytest.raises(InputError, match="expected a decoder; name the layer: decoder_entry="):
         EGCNN(NoDecoder(), IMAGE)
     model = EGCNN(NoDecoder(), IMAGE, decoder_entry="b", verbose=False)
-    assert model.entry == "b" and model.gated == ["a"]
+    assert model.entry == "b"
+    assert model.gated == ["a"]
 
 
 class ThinEntry(nn.Module):
@@ -569,15 +636,17 @@ class ThinEntry(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c = block(1, 8), block(8, 16, 2), block(16, 32, 2)
-        self.score, self.up1, self.up2 = (
-            nn.Conv2d(32, 3, 1),
-            nn.ConvTranspose2d(3, 3, 2, 2),
-            nn.ConvTranspose2d(3, 3, 2, 2),
-        )
+        self.a = block(1, 8)
+        self.b = block(8, 16, 2)
+        self.c = block(16, 32, 2)
+        self.score = nn.Conv2d(32, 3, 1)
+        self.up1 = up_conv(3, 3)
+        self.up2 = up_conv(3, 3)
 
     def forward(self, x):
-        return self.up2(self.up1(self.score(self.c(self.b(self.a(x))))))
+        deep = self.c(self.b(self.a(x)))
+        up = self.up1(self.score(deep))
+        return self.up2(up)
 
 
 def test_a_feature_with_no_more_channels_than_classes_is_told():
@@ -598,7 +667,8 @@ def test_a_costly_stream_is_told_and_width_bounds_it():
     with pytest.warns(UserWarning, match="more than half of the network's own.*width="):
         wide = EGCNN(net, IMAGE, verbose=False)
     thin = EGCNN(net, IMAGE, width=8, verbose=False)
-    assert wide.edge.channels == 64 and thin.edge.channels == 8
+    assert wide.edge.channels == 64
+    assert thin.edge.channels == 8
     assert thin(IMAGE)[0].shape == (1, 3, 64, 64)
     with pytest.raises(InputError, match="width=0"):
         EGCNN(net, IMAGE, width=0)
@@ -609,7 +679,8 @@ class WideUp(UNet):
 
     def __init__(self):
         super().__init__()
-        self.up1, self.d = nn.Upsample(scale_factor=2), block(48, 16)
+        self.up1 = nn.Upsample(scale_factor=2)
+        self.d = block(48, 16)
 
 
 def test_a_whole_block_is_taken_rather_than_a_wide_layer():
@@ -647,27 +718,27 @@ def test_calls_and_items_can_be_named():
         fuse="features",
         verbose=False,
     )
-    assert model.entry == "up#1" and model(IMAGE)[0].shape == (1, 3, 64, 64)
-    model = EGCNN(
-        TupleInside(), IMAGE, features=["encoder[2]", "encoder[0]", "encoder[1]"], verbose=False
-    )
+    assert model.entry == "up#1"
+    assert model(IMAGE)[0].shape == (1, 3, 64, 64)
+    features = ["encoder[2]", "encoder[0]", "encoder[1]"]
+    model = EGCNN(TupleInside(), IMAGE, features=features, verbose=False)
     assert model.gated == ["encoder[1]", "encoder[0]"]
 
 
 def test_each_call_is_caught_by_its_number():
     seed_everything(0)
-    net, x = SharedBlock().eval(), torch.randn(1, 1, 64, 64)
+    net = SharedBlock().eval()
+    x = torch.randn(1, 1, 64, 64)
     with torch.no_grad(), listen(net, ["block#1", "block#3"], ["join#2"]) as seen:
         net(x)
     with torch.no_grad():
         a = net.block(net.stem(x))
-        c = net.block(F.max_pool2d(net.block(F.max_pool2d(a, 2)), 2))
-    assert torch.equal(seen["block#1"], a) and torch.equal(seen["block#3"], c)
-    assert seen["join#2:input"].shape == (1, 16, 64, 64) and set(seen) == {
-        "block#1",
-        "block#3",
-        "join#2:input",
-    }
+        b = net.block(F.max_pool2d(a, 2))
+        c = net.block(F.max_pool2d(b, 2))
+    assert set(seen) == {"block#1", "block#3", "join#2:input"}
+    assert torch.equal(seen["block#1"], a)
+    assert torch.equal(seen["block#3"], c)
+    assert seen["join#2:input"].shape == (1, 16, 64, 64)
 
 
 # ---- arguments and attributes
@@ -677,13 +748,16 @@ class TakesMore(UNet):
     "Takes a time and a flag beside the image"
 
     def forward(self, x, time, negate=False):
-        y = super().forward(x) + time.view(-1, 1, 1, 1)
+        offset = time.view(-1, 1, 1, 1)
+        y = super().forward(x) + offset
         return -y if negate else y
 
 
 def test_further_arguments_are_passed_on():
     seed_everything(0)
-    net, x, time = TakesMore().eval(), torch.randn(2, 1, 64, 64), torch.tensor([1.0, 2.0])
+    net = TakesMore().eval()
+    x = torch.randn(2, 1, 64, 64)
+    time = torch.tensor([1.0, 2.0])
     model = EGCNN(net, (x, time, {"negate": True}), verbose=False).eval()
     assert torch.equal(model(x, time, negate=True)[0], net(x, time, True))
     assert torch.equal(model(x, time, return_main=True)[2], net(x, time))
@@ -693,29 +767,48 @@ def test_attributes_of_the_network_are_reachable():
     net = UNet()
     net.note = "kept"
     model = EGCNN(net, IMAGE, verbose=False)
-    assert model.up1 is net.up1 and model.note == "kept" and model.edge is not None
+    assert model.up1 is net.up1
+    assert model.note == "kept"
+    assert model.edge is not None
     assert not hasattr(model, "nothing")
     with pytest.raises(AttributeError, match="nothing"):
-        model.nothing
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin.up1 is twin.main.up1 and twin.up1 is not net.up1
-        assert torch.equal(twin.eval()(IMAGE)[1], model.eval()(IMAGE)[1])
+        _ = model.nothing
     with pytest.raises(AttributeError):
-        EGCNN.__new__(EGCNN).up1
+        _ = EGCNN.__new__(EGCNN).up1
+
+
+def copied(model):
+    return copy.deepcopy(model)
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("duplicate", [copied, pickled])
+def test_attributes_of_a_copy_are_its_own(duplicate):
+    model = EGCNN(UNet(), IMAGE, verbose=False).eval()
+    twin = duplicate(model)
+    assert twin.up1 is twin.main.up1
+    assert twin.up1 is not model.up1
+    assert torch.equal(twin(IMAGE)[1], model(IMAGE)[1])
 
 
 @pytest.mark.parametrize("cls", [UNet, TupleInside])
 def test_metatensors_work_in_network_and_loss(cls):
     monai = pytest.importorskip("monai.data")
     seed_everything(0)
-    x, y = torch.randn(1, 1, 64, 64), torch.zeros(1, 3, 64, 64)
-    y[:, 0, :32], y[:, 1, 32:] = 1, 1
-    model, loss = EGCNN(cls(), monai.MetaTensor(x), verbose=False).eval(), EGLoss().eval()
-    plain, wrapped = model(x, return_main=True), model(monai.MetaTensor(x), return_main=True)
+    x = torch.randn(1, 1, 64, 64)
+    y = torch.zeros(1, 3, 64, 64)
+    y[:, 0, :32] = 1
+    y[:, 1, 32:] = 1
+    model = EGCNN(cls(), monai.MetaTensor(x), verbose=False).eval()
+    loss = EGLoss().eval()
+    plain = model(x, return_main=True)
+    wrapped = model(monai.MetaTensor(x), return_main=True)
     expected = loss(plain[0], plain[1], y, plain[2])["total"]
-    assert torch.allclose(
-        loss(wrapped[0], wrapped[1], monai.MetaTensor(y), wrapped[2])["total"], expected
-    )
+    found = loss(wrapped[0], wrapped[1], monai.MetaTensor(y), wrapped[2])["total"]
+    assert torch.allclose(found, expected)
 
 
 def test_metatensors_work_in_three_dimensions_and_slide():
@@ -723,16 +816,18 @@ def test_metatensors_work_in_three_dimensions_and_slide():
     from egcnn_nb.method.backbones import SegNet
     from egcnn_nb.run.models import infer
 
-    x, y = torch.randn(1, 1, 16, 16, 16), torch.zeros(1, 3, 16, 16, 16)
-    y[:, 0, :8], y[:, 1, 8:] = 1, 1
+    x = torch.randn(1, 1, 16, 16, 16)
+    y = torch.zeros(1, 3, 16, 16, 16)
+    y[:, 0, :8] = 1
+    y[:, 1, 8:] = 1
     model = EGCNN(SegNet(1, 3, levels=2)).eval()
     logits, edge, main = model(monai.MetaTensor(x), return_main=True)
     loss = EGLoss(consistency="both")(logits, edge, monai.MetaTensor(y), main)["total"]
     loss.backward()
     assert torch.isfinite(loss)
-    assert torch.allclose(
-        infer(model, monai.MetaTensor(x[0]), (8, 8, 8)), infer(model, x[0], (8, 8, 8)), atol=1e-5
-    )
+    expected = infer(model, x[0], (8, 8, 8))
+    found = infer(model, monai.MetaTensor(x[0]), (8, 8, 8))
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 # ---- MONAI's networks
@@ -820,11 +915,15 @@ def made(label, dims):
     options = {"spatial_dims": dims, "in_channels": 1, "out_channels": 3, **options}
     if cls == "DynUNet":
         options |= {"strides": [1, 2, 2, 2]}
-    return getattr(nets, cls)(**options), torch.zeros(1, 1, *[size] * dims)
+    net = getattr(nets, cls)(**options)
+    image = torch.zeros(1, 1, *[size] * dims)
+    return net, image
 
 
 @pytest.mark.parametrize("label, dims", CASES)
 def test_the_features_of_monais_networks(label, dims):
-    found = find_features(*made(label, dims))
-    assert names(found) == MONAI[label][4]
+    net, image = made(label, dims)
+    found = find_features(net, image)
+    *_, answer = MONAI[label]
+    assert names(found) == answer
     assert found["doubts"] == []

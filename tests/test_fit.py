@@ -1,4 +1,4 @@
-"Network, loss, optimizer, transforms and callbacks of one's own: each is used, and a run with them is resumed exactly."
+"Parts of your own and callbacks: each is used, and a run with them is resumed exactly."
 
 import csv
 import importlib
@@ -28,9 +28,9 @@ from egcnn_nb.data.patches import EpochBatches, Patches
 from egcnn_nb.method.backbones import make_backbone
 from egcnn_nb.method.egcnn import EGCNN
 from egcnn_nb.method.losses import EGLoss
+from egcnn_nb.run.callbacks import EarlyStopping, TensorBoardLogger
 from egcnn_nb.run.folders import prepare
 from egcnn_nb.run.models import infer, make_model
-from egcnn_nb.run.parts import EarlyStopping, TensorBoardLogger
 from egcnn_nb.run.predict import load_run, predict_case
 from egcnn_nb.run.settings import Settings
 from egcnn_nb.run.steps import train_step
@@ -41,7 +41,7 @@ PATCH = (16, 16, 16)
 
 
 def monai_flip(prob, axis=0):
-    "A mirror of MONAI, which is imported where it is used: the processes that torchrun starts do without"
+    "A mirror of MONAI, imported where it is used: processes that torchrun starts do without"
     from monai.transforms import RandFlipd
 
     return RandFlipd(["image", "label"], prob=prob, spatial_axis=axis)
@@ -61,7 +61,6 @@ def data(tmp_path_factory):
 
 def settings(data, out, ours=True, **changes):
     "Ten training cases in batches of 4, 4 and 2; `ours`: with the size of our network"
-    size = {"width": 4, "levels": 2} if ours else {}
     given = dict(
         epochs=2,
         batch_size=4,
@@ -70,9 +69,11 @@ def settings(data, out, ours=True, **changes):
         validation=2,
         precision="fp32",
         cache="off",
-        **size,
     )
-    return Settings(str(data), str(out), **{**given, **changes})
+    if ours:
+        given |= dict(width=4, levels=2)
+    given |= changes
+    return Settings(str(data), str(out), **given)
 
 
 class Foreign(nn.Module):
@@ -87,8 +88,9 @@ class Foreign(nn.Module):
         self.head = nn.Conv3d(4, out_channels, 1)
 
     def forward(self, x):
-        x = torch.relu(self.norm(self.down(x)))
-        return self.head(torch.relu(self.up(self.drop(x))))
+        x = self.norm(self.down(x))
+        x = self.up(self.drop(torch.relu(x)))
+        return self.head(torch.relu(x))
 
 
 def quick(data, out, **changes):
@@ -97,17 +99,24 @@ def quick(data, out, **changes):
 
 
 def weights(run):
-    return load_file(Path(run) / "model.safetensors")
+    path = Path(run) / "model.safetensors"
+    return load_file(path)
+
+
+def written(run, *path):
+    "What config.json of a run says under these keys"
+    found = json.loads((Path(run) / "config.json").read_text())
+    for key in path:
+        found = found[key]
+    return found
 
 
 def same(a, b):
     "Whether two runs have the same table and the same weights, to the bit"
-    files = [
-        (Path(run) / name).read_bytes()
-        for name in ("metrics.csv", "model.safetensors")
-        for run in (a, b)
-    ]
-    return files[0] == files[1] and files[2] == files[3]
+    for name in ("metrics.csv", "model.safetensors"):
+        if (Path(a) / name).read_bytes() != (Path(b) / name).read_bytes():
+            return False
+    return True
 
 
 def after(steps):
@@ -131,15 +140,20 @@ class Heard:
         self.events.append(("start", run.steps))
 
     def on_step(self, run, step, terms):
-        self.events.append(
-            ("step", step, sorted(terms), [group["lr"] for group in run.optimizer.param_groups])
-        )
+        rates = [group["lr"] for group in run.optimizer.param_groups]
+        self.events.append(("step", step, sorted(terms), rates))
 
     def on_epoch(self, run, epoch, row):
-        self.events.append(("epoch", epoch, row["epoch"]))
+        event = ("epoch", epoch, row["epoch"])
+        self.events.append(event)
 
     def on_end(self, run):
-        self.events.append(("end", len(run.rows)))
+        epochs = len(run.rows)
+        self.events.append(("end", epochs))
+
+    def names(self):
+        "Each event with its number alone"
+        return [event[:2] for event in self.events]
 
 
 # --- the default
@@ -150,15 +164,16 @@ def by_hand(config):
     task, train, _, _ = prepare(config, quiet=True)
     model = make_model(config, task)
     optimizer = torch.optim.Adam(model.parameters(), config.lr, fused=True)
-    loss, scaler = EGLoss(task.activation), torch.amp.GradScaler("cpu", enabled=False)
-    patches, batches = (
-        Patches(train, config.patch_size, config.seed, config.augment),
-        EpochBatches(len(train), config.batch_size, config.seed),
-    )
+    loss = EGLoss(task.activation)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    patches = Patches(train, config.patch_size, config.seed, config.augment)
+    batches = EpochBatches(len(train), config.batch_size, config.seed)
     for step, keys in enumerate(batches):
-        x, labels, samples = torch.utils.data.default_collate([patches[key] for key in keys])
+        batch = [patches[key] for key in keys]
+        x, labels, samples = torch.utils.data.default_collate(batch)
+        target = to_target(labels, task)
         noise = [(config.seed, 3, step, int(sample)) for sample in samples]
-        train_step(model, loss, optimizer, scaler, x, to_target(labels, task), noise, config)
+        train_step(model, loss, optimizer, scaler, x, target, noise, config)
     return model.state_dict()
 
 
@@ -168,14 +183,14 @@ def test_without_parts_a_run_is_what_it_was(data, tmp_path):
     fit(config, quiet=True)
     assert json.dumps(vars(config)) == before
     expected = by_hand(settings(data, "", epochs=1))
-    assert weights(tmp_path / "run").keys() == expected.keys()
-    assert all(torch.equal(w, expected[name]) for name, w in weights(tmp_path / "run").items())
-    written = json.loads((tmp_path / "run/config.json").read_text())
-    assert (
-        list(written) == ["settings", "task", "split", "versions"]
-        and "network" not in written["settings"]
-    )
-    assert written["settings"]["augment"] == ["flip", "intensity"]
+    found = weights(tmp_path / "run")
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        assert torch.equal(weight, expected[name])
+    assert list(written(tmp_path / "run")) == ["settings", "task", "split", "versions"]
+    kept = written(tmp_path / "run", "settings")
+    assert "network" not in kept
+    assert kept["augment"] == ["flip", "intensity"]
 
 
 def test_fit_does_not_change_what_it_is_given(data, tmp_path):
@@ -193,7 +208,8 @@ def test_parts_that_equal_ours_give_the_same_run(data, tmp_path):
     fit(settings(data, tmp_path / "ours", augment=()), quiet=True)
 
     def build(in_channels, out_channels):
-        return EGCNN(make_backbone("segnet", in_channels, out_channels, width=4, levels=2))
+        backbone = make_backbone("segnet", in_channels, out_channels, width=4, levels=2)
+        return EGCNN(backbone)
 
     def adam(parameters):
         return torch.optim.Adam(parameters, 1e-3, fused=True)
@@ -207,9 +223,9 @@ def test_parts_that_equal_ours_give_the_same_run(data, tmp_path):
         transforms=lambda x, labels: (x, labels),
         callbacks=[Heard()],
     )
-    assert len(rows) == 2 and same(tmp_path / "ours", tmp_path / "yours")
-    parts = json.loads((tmp_path / "yours/config.json").read_text())["parts"]
-    assert parts == {
+    assert len(rows) == 2
+    assert same(tmp_path / "ours", tmp_path / "yours")
+    assert written(tmp_path / "yours", "parts") == {
         "model": "build",
         "loss": "EGLoss",
         "optimizer": "adam",
@@ -240,22 +256,29 @@ def test_groups_keep_their_own_learning_rates(data, tmp_path):
     for step, found in enumerate(rates):
         left = (1 - (step // 3) / 3) ** 0.9  # eq. 9, by hand
         assert found == pytest.approx([0.0, 0.3 * left, 0.02 * left], rel=1e-12)
-    assert len(rates) == 9 and [row["lr"] for row in rows] == [0.0, 0.0, 0.0]
+    assert len(rates) == 9
+    assert [row["lr"] for row in rows] == [0.0, 0.0, 0.0]
     config = settings(data, "")
-    fresh = make_model(config, prepare(config, quiet=True)[0]).state_dict()
-    trained = weights(tmp_path / "run")
-    moved = {name.split(".")[0] for name, w in trained.items() if not torch.equal(w, fresh[name])}
+    task = prepare(config, quiet=True).task
+    fresh = make_model(config, task).state_dict()
+    moved = set()
+    for name, weight in weights(tmp_path / "run").items():
+        if not torch.equal(weight, fresh[name]):
+            moved.add(name.split(".")[0])
     assert moved == {"edge", "fusion"}  # a rate of 0 moves nothing
 
 
 def test_sgd_steps_as_by_hand(data, tmp_path):
-    gradients, seen = [], []
+    gradients = []
+    seen = []
 
     def sgd(parameters):
+        def keep_gradients(*_):
+            of_step = [p.grad.clone() for p in parameters]
+            gradients.append(of_step)
+
         optimizer = torch.optim.SGD(parameters, lr=0.1)
-        optimizer.register_step_pre_hook(
-            lambda *_: gradients.append([p.grad.clone() for p in parameters])
-        )
+        optimizer.register_step_pre_hook(keep_gradients)
         seen.append((parameters, [p.detach().clone() for p in parameters]))
         return optimizer
 
@@ -263,9 +286,9 @@ def test_sgd_steps_as_by_hand(data, tmp_path):
     parameters, expected = seen[-1]
     for step, of_step in enumerate(gradients):
         rate = 0.1 * (1 - (step // 3) / 2) ** 0.9
-        expected = [p - rate * g for p, g in zip(expected, of_step)]
+        expected = [p - rate * g for p, g in zip(expected, of_step, strict=True)]
     assert len(gradients) == 6
-    for found, wanted in zip(parameters, expected):
+    for found, wanted in zip(parameters, expected, strict=True):
         torch.testing.assert_close(found.detach(), wanted, rtol=0, atol=1e-6)
 
 
@@ -280,35 +303,39 @@ def test_a_loss_gets_what_is_documented(data, tmp_path, edge):
         return {"total": 2 * distance, "distance": distance}
 
     rows = fit(settings(data, tmp_path / "run", edge=edge), quiet=True, loss=own)
-    output, target, keys = calls[1]  # the first call is the trial
-    shapes = [tuple(t.shape) for t in output] if edge else [tuple(output.shape)]
-    assert shapes == (
-        [(4, 3, *PATCH), (4, 2, *PATCH), (4, 3, *PATCH)] if edge else [(4, 3, *PATCH)]
-    )
-    assert target.shape == (4, 3, *PATCH) and torch.equal(target.sum(1), torch.ones(4, *PATCH))
-    assert [len(key) for key in keys] == [4] * 4 and keys[0][:3] == (0, 3, 0)
     assert len(calls) == 1 + 6
+    output, target, keys = calls[1]  # the first call is the trial
+    expect_documented(output, target, keys, edge)
     with open(tmp_path / "run/metrics.csv", newline="") as f:
-        assert next(csv.reader(f))[:5] == ["epoch", "lr", "total", "distance", "skipped"]
-    assert (
-        rows[0]["total"] == pytest.approx(2 * rows[0]["distance"])
-        and rows[1]["total"] < rows[0]["total"]
-    )
+        columns = next(csv.reader(f))
+    assert columns[:5] == ["epoch", "lr", "total", "distance", "skipped"]
+    assert rows[0]["total"] == pytest.approx(2 * rows[0]["distance"])
+    assert rows[1]["total"] < rows[0]["total"]
+
+
+def expect_documented(output, target, keys, edge):
+    "A loss got logits, edge logits and main logits, or logits alone; masks; a name for each case"
+    logits_shape = (4, 3, *PATCH)
+    if edge:
+        shapes = [tuple(part.shape) for part in output]
+        assert shapes == [logits_shape, (4, 2, *PATCH), logits_shape]
+    else:
+        assert tuple(output.shape) == logits_shape
+    assert target.shape == logits_shape
+    assert torch.equal(target.sum(1), torch.ones(4, *PATCH))
+    assert [len(key) for key in keys] == [4] * 4
+    assert keys[0][:3] == (0, 3, 0)
 
 
 def test_a_loss_of_two_arguments(data, tmp_path):
     from monai.losses import DiceCELoss
 
-    rows = fit(
-        settings(data, tmp_path / "run", edge=False, epochs=3, lr=1e-2),
-        quiet=True,
-        loss=DiceCELoss(softmax=True),
-    )
-    assert list(rows[0])[2:4] == ["total", "skipped"] and rows[2]["total"] < rows[0]["total"]
-    with pytest.raises(
-        InputError,
-        match="loss=DiceCELoss fails .*It gets what the network returns .a tuple of tensors",
-    ):
+    config = settings(data, tmp_path / "run", edge=False, epochs=3, lr=1e-2)
+    rows = fit(config, quiet=True, loss=DiceCELoss(softmax=True))
+    assert list(rows[0])[2:4] == ["total", "skipped"]
+    assert rows[2]["total"] < rows[0]["total"]
+    fails = "loss=DiceCELoss fails .*It gets what the network returns .a tuple of tensors"
+    with pytest.raises(InputError, match=fails):
         fit(settings(data, tmp_path / "none"), quiet=True, loss=DiceCELoss(softmax=True))
     assert not (tmp_path / "none").exists()
 
@@ -335,9 +362,12 @@ def test_transforms_change_the_patches(data, tmp_path, kind):
     transforms = brighter if kind == "function" else monai_flip(1.0, axis=2)
 
     def expected(x):
-        return x + 1 if kind == "function" else x.flip(-1)
+        if kind == "function":
+            return x + 1
+        return x.flip(-1)
 
-    network, targets = Sees(), []
+    network = Sees()
+    targets = []
 
     def own(output, target):
         targets.append(target)
@@ -347,27 +377,30 @@ def test_transforms_change_the_patches(data, tmp_path, kind):
     fit(config, quiet=True, model=network, transforms=transforms, loss=own)
     _, train, _, _ = prepare(config, quiet=True)
     plain = Patches(train, PATCH, 0, ())  # in place of augment, not after it
-    for x, keys in zip(network.seen[-3:], EpochBatches(10, 4)):
-        assert torch.equal(x, torch.stack([expected(plain[key][0]) for key in keys]))
-    labels = torch.stack([plain[key][1] for key in list(EpochBatches(10, 4))[0]])
+    batches = list(EpochBatches(10, 4))
+    for x, keys in zip(network.seen[-3:], batches, strict=True):
+        images = [expected(plain[key][0]) for key in keys]
+        assert torch.equal(x, torch.stack(images))
+    labels = torch.stack([plain[key][1] for key in batches[0]])
     moved = labels if kind == "function" else expected(labels)
     assert torch.equal(targets[1].argmax(1), moved.long())  # of the first step, after the trial
-    assert json.loads((tmp_path / "run/config.json").read_text())["settings"]["augment"] == []
+    assert written(tmp_path / "run", "settings", "augment") == []
 
 
 def test_a_transform_of_torchio(data, tmp_path):
     torchio = pytest.importorskip("torchio")
     network = Sees()
     config = settings(data, tmp_path / "run", ours=False, epochs=1)
-    chain = torchio.Compose(
-        [torchio.RandomFlip(axes=0, flip_probability=1.0), torchio.RandomNoise(std=(0.1, 0.1))]
-    )
+    flip = torchio.RandomFlip(axes=0, flip_probability=1.0)
+    chain = torchio.Compose([flip, torchio.RandomNoise(std=(0.1, 0.1))])
     fit(config, quiet=True, model=network, transforms=chain)
     _, train, _, _ = prepare(config, quiet=True)
     plain = Patches(train, PATCH, 0, ())
-    flipped = torch.stack([plain[key][0] for key in list(EpochBatches(10, 4))[0]]).flip(2)
-    noise = network.seen[-3] - flipped
-    assert abs(float(noise.std()) - 0.1) < 0.01 and abs(float(noise.mean())) < 0.01
+    first = next(iter(EpochBatches(10, 4)))
+    images = torch.stack([plain[key][0] for key in first])
+    noise = network.seen[-3] - images.flip(2)
+    assert abs(float(noise.std()) - 0.1) < 0.01
+    assert abs(float(noise.mean())) < 0.01
 
 
 # --- resume
@@ -382,7 +415,9 @@ def noise():
 
 def drawn(x, labels):
     "Draws from every generator that is seeded"
-    return x + 0.1 * torch.rand(()) + 0.1 * np.random.rand(), labels
+    by_torch = 0.1 * torch.rand(())
+    by_numpy = 0.1 * np.random.rand()
+    return x + by_torch + by_numpy, labels
 
 
 def whole(data, out, resume=False, stop=lambda: False, workers=0, transforms=drawn):
@@ -395,7 +430,7 @@ def whole(data, out, resume=False, stop=lambda: False, workers=0, transforms=dra
         quiet=True,
         stop=stop,
         model=Foreign(1, 3),
-        optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+        optimizer=sgd(0.05),
         transforms=transforms,
     )
 
@@ -403,70 +438,94 @@ def whole(data, out, resume=False, stop=lambda: False, workers=0, transforms=dra
 @pytest.mark.parametrize("kind, workers", [("monai", 0), ("function", 1)])
 def test_a_run_with_parts_is_resumed_to_the_bit(data, tmp_path, kind, workers):
     transforms = drawn if kind == "function" else noise()
-    whole(data, tmp_path / "one", transforms=transforms)
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    whole(data, one, transforms=transforms)
     for stop in (after(2), after(4)):  # within an epoch, twice
-        whole(data, tmp_path / "two", (tmp_path / "two").exists(), stop, workers, transforms)
+        whole(data, two, two.exists(), stop, workers, transforms)
     torch.rand(7)  # what is drawn elsewhere does not count
-    rows = whole(data, tmp_path / "two", True, workers=workers, transforms=transforms)
-    assert len(rows) == 3 and same(tmp_path / "one", tmp_path / "two")
-    assert (tmp_path / "two/log.txt").read_text().count("resumed after") == 2
+    rows = whole(data, two, True, workers=workers, transforms=transforms)
+    assert len(rows) == 3
+    assert same(one, two)
+    log = (two / "log.txt").read_text()
+    assert log.count("resumed after") == 2
+
+
+def sgd(lr):
+    return partial(torch.optim.SGD, lr=lr, momentum=0.9)
+
+
+def one_layer(in_channels, out_channels):
+    layer = nn.Conv3d(in_channels, out_channels, 1)
+    return nn.Sequential(layer)
+
+
+# what is given in place of the parts that the run began with -> what is told
+OTHER_PARTS = [
+    (
+        dict(model=None),
+        "begun with model=Foreign, which config.json cannot build. Give fit the same model again",
+    ),
+    (dict(optimizer=None), "begun with optimizer=SGD, which"),
+    (
+        dict(optimizer=torch.optim.Adam),
+        "begun with optimizer=SGD, and is resumed with optimizer=Adam",
+    ),
+    (dict(loss=EGLoss()), "begun without loss, and is resumed with loss=EGLoss"),
+    (dict(optimizer=sgd(0.5)), "learning rates .0.05., and is resumed with .0.5."),
+    (
+        dict(model=one_layer),
+        "does not have the weights of the run .*0.bias is missing there",
+    ),
+]
 
 
 def test_what_cannot_be_rebuilt_is_told(data, tmp_path):
     whole(data, tmp_path / "run", stop=after(2))
     config = settings(data, tmp_path / "run", ours=False, epochs=3)
-    kept = dict(optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9), transforms=drawn)
-    wrong = {
-        "begun with model=Foreign, which config.json cannot build. Give fit the same model again": kept,
-        "begun with optimizer=SGD, which": dict(model=Foreign, transforms=drawn),
-        "begun with optimizer=SGD, and is resumed with optimizer=Adam": dict(
-            model=Foreign, transforms=drawn, optimizer=torch.optim.Adam
-        ),
-        "begun without loss, and is resumed with loss=EGLoss": dict(
-            model=Foreign, **kept, loss=EGLoss()
-        ),
-        "learning rates .0.05., and is resumed with .0.5.": dict(
-            model=Foreign,
-            transforms=drawn,
-            optimizer=partial(torch.optim.SGD, lr=0.5, momentum=0.9),
-        ),
-        "does not have the weights of the run .*0.bias is missing there": dict(
-            model=lambda i, o: nn.Sequential(nn.Conv3d(i, o, 1)), **kept
-        ),
-    }
-    for told, parts in wrong.items():
+    begun_with = dict(model=Foreign, optimizer=sgd(0.05), transforms=drawn)
+    for other, told in OTHER_PARTS:
         with pytest.raises(InputError, match=told):
-            fit(config, True, quiet=True, **parts)
-    assert len(fit(config, True, quiet=True, model=Foreign, **kept)) == 3
+            fit(config, True, quiet=True, **(begun_with | other))
+    rows = fit(config, True, quiet=True, **begun_with)
+    assert len(rows) == 3
 
 
-def test_a_foreign_network_is_loaded_and_predicts(data, tmp_path, capsys):
+class Wider(Foreign):
+    "Has a head of another shape"
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__(in_channels, out_channels)
+        self.head = nn.Conv3d(4, out_channels, 3, padding=1)
+
+
+def test_a_foreign_network_is_loaded_and_predicts(data, tmp_path):
     whole(data, tmp_path / "run")
-    with pytest.raises(
-        InputError,
-        match="trained the network that fit was given as model=Foreign.*Give the same one: load_run.*model=",
-    ):
-        load_run(tmp_path / "run")
-    with pytest.raises(
-        InputError, match="does not have the weights of .*head.weight has the shape"
-    ):
-
-        class Wider(Foreign):
-            def __init__(self, i, o):
-                super().__init__(i, o)
-                self.head = nn.Conv3d(4, o, 3, padding=1)
-
-        load_run(tmp_path / "run", model=Wider)
     model, config, task = load_run(tmp_path / "run", model=Foreign)
-    assert not model.training and config.edge is False and model.multiple == 2
+    assert not model.training
+    assert config.edge is False
+    assert model.multiple == 2
     case = find_dataset(data).cases[0]
     labels, loaded = predict_case(model, config, task, case)
     logits = infer(model, loaded.x, PATCH)  # 18 x 17 x 16, filled up to a multiple of 2
-    assert labels.shape == (18, 17, 16) and logits.shape == (3, 18, 17, 16)
+    assert labels.shape == (18, 17, 16)
+    assert logits.shape == (3, 18, 17, 16)
     assert np.array_equal(labels, logits.argmax(0).numpy())
-    assert predict_main([str(tmp_path / "run"), str(data), "--out", str(tmp_path / "out")]) == 2
+
+
+def test_a_foreign_network_is_given_again(data, tmp_path, capsys):
+    whole(data, tmp_path / "run", stop=after(6))  # in the second epoch
+    given = "trained the network that fit was given as model=Foreign"
+    with pytest.raises(InputError, match=f"{given}.*Give the same one: load_run.*model="):
+        load_run(tmp_path / "run")
+    other_shape = "does not have the weights of .*head.weight has the shape"
+    with pytest.raises(InputError, match=other_shape):
+        load_run(tmp_path / "run", model=Wider)
+    words = [tmp_path / "run", data, "--out", tmp_path / "out"]
+    assert predict_main([str(word) for word in words]) == 2
     told = capsys.readouterr().err
-    assert "load_run(" in told and len(told.strip().splitlines()) == 1
+    assert "load_run(" in told
+    assert len(told.strip().splitlines()) == 1
     fit(settings(data, tmp_path / "ours", epochs=1), quiet=True)
     with pytest.raises(InputError, match="builds its own network. Leave out model"):
         load_run(tmp_path / "ours", model=Foreign)
@@ -477,7 +536,8 @@ class Around(nn.Module):
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
-        self.inner = EGCNN(make_backbone("segnet", in_channels, out_channels, width=4, levels=2))
+        backbone = make_backbone("segnet", in_channels, out_channels, width=4, levels=2)
+        self.inner = EGCNN(backbone)
         self.kept = None
 
     def forward(self, x):
@@ -488,16 +548,21 @@ class Around(nn.Module):
 def test_a_network_around_ours_trains_with_its_self_check(data, tmp_path):
     config = settings(data, tmp_path / "run", ours=False, epochs=1, precision="bf16")
     rows = fit(config, quiet=True, model=Around)
-    assert len(rows) == 1 and np.isfinite(rows[0]["total"])
+    assert len(rows) == 1
+    assert np.isfinite(rows[0]["total"])
     assert "is dead" not in (tmp_path / "run/log.txt").read_text()
 
 
 def test_a_loss_that_does_not_fit_is_refused(data, tmp_path):
+    out = tmp_path / "run"
+    nested = EGLoss("sigmoid")
     with pytest.raises(InputError, match="activation='sigmoid', but the task has 'softmax'"):
-        fit(settings(data, tmp_path / "run"), quiet=True, loss=EGLoss("sigmoid"))
+        fit(settings(data, out), quiet=True, loss=nested)
+    over_batch = EGLoss(reduce="batch")
+    in_parts = settings(data, out, accumulate=2)
     with pytest.raises(InputError, match="sums over the batch, which accumulate=2 cuts"):
-        fit(settings(data, tmp_path / "run", accumulate=2), quiet=True, loss=EGLoss(reduce="batch"))
-    assert not (tmp_path / "run").exists()
+        fit(in_parts, quiet=True, loss=over_batch)
+    assert not out.exists()
 
 
 # --- callbacks
@@ -505,10 +570,9 @@ def test_a_loss_that_does_not_fit_is_refused(data, tmp_path):
 
 def test_events_come_in_order(data, tmp_path):
     heard = Heard()
-    fit(
-        quick(data, tmp_path / "run"), quiet=True, callbacks=[heard], stop=after(5)
-    )  # in the validation of the first epoch
-    assert [event[:2] for event in heard.events] == [
+    config = quick(data, tmp_path / "run")
+    fit(config, quiet=True, callbacks=[heard], stop=after(5))  # in the validation of epoch 1
+    assert heard.names() == [
         ("start", 0),
         ("step", 0),
         ("step", 1),
@@ -519,8 +583,8 @@ def test_events_come_in_order(data, tmp_path):
     ]
     assert heard.events[1][2] == ["consistency", "edge_bce", "edge_dice", "semantic", "total"]
     again = Heard()
-    fit(quick(data, tmp_path / "run"), True, quiet=True, callbacks=[again])
-    assert [event[:2] for event in again.events] == [
+    fit(config, True, quiet=True, callbacks=[again])
+    assert again.names() == [
         ("start", 4),
         ("step", 4),
         ("step", 5),
@@ -551,21 +615,18 @@ def test_early_stopping_stops_and_the_run_can_go_on(data, tmp_path):
 
     whole_run = fit(config("whole"), quiet=True)
     rows = fit(config("run"), quiet=True, callbacks=[on_epoch])
-    assert (
-        len(rows) == 2
-        and "stopped after epoch 2 by on_epoch; all of it is safe"
-        in (tmp_path / "run/log.txt").read_text()
-    )
-    assert fit(config("run"), True, quiet=True) == whole_run and same(
-        tmp_path / "run", tmp_path / "whole"
-    )
-    flat = dict(monitor="dice_mean", min_delta=2.0)  # no Dice improves by 2
-    rows = fit(config("early"), quiet=True, callbacks=[EarlyStopping(1, **flat)])
     assert len(rows) == 2
-    assert (
-        len(fit(config("early"), True, quiet=True, callbacks=[EarlyStopping(1, **flat)])) == 2
-    )  # it had enough
-    assert fit(config("early"), True, quiet=True, callbacks=[EarlyStopping(9)]) == whole_run
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "stopped after epoch 2 by on_epoch; all of it is safe" in log
+    assert fit(config("run"), True, quiet=True) == whole_run
+    assert same(tmp_path / "run", tmp_path / "whole")
+    hopeless = EarlyStopping(1, monitor="dice_mean", min_delta=2.0)  # no Dice improves by 2
+    rows = fit(config("early"), quiet=True, callbacks=[hopeless])
+    assert len(rows) == 2
+    rows = fit(config("early"), True, quiet=True, callbacks=[hopeless])
+    assert len(rows) == 2  # it had enough
+    patient = EarlyStopping(9)
+    assert fit(config("early"), True, quiet=True, callbacks=[patient]) == whole_run
 
 
 def on_step(run, step, terms):
@@ -573,14 +634,15 @@ def on_step(run, step, terms):
 
 
 def test_a_step_may_stop_too(data, tmp_path):
-    rows = fit(quick(data, tmp_path / "run"), quiet=True, callbacks=[on_step])
-    assert (
-        len(rows) == 1
-        and "stopped in epoch 2 after step 2" in (tmp_path / "run/log.txt").read_text()
-    )
-    fit(quick(data, tmp_path / "run"), True, quiet=True)
+    run = tmp_path / "run"
+    config = quick(data, run)
+    rows = fit(config, quiet=True, callbacks=[on_step])
+    assert len(rows) == 1
+    log = (run / "log.txt").read_text()
+    assert "stopped in epoch 2 after step 2" in log
+    fit(config, True, quiet=True)
     fit(quick(data, tmp_path / "whole"), quiet=True)
-    assert same(tmp_path / "run", tmp_path / "whole")
+    assert same(run, tmp_path / "whole")
 
 
 def test_wrong_callbacks_are_told_at_once(data, tmp_path):
@@ -594,18 +656,16 @@ def test_tensorboard_gets_the_numbers_of_the_run(data, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    fit(
-        settings(data, tmp_path / "run"), quiet=True, callbacks=[TensorBoardLogger()], stop=after(2)
-    )
-    rows = fit(settings(data, tmp_path / "run"), True, quiet=True, callbacks=[TensorBoardLogger()])
+    config = settings(data, tmp_path / "run")
+    fit(config, quiet=True, callbacks=[TensorBoardLogger()], stop=after(2))
+    rows = fit(config, True, quiet=True, callbacks=[TensorBoardLogger()])
     events = EventAccumulator(str(tmp_path / "run/tensorboard"))
     events.Reload()
-    found = [(event.step, event.value) for event in events.Scalars("epoch/dice_mean")]
-    assert found == [
-        (2, pytest.approx(rows[0]["dice_mean"])),
-        (5, pytest.approx(rows[1]["dice_mean"])),
-    ]
-    assert [event.step for event in events.Scalars("step/total")] == list(range(6))
+    dice = events.Scalars("epoch/dice_mean")
+    assert [event.step for event in dice] == [2, 5]
+    assert [event.value for event in dice] == pytest.approx([row["dice_mean"] for row in rows])
+    totals = events.Scalars("step/total")
+    assert [event.step for event in totals] == list(range(6))
 
 
 # --- two processes
@@ -614,14 +674,12 @@ def test_tensorboard_gets_the_numbers_of_the_run(data, tmp_path):
 def two_at_once(data, out):
     "Started by torchrun: a run that its first process stops; each process notes its events"
     heard = Heard()
-    seed_everything(
-        torch.distributed.get_rank()
-    )  # each process has other weights, those of the first count
+    # each process has other weights, those of the first count
+    seed_everything(torch.distributed.get_rank())
     config = settings(data, out, ours=False, epochs=4)
-    rows = fit(
-        config, quiet=True, model=Foreign(1, 3), loss=plain_loss, callbacks=[heard, on_epoch]
-    )
-    return {"events": [event[:2] for event in heard.events], "rows": rows}
+    callbacks = [heard, on_epoch]
+    rows = fit(config, quiet=True, model=Foreign(1, 3), loss=plain_loss, callbacks=callbacks)
+    return {"events": heard.names(), "rows": rows}
 
 
 def plain_loss(output, target):
@@ -651,7 +709,9 @@ def test_two_processes_stop_together_and_the_first_one_tells(data, tmp_path):
         ["epoch", 1],
         ["end", 2],
     ]
-    assert second["events"] == [] and first["rows"] == second["rows"] and len(first["rows"]) == 2
+    assert second["events"] == []
+    assert first["rows"] == second["rows"]
+    assert len(first["rows"]) == 2
     assert "stopped after epoch 2 by on_epoch" in (tmp_path / "run/log.txt").read_text()
 
 
@@ -664,12 +724,16 @@ class Net(nn.Module):
     "Halves a volume twice"
     def __init__(self, i, o):
         super().__init__()
-        self.a, self.b = nn.Conv3d(i, 4, 3, 2, 1), nn.Conv3d(4, 8, 3, 2, 1)
-        self.c, self.d = nn.ConvTranspose3d(8, 4, 2, 2), nn.ConvTranspose3d(4, 4, 2, 2)
+        self.a = nn.Conv3d(i, 4, 3, 2, 1)
+        self.b = nn.Conv3d(4, 8, 3, 2, 1)
+        self.c = nn.ConvTranspose3d(8, 4, 2, 2)
+        self.d = nn.ConvTranspose3d(4, 4, 2, 2)
         self.head = nn.Conv3d(4, o, 1)
 
     def forward(self, x):
-        return self.head(self.d(self.c(self.b(self.a(x).relu()).relu()).relu()))
+        for layer in (self.a, self.b, self.c):
+            x = layer(x).relu()
+        return self.head(self.d(x))
 
 def build(in_channels, out_channels):
     return Net(in_channels, out_channels)
@@ -687,91 +751,99 @@ def folder(tmp_path, monkeypatch):
     sys.modules.pop("my_module", None)
 
 
-GIVEN = "--patch_size 16 16 16 --batch_size 4 --validation 2 --precision fp32 --lr 1e-3 --epochs 1 --cache off".split()
+GIVEN = (
+    "--patch_size 16 16 16 --batch_size 4 --validation 2 --precision fp32 --lr 1e-3 --epochs 1 "
+    "--cache off"
+).split()
 
 
 def train(data, *words):
     "`egcnn_train` in this process: its exit code"
-    return train_main([str(word) for word in (data, "--out", "run", *GIVEN, *words)])
+    line = [data, "--out", "run", *GIVEN, *words]
+    return train_main([str(word) for word in line])
+
+
+def predict(data, *words):
+    "`egcnn_predict` of one scan in this process: its exit code"
+    scan = data / "scan03.nii.gz"
+    return predict_main(["run", str(scan), "--out", "out", *words])
+
+
+def expect_prediction(data, has_edge):
+    "The run in the current directory predicts a scan, with edges where it has an edge stream"
+    saves = ["--save", "edges"] if has_edge else []
+    assert predict(data, *saves) == 0
+    assert nib.load("out/scan03.nii.gz").shape == (18, 17, 16)
+    assert Path("out/scan03_edges.nii.gz").exists() is has_edge
+    network, _, _ = load_run("run")
+    patch = torch.zeros(1, 1, *PATCH)
+    assert network(patch) is not None
 
 
 @pytest.mark.parametrize("edge", ["on", "off"])
 def test_a_network_of_ones_own_on_the_command_line(data, folder, edge, capsys):
+    has_edge = edge == "on"
     words = ["--network", "my_module:build", "--edge", edge]
     assert train(data, *words) == 0
-    kept = json.loads(Path("run/config.json").read_text())["settings"]
-    assert (
-        kept["network"] == "my_module:build"
-        and kept["edge"] is (edge == "on")
-        and "norm_head" not in kept["readings"]
-    )
+    kept = written("run", "settings")
+    assert kept["network"] == "my_module:build"
+    assert kept["edge"] is has_edge
+    assert "norm_head" not in kept["readings"]
     names = weights("run")
-    assert ("main.a.weight" in names) is (edge == "on") and ("a.weight" in names) is (edge == "off")
-    assert (
-        train(data, *words, "--resume") == 0
-        and "resumed after epoch 1" in Path("run/log.txt").read_text()
-    )
-    saves = ["--save", "edges"] if edge == "on" else []
-    assert predict_main(["run", str(data / "scan03.nii.gz"), "--out", "out", *saves]) == 0
-    labels = nib.load("out/scan03.nii.gz")
-    assert labels.shape == (18, 17, 16) and Path("out/scan03_edges.nii.gz").exists() is (
-        edge == "on"
-    )
-    assert load_run("run")[0](torch.zeros(1, 1, 16, 16, 16)) is not None
+    assert ("main.a.weight" in names) is has_edge
+    assert ("a.weight" in names) is not has_edge
+    assert train(data, *words, "--resume") == 0
+    assert "resumed after epoch 1" in Path("run/log.txt").read_text()
+    expect_prediction(data, has_edge)
     capsys.readouterr()
     assert train(data, "--resume") == 2  # without its network
     told = capsys.readouterr().err
-    assert "found network my_module:build" in told and "expected network None" in told
+    assert "found network my_module:build" in told
+    assert "expected network None" in told
 
 
 def test_a_network_that_has_changed_is_told(data, folder, capsys):
     words = ["--network", "my_module:build", "--edge", "off"]
     assert train(data, *words) == 0
-    (folder / "my_module.py").write_text(
-        MODULE.replace("nn.Conv3d(4, o, 1)", "nn.Conv3d(4, o, 3, padding=1)")
-    )
+    wider = MODULE.replace("nn.Conv3d(4, o, 1)", "nn.Conv3d(4, o, 3, padding=1)")
+    (folder / "my_module.py").write_text(wider)
     importlib.invalidate_caches()
     sys.modules.pop("my_module")
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
-    assert (
-        train(data, *words, "--resume") == 2
-        and "head.weight has the shape" in capsys.readouterr().err
-    )
-    assert (
-        predict_main(["run", str(data / "scan03.nii.gz"), "--out", "out"]) == 2
-        and "head.weight has the shape" in capsys.readouterr().err
-    )
+    assert train(data, *words, "--resume") == 2
+    assert "head.weight has the shape" in capsys.readouterr().err
+    assert predict(data) == 2
+    assert "head.weight has the shape" in capsys.readouterr().err
+
+
+# a command as it is installed, without the current folder on Python's path
+INSTALLED = """
+import sys
+
+sys.path = [p for p in sys.path if p]
+from egcnn_nb.commands.{} import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def installed(name, where, *words):
+    "An installed command in a process of its own"
+    env = {**ENV, "PYTHONPATH": str(Path(__file__).parents[1])}
+    code = INSTALLED.format(name)
+    line = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.run(line, capture_output=True, text=True, env=env, cwd=where, timeout=200)
 
 
 def test_the_installed_command_finds_the_module(data, folder):
-    "The folder is not on Python's path there"
-    start = "import sys; sys.path = [p for p in sys.path if p]; from egcnn_nb.{} import main; sys.exit(main(sys.argv[1:]))"
-    env = {**ENV, "PYTHONPATH": str(Path(__file__).parents[1])}
-
-    def command_of(module, where, *words):
-        line = [sys.executable, "-c", start.format(module), *map(str, words)]
-        return subprocess.run(line, capture_output=True, text=True, env=env, cwd=where, timeout=200)
-
-    done = command_of(
-        "train",
-        folder,
-        data,
-        "--out",
-        "run",
-        *GIVEN,
-        "--network",
-        "my_module:build",
-        "--edge",
-        "off",
-    )
+    network = ["--network", "my_module:build", "--edge", "off"]
+    done = installed("train", folder, data, "--out", "run", *GIVEN, *network)
     assert done.returncode == 0, done.stderr[-3000:]
     away = folder / "away"
     away.mkdir()
-    lost = command_of("commands.predict", away, folder / "run", data, "--out", "out")
-    assert (
-        lost.returncode == 2
-        and f"names the module my_module, which is not found from {away}" in lost.stderr
-    )
+    lost = installed("predict", away, folder / "run", data, "--out", "out")
+    assert lost.returncode == 2, lost.stderr[-3000:]
+    assert f"names the module my_module, which is not found from {away}" in lost.stderr
 
 
 def test_what_cannot_be_trained_is_told_before_anything_is_written(data, folder, capsys):
@@ -789,23 +861,24 @@ def test_what_cannot_be_trained_is_told_before_anything_is_written(data, folder,
     }
     for told, words in wrong.items():
         assert train(data, "--network", *words) == 2
-        assert told in capsys.readouterr().err and not (folder / "run").exists()
+        assert told in capsys.readouterr().err
+        assert not (folder / "run").exists()
 
 
 def test_the_logger_of_the_command_line(data, folder, capsys, monkeypatch):
-    monkeypatch.setitem(
-        sys.modules, "torch.utils.tensorboard", None
-    )  # as where tensorboard is missing
+    # as where tensorboard is missing
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert train(data, "--edge", "off", "--logger", "tensorboard") == 2
-    assert "pip install tensorboard" in capsys.readouterr().err and not (folder / "run").exists()
-    written = []
+    assert "pip install tensorboard" in capsys.readouterr().err
+    assert not (folder / "run").exists()
+    events = []
 
     class Writer:
         def __init__(self, path, purge_step):
-            written.append(path)
+            events.append(path)
 
         def add_scalar(self, name, value, step):
-            written.append((name, step))
+            events.append((name, step))
 
         def flush(self):
             pass
@@ -816,12 +889,11 @@ def test_the_logger_of_the_command_line(data, folder, capsys, monkeypatch):
     board = ModuleType("torch.utils.tensorboard")
     board.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
-    assert train(data, "--edge", "off", "--width", 4, "--levels", 2, "--logger", "tensorboard") == 0
-    assert (
-        written[0] == str(Path("run") / "tensorboard")
-        and ("step/total", 2) in written
-        and ("epoch/dice_mean", 2) in written
-    )
+    size = ["--edge", "off", "--width", 4, "--levels", 2]
+    assert train(data, *size, "--logger", "tensorboard") == 0
+    assert events[0] == str(Path("run") / "tensorboard")
+    assert ("step/total", 2) in events
+    assert ("epoch/dice_mean", 2) in events
 
 
 if __name__ == "__main__":  # started by torchrun

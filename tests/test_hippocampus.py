@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from egcnn_nb.data.datasets import load_case
+from egcnn_nb.data.prepare import load_case
 from egcnn_nb.data.layouts import find_dataset
 
 FOLDER = os.environ.get("EGCNN_HIPPOCAMPUS")

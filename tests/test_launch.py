@@ -26,9 +26,10 @@ def understood(words):
 
 def test_every_line_is_understood():
     text = (FOLDER / "README.md").read_text()
-    lines = [l for l in text.splitlines() if l.startswith(("torchrun", "egcnn_train"))]
+    lines = [line for line in text.splitlines() if line.startswith(("torchrun", "egcnn_train"))]
     assert len(lines) == 6
-    for line in [*lines, *(l.strip() for l in LAUNCH.splitlines() if l.startswith("    "))]:
+    of_help = [line.strip() for line in LAUNCH.splitlines() if line.startswith("    ")]
+    for line in lines + of_help:
         assert understood(shlex.split(line)).data == "DATA"
 
 
@@ -36,49 +37,52 @@ def test_the_slurm_file():
     path = FOLDER / "slurm.sbatch"
     text = path.read_text()
     assert subprocess.run(["bash", "-n", path]).returncode == 0
-    assert {"nodes", "ntasks-per-node", "gpus-per-node", "signal", "requeue"} <= set(
-        re.findall(r"^#SBATCH --([a-z-]+)", text, re.M)
-    )
-    line = re.sub(r"\\\n", " ", text).split("srun ")[1].split("\n")[0]
-    for name, value in {
+    flags = set(re.findall(r"^#SBATCH --([a-z-]+)", text, re.M))
+    assert {"nodes", "ntasks-per-node", "gpus-per-node", "signal", "requeue"} <= flags
+    joined = re.sub(r"\\\n", " ", text)
+    line = joined.split("srun ")[1].split("\n")[0]
+    values = {
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_GPUS_PER_NODE": "8",
         "SLURM_JOB_ID": "1",
         "first": "host",
         "DATA": "DATA",
         "RUN": "RUN",
-    }.items():
+    }
+    for name, value in values.items():
         line = line.replace(f"${name}", value)
     assert understood(shlex.split(line)).resume == "if_there"
 
 
 def test_the_slurm_file_knows_when_a_run_is_finished(tmp_path):
-    code = re.search(r"python -c '(.*?)' \"", (FOLDER / "slurm.sbatch").read_text())[1]
+    text = (FOLDER / "slurm.sbatch").read_text()
+    code = re.search(r"python -c '(.*?)' \"", text)[1]
     (tmp_path / "config.json").write_text('{"settings": {"epochs": 2}}')
     for rows, finished in ((1, "False"), (2, "True")):
         (tmp_path / "metrics.csv").write_text("epoch\n" + "0\n" * rows)
-        assert (
-            subprocess.run(
-                ["python3", "-c", code, tmp_path], capture_output=True, text=True
-            ).stdout.strip()
-            == finished
-        )
+        words = ["python3", "-c", code, tmp_path]
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.stdout.strip() == finished
 
 
 def test_the_manifest():
     job = yaml.safe_load((FOLDER / "kubernetes.yaml").read_text())
-    worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
-    pod = worker["template"]["spec"]
-    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob") and worker[
-        "restartPolicy"
-    ] in ("Always", "OnFailure", "Never", "ExitCode")
-    policy = job["spec"]["elasticPolicy"]
-    assert policy["minReplicas"] <= worker["replicas"] <= policy["maxReplicas"] and policy[
-        "rdzvBackend"
-    ] in ("c10d", "etcd", "etcd-v2")
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    spec = job["spec"]
+    worker = spec["pytorchReplicaSpecs"]["Worker"]
+    assert worker["restartPolicy"] in ("Always", "OnFailure", "Never", "ExitCode")
+    policy = spec["elasticPolicy"]
+    assert policy["minReplicas"] <= worker["replicas"] <= policy["maxReplicas"]
+    assert policy["rdzvBackend"] in ("c10d", "etcd", "etcd-v2")
+    gpus = int(spec["nprocPerNode"])
+    expect_container(worker["template"]["spec"], gpus)
+
+
+def expect_container(pod, gpus):
+    "A pod has one container, which mounts its volumes and trains on so many GPUs"
     (box,) = pod["containers"]
-    assert box["name"] == "pytorch" and {m["name"] for m in box["volumeMounts"]} == {
-        v["name"] for v in pod["volumes"]
-    }
-    assert int(job["spec"]["nprocPerNode"]) == box["resources"]["limits"]["nvidia.com/gpu"]
+    assert box["name"] == "pytorch"
+    mounted = {mount["name"] for mount in box["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
+    assert box["resources"]["limits"]["nvidia.com/gpu"] == gpus
     assert understood(box["command"]).out == "/runs/one"

@@ -16,25 +16,26 @@ from egcnn_nb.core import InputError
 from egcnn_nb.data.layouts import find_dataset
 from egcnn_nb.run.predict import load_run, predict_case
 from egcnn_nb.run.settings import Settings
+from egcnn_nb.run.steps import TERMS
 from egcnn_nb.run.training import fit
 
 OLD = Path(__file__).parent / "old_run_0_1"
+GIVEN = {
+    "epochs": 4,
+    "batch_size": 4,
+    "width": 4,
+    "levels": 2,
+    "patch_size": (16, 16, 16),
+    "lr": 1e-3,
+    "validation": 2,
+    "precision": "fp32",
+    "cache": "off",
+}
 
 
 def settings(tmp, out="run", **changes):
     "The settings that 0.1 was given"
-    given = dict(
-        epochs=4,
-        batch_size=4,
-        width=4,
-        levels=2,
-        patch_size=(16, 16, 16),
-        lr=1e-3,
-        validation=2,
-        precision="fp32",
-        cache="off",
-    )
-    return Settings(str(tmp / "data"), str(tmp / out), **{**given, **changes})
+    return Settings(str(tmp / "data"), str(tmp / out), **{**GIVEN, **changes})
 
 
 @pytest.fixture
@@ -45,77 +46,77 @@ def tmp(tmp_path):
     return tmp_path
 
 
+def columns(rows, names):
+    "Columns of a table as numbers (epochs, names)"
+    values = []
+    for row in rows:
+        values.append([float(row[name]) for name in names])
+    return np.array(values)
+
+
 def losses(rows):
     "The loss terms of each epoch"
-    return np.array(
-        [
-            [
-                float(row[term])
-                for term in ("total", "semantic", "edge_dice", "edge_bce", "consistency")
-            ]
-            for row in rows
-        ]
-    )
+    return columns(rows, TERMS)
 
 
 def of_0_1():
     "The rows of the run that 0.1 did not stop"
-    with open(OLD / "metrics_of_the_whole_run.csv", newline="") as f:
-        return list(csv.DictReader(f))
+    with open(OLD / "metrics_of_the_whole_run.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def agree(rows):
     "Whether losses are those of 0.1, whatever the processor, and Dice nearly so"
-    dice = [[float(row[name]) for name in ("dice_label 1", "dice_label 2")] for row in rows]
-    expected = [[float(row[name]) for name in ("dice_label 1", "dice_label 2")] for row in of_0_1()]
-    return np.allclose(losses(rows), losses(of_0_1()), rtol=1e-4) and np.allclose(
-        dice, expected, atol=0.01
-    )
+    expected = of_0_1()
+    names = ("dice_label 1", "dice_label 2")
+    same_losses = np.allclose(losses(rows), losses(expected), rtol=1e-4)
+    same_dice = np.allclose(columns(rows, names), columns(expected, names), atol=0.01)
+    return same_losses and same_dice
 
 
 @pytest.mark.parametrize("readings", [None, {"semantic": "dice"}])
 def test_it_goes_on_with_the_numbers_of_0_1(tmp, readings):
-    before = (tmp / "run/config.json").read_bytes()
+    config = tmp / "run/config.json"
+    before = config.read_bytes()
     rows = fit(settings(tmp, readings=readings), resume=True, quiet=True)
-    assert len(rows) == 4 and agree(rows)
-    assert (tmp / "run/config.json").read_bytes() == before
-    assert (
-        "begun with egcnn_nb 0.1, whose readings it keeps: semantic=dice"
-        in (tmp / "run/log.txt").read_text()
-    )
+    assert len(rows) == 4
+    assert agree(rows)
+    assert config.read_bytes() == before
+    log = (tmp / "run/log.txt").read_text()
+    assert "begun with egcnn_nb 0.1, whose readings it keeps: semantic=dice" in log
 
 
 def test_a_changed_default_would_be_seen(tmp, monkeypatch):
-    monkeypatch.setattr(
-        folders,
-        "defaults_of_0_1",
-        lambda readings: {**folders.READINGS_0_1, "semantic": "dice_ce", "w_cross_entropy": None},
-    )
+    changed = {**folders.READINGS_0_1, "semantic": "dice_ce", "w_cross_entropy": None}
+    monkeypatch.setattr(folders, "defaults_of_0_1", lambda readings: changed)
     rows = fit(settings(tmp), resume=True, quiet=True)
-    assert agree(rows[:2] + of_0_1()[2:]) and not agree(rows)
+    assert agree(rows[:2] + of_0_1()[2:])
+    assert not agree(rows)
 
 
 @pytest.mark.parametrize("name, value", [("tau", 0.999), ("lambda2", 0.51), ("thickness", 3)])
 def test_another_default_would_be_seen_too(tmp, monkeypatch, name, value):
     monkeypatch.setitem(folders.READINGS_0_1, name, value)
-    assert not agree(fit(settings(tmp), resume=True, quiet=True))
+    rows = fit(settings(tmp), resume=True, quiet=True)
+    assert not agree(rows)
 
 
-@pytest.mark.parametrize(
-    "change, told",
-    [
-        (
-            {"readings": {"semantic": "dice_ce", "w_cross_entropy": 1.0}},
-            "found semantic dice, w_cross_entropy 0.0, expected semantic dice_ce, w_cross_entropy 1.0;",
-        ),
-        ({"readings": {"tau": 0.5}}, "found tau 1.0, expected tau 0.5;"),
-        ({"lr": 0.1}, "found lr 0.001, expected lr 0.1;"),
-        (
-            {"spacing": (2.0, 2.0, 2.0)},
-            "found spacing [1.0, 1.0, 1.0], expected spacing [2.0, 2.0, 2.0];",
-        ),
-    ],
-)
+WEIGHTED = {"semantic": "dice_ce", "w_cross_entropy": 1.0}
+REFUSED = [
+    (
+        {"readings": WEIGHTED},
+        "found semantic dice, w_cross_entropy 0.0, expected semantic dice_ce, w_cross_entropy 1.0;",
+    ),
+    ({"readings": {"tau": 0.5}}, "found tau 1.0, expected tau 0.5;"),
+    ({"lr": 0.1}, "found lr 0.001, expected lr 0.1;"),
+    (
+        {"spacing": (2.0, 2.0, 2.0)},
+        "found spacing [1.0, 1.0, 1.0], expected spacing [2.0, 2.0, 2.0];",
+    ),
+]
+
+
+@pytest.mark.parametrize("change, told", REFUSED)
 def test_other_settings_are_refused_and_nothing_else_is_listed(tmp, change, told):
     with pytest.raises(InputError) as refused:
         fit(settings(tmp, **change), resume=True, quiet=True)
@@ -124,39 +125,41 @@ def test_other_settings_are_refused_and_nothing_else_is_listed(tmp, change, told
 
 def test_it_predicts(tmp):
     model, found, task = load_run(tmp / "run")
-    assert (
-        found.readings["semantic"] == "dice"
-        and found.patch_size == (16, 16, 16)
-        and task.labels == {0: "background", 1: "label 1", 2: "label 2"}
-    )
-    labels, _ = predict_case(model, found, task, find_dataset(tmp / "data").cases[0])
-    assert labels.shape == (18, 17, 16) and set(np.unique(labels)) <= {0, 1, 2}
+    assert found.readings["semantic"] == "dice"
+    assert found.patch_size == (16, 16, 16)
+    assert task.labels == {0: "background", 1: "label 1", 2: "label 2"}
+    case = find_dataset(tmp / "data").cases[0]
+    labels, _ = predict_case(model, found, task, case)
+    assert labels.shape == (18, 17, 16)
+    assert set(np.unique(labels)) <= {0, 1, 2}
 
 
 def test_a_new_run_starts_from_it(tmp, monkeypatch):
-    first = []
-    fit(
-        settings(tmp, "new", init=str(tmp / "run"), lr=1e-30, epochs=1),
-        quiet=True,
-        on_epoch=lambda row, net, val: first.append(
-            {n: t.clone() for n, t in net.state_dict().items()}
-        ),
-    )
+    first = {}
+
+    def keep(row, net, val):
+        first.update({name: weight.clone() for name, weight in net.state_dict().items()})
+
+    old = str(tmp / "run")
+    fit(settings(tmp, "new", init=old, lr=1e-30, epochs=1), quiet=True, on_epoch=keep)
     trained = load_file(tmp / "run/model.safetensors")
-    assert all(torch.equal(first[0][name], weight) for name, weight in trained.items())
+    assert all(torch.equal(first[name], weight) for name, weight in trained.items())
     log = (tmp / "new/log.txt").read_text()
-    assert f"{len(trained)} of {len(trained)} weights start from {tmp / 'run'}" in log
+    assert f"{len(trained)} of {len(trained)} weights start from {old}" in log
     config = json.loads((tmp / "new/config.json").read_text())
-    assert (
-        config["settings"]["init"] == str(tmp / "run")
-        and config["settings"]["readings"]["semantic"] == "dice_ce"
-    )
+    assert config["settings"]["init"] == old
+    assert config["settings"]["readings"]["semantic"] == "dice_ce"
 
 
 def test_the_checkpoint_wins_over_init(tmp):
-    kept = dict(init=str(tmp / "run"), epochs=2)
+    kept = {"init": str(tmp / "run"), "epochs": 2}
     calls = []
-    fit(settings(tmp, "new", **kept), quiet=True, stop=lambda: calls.append(1) or len(calls) > 8)
+
+    def stop():
+        calls.append(1)
+        return len(calls) > 8
+
+    fit(settings(tmp, "new", **kept), quiet=True, stop=stop)
     rows = fit(settings(tmp, "new", **kept), resume=True, quiet=True)
     whole = fit(settings(tmp, "whole", **kept), quiet=True)
     assert rows == whole
@@ -166,9 +169,7 @@ def test_the_checkpoint_wins_over_init(tmp):
 
 def test_the_fixture_names_no_folder_of_a_machine():
     config = json.loads((OLD / "config.json").read_text())
-    assert (
-        "egcnn_nb" not in config["versions"]
-        and not Path(config["settings"]["data"]).is_absolute()
-        and not Path(config["settings"]["out"]).is_absolute()
-    )
-    assert sum(f.stat().st_size for f in OLD.iterdir()) < 300_000
+    assert "egcnn_nb" not in config["versions"]
+    for name in ("data", "out"):
+        assert not Path(config["settings"][name]).is_absolute()
+    assert sum(file.stat().st_size for file in OLD.iterdir()) < 300_000

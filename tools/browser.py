@@ -34,25 +34,38 @@ SENTENCE = (
 )
 
 
-def run(*words, seconds=60 * MINUTES, quiet=False):
-    "Run a command, and end it with all that it started after so many seconds: exit code (1 if ended), output"
-    if not quiet:
-        print("+", " ".join(words), flush=True)
-    output = subprocess.PIPE if quiet else None
+# prints where Playwright keeps its Chromium
+WHERE = """
+from playwright.sync_api import sync_playwright
+with sync_playwright() as playwright:
+    print(playwright.chromium.executable_path)
+"""
+
+
+def start(words, quiet):
+    "Start a command that asks nothing, in a session of its own"
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     environment.setdefault("PLAYWRIGHT_DOWNLOAD_CONNECTION_TIMEOUT", "15000")  # ms
+    return subprocess.Popen(
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if quiet else None,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def run(*words, seconds=60 * MINUTES, quiet=False):
+    """Run a command, and end it with all that it started after so many seconds: exit code (1 if
+    ended), output"""
+    if not quiet:
+        print("+", " ".join(words), flush=True)
     try:
-        process = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
-    except OSError as e:
-        return 1, str(e)
+        process = start(words, quiet)
+    except OSError as error:
+        return 1, str(error)
     try:
         text, _ = process.communicate(timeout=seconds)
         return process.returncode, text or ""
@@ -63,16 +76,18 @@ def run(*words, seconds=60 * MINUTES, quiet=False):
 
 
 def works(path):
-    "Whether a browser starts: some systems have a script of that name that only says how to install one"
+    "Whether a browser starts; on some systems a script of that name only says how to install one"
     code, text = run(str(path), "--version", seconds=30, quiet=True)
     return code == 0 and "Chrom" in text
 
 
 def playwrights_own():
-    "Where Playwright keeps the Chromium that it downloads, whether it is there or not; None without Playwright"
-    code = "from playwright.sync_api import sync_playwright as s\nwith s() as p: print(p.chromium.executable_path)"
-    failed, text = run(sys.executable, "-c", code, seconds=60, quiet=True)
-    return None if failed else Path(text.strip().splitlines()[-1])
+    "Where Playwright keeps the Chromium that it downloads, there or not; None without Playwright"
+    failed, text = run(sys.executable, "-c", WHERE, seconds=60, quiet=True)
+    if failed:
+        return None
+    lines = text.strip().splitlines()
+    return Path(lines[-1])
 
 
 def find():
@@ -89,12 +104,15 @@ def find():
 
 def is_root():
     "Whether this may install packages"
-    return hasattr(os, "geteuid") and os.geteuid() == 0
+    if not hasattr(os, "geteuid"):
+        return False
+    return os.geteuid() == 0
 
 
 def from_playwright():
     "Playwright's Chromium, and as root the system libraries that it needs: path, or None"
-    if run(sys.executable, "-m", "playwright", "install", "chromium")[0]:
+    failed, _ = run(sys.executable, "-m", "playwright", "install", "chromium")
+    if failed:
         return None
     path = find()
     if path is None and is_root():
@@ -115,8 +133,11 @@ def from_debian():
 def main():
     "Say where the browser is; exit code 1 where there is none to be had"
     path = find() or from_playwright() or from_debian()
-    print(f"browser: {path}" if path else SENTENCE, file=sys.stdout if path else sys.stderr)
-    return 0 if path else 1
+    if path is None:
+        print(SENTENCE, file=sys.stderr)
+        return 1
+    print(f"browser: {path}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Which exported lines do the notebooks' own tests run?
 
-    pip install coverage && OMP_NUM_THREADS=1 python tools/covered.py [04_edge_gate ...] [--missing]     # default: every notebook
+    pip install coverage
+    OMP_NUM_THREADS=1 python tools/covered.py [04_edge_gate ...] [--missing]
 
-Each notebook runs from top to bottom in a process of its own. Its exported cells run under the name and the line numbers of the module that they
-become, so that coverage.py counts them there, together with what other notebooks run of that module. --missing lists the lines that none has run.
-What runs only in other processes (commands, workers, several ranks) is not counted, though the tests in tests/ run it."""
+Default: every notebook. Each runs from top to bottom in a process of its own. Its exported cells
+run under the name and the line numbers of the module that they become, so that coverage.py counts
+them there, together with what other notebooks run of that module. --missing lists the lines that
+none has run. What runs only in other processes (commands, workers, several ranks) is not counted,
+though the tests in tests/ run it."""
 
 import argparse
 import json
@@ -22,15 +25,11 @@ from quietly import as_notebook, run_cells
 
 def line_of(module, cell):
     "Line of a module before an exported cell's first"
-    text = source_of(module).read_text().splitlines()
-    return 1 + next(
-        (
-            i
-            for i, line in enumerate(text)
-            if line.startswith("# %% ") and line.endswith(f"#{cell['id']}")
-        ),
-        0,
-    )
+    lines = source_of(module).read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        if line.startswith("# %% ") and line.endswith(f"#{cell['id']}"):
+            return number
+    return 1
 
 
 def as_module(module, cell):
@@ -38,47 +37,54 @@ def as_module(module, cell):
     source = "".join(cell["source"])
     if not re.match(r"#\| export\b", source) or cell["cell_type"] != "code":
         return dict(cell, source=source)
-    body = source.split("\n", 1)[1]
-    return dict(
-        cell,
-        source=f"exec(compile({chr(10) * line_of(module, cell) + body!r}, {str(source_of(module))!r}, 'exec'), globals())",
-    )
+    _, _, body = source.partition("\n")
+    shifted = "\n" * line_of(module, cell) + body
+    path = str(source_of(module))
+    return dict(cell, source=f"exec(compile({shifted!r}, {path!r}, 'exec'), globals())")
+
+
+def cells_to_run(path):
+    "The cells of a notebook that its tests run, exported ones under the name of their module"
+    cells = []
+    for cell in json.loads(path.read_text())["cells"]:
+        if not re.search(r"#\| eval: false|nbdev_export\(\)", "".join(cell["source"])):
+            cells.append(cell)
+    module = module_of(path)
+    if module is None:
+        return cells
+    return [as_module(module, cell) for cell in cells]
 
 
 def run(path, data):
     "A notebook's cells under coverage, in this process; exit code 1 if one fails"
-    cells = [
-        c
-        for c in json.loads(path.read_text())["cells"]
-        if not re.search(r"#\| eval: false|nbdev_export\(\)", "".join(c["source"]))
-    ]
-    module = module_of(path)
-    if module:
-        cells = [as_module(module, c) for c in cells]
+    notebook = as_notebook(cells_to_run(path))
+    package = f"{ROOT}/egcnn_nb/*"
     measure = coverage.Coverage(
-        data_file=data, data_suffix=path.stem, include=[f"{ROOT}/egcnn_nb/*"], omit=["*/_modidx.py"]
+        data_file=data, data_suffix=path.stem, include=[package], omit=["*/_modidx.py"]
     )
     measure.start()
-    code = run_cells(as_notebook(cells), path.parent)
+    code = run_cells(notebook, path.parent)
     measure.stop()
     measure.save()
     os._exit(code)
 
 
 def main():
-    p = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("notebooks", nargs="*")
-    p.add_argument("--missing", action="store_true")
-    args = p.parse_args()
-    paths = [notebook(n) for n in args.notebooks] or notebooks()
+    parser.add_argument("notebooks", nargs="*")
+    parser.add_argument("--missing", action="store_true")
+    args = parser.parse_args()
+    paths = [notebook(name) for name in args.notebooks] or notebooks()
     data = str(Path(tempfile.mkdtemp()) / "data")
+    spawn = multiprocessing.get_context("spawn")
     for path in paths:
-        process = multiprocessing.get_context("spawn").Process(target=run, args=(path, data))
+        process = spawn.Process(target=run, args=(path, data))
         process.start()
         process.join()
-        print(path.stem, "" if process.exitcode == 0 else "FAILED", file=sys.stderr, flush=True)
+        failed = "" if process.exitcode == 0 else "FAILED"
+        print(path.stem, failed, file=sys.stderr, flush=True)
     total = coverage.Coverage(data_file=data)
     total.combine()
     total.report(show_missing=args.missing, skip_covered=args.missing, precision=1)

@@ -1,8 +1,9 @@
 """Install the lowest versions that settings.ini claims, and run notebooks with them.
 
-    python tools/lowest.py FOLDER [03_sobel_edges train ...] [--torch 2.13.0]      # default: all but those of the study and of the training command
+    python tools/lowest.py FOLDER [03_sobel_edges train ...] [--torch 2.13.0]
 
-FOLDER becomes a virtual environment. `--torch`: another version than the lowest, for machines that have no index with that one."""
+Default: all notebooks but those of the study and of the commands. FOLDER becomes a virtual
+environment. `--torch`: another version than the lowest, for machines that have no index with it."""
 
 import argparse
 import configparser
@@ -15,76 +16,88 @@ from pathlib import Path
 
 from books import ROOT, module_of, notebook, notebooks
 
-TESTING = (
-    "nbdev",
-    "execnb",
-    "fastcore",
-    "ghapi",
-    "einops",
-    "ipykernel",
-)  # newest within the bounds: they only run the tests
+# they only run the tests, so they are the newest within the bounds
+TESTING = ("nbdev", "execnb", "fastcore", "ghapi", "einops", "ipykernel")
 
 
 def lowest(requirements, torch):
-    "name>=x,<y becomes name==x"
-    pinned = [re.sub(r">=([\w.]+).*", r"==\1", r) for r in requirements.split()]
-    return [f"torch=={torch}" if torch and r.startswith("torch==") else r for r in pinned]
+    "Requirements at their lowest version: name>=x,<y becomes name==x"
+    pinned = []
+    for requirement in requirements.split():
+        if torch and requirement.startswith("torch>="):
+            pinned.append(f"torch=={torch}")
+        else:
+            pinned.append(re.sub(r">=([\w.]+).*", r"==\1", requirement))
+    return pinned
+
+
+def settings():
+    "What settings.ini says"
+    config = configparser.ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini")
+    return config["DEFAULT"]
+
+
+def bounded_testers(requirements):
+    "The packages that run the tests, with the bounds of the requirements"
+    bounds = {}
+    for requirement in requirements.split():
+        name = re.match(r"[\w-]+", requirement)[0]
+        bounds[name] = requirement
+    return [bounds.get(name, name) for name in TESTING]
+
+
+def install(folder, wanted, testers):
+    "A virtual environment with this project, the versions that are wanted, and the testers"
+    if not (folder / "bin").exists():
+        venv.create(folder, with_pip=True)
+    pip = [folder / "bin/python", "-m", "pip", "install", "-q"]
+    subprocess.run([*pip, *wanted, *testers], check=True)
+    subprocess.run([*pip, "--no-deps", "-e", str(ROOT)], check=True)
+
+
+def is_quick(path):
+    "Whether a notebook exports a module that belongs neither to the study nor to a command"
+    module = module_of(path)
+    return module is not None and not module.startswith(("study.", "commands."))
+
+
+def passes(path, folder):
+    "Run a notebook with the versions in a folder, and print how it went"
+    binaries = folder.resolve() / "bin"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env["PATH"] = f"{binaries}:{env['PATH']}"
+    words = ["nbdev_test", "--path", str(path.relative_to(ROOT)), "--n_workers", "0"]
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode == 0:
+        print(f"{path.stem}: passed", flush=True)
+        return True
+    output = done.stdout + done.stderr
+    errors = [line for line in output.splitlines() if "Error" in line]
+    errors = [line for line in errors if "close_widget" not in line]
+    print(f"{path.stem}: failed: {'; '.join(errors[:3])}", flush=True)
+    return False
 
 
 def main():
-    p = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("folder", type=Path)
-    p.add_argument("notebooks", nargs="*")
-    p.add_argument("--torch")
-    args = p.parse_args()
-    config = configparser.ConfigParser(delimiters=["="])
-    config.read(ROOT / "settings.ini")
-    cfg = config["DEFAULT"]
-    wanted = lowest(cfg["requirements"] + " " + cfg["monai_requirements"], args.torch)
-    bounds = {re.match(r"[\w-]+", r)[0]: r for r in cfg["dev_requirements"].split()}
-    if not (args.folder / "bin").exists():
-        venv.create(args.folder, with_pip=True)
-    pip = lambda *words: subprocess.run(
-        [args.folder / "bin/python", "-m", "pip", "install", "-q", *words], check=True
-    )
-    pip(*wanted, *(bounds.get(n, n) for n in TESTING))
-    pip("--no-deps", "-e", str(ROOT))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("notebooks", nargs="*")
+    parser.add_argument("--torch")
+    args = parser.parse_args()
+    config = settings()
+    requirements = f"{config['requirements']} {config['monai_requirements']}"
+    wanted = lowest(requirements, args.torch)
+    install(args.folder, wanted, bounded_testers(config["dev_requirements"]))
     print("installed:", *wanted)
-    paths = [notebook(n) for n in args.notebooks] or [
-        p for p in notebooks() if not (module_of(p) or "study.").startswith(("study.", "commands."))
-    ]
-    env, failed = (
-        {
-            **os.environ,
-            "PATH": f"{args.folder.resolve() / 'bin'}:{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
-        },
-        [],
-    )
-    for path in paths:
-        name, done = (
-            path.stem,
-            subprocess.run(
-                ["nbdev_test", "--path", str(path.relative_to(ROOT)), "--n_workers", "0"],
-                cwd=ROOT,
-                env=env,
-                capture_output=True,
-                text=True,
-            ),
-        )
-        said = [
-            line
-            for line in (done.stdout + done.stderr).splitlines()
-            if "Error" in line and "close_widget" not in line
-        ]
-        print(
-            f"{name}: {'passed' if done.returncode == 0 else 'failed: ' + '; '.join(said[:3])}",
-            flush=True,
-        )
-        failed += [name] * (done.returncode != 0)
-    return int(bool(failed))
+    if args.notebooks:
+        paths = [notebook(name) for name in args.notebooks]
+    else:
+        paths = [path for path in notebooks() if is_quick(path)]
+    passed = [passes(path, args.folder) for path in paths]
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":

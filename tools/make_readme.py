@@ -14,20 +14,28 @@ ROOT = Path(__file__).parents[1]
 
 
 def readme():
-    "Markdown of the index notebook; hidden cells go, and the code of those with `echo: false`; relative links start at the top of the repository"
+    """Markdown of the index notebook, without hidden cells and without the code of cells with
+    `echo: false`; relative links start at the top of the repository"""
     nb = nbformat.read(ROOT / "nbs/index.ipynb", as_version=4)
-    nb.cells = [c for c in nb.cells if not c.source.startswith("#| hide")]
-    for c in nb.cells:
-        if c.source.startswith("#| echo: false"):
-            c.metadata["transient"] = {"remove_source": True}
-    text = MarkdownExporter().from_notebook_node(nb)[0]
-    text = re.sub(r"\]\((?!https?:|#)(?!\.\./)", "](nbs/", text).replace("](../", "](")
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    nb.cells = [cell for cell in nb.cells if not cell.source.startswith("#| hide")]
+    for cell in nb.cells:
+        if cell.source.startswith("#| echo: false"):
+            cell.metadata["transient"] = {"remove_source": True}
+    text, _ = MarkdownExporter().from_notebook_node(nb)
+    text = re.sub(r"\]\((?!https?:|#)(?!\.\./)", "](nbs/", text)
+    text = text.replace("](../", "](")
+    text = re.sub(r"\n{3,}", "\n\n", text)
+    return text.strip() + "\n"
 
 
-if __name__ == "__main__":
-    path, text = ROOT / "README.md", readme()
+def main():
+    path = ROOT / "README.md"
+    text = readme()
     if "--check" not in sys.argv:
         path.write_text(text)
     elif path.read_text() != text:
         sys.exit("README.md is not what nbs/index.ipynb says; run tools/make_readme.py")
+
+
+if __name__ == "__main__":
+    main()

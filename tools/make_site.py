@@ -1,10 +1,14 @@
-"""Build the site: every notebook with its pictures, and the reference of the library, for a browser without a kernel and without the internet.
+"""Build the site: every notebook with its pictures, and the reference of the library, for a browser
+without a kernel and without the internet.
 
-    python tools/make_site.py [--views 03_sobel_edges ...]        # writes _site_src/ and _site/; then python -m http.server -d _site
+    python tools/make_site.py [--views 03_sobel_edges ...]
+    python -m http.server -d _site
 
-Notebooks become Markdown as they are committed. Formulas become MathML, which browsers draw themselves. Hidden cells stay out; cells that are
-exported say into which module. Interactive views stay as they were committed, or, for the notebooks named after --views (alone: all), the notebook
-is run, the first slider of each view is moved from end to end, and the page gets a slider over the pictures that came of it."""
+This writes _site_src/ and _site/. Notebooks become Markdown as they are committed. Formulas become
+MathML, which browsers draw themselves. Hidden cells stay out, and cells that are exported say into
+which module. Interactive views stay as they were committed. The notebooks named after --views
+(alone: all with views) are run: the first slider of each view is moved from end to end, and the page
+gets a slider over the pictures that came of it."""
 
 import argparse
 import base64
@@ -18,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 
 import nbformat
@@ -30,6 +34,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "_site_src"
+MOST_BYTES = 2e6  # of the pictures below the sliders of one page
 PAGES = {
     "docs/glossary.md": "glossary.md",
     "docs/launch/README.md": "launch.md",
@@ -54,14 +59,25 @@ VIEWS = (
 )  # notebooks with views
 
 
+# ---- Markdown
+
+
+def as_block(match):
+    "A formula between two dollars, as MathML on a line of its own"
+    return convert(match[1].strip(), display="block")
+
+
+def as_inline(match):
+    "A formula between dollars, as MathML in its line"
+    return convert(match[1])
+
+
 def math(text):
     "Formulas between dollars as MathML; code keeps its dollars"
     parts = re.split(r"(```.*?```|`[^`]*`)", text, flags=re.S)
-    for i in range(0, len(parts), 2):
-        parts[i] = re.sub(
-            r"\$\$(.+?)\$\$", lambda m: convert(m[1].strip(), display="block"), parts[i], flags=re.S
-        )
-        parts[i] = re.sub(r"(?<!\\)\$(?!\s)([^$\n]+?)(?<!\s)\$", lambda m: convert(m[1]), parts[i])
+    for i in range(0, len(parts), 2):  # the others are code
+        part = re.sub(r"\$\$(.+?)\$\$", as_block, parts[i], flags=re.S)
+        parts[i] = re.sub(r"(?<!\\)\$(?!\s)([^$\n]+?)(?<!\s)\$", as_inline, part)
     return "".join(parts)
 
 
@@ -69,76 +85,145 @@ def links(text):
     "Links between notebooks and files as links between pages"
     for file, page in PAGES.items():
         text = re.sub(rf"\]\((?:\.\./)*{re.escape(file)}\)", f"]({page})", text)
-    text = re.sub(
-        r"\]\((?:\.\./)*(?:nbs/)?(?:\d_\w+/)?(\w+)\.ipynb(#[^)]*)?\)", r"](\1.md\2)", text
-    )
+    to_notebook = r"\]\((?:\.\./)*(?:nbs/)?(?:\d_\w+/)?(\w+)\.ipynb(#[^)]*)?\)"
+    text = re.sub(to_notebook, r"](\1.md\2)", text)
     return text.replace("<details>", "<details markdown>")
 
 
 def fence(text, kind, title=""):
     "A block of code, fenced so that no line of it can close the fence"
-    return f"````{kind}" + (f' title="{title}"' if title else "") + f"\n{text.rstrip()}\n````\n"
+    named = f' title="{title}"' if title else ""
+    return f"````{kind}{named}\n{text.rstrip()}\n````\n"
 
 
+# ---- views that can be moved
+
+# the last cell of a notebook whose views are moved
 SWEEP = """
-import gc, json, pathlib, ipywidgets
+import gc
+import json
+import pathlib
+
+import ipywidgets
+
 from egcnn_nb.show.explorers import Explorer, to_png
-found = []
-for view in [o for o in gc.get_objects() if isinstance(o, Explorer) and o.draw and o.alt]:
-    sliders = [(n, c) for n, c in view.controls.items() if isinstance(c, (ipywidgets.IntSlider, ipywidgets.FloatSlider))]
-    if not sliders: continue
-    name, slider = sliders[0]; start = slider.value; lowest = slider.min; step = slider.step or 1; steps = round((slider.max-lowest)/step)
-    at = sorted({min(max(round(steps*k/10), 0), steps) for k in range(11)} | {round((start-lowest)/step)})
+
+SLIDERS = (ipywidgets.IntSlider, ipywidgets.FloatSlider)
+
+
+def first_slider(view):
+    "Name and first slider of a view, or None"
+    for name, control in view.controls.items():
+        if isinstance(control, SLIDERS):
+            return name, control
+    return None
+
+
+def sweep(view, name, slider):
+    "Move a slider from end to end: what the page needs to know, and the pictures"
+    step = slider.step or 1
+    start = slider.value
+    lowest = slider.min
+    steps = round((slider.max - lowest) / step)
+    start_step = round((start - lowest) / step)
+    tenths = {min(max(round(steps * k / 10), 0), steps) for k in range(11)}
+    stops = sorted(tenths | {start_step})
+    values = []
     frames = []
-    for k in at: slider.value = lowest+k*step; view.redraw(); frames.append((slider.value, to_png(view.static())))
-    slider.value = start; view.redraw()
-    if len({f for _, f in frames}) < 2: continue
-    for k, (_, frame) in enumerate(frames): (pathlib.Path(FOLDER)/f"{len(found)}_{k}.png").write_bytes(frame)
-    found.append({"alt": view.alt, "name": slider.description or name, "values": [round(float(v), 4) for v, _ in frames], "start": at.index(round((start-lowest)/step))})
-(pathlib.Path(FOLDER)/"views.json").write_text(json.dumps(found))
+    for stop in stops:
+        slider.value = lowest + stop * step
+        view.redraw()
+        values.append(round(float(slider.value), 4))
+        frames.append(to_png(view.static()))
+    slider.value = start
+    view.redraw()
+    told = {"alt": view.alt, "name": slider.description or name, "values": values}
+    return {**told, "start": stops.index(start_step)}, frames
+
+
+folder = pathlib.Path(FOLDER)
+views = []
+for view in gc.get_objects():
+    if not isinstance(view, Explorer) or not view.draw or not view.alt:
+        continue
+    found = first_slider(view)
+    if found is None:
+        continue
+    told, frames = sweep(view, *found)
+    if len(set(frames)) < 2:
+        continue
+    for k, frame in enumerate(frames):
+        (folder / f"{len(views)}_{k}.png").write_bytes(frame)
+    views.append(told)
+(folder / "views.json").write_text(json.dumps(views))
 """
 
 
 def sweep(path):
-    "Run a notebook, and move the first slider of each view: alternative text -> a slider over pictures, as HTML; at most 2 MB a page"
+    "Run a notebook and move the first slider of each view: alternative text -> HTML of a slider"
+    with tempfile.TemporaryDirectory() as folder:
+        run_sweep(path, folder)
+        views = json.loads((Path(folder) / "views.json").read_text())
+        pictures = {}
+        for i, view in enumerate(views):
+            for k in range(len(view["values"])):
+                picture = Image.open(Path(folder) / f"{i}_{k}.png")
+                pictures[i, k] = picture.convert("RGB")
+    write_pictures(path.stem, pictures)
+    sliders = {}
+    for i, view in enumerate(views):
+        size = pictures[i, view["start"]].size
+        sliders[view["alt"]] = slider(f"views/{path.stem}_{i}_", view, size)
+    return sliders
+
+
+def run_sweep(path, folder):
+    "Run a notebook with the cell that moves its views, which writes into a folder"
     nb = nbformat.read(path, as_version=4)
-    with tempfile.TemporaryDirectory() as tmp:
-        nb.cells.append(nbformat.v4.new_code_cell(f"FOLDER = {tmp!r}\n{SWEEP}"))
-        NotebookClient(
-            nb,
-            timeout=900,
-            kernel_name="python3",
-            resources={"metadata": {"path": str(path.parent)}},
-        ).execute()
-        views = json.loads((Path(tmp) / "views.json").read_text())
-        pictures = {
-            (i, k): Image.open(Path(tmp) / f"{i}_{k}.png").convert("RGB")
-            for i, v in enumerate(views)
-            for k in range(len(v["values"]))
-        }
+    cell = f"FOLDER = {folder!r}\n{SWEEP}"
+    nb.cells.append(nbformat.v4.new_code_cell(cell))
+    place = {"metadata": {"path": str(path.parent)}}
+    client = NotebookClient(nb, timeout=900, kernel_name="python3", resources=place)
+    client.execute()
+
+
+def write_pictures(name, pictures):
+    "Write the pictures of a page's views, at the highest quality that is small enough"
     for quality in (80, 60, 40, 20):
-        files = {key: io.BytesIO() for key in pictures}
-        for key, picture in pictures.items():
-            picture.save(files[key], "webp", quality=quality)
-        if sum(f.tell() for f in files.values()) <= 2e6:
+        files = {key: as_webp(picture, quality) for key, picture in pictures.items()}
+        if sum(map(len, files.values())) <= MOST_BYTES:
             break
     folder = SOURCE / "views"
     folder.mkdir(exist_ok=True)
-    for (i, k), f in files.items():
-        (folder / f"{path.stem}_{i}_{k}.webp").write_bytes(f.getvalue())
-    return {
-        v["alt"]: slider(f"views/{path.stem}_{i}_", v, pictures[i, v["start"]].size)
-        for i, v in enumerate(views)
-    }
+    for (i, k), content in files.items():
+        (folder / f"{name}_{i}_{k}.webp").write_bytes(content)
+
+
+def as_webp(picture, quality):
+    "A picture as a WebP file"
+    file = io.BytesIO()
+    picture.save(file, "webp", quality=quality)
+    return file.getvalue()
 
 
 def slider(prefix, view, size):
     "A slider over pictures, as HTML"
+    width, height = size
+    start = view["start"]
+    values = html.escape(json.dumps(view["values"]))
+    last = len(view["values"]) - 1
+    alt = html.escape(view["alt"])
+    name = html.escape(view["name"])
+    shown = view["values"][start]
     return (
-        f'<figure class="frames" data-prefix="{prefix}" data-values="{html.escape(json.dumps(view["values"]))}">'
-        f'<img src="{prefix}{view["start"]}.webp" width="{size[0]}" height="{size[1]}" alt="{html.escape(view["alt"])}">'
-        f'<label>{html.escape(view["name"])} <input type="range" min="0" max="{len(view["values"]) - 1}" value="{view["start"]}"> <output>{view["values"][view["start"]]:g}</output></label></figure>\n'
+        f'<figure class="frames" data-prefix="{prefix}" data-values="{values}">'
+        f'<img src="{prefix}{start}.webp" width="{width}" height="{height}" alt="{alt}">'
+        f'<label>{name} <input type="range" min="0" max="{last}" value="{start}"> '
+        f"<output>{shown:g}</output></label></figure>\n"
     )
+
+
+# ---- notebooks
 
 
 def output(out, name, images, views):
@@ -147,90 +232,120 @@ def output(out, name, images, views):
     if out["output_type"] == "stream":
         return fence("".join(out["text"]), "text") if out["name"] == "stdout" else ""
     if "image/png" in data:
-        path = SOURCE / "pictures" / f"{name}_{len(images)}.png"
-        images.append(path)
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(base64.b64decode(data["image/png"]))
-        alt = out["metadata"].get("image/png", {}).get("alt", "") or "".join(
-            data.get("text/plain", "")
-        )
-        if alt in views:
-            return views[alt]
-        return f"![{html.escape(alt).replace(']', '')}](pictures/{path.name})\n"
+        return picture(out, name, images, views)
     if "text/markdown" in data:
         return math("".join(data["text/markdown"])) + "\n"
     if "text/html" in data:
         return "".join(data["text/html"]) + "\n"
-    return fence("".join(data["text/plain"]), "text") if "text/plain" in data else ""
+    if "text/plain" in data:
+        return fence("".join(data["text/plain"]), "text")
+    return ""
 
 
-def notebook(path, views={}):
+def picture(out, name, images, views):
+    "A picture as a file and a link to it, or the view that stands in its place"
+    path = SOURCE / "pictures" / f"{name}_{len(images)}.png"
+    images.append(path)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(base64.b64decode(out["data"]["image/png"]))
+    named = out["metadata"].get("image/png", {})
+    alt = named.get("alt", "") or "".join(out["data"].get("text/plain", ""))
+    if alt in views:
+        return views[alt]
+    text = html.escape(alt).replace("]", "")
+    return f"![{text}](pictures/{path.name})\n"
+
+
+def code(source, module):
+    "A cell of code as Markdown, or nothing where it is not shown"
+    text = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
+    if not text or source.startswith("#| echo: false"):
+        return []
+    title = ""
+    if source.startswith("#| export"):
+        title = f"exported to egcnn_nb/{module.replace('.', '/')}.py"
+    return [fence(text, "python", title)]
+
+
+def notebook(path, views=None):
     "A notebook as Markdown; `views`: alternative text of a picture -> HTML in its place"
-    cells, module, text, images = json.loads(path.read_text())["cells"], "", [], []
-    for cell in cells:
+    module = module_of(path) or ""
+    text = []
+    images = []
+    for cell in json.loads(path.read_text())["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             text.append(links(math(source)))
             continue
-        if found := re.search(r"^#\| default_exp ([\w.]+)", source, re.M):
-            module = found[1]
         if re.match(r"#\| (hide|default_exp)\b", source) or source.startswith("%"):
             continue
-        code = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
-        if code and not source.startswith("#| echo: false"):
-            text.append(
-                fence(
-                    code,
-                    "python",
-                    f"exported to egcnn_nb/{module.replace('.', '/')}.py"
-                    if source.startswith("#| export")
-                    else "",
-                )
-            )
-        text += [output(o, path.stem, images, views) for o in cell["outputs"]]
+        text += code(source, module)
+        text += [output(out, path.stem, images, views or {}) for out in cell["outputs"]]
     return "\n\n".join(text)
+
+
+# ---- the reference
+
+
+@dataclass
+class Row:
+    "One row in the table of a function's arguments"
+
+    name: str
+    kind: object  # annotation
+    default: str
+    meaning: str | None
+
+    def markdown(self) -> str:
+        "The row of the table"
+        kind = type_name(self.kind)
+        kind = f"`{kind}`" if kind else ""
+        meaning = html.escape(" ".join((self.meaning or "").split()))
+        meaning = meaning.replace("|", "&#124;")
+        return f"| {self.name} | {kind} | {self.default} | {meaning} |"
+
+
+def type_name(annotation):
+    "A type as it is written in a table, where | separates columns"
+    if annotation in (inspect.Parameter.empty, None):
+        return ""
+    if isinstance(annotation, str):
+        return annotation
+    return getattr(annotation, "__name__", str(annotation)).replace("|", "or")
+
+
+def default_of(parameter):
+    "The default of an argument as it is written in a table"
+    if parameter.default is parameter.empty:
+        return ""
+    return f"`{parameter.default!r}`".replace("|", "or")[:60]
 
 
 def arguments(function):
     "The arguments of a function and what it returns, as a table"
-    rows, signature = docments(function, full=True), inspect.signature(function)
-    word = lambda a: (
-        ""
-        if a in (inspect.Parameter.empty, None)
-        else a
-        if isinstance(a, str)
-        else getattr(a, "__name__", str(a)).replace("|", "or")
-    )
-    line = lambda name, kind, default, meaning: (
-        f"| {name} | {f'`{kind}`' if kind else ''} | {default} | {html.escape(' '.join((meaning or '').split())).replace('|', '&#124;')} |"
-    )
-    lines = [
-        line(
-            f"`{n}`",
-            word(p.annotation),
-            "" if p.default is p.empty else f"`{p.default!r}`".replace("|", "or")[:60],
-            rows[n].docment,
-        )
-        for n, p in signature.parameters.items()
-        if n not in ("self", "cls")
-    ]
-    if signature.return_annotation not in (inspect.Signature.empty, None) or rows["return"].docment:
-        lines.append(
-            line("*returns*", word(signature.return_annotation), "", rows["return"].docment)
-        )
-    return (
-        "\n".join(["| argument | type | default | meaning |", "|---|---|---|---|", *lines])
-        if lines
-        else ""
-    )
+    meanings = docments(function, full=True)
+    signature = inspect.signature(function)
+    rows = []
+    for name, parameter in signature.parameters.items():
+        if name not in ("self", "cls"):
+            default = default_of(parameter)
+            meaning = meanings[name].docment
+            rows.append(Row(f"`{name}`", parameter.annotation, default, meaning))
+    kind = signature.return_annotation
+    returned = meanings["return"].docment
+    if kind not in (inspect.Signature.empty, None) or returned:
+        rows.append(Row("*returns*", kind, "", returned))
+    if not rows:
+        return ""
+    head = ["| argument | type | default | meaning |", "|---|---|---|---|"]
+    return "\n".join([*head, *[row.markdown() for row in rows]])
 
 
 def reference(module, page):
     "What a module offers, as Markdown"
-    m, text = importlib.import_module(f"egcnn_nb.{module}"), []
-    text.append(
-        f"# {module}\n\n{inspect.getdoc(m)}\n\nDefined and explained in [{page}](../{page}.md)."
-    )
+    m = importlib.import_module(f"egcnn_nb.{module}")
+    defined = f"Defined and explained in [{page}](../{page}.md)."
+    text = [f"# {module}\n\n{inspect.getdoc(m)}\n\n{defined}"]
     for name in m.__all__:
         thing = getattr(m, name)
         if not (inspect.isfunction(thing) or inspect.isclass(thing)):
@@ -239,13 +354,27 @@ def reference(module, page):
         text.append(f"## `{name}`\n\n{html.escape(inspect.getdoc(thing) or '')}")
         if inspect.isfunction(thing):
             text.append(arguments(thing))
-            continue
-        if is_dataclass(thing) or "__init__" in vars(thing):
-            text.append(arguments(thing if is_dataclass(thing) else thing.__init__))
-        for method, f in vars(thing).items():
-            if inspect.isfunction(f) and not method.startswith("_") and f.__doc__:
-                text.append(f"### `{name}.{method}`\n\n{html.escape(f.__doc__)}\n\n{arguments(f)}")
+        else:
+            text += class_reference(name, thing)
     return "\n\n".join(text)
+
+
+def class_reference(name, cls):
+    "The arguments and the public methods of a class, as Markdown"
+    text = []
+    if is_dataclass(cls):
+        text.append(arguments(cls))
+    elif "__init__" in vars(cls):
+        text.append(arguments(cls.__init__))
+    for method, function in vars(cls).items():
+        public = inspect.isfunction(function) and not method.startswith("_")
+        if public and function.__doc__:
+            doc = html.escape(function.__doc__)
+            text.append(f"### `{name}.{method}`\n\n{doc}\n\n{arguments(function)}")
+    return text
+
+
+# ---- the whole site
 
 
 def write(alive):
@@ -254,48 +383,65 @@ def write(alive):
     (SOURCE / "api").mkdir(parents=True)
     shutil.copytree(ROOT / "nbs/images", SOURCE / "images")
     shutil.copytree(ROOT / "tools/site", SOURCE, dirs_exist_ok=True)
-    books, nav = notebooks(), []
+    books = notebooks()
     for path in [ROOT / "nbs/index.ipynb", *books]:
-        (SOURCE / f"{path.stem}.md").write_text(
-            notebook(path, sweep(path) if path.stem in alive else {})
-        )
-    for path in books:
-        if module := module_of(path):
-            (SOURCE / f"api/{module}.md").write_text(reference(module, path.stem))
-            nav.append(module)
+        views = sweep(path) if path.stem in alive else {}
+        (SOURCE / f"{path.stem}.md").write_text(notebook(path, views))
+    modules = write_reference(books)
     for file, page in PAGES.items():
-        text = links((ROOT / file).read_text())
-        for name in re.findall(r"\]\(([\w.]+)\)", text):
-            if (beside := (ROOT / file).parent / name).is_file():
-                shutil.copy(beside, SOURCE / name)  # its pictures, and the files that it explains
-        (SOURCE / page).write_text(math(text))
+        write_page(ROOT / file, page)
+    write_config(books, modules)
+
+
+def write_reference(books):
+    "A page for each module; returns the modules"
+    modules = []
+    for path in books:
+        module = module_of(path)
+        if module:
+            (SOURCE / f"api/{module}.md").write_text(reference(module, path.stem))
+            modules.append(module)
+    return modules
+
+
+def write_page(file, page):
+    "A Markdown file as a page, with its pictures and the files that it explains"
+    text = links(file.read_text())
+    for name in re.findall(r"\]\(([\w.]+)\)", text):
+        beside = file.parent / name
+        if beside.is_file():
+            shutil.copy(beside, SOURCE / name)
+    (SOURCE / page).write_text(math(text))
+
+
+def write_config(books, modules):
+    "The settings of mkdocs, with the list of all pages"
+    names = [path.stem for path in books]
+    pages = {page.removesuffix(".md").capitalize(): page for page in PAGES.values()}
     entries = [
         {"Home": "index.md"},
-        {"Notebooks": [{b.stem: f"{b.stem}.md"} for b in books]},
-        {"Reference": [{m: f"api/{m}.md"} for m in nav]},
-        {"More": [{p.removesuffix(".md").capitalize(): p} for p in PAGES.values()]},
+        {"Notebooks": [{name: f"{name}.md"} for name in names]},
+        {"Reference": [{module: f"api/{module}.md"} for module in modules]},
+        {"More": [{title: page} for title, page in pages.items()]},
     ]
-    (ROOT / "_mkdocs.yml").write_text(
-        (ROOT / "mkdocs.yml").read_text() + f"nav: {json.dumps(entries)}\n"
-    )
+    config = (ROOT / "mkdocs.yml").read_text()
+    (ROOT / "_mkdocs.yml").write_text(f"{config}nav: {json.dumps(entries)}\n")
 
 
 def main():
-    p = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument(
+    parser.add_argument(
         "--views",
         nargs="*",
         metavar="NOTEBOOK",
         help="notebooks whose views can be moved; none named: all",
     )
-    views = p.parse_args().views
+    views = parser.parse_args().views
     write(VIEWS if views == [] else views or [])
-    return subprocess.call(
-        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--config-file", "_mkdocs.yml"],
-        cwd=ROOT,
-    )
+    mkdocs = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--config-file", "_mkdocs.yml"]
+    return subprocess.call(mkdocs, cwd=ROOT)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Put one fault at a time into an exported cell and see whether the tests of its notebook find it.
 
-    OMP_NUM_THREADS=1 python tools/mutants.py 04_edge_gate [03_sobel_edges ...] [--every 3] [--json FILE]
+    OMP_NUM_THREADS=1 python tools/mutants.py 04_edge_gate [...] [--every 3] [--json FILE]
 
-Faults are those of cosmic-ray: another operator, another comparison, a number one larger or smaller, True for False, a loop that does not run.
-Each notebook runs from top to bottom in a process of its own, with the fault; it is found ("killed") when a cell fails, or when it takes four times as
-long as without. `--every 3`: each third fault alone. What survives is printed, to be read: a test is missing, or nobody could tell the difference."""
+Faults are those of cosmic-ray: another operator, another comparison, a number one larger or
+smaller, True for False, a loop that does not run. Each notebook runs from top to bottom in a process
+of its own, with the fault. The fault is found ("killed") when a cell fails, or when the notebook
+takes four times as long as without. `--every 3`: each third fault alone. What survives is printed,
+to be read: a test is missing, or nobody could tell the difference."""
 
 import argparse
 import difflib
@@ -15,6 +17,7 @@ import re
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from books import notebook
@@ -46,33 +49,43 @@ COMPARISONS = (
     "Is_IsNot",
     "IsNot_Is",
 )
-OPERATORS = (
-    [f"core/ReplaceBinaryOperator_{s}" for s in SWAPS]
-    + [f"core/ReplaceComparisonOperator_{c}" for c in COMPARISONS]
-    + [
-        f"core/{n}"
-        for n in (
-            "NumberReplacer",
-            "ReplaceTrueWithFalse",
-            "ReplaceFalseWithTrue",
-            "ReplaceAndWithOr",
-            "ReplaceOrWithAnd",
-            "ZeroIterationForLoop",
-            "ReplaceUnaryOperator_Delete_USub",
-            "ReplaceUnaryOperator_Delete_Not",
-            "ReplaceUnaryOperator_Delete_Invert",
-        )
-    ]
+OTHERS = (
+    "NumberReplacer",
+    "ReplaceTrueWithFalse",
+    "ReplaceFalseWithTrue",
+    "ReplaceAndWithOr",
+    "ReplaceOrWithAnd",
+    "ZeroIterationForLoop",
+    "ReplaceUnaryOperator_Delete_USub",
+    "ReplaceUnaryOperator_Delete_Not",
+    "ReplaceUnaryOperator_Delete_Invert",
 )
+OPERATORS = (
+    *[f"core/ReplaceBinaryOperator_{swap}" for swap in SWAPS],
+    *[f"core/ReplaceComparisonOperator_{comparison}" for comparison in COMPARISONS],
+    *[f"core/{other}" for other in OTHERS],
+)
+
+
+@dataclass
+class Fault:
+    "A cell with one fault"
+
+    cell: int  # its number
+    source: str  # with the fault
 
 
 def mutants(source):
     "All sources that differ from this one by one fault"
     for name in OPERATORS:
-        operator, k = get_operator(name)(), 0
-        while (found := mutate_code(source, operator, k)) is not None and found != source:
+        operator = get_operator(name)()
+        occurrence = 0
+        while True:
+            found = mutate_code(source, operator, occurrence)
+            if found is None or found == source:
+                break
             yield found
-            k += 1
+            occurrence += 1
 
 
 def run(nb, folder):
@@ -80,80 +93,89 @@ def run(nb, folder):
     os._exit(run_cells(nb, folder))
 
 
-def outcome(cells, limit, folder):
-    "0: all ran, 1: a cell failed, None: it took too long; and the seconds"
-    nb, start = as_notebook(cells), time.monotonic()
+def exit_code(cells, limit, folder):
+    "0: all cells ran, 1: one failed, None: it took longer than `limit` seconds"
+    nb = as_notebook(cells)
     process = multiprocessing.get_context("fork").Process(target=run, args=(nb, folder))
     process.start()
     process.join(limit)
     if process.is_alive():
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        return None, time.monotonic() - start
-    return process.exitcode, time.monotonic() - start
+        return None
+    return process.exitcode
+
+
+def cells_to_run(path):
+    "The cells of a notebook that its tests run, their sources in one piece"
+    cells = []
+    for cell in json.loads(path.read_text())["cells"]:
+        source = "".join(cell["source"])
+        left_out = "nbdev_export()" in source or "#| eval: false" in source
+        if cell["cell_type"] == "code" and not left_out:
+            cells.append({**cell, "source": source})
+    return cells
+
+
+def faults_of(cells):
+    "Every fault in the exported cells, apart from imports"
+    faults = []
+    for number, cell in enumerate(cells):
+        source = cell["source"]
+        exported = re.match(r"#\| export\b", source)
+        if exported and not source.startswith("#| export\nimport"):
+            faults += [Fault(number, mutant) for mutant in mutants(source)]
+    return faults
+
+
+def difference(before, after):
+    "The lines that differ"
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
+    kept = [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+    return "\n".join(kept)
 
 
 def judge(name, every):
-    "killed, survivors (as differences) of a notebook"
+    "Number of killed faults, and the survivors as differences, of a notebook"
     path = notebook(name)
-    folder = path.parent
-    cells = [
-        dict(c, source="".join(c["source"]))
-        for c in json.loads(path.read_text())["cells"]
-        if c["cell_type"] == "code"
-    ]
-    cells = [
-        c
-        for c in cells
-        if "nbdev_export()" not in c["source"] and "#| eval: false" not in c["source"]
-    ]
-    code, seconds = outcome(cells, 900, folder)
-    assert code == 0, f"{name} fails as it is"
-    faults = [
-        (i, m)
-        for i, c in enumerate(cells)
-        if re.match(r"#\| export\b", c["source"])
-        and not c["source"].startswith("#| export\nimport")
-        for m in mutants(c["source"])
-    ][::every]
-    killed, survivors = 0, []
-    for k, (i, mutant) in enumerate(faults):
-        code, _ = outcome(
-            [*cells[:i], dict(cells[i], source=mutant), *cells[i + 1 :]], 4 * seconds + 20, folder
-        )
-        if code == 0:
-            survivors.append(
-                "\n".join(
-                    d
-                    for d in difflib.unified_diff(
-                        cells[i]["source"].splitlines(), mutant.splitlines(), lineterm="", n=0
-                    )
-                    if not d.startswith(("---", "+++", "@@"))
-                )
-            )
-        else:
-            killed += 1
-        print(
-            f"\r{name}: {k + 1}/{len(faults)}, {killed} killed", end="", file=sys.stderr, flush=True
-        )
+    cells = cells_to_run(path)
+    start = time.monotonic()
+    assert exit_code(cells, 900, path.parent) == 0, f"{name} fails as it is"
+    limit = 4 * (time.monotonic() - start) + 20
+    faults = faults_of(cells)[::every]
+    survivors = []
+    for count, fault in enumerate(faults, 1):
+        with_fault = list(cells)
+        with_fault[fault.cell] = {**cells[fault.cell], "source": fault.source}
+        if exit_code(with_fault, limit, path.parent) == 0:
+            survivors.append(difference(cells[fault.cell]["source"], fault.source))
+        killed = count - len(survivors)
+        progress = f"\r{name}: {count}/{len(faults)}, {killed} killed"
+        print(progress, end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    return killed, survivors
+    return len(faults) - len(survivors), survivors
+
+
+def report(found):
+    "Print how many faults were found, and those that were not"
+    print("| notebook | faults | found | |\n|---|---|---|---|")
+    for name, (killed, survivors) in found.items():
+        total = killed + len(survivors)
+        print(f"| {name} | {total} | {killed} | {killed / total:.0%} |")
+    for name, (_, survivors) in found.items():
+        print(f"\n## {name}: not found\n", *survivors, sep="\n\n")
 
 
 def main():
-    p = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("notebooks", nargs="+")
-    p.add_argument("--every", type=int, default=1)
-    p.add_argument("--json")
-    args = p.parse_args()
-    found = {n: judge(n, args.every) for n in args.notebooks}
-    print("| notebook | faults | found | |\n|---|---|---|---|")
-    for n, (killed, alive) in found.items():
-        print(f"| {n} | {killed + len(alive)} | {killed} | {killed / (killed + len(alive)):.0%} |")
-    for n, (_, alive) in found.items():
-        print(f"\n## {n}: not found\n", *alive, sep="\n\n")
+    parser.add_argument("notebooks", nargs="+")
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    found = {name: judge(name, args.every) for name in args.notebooks}
+    report(found)
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1))
 

@@ -1,10 +1,12 @@
-"""Train the small networks that ship with the package: EG-CNN, EG-CNN without the inner ReLU, and their bare twin.
+"""Train the small networks that ship with the package: EG-CNN, EG-CNN without the inner ReLU, and
+their bare twin.
 
     OMP_NUM_THREADS=1 python tools/pretrain.py OUT          # about 15 minutes on one core
 
-Forty brain phantoms, numbers 101 to 140, none of which is in data_samples/. `egcnn_nb/pretrained/` holds config.json, metrics.csv and
-model.safetensors of each run folder in OUT. The seed is 1: with seed 0, on the machine where these were trained, the ET channel
-of EG-CNN died in the first epochs (validation Dice 0.02; the bare network's did not)."""
+Forty brain phantoms, numbers 101 to 140, none of which is in data_samples/. `egcnn_nb/pretrained/`
+holds config.json, metrics.csv and model.safetensors of each run folder in OUT. The seed is 1: with
+seed 0, on the machine where these were trained, the ET channel of EG-CNN died in the first epochs
+(validation Dice 0.02; the bare network's did not)."""
 
 import os
 import sys
@@ -33,19 +35,18 @@ def main():
     for number in range(101, 141):
         write_brain(Path("phantoms"), number)
     for name, kind in RUNS.items():
-        fit(
-            Settings(
-                "phantoms",
-                name,
-                epochs=40,
-                levels=3,
-                lr=3e-3,
-                patch_size=(40, 48, 40),
-                precision="bf16",
-                seed=1,
-                **kind,
-            )
+        settings = Settings(
+            "phantoms",
+            name,
+            epochs=40,
+            levels=3,
+            lr=3e-3,
+            patch_size=(40, 48, 40),
+            precision="bf16",
+            seed=1,
+            **kind,
         )
+        fit(settings)
 
 
 if __name__ == "__main__":

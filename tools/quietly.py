@@ -1,4 +1,5 @@
-"""Run cells of a notebook in this process without a word, as the tools beside this file do in processes of their own."""
+"""Run cells of a notebook in this process without a word, for the tools beside this file, which do
+so in processes of their own."""
 
 import os
 import sys
@@ -8,17 +9,22 @@ from execnb.nbio import dict2nb
 
 def as_notebook(cells):
     "execnb's notebook of cells (dicts)"
-    return dict2nb(
-        {"cells": [dict(c) for c in cells], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
-    )
+    copies = [dict(cell) for cell in cells]
+    return dict2nb({"cells": copies, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+
+
+def silence():
+    "Send all output of this process, also of libraries in C, to nowhere"
+    nowhere = open(os.devnull, "w")
+    sys.stdout = nowhere
+    sys.stderr = nowhere
+    for stream in (1, 2):
+        os.dup2(nowhere.fileno(), stream)
 
 
 def run_cells(nb, folder):
     "Exit code 0 if every cell of a notebook that lies in `folder` runs, else 1"
-    log = open(os.devnull, "w")
-    sys.stdout = sys.stderr = log
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
+    silence()
     os.environ["MPLBACKEND"] = "agg"
     os.chdir(folder)
     sys.path.insert(0, str(folder))

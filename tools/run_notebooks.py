@@ -1,10 +1,11 @@
 """Run notebooks and keep their outputs, so that they read without a kernel.
 
-    python tools/run_notebooks.py [nbs/1_method/05_losses.ipynb ...]        # default: every notebook in nbs/
+    python tools/run_notebooks.py [nbs/1_method/05_losses.ipynb ...]     # default: every notebook
 
-Each notebook is run from top to bottom in a fresh kernel. A picture gets its text for those who cannot see it from the cell's line
-`#| fig-alt: ...`, or from the view that it stands for. Views of widgets are dropped where the same output has a picture
-(a saved view needs its kernel; a picture does not), and no widget state is saved."""
+Each notebook is run from top to bottom in a fresh kernel. A picture gets its text for those who
+cannot see it from the cell's line `#| fig-alt: ...`, or from the view that it stands for. Views of
+widgets are dropped where the same output has a picture (a saved view needs its kernel, a picture
+does not), and no widget state is saved."""
 
 import re
 import sys
@@ -19,62 +20,85 @@ from nbdev.clean import nbdev_clean
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 
+def outputs_of(nb):
+    "All outputs of a notebook"
+    found = []
+    for cell in nb.cells:
+        found += cell.get("outputs", [])
+    return found
+
+
+def reads_without_kernel(output):
+    "Whether an output is no progress bar, and no view without a picture"
+    if output.get("name") == "stderr":
+        return False
+    data = output.get("data", {})
+    return VIEW not in data or "image/png" in data
+
+
 def strip_views(nb):
-    "Leave the static picture of an interactive view, and nothing that needs a kernel; progress bars go"
+    "Leave the picture of an interactive view, and nothing that needs a kernel; progress bars go"
     nb.metadata.pop("widgets", None)
     for cell in nb.cells:
         if "outputs" in cell:
-            cell.outputs = [
-                o
-                for o in cell.outputs
-                if o.get("name") != "stderr"
-                and not (VIEW in o.get("data", {}) and "image/png" not in o["data"])
-            ]
-        for out in cell.get("outputs", []):
-            out.get("data", {}).pop(VIEW, None)
+            cell.outputs = list(filter(reads_without_kernel, cell.outputs))
+    for output in outputs_of(nb):
+        output.get("data", {}).pop(VIEW, None)
 
 
 def name_pictures(nb):
     "Alternative text of each picture, where HTML made from the notebook looks for it"
     for cell in nb.cells:
         named = re.search(r"^#\| fig-alt: (.+)$", cell.source, re.M)
-        for out in cell.get("outputs", []):
-            text = named[1] if named else out.get("data", {}).get("text/plain", "")
-            if "image/png" in out.get("data", {}):
-                out.metadata.setdefault("image/png", {})["alt"] = text
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                picture = output.metadata.setdefault("image/png", {})
+                picture["alt"] = named[1] if named else data.get("text/plain", "")
 
 
-def run(path):
-    nb = nbformat.read(path, as_version=4)
-    start, skipped = (
-        time.time(),
-        [
-            c
-            for c in nb.cells
-            if c.cell_type == "code" and re.search(r"^#\| eval: false$", c.source, re.M)
-        ],
-    )
+def is_skipped(cell):
+    "Whether a cell is not run; the tests leave it out too"
+    evaluated = re.search(r"^#\| eval: false$", cell.source, re.M) is None
+    return cell.cell_type == "code" and not evaluated
+
+
+def execute(nb, folder):
+    "Run a notebook in a fresh kernel, in a folder"
+    skipped = [cell for cell in nb.cells if is_skipped(cell)]
     for cell in skipped:
-        cell.metadata["tags"] = ["skip-execution"]  # the tests leave it out too
-    NotebookClient(
+        cell.metadata["tags"] = ["skip-execution"]
+    client = NotebookClient(
         nb,
         timeout=900,
         kernel_name="python3",
         store_widget_state=False,
-        resources={"metadata": {"path": str(path.parent)}},
-    ).execute()
+        resources={"metadata": {"path": str(folder)}},
+    )
+    client.execute()
     for cell in skipped:
         del cell.metadata["tags"]
+
+
+def run(path):
+    "Run a notebook and write its outputs into it"
+    start = time.time()
+    nb = nbformat.read(path, as_version=4)
+    execute(nb, path.parent)
     strip_views(nb)
     name_pictures(nb)
     nbformat.write(nb, path)
     nbdev_clean(str(path))
-    print(
-        f"{path.name}: {time.time() - start:.0f} s, {path.stat().st_size // 1024} KiB", flush=True
-    )
+    seconds = time.time() - start
+    size = path.stat().st_size // 1024
+    print(f"{path.name}: {seconds:.0f} s, {size} KiB", flush=True)
+
+
+def main():
+    paths = [Path(name).resolve() for name in sys.argv[1:]]
+    for path in paths or [NBS / "index.ipynb", *notebooks()]:
+        run(path)
 
 
 if __name__ == "__main__":
-    paths = [Path(p).resolve() for p in sys.argv[1:]] or [NBS / "index.ipynb", *notebooks()]
-    for path in paths:
-        run(path)
+    main()

@@ -1,8 +1,10 @@
-"""Draw what networks say about a case, cut along two axes: stripes along one axis are seen in one of the cuts only.
+"""Draw what networks say about a case, cut along two axes: stripes along one axis are seen in one
+of the cuts only.
 
     python tools/stripes.py DATA CASE PNG CREDIT RUN TITLE [RUN TITLE ...]
 
-RUN is a folder written by egcnn_train; of the last one the predicted edges are shown too, if it has an edge stream."""
+RUN is a folder written by egcnn_train; of the last one the predicted edges are shown too, if it has
+an edge stream."""
 
 import sys
 
@@ -16,37 +18,57 @@ from egcnn_nb.run.inside import look_inside
 from egcnn_nb.run.predict import load_run
 from egcnn_nb.study.report import _overlay
 
+EDGES = "its edges"  # title of the edges
+AXES = ((2, "D, H"), (0, "H, W"))  # a cut across an axis, and the axes that it shows
 
-def main(data, case, png, credit, *runs):
-    case = next(c for c in find_dataset(data).cases if c.name == case)
-    seen = {
-        title: look_inside(*load_run(run), case)
-        for run, title in zip(runs[::2], runs[1::2], strict=True)
-    }
-    last = list(seen.values())[-1]
-    maps = {
-        "truth": read_labels(case.label).array.astype(int),
-        **{title: s["labels"] for title, s in seen.items()},
-        **({"its edges": last["edge"]} if "edge" in last else {}),
-    }
+
+def case_of(data, name):
+    "The case of a dataset with this name"
+    by_name = {case.name: case for case in find_dataset(data).cases}
+    return by_name[name]
+
+
+def largest_plane(labels, axis):
+    "The plane across an axis in which the first class is largest"
+    others = tuple({0, 1, 2} - {axis})
+    sizes = (labels == 1).sum(others)
+    return int(sizes.argmax())
+
+
+def draw(ax, title, cut, image, colours):
+    "One plane: edges alone, or labels over the image"
+    ax.set(xticks=[], yticks=[])
+    if title == EDGES:
+        ax.imshow(cut, cmap="inferno", vmin=0, vmax=1, origin="lower")
+        return
+    ax.imshow(image, cmap="gray", origin="lower")
+    _overlay(ax, cut, colours)
+
+
+def maps_of(case, runs, titles):
+    "Title -> labels or edges, and the image"
+    maps = {"truth": read_labels(case.label).array.astype(int)}
+    for run, title in zip(runs, titles, strict=True):
+        seen = look_inside(*load_run(run), case)
+        maps[title] = seen["labels"]
+    if "edge" in seen:
+        maps[EDGES] = seen["edge"]
+    return maps, seen["image"]
+
+
+def main(data, name, png, credit, *runs):
+    maps, image = maps_of(case_of(data, name), runs[::2], runs[1::2])
+    classes = range(1, int(maps["truth"].max()) + 1)
+    colours = {value: COLOURS[value] for value in classes}
     fig = Figure(figsize=(2.3 * len(maps), 5.2), layout="constrained")
-    for row, axis in zip(fig.subplots(2, len(maps)), (2, 0)):
-        at = int(
-            (maps["truth"] == 1).sum(tuple({0, 1, 2} - {axis})).argmax()
-        )  # where the first class is largest
-        for ax, (title, m) in zip(row, maps.items()):
-            cut = np.take(m, at, axis).T
-            ax.set(xticks=[], yticks=[])
-            if title == "its edges":
-                ax.imshow(cut, cmap="inferno", vmin=0, vmax=1, origin="lower")
-                continue
-            ax.imshow(np.take(last["image"], at, axis).T, cmap="gray", origin="lower")
-            _overlay(ax, cut, {v: COLOURS[v] for v in range(1, int(maps["truth"].max()) + 1)})
-        row[0].set_ylabel(
-            ("D, H" if axis == 2 else "H, W") + f": plane {at} of " + "DHW"[axis], fontsize=9
-        )
+    for row, (axis, shown) in zip(fig.subplots(2, len(maps)), AXES, strict=True):
+        plane = largest_plane(maps["truth"], axis)
+        for ax, (title, values) in zip(row, maps.items(), strict=True):
+            cut = np.take(values, plane, axis).T
+            draw(ax, title, cut, np.take(image, plane, axis).T, colours)
+        row[0].set_ylabel(f"{shown}: plane {plane} of {'DHW'[axis]}", fontsize=9)
         if axis == 2:
-            for ax, title in zip(row, maps):
+            for ax, title in zip(row, maps, strict=True):
                 ax.set_title(title, fontsize=9)
     fig.suptitle(credit, fontsize=7, color="gray")
     fig.savefig(png, dpi=100)

@@ -1,160 +1,467 @@
-"""The style of the project in numbers, as a Markdown table, beside the goals.
+"""How readable the project is, in numbers, as Markdown tables.
 
-    python tools/style.py [--check]          # --check: exit code 1 where a goal is missed, each place named
+    python tools/style.py [--check] [--worst 5]
 
-Functions are counted without signature, docstring and blank lines. A notebook's asserts are `assert`, `test_eq` and its kin, and `with ExceptionExpected`,
-in cells that are not exported. Docments: every public function, and method of a public class but torch's forward and backward, has a docstring and a
-comment for each argument; parts that a class asks of its heirs (`rise:Callable # ...`) are described there, once."""
+Three groups of code are measured: the package, the notebooks' own cells, and tests, tools and
+benchmarks. A line of code is one that holds more than a comment. Docstrings do not count.
+Expressions a line: every name, call, number, operator and so on of a function's body, over the
+lines of that body. A function inside another is measured alone. A notebook's cell is measured whole.
+Complexity: one, and one more for each branch, loop, comprehension, `with`, `assert` and `and`.
+
+--check: exit code 1 where a goal is missed. --worst: so many of the densest places are named."""
 
 import argparse
 import ast
+import io
 import json
 import re
 import sys
-from statistics import median, quantiles
+import tokenize
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
 
 from books import NBS, ROOT, notebooks
-from books import modules as all_modules
+
+LONGEST_LINE = 120
+MOST_COMPLEX = 10
+GROUPS = ("package", "cells", "around")
+TITLES = {
+    "package": "package",
+    "cells": "notebooks' own cells",
+    "around": "tests, tools, benchmarks",
+}
+HELD = ("package", "around")  # groups whose figures have goals
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+BRANCHES = (
+    ast.If,
+    ast.IfExp,
+    ast.For,
+    ast.While,
+    ast.ExceptHandler,
+    ast.With,
+    ast.comprehension,
+    ast.Assert,
+)
+NO_CODE = (
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+)
+EXPORT = re.compile(r"#\|\s*export\b")
+MAGIC = re.compile(r"^[%!]", re.M)
+GENERATED = re.compile(r"__all__ = | {11}'")
 
 
-def cells(kind=None):
-    "(notebook, cell type, source) of all notebooks"
-    for nb in [NBS / "index.ipynb", *notebooks()]:
-        for c in json.loads(nb.read_text())["cells"]:
-            if kind in (None, c["cell_type"]):
-                yield nb.name, c["cell_type"], "".join(c["source"])
+@dataclass
+class Source:
+    "A module, or a cell"
+
+    place: str  # where it is
+    text: str
 
 
-def exported():
-    "Sources of the exported cells"
-    return [(nb, s) for nb, _, s in cells("code") if re.match(r"#\| export\b", s)]
+@dataclass
+class Density:
+    "Expressions a line at one place"
+
+    place: str
+    value: float
 
 
-def functions():
-    "(notebook, node, source lines, whether it is public) of each exported function and method"
-    hooks = {
-        t.target.id
-        for _, source in exported()
-        for c in ast.walk(ast.parse(source))
-        if isinstance(c, ast.ClassDef)
-        for t in c.body
-        if isinstance(t, ast.AnnAssign) and "Callable" in ast.unparse(t.annotation)
-    }
-    for nb, source in exported():
-        tree, lines, known = ast.parse(source), source.splitlines(), set()
-        for owner in [
-            tree,
-            *(n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_")),
-        ]:
-            known |= {
-                n
-                for n in owner.body
-                if isinstance(n, ast.FunctionDef)
-                and not n.name.startswith("_")
-                and n.name not in ("forward", "backward", *hooks)
-            }
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef):
-                yield nb, node, lines, node in known
+@dataclass
+class Group:
+    "What was counted in one group of sources"
+
+    lines: int = 0
+    semicolons: int = 0
+    functions: int = 0
+    long_lines: list = field(default_factory=list)  # places
+    complex: list = field(default_factory=list)  # places of functions over MOST_COMPLEX
+    densities: list = field(default_factory=list)  # of Density
 
 
-def body_length(node, lines):
-    "Lines of code of a function's body"
-    first = node.body[1:] if ast.get_docstring(node) else node.body
-    return (
-        len([l for l in lines[first[0].lineno - 1 : node.end_lineno] if l.strip()]) if first else 0
-    )
+# ---- sources
 
 
-def documented(node, lines):
-    "Whether a function has a docstring, and a comment for each argument"
-    if not ast.get_docstring(node):
+def sources(group: str) -> list[Source]:
+    "The sources of a group"
+    if group == "package":
+        modules = sorted((ROOT / "egcnn_nb").rglob("*.py"))
+        return files([path for path in modules if path.name != "_modidx.py"])
+    if group == "around":
+        found = []
+        for folder in ("tests", "tools", "benchmarks"):
+            found += sorted((ROOT / folder).rglob("*.py"))
+        return files(found)
+    return own_cells()
+
+
+def files(paths) -> list[Source]:
+    "Files as sources"
+    found = []
+    for path in paths:
+        place = str(path.relative_to(ROOT))
+        found.append(Source(place, path.read_text()))
+    return found
+
+
+def cells(path: Path, kind: str) -> list[Source]:
+    "The cells of a notebook that are code, or markdown"
+    found = []
+    for number, cell in enumerate(json.loads(path.read_text())["cells"]):
+        if cell["cell_type"] == kind:
+            place = f"{path.relative_to(ROOT)}[{number}]"
+            found.append(Source(place, "".join(cell["source"])))
+    return found
+
+
+def own_cells() -> list[Source]:
+    "Cells of code that are not exported, and have no magic"
+    found = []
+    for path in [NBS / "index.ipynb", *notebooks()]:
+        for cell in cells(path, "code"):
+            if not EXPORT.match(cell.text) and not MAGIC.search(cell.text):
+                found.append(cell)
+    return found
+
+
+# ---- one source
+
+
+def tokens_of(text: str) -> list[tokenize.TokenInfo]:
+    "The tokens of a source, without comments and line ends"
+    readline = io.StringIO(text).readline
+    tokens = tokenize.generate_tokens(readline)
+    return [token for token in tokens if token.type not in NO_CODE]
+
+
+def lines_of(tokens: list[tokenize.TokenInfo]) -> set[int]:
+    "Numbers of the lines that hold code"
+    lines = set()
+    for token in tokens:
+        first, _ = token.start
+        last, _ = token.end
+        lines.update(range(first, last + 1))
+    return lines
+
+
+def body_of(function: ast.FunctionDef) -> list[ast.stmt]:
+    "The statements of a function, without its docstring"
+    if ast.get_docstring(function) is None:
+        return function.body
+    return function.body[1:]
+
+
+def nodes_of(function: ast.FunctionDef) -> list[ast.AST]:
+    "The nodes in the body of a function, without those of functions and classes inside it"
+    found = []
+    waiting: list[ast.AST] = list(body_of(function))
+    while waiting:
+        node = waiting.pop()
+        found.append(node)
+        if not isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+            waiting.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def complexity(function: ast.FunctionDef) -> int:
+    "One, and one more for each way through a function that a reader must keep in mind"
+    count = 1
+    for node in nodes_of(function):
+        if isinstance(node, BRANCHES):
+            count += 1
+        elif isinstance(node, ast.BoolOp):
+            count += len(node.values) - 1
+    return count
+
+
+def density(nodes, lines: int) -> float:
+    "Expressions a line"
+    expressions = [node for node in nodes if isinstance(node, ast.expr)]
+    return len(expressions) / max(lines, 1)
+
+
+def density_of(function: ast.FunctionDef, lines: set[int]) -> float:
+    "Expressions a line of a function's body"
+    first = body_of(function)[0].lineno
+    last = function.end_lineno or first
+    inside = lines.intersection(range(first, last + 1))
+    return density(nodes_of(function), len(inside))
+
+
+def is_too_long(line: str) -> bool:
+    "Whether a line is too long; nbdev writes the list of exported names"
+    if GENERATED.match(line):
         return False
-    names = [
-        a.arg
-        for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs
-        if a.arg not in ("self", "cls")
-    ]
-    signature = "\n".join(lines[node.lineno - 1 : node.body[0].lineno - 1])
-    return all(re.search(rf"\b{n}\b[^\n#]*#", signature) for n in names)
+    return len(line) > LONGEST_LINE
 
 
-def asserts():
-    "Number of assertions in the cells that test"
-    tests = "\n".join(s for _, _, s in cells("code") if not re.match(r"#\| export\b", s))
-    return len(
-        re.findall(
-            r"^\s*assert |; assert |\btest_(?:eq|close|ne|is|fail)\(|\bExceptionExpected\(",
-            tests,
-            re.M,
-        )
-    )
+def measure_source(source: Source, group: Group, whole: bool) -> None:
+    "Add a source to a group; `whole`: its density is that of the whole source"
+    tokens = tokens_of(source.text)
+    lines = lines_of(tokens)
+    group.lines += len(lines)
+    group.semicolons += [token.string for token in tokens].count(";")
+    for number, line in enumerate(source.text.splitlines(), 1):
+        if is_too_long(line):
+            group.long_lines.append(f"{source.place}:{number}")
+    nodes = list(ast.walk(ast.parse(source.text)))
+    if whole and lines:
+        value = density(nodes, len(lines))
+        group.densities.append(Density(source.place, value))
+    for function in nodes:
+        if not isinstance(function, FUNCTIONS) or not body_of(function):
+            continue
+        place = f"{source.place}:{function.lineno} {function.name}"
+        measure_function(function, place, group)
+        if not whole:
+            value = density_of(function, lines)
+            group.densities.append(Density(place, value))
 
 
-def measure():
-    "Name -> (value, goal as text, whether it is met, places that miss it)"
-    found = list(functions())
-    lengths = [body_length(n, l) for _, n, l, _ in found]
-    code = sum(
-        len([l for l in s.splitlines() if l.strip() and not l.startswith("#|")])
-        for _, s in exported()
-    )
-    words = {k: sum(len(s.split()) for _, _, s in cells(k)) for k in ("markdown", "code")}
-    bare = [f"{nb}: {n.name}" for nb, n, l, public in found if public and not documented(n, l)]
-    long = [f"{nb}: {n.name} ({k})" for (nb, n, *_), k in zip(found, lengths) if k > 40]
-    modules = {
-        f.relative_to(ROOT / "egcnn_nb").as_posix(): len(f.read_text().splitlines())
-        for f in all_modules()
-    }
-    big, ratio, full = (
-        [f"{n} ({k})" for n, k in sorted(modules.items()) if k > 300],
-        code / asserts(),
-        1 - len(bare) / sum(public for *_, public in found),
-    )
-    sizes = sorted(nb.stat().st_size for nb in notebooks())
-    return {
-        "functions": (str(len(found)), "", True, []),
-        "lines of a function, median": (f"{median(lengths):.0f}", "≤ 6", median(lengths) <= 6, []),
-        "lines of a function, 90th percentile": (
-            f"{quantiles(lengths, n=10)[-1]:.0f}",
-            "",
-            True,
-            [],
-        ),
-        "functions above 40 lines": (str(len(long)), "0", not long, long),
-        "exported lines for each assertion": (f"{ratio:.1f}", "≤ 8", ratio <= 8, []),
-        "words of prose for each word of code": (
-            f"{words['markdown'] / words['code']:.2f}",
-            "",
-            True,
-            [],
-        ),
-        "public functions with docstring and docments": (f"{full:.0%}", "100%", not bare, bare),
-        "modules above 300 lines": (str(len(big)), "0", not big, big),
-        "KiB of a notebook, median and largest": (
-            f"{median(sizes) / 1024:.0f}, {sizes[-1] / 1024:.0f}",
-            "≤ 500",
-            sizes[-1] < 500 * 1024,
-            [],
-        ),
-    }
+def measure_function(function: ast.FunctionDef, place: str, group: Group) -> None:
+    "Count a function, and note it where it is too complex"
+    group.functions += 1
+    if complexity(function) > MOST_COMPLEX:
+        group.complex.append(place)
 
 
-def main():
-    p = argparse.ArgumentParser(
+def measure(name: str) -> Group:
+    "The figures of a group"
+    group = Group()
+    for source in sources(name):
+        measure_source(source, group, whole=name == "cells")
+    return group
+
+
+# ---- the figures and their goals
+
+
+def middle_density(group: Group) -> float:
+    "Median of the expressions a line"
+    return median(values_of(group))
+
+
+def values_of(group: Group) -> list[float]:
+    "Expressions a line of all places"
+    return [density.value for density in group.densities]
+
+
+def high_density(group: Group) -> float:
+    "90th percentile of the expressions a line"
+    values = sorted(values_of(group))
+    place = int(0.9 * len(values))
+    return values[place]
+
+
+def complex_share(group: Group) -> float:
+    "Share of the functions that are too complex, in percent"
+    share = len(group.complex) / max(group.functions, 1)
+    return 100 * share
+
+
+def long_count(group: Group) -> int:
+    "Number of lines that are too long"
+    return len(group.long_lines)
+
+
+def semicolon_count(group: Group) -> int:
+    "Number of semicolons"
+    return group.semicolons
+
+
+@dataclass
+class Figure:
+    "One row of the table"
+
+    name: str
+    of: Callable[[Group], float]
+    form: str  # how its value is printed
+    goal: str
+    is_met: Callable[[float], bool]
+
+
+FIGURES = (
+    Figure("expressions a line, median", middle_density, "{:.1f}", "≤ 5", lambda v: v <= 5),
+    Figure("expressions a line, 90th percentile", high_density, "{:.1f}", "≤ 9", lambda v: v <= 9),
+    Figure(f"lines over {LONGEST_LINE}", long_count, "{}", "0", lambda v: v == 0),
+    Figure("semicolons", semicolon_count, "{}", "0", lambda v: v == 0),
+    Figure(
+        f"functions of complexity over {MOST_COMPLEX}",
+        complex_share,
+        "{:.1f} %",
+        "< 3 %",
+        lambda v: v < 3,
+    ),
+)
+
+
+def missed_goals(groups: dict[str, Group]) -> list[str]:
+    "The figures that miss their goal"
+    missed = []
+    for name in HELD:
+        for figure in FIGURES:
+            value = figure.of(groups[name])
+            if not figure.is_met(value):
+                found = figure.form.format(value)
+                missed.append(f"{TITLES[name]}: {figure.name} {found}, goal {figure.goal}")
+    return missed
+
+
+def print_row(name: str, values: list, goal: str) -> None:
+    "Print one row of the table"
+    words = [name, *map(str, values), goal]
+    print(f"| {' | '.join(words)} |")
+
+
+def print_table(groups: dict[str, Group]) -> None:
+    "Print the figures of all groups"
+    print_row("", [TITLES[name] for name in groups], "goal")
+    print_row("---", ["---" for _ in groups], "---")
+    print_row("lines of code", [group.lines for group in groups.values()], "")
+    for figure in FIGURES:
+        values = []
+        for group in groups.values():
+            value = figure.of(group)
+            values.append(figure.form.format(value))
+        print_row(figure.name, values, figure.goal)
+    print("\nThe goals hold for the package, and for tests, tools and benchmarks.")
+
+
+def print_places(groups: dict[str, Group], count: int) -> None:
+    "Name the densest places of each group, and every line and function that is over its bound"
+    for name, group in groups.items():
+        densest = sorted(group.densities, key=lambda density: -density.value)
+        places = [f"{density.value:.0f} {density.place}" for density in densest[:count]]
+        print_list(f"\n{TITLES[name]}, densest:", places)
+        print_list(f"too long: {len(group.long_lines)}", group.long_lines[:count])
+        print_list(f"too complex: {len(group.complex)}", group.complex[:count])
+
+
+def print_list(title: str, places: list[str]) -> None:
+    "Print a title and the places below it; nothing where there are none"
+    if places:
+        print(title, *places, sep="\n    ")
+
+
+# ---- documentation
+
+
+def public_functions(tree: ast.Module) -> list[ast.FunctionDef]:
+    "Public functions of a module and public methods of its public classes"
+    described = parts_described(tree)
+    owners: list = [tree]
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            owners.append(node)
+    found = []
+    for owner in owners:
+        for node in owner.body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                found.append(node)
+    return [function for function in found if function.name not in described]
+
+
+def parts_described(tree: ast.Module) -> set[str]:
+    "torch's own methods, and fields that hold a function: they are described once, in their class"
+    names = {"forward", "backward"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign) and "Callable" in ast.unparse(node.annotation):
+            names.add(ast.unparse(node.target))
+    return names
+
+
+def is_documented(function: ast.FunctionDef, lines: list[str]) -> bool:
+    "Whether a function has a docstring, and a comment for each argument"
+    if ast.get_docstring(function) is None:
+        return False
+    signature = "\n".join(lines[function.lineno - 1 : function.body[0].lineno - 1])
+    given = function.args
+    for argument in [*given.posonlyargs, *given.args, *given.kwonlyargs]:
+        commented = re.search(rf"\b{argument.arg}\b[^\n#]*#", signature)
+        if argument.arg not in ("self", "cls") and not commented:
+            return False
+    return True
+
+
+def print_documentation() -> None:
+    "Print which share of the public functions is documented, and the others' names"
+    count = 0
+    bare = []
+    for source in sources("package"):
+        lines = source.text.splitlines()
+        for function in public_functions(ast.parse(source.text)):
+            count += 1
+            if not is_documented(function, lines):
+                bare.append(f"{source.place} {function.name}")
+    share = 1 - len(bare) / max(count, 1)
+    print(f"\nPublic functions with docstring and docments: {share:.0%} of {count}.")
+    print_list("without:", bare)
+
+
+# ---- prose
+
+PROSE = {
+    "semicolons": r";",
+    "colons that join two clauses": r"[a-z)]: [a-z]",
+    "you, we, your, our": r"\b(?:[Yy]ou|[Yy]our|[Ww]e|[Oo]ur)\b",
+}
+NO_PROSE = (
+    r"```.*?```",  # code
+    r"`[^`]*`",
+    r"\$\$.*?\$\$",  # formulas
+    r"\$[^$]*\$",
+    r"<[^>]*>",  # HTML
+    r"^\|.*$",  # tables
+    r"\]\([^)]*\)",  # addresses
+)
+
+
+def prose() -> str:
+    "The sentences of the notebooks and of the Markdown files"
+    texts = []
+    for path in [NBS / "index.ipynb", *notebooks()]:
+        texts += [cell.text for cell in cells(path, "markdown")]
+    for path in [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]:
+        texts.append(path.read_text())
+    kept = []
+    for text in texts:
+        kept.append(re.sub("|".join(NO_PROSE), " ", text, flags=re.S | re.M))
+    return "\n".join(kept)
+
+
+def print_prose() -> None:
+    "Print how often some habits occur in 10,000 words"
+    text = prose()
+    words = max(len(text.split()), 1)
+    print(f"\n| in 10,000 words of prose ({words} words) | |\n|---|---|")
+    for name, pattern in PROSE.items():
+        count = len(re.findall(pattern, text))
+        share = 10_000 * count / words
+        print(f"| {name} | {share:.0f} |")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--check", action="store_true")
-    args = p.parse_args()
-    found = measure()
-    print(
-        "| | measured | goal |\n|---|---|---|",
-        *(f"| {n} | {v} | {g} |" for n, (v, g, *_) in found.items()),
-        sep="\n",
-    )
-    missed = {n: places for n, (_, _, met, places) in found.items() if not met}
-    for n, places in missed.items():
-        print(f"\nmissed: {n}", *places, sep="\n    ")
+    parser.add_argument("--check", action="store_true", help="exit code 1 where a goal is missed")
+    parser.add_argument("--worst", type=int, default=0, metavar="N", help="name N places a group")
+    args = parser.parse_args()
+    groups = {name: measure(name) for name in GROUPS}
+    print_table(groups)
+    print_documentation()
+    print_prose()
+    missed = missed_goals(groups)
+    print_list("\nmissed:", missed)
+    if args.worst:
+        print_places(groups, args.worst)
     return int(args.check and bool(missed))
 
 

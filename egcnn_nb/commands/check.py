@@ -11,7 +11,7 @@ import json
 import sys
 
 from ..core import exit_on_error, import_all, require
-from ..data.layouts import check_dataset, check_text
+from ..data.check import check_dataset, check_text
 from ..run.settings import add_import_flag
 
 # %% ../../nbs/4_inside/command_check.ipynb #4ec1965d

@@ -8,6 +8,7 @@ __all__ = ['main']
 # %% ../../nbs/4_inside/command_predict.ipynb #12675b20
 import argparse
 import sys
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -16,29 +17,30 @@ from ..run.predict import SAVES, predict_all
 from ..run.settings import add_import_flag
 
 # %% ../../nbs/4_inside/command_predict.ipynb #d256d65b
-def main(
-    argv=None,  # words of the command line; None: those of this process
-) -> int:  # exit code
-    "The command `egcnn_predict`; bad input ends with one line and exit code 2"
-    p = argparse.ArgumentParser(
+def _parser():
+    "The words of the command line"
+    parser = argparse.ArgumentParser(
         "egcnn_predict",
-        description="Label maps of new scans by a trained run, or by several whose probabilities are averaged.",
+        description="Label maps of new scans by a trained run, or by several whose "
+        "probabilities are averaged.",
         usage="egcnn_predict RUN [RUN ...] INPUT [INPUT ...] --out DIR [options]",
         allow_abbrev=False,
     )
-    p.add_argument(
+    parser.add_argument(
         "paths",
         metavar="RUN or INPUT",
         nargs="+",
-        help="folders written by egcnn_train, then NIfTI files, folders of them, case folders or dataset folders; NAME_0000.nii.gz, NAME_0001.nii.gz and so on are the channels of one case NAME",
+        help="folders written by egcnn_train, then NIfTI files, folders of them, case folders or "
+        "dataset folders; NAME_0000.nii.gz, NAME_0001.nii.gz and so on are the channels of one "
+        "case NAME",
     )
-    p.add_argument(
+    parser.add_argument(
         "--out",
         required=True,
         metavar="DIR",
         help="folder for NAME.nii.gz; existing files are never replaced",
     )
-    p.add_argument(
+    parser.add_argument(
         "--save",
         nargs="+",
         choices=SAVES,
@@ -46,33 +48,43 @@ def main(
         metavar="MAP",
         help=f"also NAME_MAP.nii.gz, MAP out of {', '.join(SAVES)}",
     )
-    p.add_argument(
+    parser.add_argument(
         "--flips",
         action="store_true",
         help="average over the eight mirror images: eight times as long",
     )
-    p.add_argument(
+    parser.add_argument(
         "--resume",
         action="store_true",
         help="go on with a folder that was begun: what is there is left out",
     )
-    add_import_flag(p)
-    args = p.parse_args(argv)
-    runs = (
-        list(takewhile(lambda f: (Path(f) / "config.json").is_file(), args.paths)) or args.paths[:1]
-    )
+    add_import_flag(parser)
+    return parser
+
+
+def _is_run(path):
+    "Whether a word of the command line is the folder of a run"
+    return (Path(path) / "config.json").is_file()
+
+
+def main(
+    argv: Sequence[str] | None = None,  # words of the command line; None: those of this process
+) -> int:  # exit code
+    "The command `egcnn_predict`; bad input ends with one line and exit code 2"
+    args = _parser().parse_args(argv)
+    # the first word is a run in any case, so that `load_run` says what is wrong with it
+    runs = list(takewhile(_is_run, args.paths)) or args.paths[:1]
+    inputs = args.paths[len(runs) :]
 
     def run():
         import_all(args.imports)
         expect(
-            len(args.paths) > len(runs),
+            inputs,
             "INPUT",
             "none after the runs",
             "a NIfTI file, a folder of NIfTI files, a case folder or a dataset folder",
         )
-        predict_all(
-            runs, args.paths[len(runs) :], Path(args.out), args.save, args.flips, args.resume
-        )
+        predict_all(runs, inputs, Path(args.out), args.save, args.flips, args.resume)
 
     return exit_on_error(run)
 

@@ -36,9 +36,11 @@ one machine with eight GPUs (or CPU processes):
 the same where the machine's own name has no address, as on some laptops and in containers:
     torchrun --standalone --local_addr=127.0.0.1 --nproc_per_node=8 -m egcnn_nb.train DATA --out RUN
 two machines, the same line on both:
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 -m egcnn_nb.train DATA --out RUN
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
+-m egcnn_nb.train DATA --out RUN
 one or two machines, begun again by itself from the last checkpoint when a process or a machine is lost:
-    torchrun --nnodes=1:2 --nproc_per_node=8 --max-restarts=3 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 -m egcnn_nb.train DATA --out RUN
+    torchrun --nnodes=1:2 --nproc_per_node=8 --max-restarts=3 --rdzv_backend=c10d \
+--rdzv_endpoint=HOST:29500 -m egcnn_nb.train DATA --out RUN
 """
 
 
@@ -51,92 +53,102 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return super()._get_help_string(action)
 
 
-def arguments() -> argparse.ArgumentParser:
-    "The flags of `egcnn_train`, with the defaults of `Settings`"
-    p = PresetParser(
-        "egcnn_train",
-        description="Train EG-CNN, or a bare backbone, on BraTS, KiTS, a Decathlon task, an nnU-Net folder or a table of cases.",
-        formatter_class=_Help,
-        epilog=LAUNCH,
-        allow_abbrev=False,
-    )
-    p.add_argument("data", metavar="DATA", help="dataset folder")
-    p.add_argument("--out", required=True, metavar="RUN", help="run folder to write")
-    p.add_argument(
+def _add_network(parser):
+    "Flags of the network"
+    parser.add_argument(
         "--backbone",
         metavar="NAME",
         default="segnet",
-        help="main stream: unet, vnet or segnet, MONAI's segresnet or dynunet, or a name that a module of --import registers",
+        help="main stream: unet, vnet or segnet, MONAI's segresnet or dynunet, "
+        "or a name that a module of --import registers",
     )
-    p.add_argument(
+    parser.add_argument(
         "--network",
         metavar="MODULE:FUNCTION",
-        help="a network of yours in place of --backbone: function(in_channels, out_channels) of a module in the current directory",
+        help="a network of yours in place of --backbone: function(in_channels, out_channels) "
+        "of a module in the current directory",
     )
-    p.add_argument(
+    parser.add_argument(
         "--edge", choices=["on", "off"], default="on", help="EG-CNN, or the bare backbone"
     )
-    p.add_argument(
+
+
+def _add_batches(parser):
+    "Flags of the epochs and batches"
+    parser.add_argument(
         "--epochs", type=int, default=Settings.epochs, help="passes over the training cases"
     )
-    p.add_argument("--batch_size", type=int, default=Settings.batch_size, help="over all processes")
-    p.add_argument(
+    parser.add_argument(
+        "--batch_size", type=int, default=Settings.batch_size, help="over all processes"
+    )
+    parser.add_argument(
         "--accumulate",
         type=int,
         default=Settings.accumulate,
         metavar="PARTS",
         help="parts in which each process computes its share of a batch, to save memory",
     )
-    p.add_argument(
+    parser.add_argument(
         "--shard",
         action="store_true",
         help="spread weights and optimizer over the processes too (FSDP)",
     )
-    p.add_argument(
+
+
+def _add_sizes(parser):
+    "Flags of the sizes, and of how a run computes"
+    parser.add_argument(
         "--width", type=int, default=Settings.width, help="channels at the finest resolution"
     )
-    p.add_argument("--levels", type=int, default=Settings.levels, help="number of resolutions")
-    p.add_argument(
+    parser.add_argument("--levels", type=int, default=Settings.levels, help="number of resolutions")
+    parser.add_argument(
         "--patch_size",
         type=int,
         nargs=3,
         metavar=("D", "H", "W"),
         help="voxels at --spacing; default from the cases, at most 128",
     )
-    p.add_argument("--lr", type=float, default=Settings.lr, help="initial learning rate")
-    p.add_argument(
+    parser.add_argument("--lr", type=float, default=Settings.lr, help="initial learning rate")
+    parser.add_argument(
         "--seed",
         type=int,
         default=Settings.seed,
         help="of split, weights, order, patches and noise",
     )
-    p.add_argument(
+    parser.add_argument(
         "--workers",
         type=int,
         default=Settings.workers,
         help="loader processes; they change no result",
     )
-    p.add_argument(
+    parser.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16", "fp16", "fp64"],
         default=Settings.precision,
         help="of the network, losses are always fp32; auto: bf16 where the processor has it",
     )
-    p.add_argument(
+
+
+def _add_cases(parser):
+    "Flags of the cases"
+    folder = default_cache() or "off, since no home folder is known"
+    parser.add_argument(
         "--validation",
         type=share_or_file,
         default=Settings.validation,
         metavar="N|FILE",
-        help="share of the cases for validation, or their number, or a file with their names, one a line",
+        help="share of the cases for validation, or their number, "
+        "or a file with their names, one a line",
     )
-    p.add_argument("--exclude", metavar="FILE", help="names of cases to leave out, one a line")
-    p.add_argument(
+    parser.add_argument("--exclude", metavar="FILE", help="names of cases to leave out, one a line")
+    parser.add_argument(
         "--train_cases",
         type=int,
         metavar="N",
-        help="use N of the training cases, each the more often, so that an epoch stays as long; default all",
+        help="use N of the training cases, each the more often, so that an epoch stays as long; "
+        "default all",
     )
-    p.add_argument(
+    parser.add_argument(
         "--augment",
         nargs="*",
         choices=AUGMENTATIONS,
@@ -144,52 +156,64 @@ def arguments() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"random changes of a patch, out of {' '.join(AUGMENTATIONS)}; none: --augment alone",
     )
-    p.add_argument(
+    parser.add_argument(
         "--cache",
         metavar="DIR",
-        help=f"folder of prepared cases, or off; default {default_cache() or 'off, since no home folder is known'}",
+        help=f"folder of prepared cases, or off; default {folder}",
     )
-    p.add_argument(
+    parser.add_argument(
         "--cache_gb", type=float, default=Settings.cache_gb, help="size that this folder may reach"
     )
-    p.add_argument(
+
+
+def _add_method(parser):
+    "Flags of the readings, and of how a run begins"
+    parser.add_argument(
         "--reading",
         metavar="NAME=VALUE",
         action="append",
         default=[],
-        help="a reading of the paper: an argument of EGCNN, EGLoss or SegNet, such as attention_relu=False; again for more",
+        help="a reading of the paper: an argument of EGCNN, EGLoss or SegNet, "
+        "such as attention_relu=False; again for more",
     )
-    p.add_argument(
+    parser.add_argument(
         "--save_minutes",
         type=float,
         default=Settings.save_minutes,
         help="a checkpoint that often, besides the one after each epoch; 0: after each step",
     )
-    p.add_argument(
+    parser.add_argument(
         "--spacing",
         nargs="+",
         default=Settings.spacing,
         metavar="MM",
-        help="voxel size to which cases are resampled: three lengths in mm, one for all axes, or median for that of the training cases",
+        help="voxel size to which cases are resampled: three lengths in mm, one for all axes, "
+        "or median for that of the training cases",
     )
-    p.add_argument(
+    parser.add_argument(
         "--init",
         metavar="RUN",
-        help="start from the trained weights of this run; layers whose classes or channels differ start anew",
+        help="start from the trained weights of this run; "
+        "layers whose classes or channels differ start anew",
     )
-    p.add_argument(
+    parser.add_argument(
         "--no-self-check",
         dest="self_check",
         action="store_false",
-        help="do not compare the gradients of every layer with float32 before a run in reduced precision",
+        help="do not compare the gradients of every layer with float32 "
+        "before a run in reduced precision",
     )
-    p.add_argument(
+    parser.add_argument(
         "--readers",
         type=int,
         metavar="N",
         help="cases that are read at once; default as many as cores and memory allow",
     )
-    p.add_argument(
+
+
+def _add_process(parser):
+    "Flags of this process, which are no settings of the run"
+    parser.add_argument(
         "--logger",
         nargs="+",
         choices=["tensorboard", "wandb"],
@@ -197,104 +221,138 @@ def arguments() -> argparse.ArgumentParser:
         metavar="NAME",
         help="also write the losses for tensorboard, into RUN/tensorboard, or wandb",
     )
-    p.add_argument(
+    parser.add_argument(
         "--timeout",
         type=float,
         default=10.0,
         metavar="MINUTES",
         help="how long the processes wait for each other",
     )
-    p.add_argument(
+    parser.add_argument(
         "--resume",
         nargs="?",
         const="there",
         choices=["there", "if_there"],
-        help="go on with the run in RUN; if_there: begin it where there is none, as schedulers need that start a job again",
+        help="go on with the run in RUN; if_there: begin it where there is none, "
+        "as schedulers need that start a job again",
     )
-    return p
+
+
+def arguments() -> argparse.ArgumentParser:
+    "The flags of `egcnn_train`, with the defaults of `Settings`"
+    parser = PresetParser(
+        "egcnn_train",
+        description="Train EG-CNN, or a bare backbone, on BraTS, KiTS, a Decathlon task, "
+        "an nnU-Net folder or a table of cases.",
+        formatter_class=_Help,
+        epilog=LAUNCH,
+        allow_abbrev=False,
+    )
+    parser.add_argument("data", metavar="DATA", help="dataset folder")
+    parser.add_argument("--out", required=True, metavar="RUN", help="run folder to write")
+    _add_network(parser)
+    _add_batches(parser)
+    _add_sizes(parser)
+    _add_cases(parser)
+    _add_method(parser)
+    _add_process(parser)
+    return parser
 
 
 def settings_from(
     args: argparse.Namespace,  # of `arguments`
 ) -> Settings:
     "Settings of a run from its flags"
-    values = {
-        k: v for k, v in vars(args).items() if k not in ("resume", "reading", "timeout", "logger")
-    }
+    values = dict(vars(args))
+    for name in ("resume", "timeout", "logger"):  # no settings
+        del values[name]
     edge = args.edge == "on"
-    readings = preset_values(args.preset, edge, readings_of(args.reading))["readings"]
-    return Settings(
-        **{
-            **values,
-            "readings": readings,
-            "edge": edge,
-            "augment": tuple(args.augment),
-            "imports": tuple(args.imports),
-            "spacing": spacing_of(args.spacing),
-            "patch_size": tuple(args.patch_size) if args.patch_size else None,
-        }
-    )
+    given = readings_of(values.pop("reading"))
+    values["readings"] = preset_values(args.preset, edge, given)["readings"]
+    values["edge"] = edge
+    values["augment"] = tuple(args.augment)
+    values["imports"] = tuple(args.imports)
+    values["spacing"] = spacing_of(args.spacing)
+    values["patch_size"] = tuple(args.patch_size) if args.patch_size else None
+    return Settings(**values)
 
 # %% ../../nbs/5_scale/13_multi_gpu.ipynb #7dc43906
 def _meet(store, rank, world, minutes):
     "The store under a name that only this attempt has, the same for all its processes"
-    from torch.distributed import DistStoreError, PrefixStore
+    from torch.distributed import PrefixStore
 
-    mine, deadline = uuid4().hex, time.monotonic() + 60 * minutes
-    if rank > 0:
-        store.set(f"call/{rank}", mine)
-        name = store.get(f"answer/{mine}").decode()
-        store.set(f"confirm/{name}/{rank}", "")
-        return PrefixStore(name, store)
-    missing = set(range(1, world))
+    mine = uuid4().hex
+    if rank == 0:
+        _answer_all(store, mine, set(range(1, world)), minutes)
+        return PrefixStore(mine, store)
+    store.set(f"call/{rank}", mine)
+    name = store.get(f"answer/{mine}").decode()
+    store.set(f"confirm/{name}/{rank}", "")
+    return PrefixStore(name, store)
+
+
+def _answer_all(store, name, missing, minutes):
+    "Answer each process that calls with the name of this attempt, until all have confirmed it"
+    from torch.distributed import DistStoreError
+
+    deadline = time.monotonic() + 60 * minutes
     while missing:
-        for r in list(missing):
-            if store.check([f"call/{r}"]):
-                store.set("answer/" + store.get(f"call/{r}").decode(), mine)
-            if store.check([f"confirm/{mine}/{r}"]):
-                missing.remove(r)
+        for rank in sorted(missing):
+            if store.check([f"call/{rank}"]):
+                caller = store.get(f"call/{rank}").decode()
+                store.set(f"answer/{caller}", name)
+            if store.check([f"confirm/{name}/{rank}"]):
+                missing.remove(rank)
         if time.monotonic() > deadline:
             raise DistStoreError(f"rank {sorted(missing)} did not come within {minutes:g} minutes")
         time.sleep(0.01)
-    return PrefixStore(mine, store)
 
 # %% ../../nbs/5_scale/13_multi_gpu.ipynb #ce46486d
 class Lost(Exception):
     "Another process, or a loader's, is gone"
 
 
-class _Asked:
-    "Whether a signal asked the run to stop: the first SIGTERM or Ctrl-C is noted, the second Ctrl-C ends at once. Leaving the `with` puts back the handlers that were there"
+class _StopSignal:
+    """Notes the signals that stop a run
+
+    The first SIGTERM or Ctrl-C is noted, the second Ctrl-C ends at once. Leaving the `with` puts
+    back the handlers that were there.
+    """
 
     def __init__(self):
-        self.signal, self.before = None, {}
+        self.number = None  # of the last one that came
+        self.before = {}  # signal -> the handler that was there
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for s in (signal.SIGTERM, signal.SIGINT):
-                self.before[s] = signal.signal(s, self.note)
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.before[number] = signal.signal(number, self.note)
         return self
 
     def __exit__(self, *error):
-        for s, handler in self.before.items():
-            signal.signal(
-                s, signal.SIG_DFL if handler is None else handler
-            )  # None: it was not set by Python
+        for number, handler in self.before.items():
+            if handler is None:  # it was not set by Python
+                handler = signal.SIG_DFL
+            signal.signal(number, handler)
 
     def note(self, number, frame):
-        if self.signal == number == signal.SIGINT:
+        if self.number == number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
+        self.number = number
 
 
 def _is_of_connections(error):
-    "Whether an error of torch says that another process cannot be reached; those are RuntimeErrors of several kinds"
+    "Whether a RuntimeError of torch says that another process cannot be reached"
     from torch.distributed import DistError
 
     text = str(error).lower()
-    return isinstance(error, DistError) or any(
-        word in text for word in ("peer", "timed out", "timeout")
-    )
+    words = ("peer", "timed out", "timeout")
+    return isinstance(error, DistError) or any(word in text for word in words)
+
+
+def _in_short(error):
+    "The beginning of an error's first line"
+    return str(error).splitlines()[0][:150]
 
 
 _ADDRESS = (
@@ -304,7 +362,7 @@ _ADDRESS = (
 
 
 def _check_own_name():
-    "Raise `InputError` at once where the processes are to meet at this machine, and it does not know its own name"
+    "Raise `InputError` where the processes are to meet here, and this machine has no address"
     host = os.environ.get("MASTER_ADDR", "")
     if host not in (socket.gethostname(), socket.getfqdn()):
         return  # another machine's name may become known later
@@ -332,85 +390,99 @@ def _join(device, minutes):
             world_size=world,
             timeout=wait,
         )
-    except RuntimeError as e:
-        if not _is_of_connections(e):
+    except RuntimeError as error:
+        if not _is_of_connections(error):
             raise
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        env = os.environ
+        where = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
         raise Lost(
-            f"rank {os.environ['RANK']}: the {os.environ['WORLD_SIZE']} processes did not meet at {where} ({str(e).splitlines()[0][:150]}). {_ADDRESS}"
-        ) from e
+            f"rank {env['RANK']}: the {env['WORLD_SIZE']} processes did not meet at {where} "
+            f"({_in_short(error)}). {_ADDRESS}"
+        ) from error
+
+
+def _own_device():
+    "The GPU of this process, else the CPU"
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
 
 
 def _together(args, fit):
     "`fit` with the other processes; when one of them is gone, an error of one line"
-    import torch
     import torch.distributed as dist
 
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = _own_device()
     if "RANK" not in os.environ:
-        return fit(device)
+        fit(device)
+        return
     try:
         _join(device, args.timeout)
         fit(device)
         dist.barrier()
-    except RuntimeError as e:
-        if not _is_of_connections(e):
+    except RuntimeError as error:
+        if not _is_of_connections(error):
             raise
+        env = os.environ
         raise Lost(
-            f"rank {os.environ['RANK']}: found that another process of this run is gone or unreachable ({str(e).splitlines()[0][:150]}), expected {os.environ['WORLD_SIZE']} of them; the last checkpoint is safe, go on with --resume"
-        ) from e
+            f"rank {env['RANK']}: found that another process of this run is gone or unreachable "
+            f"({_in_short(error)}), expected {env['WORLD_SIZE']} of them; "
+            "the last checkpoint is safe, go on with --resume"
+        ) from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _resumes(args):
+    "Whether a run is resumed: by --resume, or where torchrun started this process again"
+    if args.resume == "there":
+        return True
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    is_there = (Path(args.out) / "config.json").is_file()
+    return is_there and (args.resume == "if_there" or restarts > 0)
 
 
 def run(
     args: argparse.Namespace,  # of `arguments`
 ) -> int:  # exit code
     "One process of a run: join the others if there are any, train, leave"
-    from egcnn_nb.run.parts import LOGGERS
+    from egcnn_nb.run.callbacks import LOGGERS
     from egcnn_nb.run.training import fit
 
     loggers = [LOGGERS[name]() for name in args.logger]
-    again = (
-        args.resume == "if_there" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    )  # torchrun started this process again
-    resume = args.resume == "there" or again and (Path(args.out) / "config.json").is_file()
-    with _Asked() as asked:
+    resume = _resumes(args)
+    with _StopSignal() as received:
+
+        def stop():
+            return received.number is not None
+
+        def train(device):
+            fit(settings_from(args), resume, device, stop=stop, callbacks=loggers)
+
         try:
-            _together(
-                args,
-                lambda device: fit(
-                    settings_from(args),
-                    resume,
-                    device,
-                    stop=lambda: asked.signal is not None,
-                    callbacks=loggers,
-                ),
-            )
-        except (MemoryError, RuntimeError) as e:
-            sentence = worker_died(e)
+            _together(args, train)
+        except (MemoryError, RuntimeError) as error:
+            sentence = worker_died(error)
             if sentence:
-                raise Lost(sentence) from e
+                raise Lost(sentence) from error
             raise
-    return 130 if asked.signal == signal.SIGINT else 0
+    return 130 if received.number == signal.SIGINT else 0
 
 
 def main(
-    argv=None,  # words of the command line; None: those of this process
+    argv: list | None = None,  # words of the command line; None: those of this process
 ) -> int:  # exit code
     "The command `egcnn_train`; bad input ends with one line and exit code 2, a lost process with 1"
     args = arguments().parse_args(argv)
     try:
         return exit_on_error(lambda: run(args))
-    except Lost as e:
-        error = e
+    except Lost as lost:
+        error = lost
     print(f"error: {error}", file=sys.stderr, flush=True)
     if argv is None:  # the command, not a notebook
         os._exit(1)  # no waiting for connections that are dead

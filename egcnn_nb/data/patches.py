@@ -6,189 +6,263 @@
 __all__ = ['split_cases', 'fill', 'cut_patch', 'augment', 'Patches', 'EpochBatches']
 
 # %% ../../nbs/4_inside/patches.ipynb #ad1d22e3
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from math import inf
+from math import ceil, inf
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import AUGMENTATIONS, expect, need, require
+from ..core import AUGMENTATIONS, InputError, expect, need, require
 from ..tensors import keyed_generator
 
 # %% ../../nbs/4_inside/patches.ipynb #35193131
+def _named(cases, names):
+    "Indices of the cases of these names; raises `InputError` on an unknown name"
+    known = {case.name for case in cases}
+    unknown = sorted(names - known)
+    expect(
+        names and not unknown,
+        "validation",
+        unknown[:3] or "no name",
+        "names of labelled cases that are not left out",
+    )
+    return {i for i, case in enumerate(cases) if case.name in names}
+
+
+def _drawn(cases, seed, share):
+    "Indices of a random share of the cases, or of a number of them"
+    expect(0 < share < inf, "validation", share, "a share of the cases below 1, or their number")
+    count = int(share)
+    if share < 1:
+        count = round(len(cases) * share)
+    count = max(count, 1)
+    generator = keyed_generator(seed, 80, 20)
+    order = torch.randperm(len(cases), generator=generator).tolist()
+    # If these are more than there are, `split_cases` raises an error
+    return set(order[:count]), count
+
+
 def split_cases(
-    cases: list,  # of Case
+    cases: Sequence,  # of Case
     seed: int = 0,  # whole number
-    validation: float
-    | set = 0.2,  # share of the cases if below 1, else their number; or their names
+    validation: float | set = 0.2,  # share of the cases if below 1, else their number; or names
 ) -> tuple:  # training cases, validation cases
     "Shuffle by seed and split by case (section 3.2), or take the cases that are named"
     if isinstance(validation, set):
-        unknown, n = sorted(validation - {c.name for c in cases}), len(validation)
-        expect(
-            n and not unknown,
-            "validation",
-            unknown[:3] or "no name",
-            "names of labelled cases that are not left out",
-        )
-        held = {i for i, c in enumerate(cases) if c.name in validation}
+        held = _named(cases, validation)
+        count = len(validation)
     else:
-        expect(
-            0 < validation < inf,
-            "validation",
-            validation,
-            "a share of the cases below 1, or their number",
-        )
-        n = max(round(len(cases) * validation) if validation < 1 else int(validation), 1)
-        held = set(torch.randperm(len(cases), generator=keyed_generator(seed, 80, 20))[:n].tolist())
+        held, count = _drawn(cases, seed, validation)
     expect(
-        len(cases) > n,
+        len(cases) > count,
         "the split",
         f"{len(cases)} labelled cases",
-        f"more than the {n} for validation, so that some train",
+        f"more than the {count} for validation, so that some train",
         "add cases or lower --validation",
     )
-    return [c for i, c in enumerate(cases) if i not in held], [
-        c for i, c in enumerate(cases) if i in held
-    ]
+    training, validating = [], []
+    for i, case in enumerate(cases):
+        part = validating if i in held else training
+        part.append(case)
+    return training, validating
 
 # %% ../../nbs/4_inside/patches.ipynb #0dd8c375
+def _repeat_border(x, before, missing):
+    "Repeat the border of whole numbers, which torch cannot pad: floats do not hold each of them"
+    for axis, (first, more) in enumerate(zip(before, missing, strict=True), 1):
+        if more == 0:
+            continue
+        voxels = x.shape[axis]
+        places = torch.arange(voxels + more, device=x.device) - first
+        nearest = places.clamp(0, voxels - 1)
+        x = x.index_select(axis, nearest)
+    return x
+
+
 def fill(
     x: Tensor,  # (C,D,H,W), of any type
-    patch_size,  # voxels along D, H, W
-) -> (
-    tuple
-):  # x, at least as large as a patch (C,D',H',W'); slices along D', H', W' where it lies in there
+    patch_size: Sequence[int],  # voxels along D, H, W
+) -> tuple:  # x, at least as large as a patch (C,D',H',W'); slices where it lies in there
     "Repeat the border of a volume that is smaller than a patch (our choice)"
-    missing = [max(p - n, 0) for p, n in zip(patch_size, x.shape[1:])]
-    inside = tuple(slice(m // 2, m // 2 + n) for m, n in zip(missing, x.shape[1:]))
-    if x.is_floating_point():
-        pads = [v for m in reversed(missing) for v in (m // 2, m - m // 2)]
-        return F.pad(x[None], pads, mode="replicate")[0] if any(pads) else x, inside
-    for axis, (m, n) in enumerate(zip(missing, x.shape[1:]), 1):
-        if m > 0:  # torch pads floats alone, which do not hold every whole number
-            nearest = (torch.arange(n + m, device=x.device) - m // 2).clamp(0, n - 1)
-            x = x.index_select(axis, nearest)
-    return x, inside
+    size = x.shape[1:]
+    missing = [max(p - n, 0) for p, n in zip(patch_size, size, strict=True)]
+    before = [more // 2 for more in missing]
+    inside = tuple(slice(b, b + n) for b, n in zip(before, size, strict=True))
+    if not any(missing):
+        return x, inside
+    if not x.is_floating_point():
+        return _repeat_border(x, before, missing), inside
+    pads = []  # of the last axis first
+    for first, more in zip(reversed(before), reversed(missing), strict=True):
+        pads += [first, more - first]
+    padded = F.pad(x[None], pads, mode="replicate")[0]
+    return padded, inside
 
 
 def _random_centre(labels, generator, foreground, spots):
-    "Any voxel, or with the probability `foreground` a voxel of the foreground"
+    "A random voxel, with a probability of `foreground` one that has a label"
     size = labels.shape
-    centre = [int(torch.randint(n, (), generator=generator)) for n in size]
+    anywhere = [int(torch.randint(n, (), generator=generator)) for n in size]
     if spots is None:
         spots = labels.flatten().nonzero()[:, 0]
-    if torch.rand((), generator=generator) < foreground and len(spots):
-        spot = int(spots[torch.randint(len(spots), (), generator=generator)])
-        centre = np.unravel_index(spot, size)
-    return centre
+    labelled = torch.rand((), generator=generator) < foreground
+    if not labelled or len(spots) == 0:
+        return anywhere
+    chosen = torch.randint(len(spots), (), generator=generator)
+    return np.unravel_index(int(spots[chosen]), size)
 
 
 def _own_centre(sampling, labels, generator):
-    "The voxel that a function of the user's returns; raises `InputError` where it is none"
-    centre = [int(c) for c in sampling(labels, generator)]
-    inside = len(centre) == 3 and all(
-        0 <= c < n for c, n in zip(centre, labels.shape, strict=True)
-    )
-    require(
-        inside,
-        f"sampling returns {centre} for labels of {tuple(labels.shape)}. Return a voxel inside.",
-    )
+    "The voxel that a function of yours returns; raises `InputError` where it is none"
+    size = tuple(labels.shape)
+    centre = [int(place) for place in sampling(labels, generator)]
+    inside = len(centre) == len(size)
+    for place, voxels in zip(centre, size, strict=False):
+        inside = inside and 0 <= place < voxels
+    problem = f"sampling returns {centre} for labels of {size}."
+    require(inside, f"{problem} Return a voxel inside.")
     return centre
+
+
+def _patch_at(centre, patch_size, size):
+    "Slices of a patch around a voxel, shifted so that as much of it as possible lies inside"
+    slices = []
+    for middle, patch, voxels in zip(centre, patch_size, size, strict=True):
+        last_start = max(voxels - patch, 0)
+        start = max(middle - patch // 2, 0)
+        start = min(start, last_start)
+        slices.append(slice(start, start + patch))
+    return (..., *slices)
 
 
 def cut_patch(
     x: Tensor,  # (C,D,H,W)
     labels: Tensor,  # (D,H,W)
-    patch_size,  # voxels along D, H, W
+    patch_size: Sequence[int],  # voxels along D, H, W
     generator: torch.Generator,  # source of randomness
     foreground: float = 0.5,  # share of patches centred on a foreground voxel
-    spots: Tensor = None,  # flat indices of the foreground voxels; None: looked up, which reads the whole volume
-    sampling=None,  # function of (labels, generator) that returns the voxel in the centre; None: as `foreground` says
+    spots: Tensor | None = None,  # flat indices of the foreground; None: looked up in the volume
+    sampling: Callable | None = None,  # (labels, generator) -> centre; None: as `foreground` says
 ) -> tuple:  # x (C,*patch_size), labels (*patch_size)
     "A random patch; where it is larger than the volume, the border is repeated (our choice)"
-    size = labels.shape
     if sampling is None:
         centre = _random_centre(labels, generator, foreground, spots)
     else:
         centre = _own_centre(sampling, labels, generator)
-    start = [min(max(c - p // 2, 0), max(n - p, 0)) for c, p, n in zip(centre, patch_size, size)]
-    where = (..., *[slice(a, a + p) for a, p in zip(start, patch_size)])
-    x, labels = x[where], labels[where]
+    where = _patch_at(centre, patch_size, labels.shape)
+    x = x[where]
+    labels = labels[where]
     if labels.shape == tuple(patch_size):
         return x, labels
-    return fill(x, patch_size)[0], fill(labels[None], patch_size)[0][0]
+    x, _ = fill(x, patch_size)
+    labels, _ = fill(labels[None], patch_size)
+    return x, labels[0]
 
 # %% ../../nbs/4_inside/patches.ipynb #7f469c5c
 def _flip(x, labels, generator):
     "Mirror each axis with probability 1/2"
-    axes = [a for a in range(3) if torch.rand((), generator=generator) < 0.5]
-    return x.flip([a + 1 for a in axes]), labels.flip(axes)
+    axes = []
+    for axis in range(3):
+        if torch.rand((), generator=generator) < 0.5:
+            axes.append(axis)
+    image_axes = [axis + 1 for axis in axes]  # behind the channels
+    return x.flip(image_axes), labels.flip(axes)
 
 
 def _intensity(x, labels, generator):
     "Shift in ±0.1 and scale in 0.9 to 1.1 per channel (Myronenko 2018)"
-    shift, scale = torch.rand(2, x.shape[0], 1, 1, 1, generator=generator)
-    return (x * (0.9 + 0.2 * scale)).add_(0.2 * shift - 0.1), labels
+    channels = x.shape[0]
+    drawn = torch.rand(2, channels, 1, 1, 1, generator=generator)
+    shift = 0.2 * drawn[0] - 0.1
+    scale = 0.9 + 0.2 * drawn[1]
+    scaled = x * scale
+    return scaled.add_(shift), labels
 
 
 @lru_cache
 def _monai(name):
     "MONAI's random transform of that name, for {'x': (C,D,H,W), 'labels': (1,D,H,W)}"
-    T = need("monai.transforms", f"the augmentation {name!r}", "monai")
+    transforms = need("monai.transforms", f"the augmentation {name!r}", "monai")
     warp = {"keys": ["x", "labels"], "mode": ["bilinear", "nearest"], "padding_mode": "border"}
-    return {
-        "affine": lambda: T.RandAffined(
-            prob=0.5, rotate_range=[np.pi / 12] * 3, scale_range=[0.1] * 3, **warp
-        ),
-        "elastic": lambda: T.Rand3DElasticd(
+    turn = [np.pi / 12] * 3
+    if name == "affine":
+        return transforms.RandAffined(prob=0.5, rotate_range=turn, scale_range=[0.1] * 3, **warp)
+    if name == "elastic":
+        return transforms.Rand3DElasticd(
             prob=0.3, sigma_range=(5, 7), magnitude_range=(100, 300), **warp
-        ),
-        "noise": lambda: T.RandGaussianNoised("x", prob=0.3, std=0.15),
-        "bias": lambda: T.RandBiasFieldd("x", prob=0.3, coeff_range=(0, 0.3)),
-        "gamma": lambda: T.RandAdjustContrastd("x", prob=0.3, gamma=(0.7, 1.5), retain_stats=True),
-    }[name]()
+        )
+    if name == "noise":
+        return transforms.RandGaussianNoised("x", prob=0.3, std=0.15)
+    if name == "bias":
+        return transforms.RandBiasFieldd("x", prob=0.3, coeff_range=(0, 0.3))
+    if name == "gamma":
+        return transforms.RandAdjustContrastd("x", prob=0.3, gamma=(0.7, 1.5), retain_stats=True)
+    raise InputError(f"The augmentation {name!r} is unknown. Choose from {AUGMENTATIONS}.")
+
+
+def _apply_on_one_thread(transform, sample):
+    "Apply a transform as in a loader's worker: the last bits depend on the number of threads"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return transform(sample)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _plain(values):
+    "A tensor without the memory of transforms that MONAI's have"
+    return torch.as_tensor(values).as_subclass(Tensor)
 
 
 def _by_monai(name, x, labels, generator):
     "One of MONAI's transforms, its draws taken from `generator`"
-    floor, threads = (
-        x.amin((1, 2, 3), keepdim=True) if name == "bias" else 0,
-        torch.get_num_threads(),
-    )
-    values, numbers = labels, labels
-    if (
-        labels.dtype == torch.int32
-    ):  # MONAI moves labels as float32, which does not hold every number of 32 bits: move their places in a list
-        values, numbers = labels.unique(return_inverse=True)
-    torch.set_num_threads(
-        1
-    )  # as in a loader's worker: the last bits depend on the number of threads
-    try:
-        out = _monai(name).set_random_state(int(torch.randint(2**31, (), generator=generator)))(
-            {"x": x - floor, "labels": numbers[None]}
-        )
-    finally:
-        torch.set_num_threads(threads)
-    moved = torch.as_tensor(out["labels"])[0].as_subclass(Tensor)
-    moved = values[moved.long()] if labels.dtype == torch.int32 else moved.to(labels.dtype)
-    return torch.as_tensor(out["x"]).as_subclass(Tensor).float() + floor, moved
+    # A bias field multiplies, so its image must have no value below 0
+    floor = x.amin((1, 2, 3), keepdim=True) if name == "bias" else 0
+    # MONAI moves labels as float32, which does not hold every number of 32 bits: instead of such
+    # labels it moves their places in a list
+    large = labels.dtype == torch.int32
+    values, moved = labels, labels
+    if large:
+        values, moved = labels.unique(return_inverse=True)
+    seed = int(torch.randint(2**31, (), generator=generator))
+    transform = _monai(name).set_random_state(seed)
+    sample = {"x": x - floor, "labels": moved[None]}
+    sample = _apply_on_one_thread(transform, sample)
+    image = _plain(sample["x"]).float()
+    moved = _plain(sample["labels"])[0]
+    moved = values[moved.long()] if large else moved.to(labels.dtype)
+    return image + floor, moved
+
+
+def _augmented(name, x, labels, generator):
+    "One augmentation, by its name"
+    if name == "flip":
+        return _flip(x, labels, generator)
+    if name == "intensity":
+        return _intensity(x, labels, generator)
+    return _by_monai(name, x, labels, generator)
+
+
+_MOVES = ("flip", "affine", "elastic")  # augmentations that move voxels
 
 
 def augment(
     x: Tensor,  # (C,D,H,W)
     labels: Tensor,  # (D,H,W)
     generator: torch.Generator,  # source of randomness
-    names=("flip", "intensity"),  # out of AUGMENTATIONS, applied in this order
+    names: Sequence[str] = ("flip", "intensity"),  # out of AUGMENTATIONS, applied in this order
 ) -> tuple:  # the same shapes
-    "Random changes of a patch that keep its meaning; voxels of exactly 0, the background of MRI, stay 0 (our choice)"
+    "Random changes of a patch that keep its meaning; the background of MRI, 0, stays 0 (our choice)"
     for name in names:
-        new, labels = {"flip": _flip, "intensity": _intensity}.get(
-            name, lambda *args: _by_monai(name, *args)
-        )(x, labels, generator)
-        x = new if name in ("flip", "affine", "elastic") else new.mul_(x != 0)
+        changed, labels = _augmented(name, x, labels, generator)
+        if name not in _MOVES:
+            changed = changed.mul_(x != 0)
+        x = changed
     return x, labels
 
 # %% ../../nbs/4_inside/patches.ipynb #47c5d4ab
@@ -197,23 +271,21 @@ class Patches(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        cases: list,  # of Loaded
-        patch_size,  # voxels along D, H, W
+        cases: Sequence,  # of Loaded
+        patch_size: Any,  # voxels along D, H, W, as a tuple or a list
         seed: int = 0,  # of the run
-        names=("flip", "intensity"),  # augmentations
-        sampling=None,  # see `cut_patch`
+        names: Sequence[str] = ("flip", "intensity"),  # augmentations
+        sampling: Callable | None = None,  # see `cut_patch`
     ):
         self.sampling = sampling
-        self.cases, self.patch_size, self.seed, self.names = (
-            cases,
-            tuple(patch_size),
-            seed,
-            tuple(names),
-        )
+        self.cases = cases
+        self.patch_size = tuple(patch_size)
+        self.seed = seed
+        self.names = tuple(names)
         odd = sorted(set(self.names) - set(AUGMENTATIONS))
         expect(not odd, "augment", odd, f"names out of {AUGMENTATIONS}")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.cases)
 
     def __getitem__(
@@ -221,11 +293,17 @@ class Patches(torch.utils.data.Dataset):
         key: tuple,  # (epoch, number of the sample, index of the case)
     ) -> tuple:  # x (C,D,H,W), labels (D,H,W) in the type of the case, number of the sample
         epoch, sample, index = key
-        g, case = keyed_generator(self.seed, 1, epoch, sample), self.cases[index]
+        generator = keyed_generator(self.seed, 1, epoch, sample)
+        case = self.cases[index]
         x, labels = cut_patch(
-            case.x, case.labels, self.patch_size, g, spots=case.spots, sampling=self.sampling
+            case.x,
+            case.labels,
+            self.patch_size,
+            generator,
+            spots=case.spots,
+            sampling=self.sampling,
         )
-        x, labels = augment(x, labels, g, self.names)
+        x, labels = augment(x, labels, generator, self.names)
         return x, labels, sample
 
 # %% ../../nbs/4_inside/patches.ipynb #b4a7a310
@@ -247,35 +325,39 @@ class EpochBatches:
             f"at least one case for each of the {world} processes",
             "it counts over all of them",
         )
-        self.cases, self.batch_size, self.seed, self.rank, self.world, self.epoch, self.first = (
-            cases,
-            batch_size,
-            seed,
-            rank,
-            world,
-            0,
-            0,
-        )
+        self.cases = cases
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.epoch = 0
+        self.first = 0  # batch of the epoch with which a pass begins
 
-    def __len__(self):
-        return -(-self.cases // self.batch_size)
+    def __len__(self) -> int:
+        return ceil(self.cases / self.batch_size)
 
     def whole(self) -> list:  # a list of keys (epoch, number of the sample, case) per step
         "The batches of this epoch over all processes; the last may be smaller"
-        order = torch.randperm(
-            self.cases, generator=keyed_generator(self.seed, 2, self.epoch)
-        ).tolist()
-        keys = [(self.epoch, i, case) for i, case in enumerate(order)]
-        return [keys[s : s + self.batch_size] for s in range(0, self.cases, self.batch_size)]
+        generator = keyed_generator(self.seed, 2, self.epoch)
+        order = torch.randperm(self.cases, generator=generator).tolist()
+        keys = [(self.epoch, sample, case) for sample, case in enumerate(order)]
+        batches = []
+        for start in range(0, self.cases, self.batch_size):
+            end = start + self.batch_size
+            batches.append(keys[start:end])
+        return batches
 
     def weight(
         self,
         step: int,  # in the epoch
     ) -> float:  # 1 when all processes have as many cases
-        "By how much this process's mean counts, so that the mean over processes is the mean over the cases of the batch"
-        n = min(self.batch_size, self.cases - step * self.batch_size)
-        return len(range(self.rank, n, self.world)) * self.world / n
+        "How much this process's mean counts, so that all of them give the mean over the batch"
+        left = self.cases - step * self.batch_size
+        in_batch = min(self.batch_size, left)
+        own = len(range(self.rank, in_batch, self.world))
+        return own * self.world / in_batch
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list]:
         for batch in self.whole()[self.first :]:
-            yield batch[self.rank :: self.world] or batch[:1]
+            own = batch[self.rank :: self.world]
+            yield own or batch[:1]  # a process without a case of its own computes one, weight 0

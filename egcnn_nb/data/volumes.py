@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Volume', 'read_shape', 'expect_finite', 'read_volume', 'whole_numbers', 'read_labels', 'write_volume', 'smooth_noise',
-           'distance_from', 'brain_labels', 'brain_images', 'abdomen', 'brain', 'write_brain', 'write_abdomen',
-           'write_data_samples', 'data_samples']
+           'distance_from', 'bumpy_distance', 'brain_labels', 'brain_images', 'abdomen', 'brain', 'write_brats_case',
+           'write_brain', 'write_abdomen', 'write_data_samples', 'data_samples']
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #79ba687b
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,49 +37,70 @@ class Volume:
     @property
     def spacing(self) -> tuple:
         "Voxel size in mm along i, j, k"
-        return tuple(float(s) for s in voxel_sizes(self.affine))
+        lengths = voxel_sizes(self.affine)
+        return tuple(float(length) for length in lengths)
 
     @property
     def orientation(self) -> str:
         "Anatomical direction in which i, j, k grow, e.g. 'RAS'"
-        return "".join(nib.aff2axcodes(self.affine))
+        directions = nib.aff2axcodes(self.affine)
+        return "".join(directions)
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #e4de6726
 def read_shape(
-    path,  # a .nii or .nii.gz file
+    path: str | Path,  # a .nii or .nii.gz file
 ) -> tuple:  # voxels along each axis
     "Shape of a NIfTI file from its header alone; raises `InputError` as `read_header` does"
     return read_header(path).shape
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #0ac21ca9
-def _command(where, change, dtype):
-    "A command for the shell that writes a changed copy of a file beside it; for an array, what to do in Python"
+def _is_nifti_name(path):
+    "Whether the name of a file ends as NIfTI files do"
+    name = path.name.lower()
+    return name.endswith((".nii", ".nii.gz"))
+
+
+def _mended_copy(path):
+    "The path of a packed copy of a NIfTI file, beside it"
+    name = path.name
+    if name.lower().endswith(".gz"):
+        name = name[:-3]
+    stem = name[: -len(".nii")]
+    return path.with_name(f"{stem}_mended.nii.gz")
+
+
+def _fix_for(where, change, dtype):
+    "A shell command that writes a changed copy of a file; for an array, what to do in Python"
     path = Path(str(where))
-    if not path.name.lower().endswith((".nii", ".nii.gz")):
+    if not _is_nifti_name(path):
         return change.replace("i.get_fdata()", "array")
-    name = path.name[:-3] if path.name.lower().endswith(".gz") else path.name
-    copy = path.with_name(f"{name[:-4]}_mended.nii.gz")
+    copy = str(_mended_copy(path))
     image = f"nib.Nifti1Image({change}, i.affine, i.header, dtype={dtype!r})"
-    return f'python -c "import nibabel as nib, numpy as np; i = nib.load({str(path)!r}); nib.save({image}, {str(copy)!r})"'
+    return (
+        'python -c "import nibabel as nib, numpy as np; '
+        f'i = nib.load({str(path)!r}); nib.save({image}, {copy!r})"'
+    )
 
 
 def expect_finite(
     array: np.ndarray,  # voxels
-    path,  # file that they come from
+    path: str | Path,  # file that they come from
 ) -> None:
     "Raise `InputError` on voxels that are NaN, infinite or beyond float32, in which images are kept"
     if array.dtype.kind != "f":
         return
     bad = int(array.size - np.isfinite(array).sum())
-    fix = _command(path, "np.nan_to_num(i.get_fdata(), nan=0, posinf=0, neginf=0)", "float32")
+    fix = _fix_for(path, "np.nan_to_num(i.get_fdata(), nan=0, posinf=0, neginf=0)", "float32")
     require(
         not bad,
-        f"{path} has {bad:,} voxels that are NaN or infinite, of {array.size:,}. If they lie outside of what was scanned, set them to 0 in a copy: {fix}",
+        f"{path} has {bad:,} voxels that are NaN or infinite, of {array.size:,}. If they lie "
+        f"outside of what was scanned, set them to 0 in a copy: {fix}",
     )
-    most = float(np.abs(array).max(initial=0))
+    largest = float(np.abs(array).max(initial=0))
     require(
-        most <= float(np.finfo(np.float32).max),
-        f"{path} has values up to {most:.3g}, which float32 cannot hold. Divide the image by a constant.",
+        largest <= float(np.finfo(np.float32).max),
+        f"{path} has values up to {largest:.3g}, which float32 cannot hold. Divide the image by a "
+        "constant.",
     )
 
 
@@ -88,71 +109,83 @@ _MERGE = "merge the masks of a case into one label map, with a number for each c
 
 
 def _read_three_axes(path, scaled, fix=_SPLIT):
-    "Array of three axes, affine and header of a file"
+    "A volume of three axes, its voxels as `read_array` gives them"
     array, affine, header = read_array(path, scaled)
     expect(
         array.ndim == 3 and array.size, path, f"shape {array.shape}", "three axes (D, H, W)", fix
     )
     expect_finite(array, path)
-    return array, affine, header
+    return Volume(array, affine, header, Path(path))
 
 
 def read_volume(
-    path,  # a .nii or .nii.gz file; a slice (H,W) is read as (H,W,1)
+    path: str | Path,  # a .nii or .nii.gz file; a slice (H,W) is read as (H,W,1)
 ) -> Volume:  # array float32 (D,H,W)
     "Read one 3D NIfTI volume; raises `InputError` if it is missing, cut off, not 3D or not finite"
-    array, affine, header = _read_three_axes(path, np.float32)
-    return Volume(array.astype(np.float32), affine, header, Path(path))
+    volume = _read_three_axes(path, np.float32)
+    volume.array = volume.array.astype(np.float32)
+    return volume
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #5dfc1a4f
 _ROUNDING = 1e-3  # of a label: what scaling on disk and float32 leave behind, and no interpolation
+_NEAR = 0.05  # labels that are no farther from whole numbers may be rounded by hand
 
 
 def _check_whole(array, whole, where):
     "Raise `InputError` on values that are not close to whole numbers, with the remedy that fits"
-    away = np.abs(array - whole)
-    odd = np.unique(array[away > _ROUNDING])
+    distance = np.abs(array - whole)
+    odd = np.unique(array[distance > _ROUNDING])
     if not odd.size:
         return
-    found = f"{where} has label values such as {[float(f'{v:.6g}') for v in odd[:3]]}, which are no whole numbers."
-    if away.max() > 0.05:
+    examples = [float(f"{value:.6g}") for value in odd[:3]]
+    found = f"{where} has label values such as {examples}, which are no whole numbers."
+    if distance.max() > _NEAR:
         raise InputError(
-            f"{found} They come from interpolation, or are no labels. Resample the original label map with nearest neighbour."
+            f"{found} They come from interpolation, or are no labels. Resample the original label "
+            "map with nearest neighbour."
         )
-    raise InputError(
-        f"{found} All lie within 0.05 of one. Round them in a copy: {_command(where, 'np.rint(i.get_fdata()).astype(int)', 'int32')}"
-    )
+    fix = _fix_for(where, "np.rint(i.get_fdata()).astype(int)", "int32")
+    raise InputError(f"{found} All lie within {_NEAR} of one. Round them in a copy: {fix}")
+
+
+def _expect_32_bits(whole, where):
+    "Raise `InputError` on whole numbers that 32 bits cannot hold"
+    if not whole.size:
+        return
+    limits = np.iinfo(np.int32)
+    for extreme in (whole.min(), whole.max()):
+        value = int(extreme)
+        require(
+            limits.min <= value <= limits.max,
+            f"{where} has the label value {value}, which 32 bits cannot hold. Renumber its labels.",
+        )
 
 
 def whole_numbers(
     array: np.ndarray,  # label values, of any real type, finite
-    where,  # file or argument that they come from
+    where: str | Path,  # file or argument that they come from
 ) -> tuple:  # the labels (int32, same shape), number of voxels that were not exactly whole
-    "Label values as whole numbers, those within 0.001 of one rounded; raises `InputError` on others, and beyond 32 bits"
-    rounded, whole = 0, array
+    "Labels as whole numbers, those within 0.001 of one rounded; raises `InputError` on any others"
+    rounded = 0
+    whole = array
     if array.dtype.kind == "f":
         whole = np.rint(array)
         _check_whole(array, whole, where)
         rounded = int((whole != array).sum())
-    limits = np.iinfo(np.int32)
-    for value in (whole.min(), whole.max()) if whole.size else ():
-        fits = limits.min <= int(value) <= limits.max
-        require(
-            fits,
-            f"{where} has the label value {int(value)}, which 32 bits cannot hold. Renumber its labels.",
-        )
+    _expect_32_bits(whole, where)
     return whole.astype(np.int32), rounded
 
 
 def read_labels(
-    path,  # a .nii or .nii.gz file
+    path: str | Path,  # a .nii or .nii.gz file
 ) -> Volume:  # array int32 (D,H,W), and in `rounded` how many voxels were not exactly whole
     "Read one label map; raises `InputError` as `read_volume` does, and as `whole_numbers` on its values"
-    array, affine, header = _read_three_axes(path, np.float64, _MERGE)
-    labels, rounded = whole_numbers(array, path)
-    return Volume(labels, affine, header, Path(path), rounded)
+    volume = _read_three_axes(path, np.float64, _MERGE)
+    volume.array, volume.rounded = whole_numbers(volume.array, path)
+    return volume
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #03be9c6c
+# Fields of a header that say where its voxels lie
 _GRID = (
     "sform_code",
     "srow_x",
@@ -169,8 +202,8 @@ _GRID = (
 _WRITABLE = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8")
 
 
-def _grid_header(array, like):
-    "A new header for `array` with the grid of `like`, in mm, and nothing else that its header says"
+def _plain_header(array, like):
+    "A new header for `array` with the affine of `like`, in mm"
     version2 = max(array.shape) > 32767 or isinstance(like.header, nib.Nifti2Header)
     header = nib.Nifti2Header() if version2 else nib.Nifti1Header()
     header.set_data_shape(array.shape)
@@ -178,9 +211,16 @@ def _grid_header(array, like):
     header.set_xyzt_units("mm")
     header.set_sform(like.affine, "aligned")
     header.set_qform(like.affine, "unknown")
+    return header
+
+
+def _grid_header(array, like):
+    "A new header for `array` with the grid of `like`, in mm, and nothing else that its header says"
+    header = _plain_header(array, like)
     if not isinstance(like.header, nib.Nifti1Header):
         return header
-    own, found = header_in_mm(like.header), header.copy()
+    own = header_in_mm(like.header)
+    found = header.copy()
     for name in _GRID:
         found[name] = own[name]
     found["pixdim"][:4] = own["pixdim"][:4]
@@ -189,21 +229,31 @@ def _grid_header(array, like):
     return found if same else header
 
 
+def _is_slice(volume):
+    "Whether a volume was read from a slice (H, W)"
+    header = volume.header
+    if not isinstance(header, nib.Nifti1Header):
+        return False
+    return header["dim"][0] == 2
+
+
 def write_volume(
-    path,  # file to write, .nii or .nii.gz
+    path: str | Path,  # file to write, .nii or .nii.gz
     array: np.ndarray,  # (D,H,W), or (D,H,W,C), saved in its own dtype
     like: Volume,  # whose grid (affine in mm, forms and their codes) it takes
     overwrite: bool = False,  # replace an existing file
 ) -> Path:  # the file
     "Write `array` on the grid of `like`, in mm, whole or not at all; raises `InputError` if the file exists"
-    path, array = Path(path), np.asarray(array)
+    path = Path(path)
+    array = np.asarray(array)
     require(
-        path.name.lower().endswith((".nii", ".nii.gz")),
+        _is_nifti_name(path),
         f"{path} cannot be written as NIfTI. Give it a name that ends in .nii or .nii.gz.",
     )
     require(
         array.dtype.str[1:] in _WRITABLE,
-        f"{path} cannot hold values of type {array.dtype}. Convert the array, for instance with array.astype(np.uint8).",
+        f"{path} cannot hold values of type {array.dtype}. Convert the array, for instance with "
+        "array.astype(np.uint8).",
     )
     expect(
         overwrite or not path.exists(),
@@ -212,9 +262,8 @@ def write_volume(
         "a new name",
         "remove it or choose another",
     )
-    slice_only = isinstance(like.header, nib.Nifti1Header) and like.header["dim"][0] == 2
-    if slice_only and array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]  # a slice (H, W) stays one
+    if _is_slice(like) and array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]  # a slice stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     header = _grid_header(array, like)
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
@@ -229,20 +278,39 @@ def smooth_noise(
     sigma: float | tuple,  # width of the blur in voxels: the size of the structures
 ) -> np.ndarray:  # float64 (D,H,W), mean 0, standard deviation 1
     "White noise blurred to structures of about `sigma` voxels"
-    x = gaussian_filter(rng.standard_normal(shape), sigma, mode="wrap")
-    return (x - x.mean()) / x.std()
+    white = rng.standard_normal(shape)
+    blurred = gaussian_filter(white, sigma, mode="wrap")
+    return (blurred - blurred.mean()) / blurred.std()
 
 
 def distance_from(
-    centre: Iterable,  # in voxels
+    centre: Sequence[float] | np.ndarray,  # (3,) in voxels
     shape: tuple,  # (D,H,W)
-    radii: Iterable,  # semi-axes in voxels
+    radii: Sequence[float] | np.ndarray,  # (3,) semi-axes in voxels
 ) -> np.ndarray:  # (D,H,W): 1 on the surface of the ellipsoid, less inside
     "Distance from `centre`, measured in semi-axes of an ellipsoid"
     grid = np.indices(shape, dtype=float)
-    return np.sqrt(sum(((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii)))
+    squares = np.zeros(shape)
+    for index, middle, radius in zip(grid, centre, radii, strict=True):
+        along = (index - middle) / radius
+        squares += along**2
+    return np.sqrt(squares)
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #35f0de60
+def bumpy_distance(
+    rng: np.random.Generator,  # source of randomness
+    shape: tuple,  # (D,H,W)
+    centre: Sequence[float] | np.ndarray,  # (3,) in voxels
+    radii: Sequence[float] | np.ndarray,  # (3,) semi-axes in voxels
+    bumps: float,  # how far noise moves the surface, in semi-axes
+    width: float,  # of a bump, in voxels
+) -> np.ndarray:  # (D,H,W): 1 on the surface, less inside
+    "Distance from the centre of an ellipsoid whose surface has bumps"
+    smooth = distance_from(centre, shape, radii)
+    noise = smooth_noise(rng, shape, width)
+    return smooth + bumps * noise
+
+
 def brain_labels(
     rng: np.random.Generator,  # source of randomness
     shape: tuple,  # (D,H,W)
@@ -250,84 +318,153 @@ def brain_labels(
 ) -> tuple:  # head (D,H,W) bool, labels (D,H,W) int16 with the values 0 1 2 4
     "Head and tumor of a brain phantom"
     half = np.array(shape) / 2
-    head = distance_from(half - 0.5, shape, half * 0.92) + 0.03 * smooth_noise(rng, shape, 6) < 1
+    head = bumpy_distance(rng, shape, half - 0.5, half * 0.92, 0.03, 6) < 1
+
     centre = half + rng.uniform(-0.35, 0.35, 3) * half
     size = rng.uniform(0.32, 0.46) * half.min()
-    tumor = distance_from(centre, shape, size * rng.uniform(0.8, 1.25, 3)) + 0.16 * smooth_noise(
-        rng, shape, 3
-    )
-    core = distance_from(
-        centre + rng.uniform(-0.12, 0.12, 3) * size, shape, [0.62 * size] * 3
-    ) + 0.14 * smooth_noise(rng, shape, 2.5)
-    inside = (tumor < 1) & head
-    labels = np.where(inside, 2, 0).astype(np.int16)
+    radii = size * rng.uniform(0.8, 1.25, 3)
+    tumor = bumpy_distance(rng, shape, centre, radii, 0.16, 3)
+
+    shift = rng.uniform(-0.12, 0.12, 3) * size
+    radius = 0.62 * size
+    core = bumpy_distance(rng, shape, centre + shift, [radius] * 3, 0.14, 2.5)
+
+    inside = head & (tumor < 1)
+    labels = np.zeros(shape, np.int16)
+    labels[inside] = 2
     labels[inside & (core < 1)] = 4 if enhancing else 1
     labels[inside & (core < 0.6)] = 1
     return head, labels
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #286b8e7f
-#          gray white necrosis edema enhancing
+# Tissues:   gray white necrosis edema enhancing
 _CONTRAST = {
     "t1": (430, 560, 330, 440, 450),
     "t1ce": (440, 570, 340, 450, 760),
     "t2": (540, 430, 720, 640, 560),
     "flair": (500, 430, 470, 640, 600),
 }
+_HEALTHY, _EDEMA = 0, 3  # columns of `_CONTRAST`; gray stands for all healthy tissue
+_COLUMN_OF_LABEL = np.array([0, 2, 3, 3, 4])
+
+
+def _look_alike(rng, labels):
+    "A soft bright ball outside of the tumor, which is no tumor (D,H,W)"
+    shape = labels.shape
+    centre = rng.uniform(0.3, 0.7, 3) * shape
+    radius = 0.4 * min(shape)
+    distance = distance_from(centre, shape, [radius] * 3)
+    ball = np.exp(-3 * distance**2)
+    ball[labels != 0] = 0
+    return ball
 
 
 def brain_images(
     rng: np.random.Generator,  # source of randomness
     head: np.ndarray,  # (D,H,W) bool
     labels: np.ndarray,  # (D,H,W) with the values 0 1 2 4
-    swap: float = 0.0,  # share of their textures that tumor and tissue exchange; the mean of each stays
+    swap: float = 0.0,  # share of their textures that tumor and tissue exchange, at the same means
 ) -> dict:  # modality -> int16 (D,H,W), 0 outside the head
-    "The four modalities of a brain phantom: blurred tissue, texture, a false friend, a bias field, noise"
+    "The four modalities of a brain phantom: blurred tissue, texture, a look-alike, a bias field, noise"
     shape = head.shape
-    blobs, part = smooth_noise(rng, shape, 3) > 0, np.array([0, 2, 3, 3, 4])[labels]
-    friend = np.exp(
-        -3 * distance_from(rng.uniform(0.3, 0.7, 3) * shape, shape, [0.4 * min(shape)] * 3) ** 2
-    ) * (labels == 0)
-    grain, bias = smooth_noise(rng, shape, 1.2), 1 + 0.1 * smooth_noise(rng, shape, 12)
+    tissue = _COLUMN_OF_LABEL[labels]
+    blobs = smooth_noise(rng, shape, 3) > 0
+    look_alike = _look_alike(rng, labels)
+    grain = smooth_noise(rng, shape, 1.2)
+    bias = 1 + 0.1 * smooth_noise(rng, shape, 12)
+    strength = np.where(tissue == _HEALTHY, 1 - swap, swap)
     images = {}
-    for name, mean in _CONTRAST.items():
-        base, spots = (
-            np.where(part == 0, sum(mean[:2]) / 2, np.take(mean, part)),
-            (mean[1] - mean[0]) * (blobs - 0.5),
-        )  # grey and white in blobs
-        x = gaussian_filter(base + spots * np.where(part == 0, 1 - swap, swap), 0.7)
-        x += friend * (mean[3] - mean[0]) * 1.3 + 28 * grain + 30 * rng.standard_normal(shape)
-        images[name] = np.rint(np.where(head, (x * bias).clip(1), 0) / 8).astype(np.int16) * 8
+    for name, means in _CONTRAST.items():
+        gray, white = means[:2]
+        average = (gray + white) / 2
+        flat = np.take(means, tissue).astype(float)
+        flat[tissue == _HEALTHY] = average
+        texture = (white - gray) * (blobs - 0.5)  # gray and white in blobs
+        image = gaussian_filter(flat + texture * strength, 0.7)
+        bright = look_alike * (means[_EDEMA] - gray) * 1.3
+        noise = 30 * rng.standard_normal(shape)
+        image += bright + 28 * grain + noise
+        image = (image * bias).clip(1)
+        image[~head] = 0
+        eighths = np.rint(image / 8)  # fewer values: smaller files
+        images[name] = eighths.astype(np.int16) * 8
     return images
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #1b4d754f
+@dataclass
+class _Organ:
+    "An ellipsoid; its centre and radii are shares of the sides of a volume"
+
+    centre: Sequence[float] | np.ndarray  # (3,)
+    radii: Sequence[float] | np.ndarray  # (3,)
+    bumps: float = 0.0  # how far noise moves its surface
+
+    def mask(self, noise):
+        "Which voxels it fills, in a volume of the shape of the noise (D,H,W)"
+        sides = np.array(noise.shape)
+        centre = np.array(self.centre) * sides
+        radii = np.array(self.radii) * sides
+        distance = distance_from(centre, noise.shape, radii)
+        return distance + self.bumps * noise < 1
+
+
+_BODY = _Organ((0.5, 0.5, 0.5), (9, 0.46, 0.47))
+_SOFT_TISSUE = _Organ((0.5, 0.42, 0.5), (9, 0.3, 0.34), 0.06)
+_LIVER = _Organ((0.4, 0.36, 0.3), (0.5, 0.2, 0.16), 0.05)
+_SPINE = _Organ((0.5, 0.7, 0.5), (9, 0.09, 0.08))
+
+
+def _body(noise):
+    "HU of a body without kidneys: air, fat, soft tissue, liver, spine"
+    hu = np.full(noise.shape, -1000.0)
+    fat = _BODY.mask(noise)
+    hu[fat] = -100 + 12 * noise[fat]
+    hu[_SOFT_TISSUE.mask(noise)] = 40
+    hu[_LIVER.mask(noise)] = 135
+    hu[_SPINE.mask(noise)] = 350
+    return hu
+
+
+def _kidney_centre(rng, side):
+    "Where a kidney lies, whose column is `side`"
+    slice_at = 0.5 + rng.uniform(-0.05, 0.05)
+    column_at = side + rng.uniform(-0.02, 0.02)
+    return np.array((slice_at, 0.57, column_at))
+
+
+def _kidneys(rng, noise):
+    "Labels of two kidneys, and of a tumor on one of them"
+    labels = np.zeros(noise.shape, np.int16)
+    centres = [_kidney_centre(rng, side) for side in (0.28, 0.72)]
+    for centre in centres:
+        kidney = _Organ(centre, (0.36, 0.14, 0.1), 0.08)
+        labels[kidney.mask(noise)] = 1
+    chosen = centres[rng.integers(2)]
+    shift = rng.uniform(-1, 1, 3) * (0.12, 0.07, 0.05)
+    size = rng.uniform(0.8, 1.2)
+    tumor = _Organ(chosen + shift, size * np.array((0.22, 0.1, 0.09)), 0.15)
+    own_noise = smooth_noise(rng, noise.shape, (1.5, 3, 3))
+    labels[tumor.mask(own_noise)] = 2
+    return labels
+
+
 def abdomen(
     rng: np.random.Generator,  # source of randomness
     shape: tuple = (28, 72, 80),  # (D,H,W): slices, rows, columns
 ) -> tuple:  # HU int16 (D,H,W), labels int16 (D,H,W): 1 kidney, 2 tumor
     "A CT phantom with two kidneys and a tumor"
-    size, wobble = np.array(shape), smooth_noise(rng, shape, (2, 4, 4))
-    at = lambda centre, radii: distance_from(np.array(centre) * size, shape, np.array(radii) * size)
-    body, hu = at((0.5, 0.5, 0.5), (9, 0.46, 0.47)) < 1, np.full(shape, -1000.0)
-    hu[body] = -100 + 12 * wobble[body]
-    hu[at((0.5, 0.42, 0.5), (9, 0.3, 0.34)) + 0.06 * wobble < 1] = 40
-    hu[at((0.4, 0.36, 0.3), (0.5, 0.2, 0.16)) + 0.05 * wobble < 1] = 135  # liver
-    hu[at((0.5, 0.7, 0.5), (9, 0.09, 0.08)) < 1] = 350  # spine
-    centres = [
-        (0.5 + rng.uniform(-0.05, 0.05), 0.57, x + rng.uniform(-0.02, 0.02)) for x in (0.28, 0.72)
-    ]
-    labels = np.zeros(shape, np.int16)
-    for c in centres:
-        labels[at(c, (0.36, 0.14, 0.1)) + 0.08 * wobble < 1] = 1
-    c = np.array(centres[rng.integers(2)]) + rng.uniform(-1, 1, 3) * (0.12, 0.07, 0.05)
-    labels[
-        at(c, rng.uniform(0.8, 1.2) * np.array((0.22, 0.1, 0.09)))
-        + 0.15 * smooth_noise(rng, shape, (1.5, 3, 3))
-        < 1
-    ] = 2
-    hu[labels == 1] = 165 + 18 * wobble[labels == 1]
-    hu[labels == 2] = 85 + 25 * wobble[labels == 2]
-    hu = gaussian_filter(hu, (0.4, 0.8, 0.8)) + 22 * rng.standard_normal(shape)
-    return (np.rint(hu / 4) * 4).clip(-1024, 2000).astype(np.int16), labels
+    noise = smooth_noise(rng, shape, (2, 4, 4))
+    hu = _body(noise)
+    labels = _kidneys(rng, noise)
+    kidney = labels == 1
+    hu[kidney] = 165 + 18 * noise[kidney]
+    tumor = labels == 2
+    hu[tumor] = 85 + 25 * noise[tumor]
+    hu = gaussian_filter(hu, (0.4, 0.8, 0.8))
+    hu += 22 * rng.standard_normal(shape)
+    hu = np.rint(hu / 4) * 4  # fewer values: smaller files
+    hu = hu.clip(-1024, 2000)
+    return hu.astype(np.int16), labels
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #94e3e3b9
 def brain(
@@ -337,61 +474,98 @@ def brain(
 ) -> tuple:  # images (modality -> int16 (D,H,W)), labels int16 (D,H,W)
     "A brain phantom in memory: a number always gives the same tumor in the same head"
     rng = np.random.default_rng(number)
-    head, labels = brain_labels(rng, shape, number % 3 != 0)
+    high_grade = number % 3 != 0
+    head, labels = brain_labels(rng, shape, high_grade)
     return brain_images(rng, head, labels, swap), labels
 
 
+_LPS_AFFINE = np.diag([-1.0, -1, 1, 1])
+
+
+def write_brats_case(
+    root: str | Path,  # dataset folder
+    number: int,  # name of the case; every third has a low grade
+    images: dict,  # modality -> int16 (D,H,W)
+    labels: np.ndarray,  # (D,H,W)
+) -> Path:  # folder of the case
+    "Write one case in the layout of BraTS 2019: high grades in HGG/, low ones in LGG/"
+    name = f"BraTS19_PHANTOM_{number:03d}_1"
+    grade = "HGG" if number % 3 else "LGG"
+    folder = Path(root) / grade / name
+    grid = Volume(labels, _LPS_AFFINE)
+    arrays = {**images, "seg": labels.astype(np.uint8)}
+    for kind, array in arrays.items():
+        write_volume(folder / f"{name}_{kind}.nii.gz", array, grid)
+    return folder
+
+
 def write_brain(
-    root: Path,  # dataset folder
+    root: str | Path,  # dataset folder
     number: int,  # seed and name of the case
 ) -> Path:  # folder of the case
     "Write one brain phantom in the layout of BraTS 2019: high grades in HGG/, low ones in LGG/"
     images, labels = brain(number)
-    name = f"BraTS19_PHANTOM_{number:03d}_1"
-    folder, grid = (
-        Path(root) / ("HGG" if number % 3 else "LGG") / name,
-        Volume(labels, np.diag([-1.0, -1, 1, 1])),
-    )
-    for kind, array in {**images, "seg": labels.astype(np.uint8)}.items():
-        write_volume(folder / f"{name}_{kind}.nii.gz", array, grid)
-    return folder
+    return write_brats_case(root, number, images, labels)
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #c93c7ade
+_CT_AFFINE = np.array([[0, 0, -0.8, 0], [0, -0.8, 0, 0], [-3.0, 0, 0, 0], [0, 0, 0, 1]])
+
+
 def write_abdomen(
-    root: Path,  # dataset folder
+    root: str | Path,  # dataset folder
     number: int,  # seed and name of the case
 ) -> Path:  # folder of the case
     "Write one CT phantom in the layout of KiTS 2019: slices of 3 mm along the first axis"
-    hu, labels = abdomen(np.random.default_rng(1000 + number))
-    affine = np.array([[0, 0, -0.8, 0], [0, -0.8, 0, 0], [-3.0, 0, 0, 0], [0, 0, 0, 1]])
-    folder, grid = Path(root) / f"case_{number:05d}", Volume(labels, affine)
+    rng = np.random.default_rng(1000 + number)
+    hu, labels = abdomen(rng)
+    grid = Volume(labels, _CT_AFFINE)
+    labels = labels.astype(np.uint8)
+    folder = Path(root) / f"case_{number:05d}"
     write_volume(folder / "imaging.nii.gz", hu, grid)
-    write_volume(folder / "segmentation.nii.gz", labels.astype(np.uint8), grid)
+    write_volume(folder / "segmentation.nii.gz", labels, grid)
     return folder
 
 
 def write_data_samples(
-    root,  # folder to write, must not hold these cases yet
+    root: str | Path,  # folder to write, must not hold these cases yet
     brains: int = 12,  # number of brain phantoms
     abdomens: int = 5,  # number of CT phantoms
 ) -> Path:  # the folder
     "Write `data_samples/`: phantoms in the layouts of BraTS 2019 and KiTS 2019, the same at each call"
-    for n in range(1, brains + 1):
-        write_brain(Path(root) / "brats2019", n)
-    for n in range(abdomens):
-        write_abdomen(Path(root) / "kits2019", n)
-    return Path(root)
+    root = Path(root)
+    for number in range(1, brains + 1):
+        write_brain(root / "brats2019", number)
+    for number in range(abdomens):
+        write_abdomen(root / "kits2019", number)
+    return root
+
+
+def _first_folder(found: Callable[[Path], bool]) -> Path | None:
+    "The current folder or the first one above it for which `found` is true"
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if found(folder):
+            return folder
+    return None
+
+
+def _has_samples(folder):
+    "Whether the phantoms lie in a folder"
+    return (folder / "data_samples/kits2019").is_dir()
+
+
+def _is_project(folder):
+    "Whether a folder is the clone of this repository"
+    return (folder / "settings.ini").is_file()
 
 
 def data_samples(
     path: str = "",  # of a file or folder in it, such as "brats2019"
 ) -> Path:  # relative to the current folder
-    "A path in `data_samples/`, which is found in the current folder or above it, and written first where it is missing (our choice)"
-    here = Path.cwd()
-    above = (here, *here.parents)
-    for folder in above:
-        if (folder / "data_samples/kits2019").is_dir():
-            return Path(os.path.relpath(folder / "data_samples" / path))
-    project = next((folder for folder in above if (folder / "settings.ini").is_file()), here)
-    write_data_samples(project / "data_samples")
-    return Path(os.path.relpath(project / "data_samples" / path))
+    "A path in `data_samples/`, found in the current folder or above it, and written if it is missing"
+    folder = _first_folder(_has_samples)
+    if folder is None:
+        folder = _first_folder(_is_project) or Path.cwd()
+        write_data_samples(folder / "data_samples")
+    relative = os.path.relpath(folder / "data_samples" / path)
+    return Path(relative)

@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['channels_last', 'mix_channels', 'Conv3d', 'Conv2d', 'ConvTranspose3d', 'ConvTranspose2d', 'conv', 'conv_transpose',
-           'resize_maps', 'GroupNorm', 'norm', 'PReLU']
+           'GroupNorm', 'norm', 'PReLU']
 
 # %% ../../nbs/4_inside/layers.ipynb #60574084
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
 from math import gcd
 from typing import Any, cast
 
@@ -15,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv3d_input, conv3d_weight
 
-from ..tensors import resize
+import egcnn_nb.fast as fast
 
 # %% ../../nbs/4_inside/layers.ipynb #d831b9f9
 def channels_last(
@@ -23,36 +26,87 @@ def channels_last(
 ) -> Tensor:  # the same numbers; the channels of a voxel lie side by side
     "Memory in the order in which convolutions are fast; no copy where it is so already (our choice)"
     if x.shape[1] == 1:
-        return x.contiguous()[:, 0, ..., None].movedim(
-            -1, 1
-        )  # either order is both, and torch would take it for the other
+        # Either order is both, and torch would take it for the other one.
+        volume = x.contiguous()[:, 0, ..., None]
+        return volume.movedim(-1, 1)
     return x.contiguous(memory_format=torch.channels_last_3d)
 
+# %% ../../nbs/4_inside/layers.ipynb #5w17c401
+_TWICE = (
+    "A second derivative passes through a kernel of egcnn_nb.fast, which has a first one only. "
+    "Set EGCNN_PLAIN=1 or egcnn_nb.fast.enabled = False to compute with torch's own operations."
+)
 
-def _on_cpu(x):
-    "Whether a volume is computed by a processor's library in float32 or bfloat16, now"
-    return (
-        x.device.type == "cpu"
-        and x.dim() == 5
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and not torch.compiler.is_compiling()
-    )
+
+def _kernels_apply(x: Tensor) -> bool:
+    "Whether the kernels compute x now: a volume on a CPU in float32 or bfloat16, and the switch is on"
+    if not fast.enabled or torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" and x.dim() == 5 and x.dtype in (torch.float32, torch.bfloat16)
+
+
+class _FirstDerivative(torch.autograd.Function):
+    "Gradients as they are, and tied to what they were made of, so that their own derivative raises"
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(_TWICE)
+
+
+def _first_derivative_only(backward):
+    "Decorates the backward of a kernel: a derivative of what it returns raises, and is never left out"
+
+    @wraps(backward)
+    def wrapped(ctx, *grads):
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        made = [t for t in found if t is not None]
+        tied = iter(_FirstDerivative.apply(len(made), *made, *grads, *ctx.saved_tensors))
+        return tuple(None if t is None else next(tied) for t in found)
+
+    return wrapped
 
 # %% ../../nbs/4_inside/layers.ipynb #44c4c790
-_LANES = (
-    16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
-)  # float32 numbers that are multiplied at once
+# Numbers in float32 that are multiplied at once
+_LANES = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
 
 
 def _pair_kernel(w):
     "(K,C,3,3,3) -> (2K,C,3,3,4), which makes two neighbours along W"
-    return channels_last(torch.cat([F.pad(w, (0, 1)), F.pad(w, (1, 0))]))
+    first = F.pad(w, (0, 1))
+    second = F.pad(w, (1, 0))
+    return channels_last(torch.cat([first, second]))
 
 
 def _conv_pairs(x, w):
     "3×3×3 convolution of a channels-last volume whose W is even, two neighbours at a time"
     pairs = F.conv3d(x, _pair_kernel(w), stride=(1, 1, 2), padding=1)
-    return pairs.movedim(1, -1).unflatten(-1, (2, -1)).flatten(3, 4).movedim(-1, 1)
+    pairs = pairs.movedim(1, -1).unflatten(-1, (2, -1))  # (B,D,H,W/2,2,K)
+    return pairs.flatten(3, 4).movedim(-1, 1)
+
+
+def _pairs_input_gradient(x, w, grad):
+    "Derivative of `_conv_pairs` with respect to x"
+    if 2 * w.shape[1] > _LANES:
+        return conv3d_input(x.shape, w, grad, padding=1)
+    turned = w.flip(2, 3, 4).transpose(0, 1)
+    return _conv_pairs(grad, turned)
+
+
+def _pairs_weight_gradient(x, w, grad):
+    "Derivative of `_conv_pairs` with respect to w"
+    channels = len(w)
+    pairs = grad.movedim(1, -1).unflatten(3, (-1, 2))  # (B,D,H,W/2,2,K)
+    pairs = pairs.flatten(4).movedim(-1, 1)
+    shape = [2 * channels, *w.shape[1:4], 4]
+    of_pairs = conv3d_weight(x, shape, pairs, cast(Any, (1, 1, 2)), 1)
+    return of_pairs[:channels, ..., :3] + of_pairs[channels:, ..., 1:]
 
 
 class _Pairs(torch.autograd.Function):
@@ -64,167 +118,203 @@ class _Pairs(torch.autograd.Function):
         return _conv_pairs(x, w)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_first_derivative_only
     def backward(ctx, grad):
-        (x, w), grad = ctx.saved_tensors, channels_last(grad)
-        if not ctx.needs_input_grad[0]:
-            dx = None
-        elif 2 * w.shape[1] <= _LANES:
-            dx = _conv_pairs(grad, w.flip(2, 3, 4).transpose(0, 1))
-        else:
-            dx = conv3d_input(x.shape, w, grad, padding=1)
-        if not ctx.needs_input_grad[1]:
-            return dx, None  # a frozen network
-        pairs = grad.movedim(1, -1).unflatten(3, (-1, 2)).flatten(4).movedim(-1, 1)
-        dw = conv3d_weight(x, [2 * len(w), *w.shape[1:4], 4], pairs, cast(Any, (1, 1, 2)), 1)
-        return dx, dw[: len(w), ..., :3] + dw[len(w) :, ..., 1:]
+        x, w = ctx.saved_tensors
+        grad = channels_last(grad)
+        of_x, of_w = ctx.needs_input_grad
+        dx = _pairs_input_gradient(x, w, grad) if of_x else None
+        dw = _pairs_weight_gradient(x, w, grad) if of_w else None
+        return dx, dw
 
 # %% ../../nbs/4_inside/layers.ipynb #4fff957a
 _THIN = 8  # voxels along an axis, below which half types are not trusted
+_HALF_TYPES = (torch.bfloat16, torch.float16)
+
+
+def _type_now(x):
+    "The type in which a CPU computes x now, with autocast or without"
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 def _half_type(x, weight):
-    "The half type in which a processor would compute x with weight now, or None"
-    halves = (torch.bfloat16, torch.float16)
-    if x.device.type != "cpu":
+    "The half type in which a CPU would compute x with weight now, or None"
+    if x.device.type != "cpu" or _type_now(x) not in _HALF_TYPES:
         return None
     if torch.is_autocast_enabled("cpu"):
-        kind = torch.get_autocast_dtype("cpu")
-        return kind if kind in halves and torch.float64 not in (x.dtype, weight.dtype) else None
-    return x.dtype if x.dtype in halves and x.dtype == weight.dtype else None
+        cast_down = torch.float64 not in (x.dtype, weight.dtype)
+        return _type_now(x) if cast_down else None
+    return x.dtype if x.dtype == weight.dtype else None
 
 
-def _never_thin(compute, x, weight, bias, made=()):
-    "compute(x, weight, bias), in float32 where a processor would take a thin map, or make one, in a half type"
-    kind = _half_type(x, weight)
-    if kind is None or min(*x.shape[2 - weight.dim() :], *made) >= _THIN:
+def _never_thin(
+    compute: Callable,  # x, weight, bias -> output
+    x: Tensor,  # (B,C,D,H,W) or (B,C,H,W)
+    weight: Tensor,  # its kernel
+    bias: Tensor | None,  # (K,)
+    made: Sequence[int] = (),  # spatial size of the output, where it is another
+) -> Tensor:  # output
+    "compute(x, weight, bias), in float32 where a CPU would take a thin map, or make one, in a half type"
+    half = _half_type(x, weight)
+    spatial = x.shape[2 - weight.dim() :]
+    if half is None or min(*spatial, *made) >= _THIN:
         return compute(x, weight, bias)
     bias = None if bias is None else bias.float()
     with torch.autocast("cpu", enabled=False):
-        return compute(x.float(), weight.float(), bias).to(kind)
+        return compute(x.float(), weight.float(), bias).to(half)
+
+
+def _padding(layer):
+    "Voxels that a convolution adds at either end of each axis; a half where one end gets one more"
+    if layer.padding == "valid":
+        return [0] * len(layer.kernel_size)
+    if layer.padding == "same":
+        kernels = zip(layer.kernel_size, layer.dilation, strict=True)
+        return [(k - 1) * d / 2 for k, d in kernels]
+    return layer.padding
 
 
 def _made(layer, sizes):
     "Voxels along each axis that a convolution makes of `sizes`"
-    pads = layer.padding
-    if isinstance(pads, str):
-        pads = [
-            (k - 1) * d / 2 if pads == "same" else 0
-            for k, d in zip(layer.kernel_size, layer.dilation)
-        ]
-    axes = zip(sizes, pads, layer.dilation, layer.kernel_size, layer.stride)
-    return [int(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in axes]
+    made = []
+    axes = zip(sizes, _padding(layer), layer.dilation, layer.kernel_size, layer.stride, strict=True)
+    for n, padding, dilation, kernel, stride in axes:
+        room = n + 2 * padding - dilation * (kernel - 1) - 1
+        made.append(int(room) // stride + 1)
+    return made
 
 
 def _made_by_transposed(layer, sizes):
     "Voxels along each axis that a transposed convolution makes of `sizes`, without any that its caller adds"
-    axes = zip(sizes, layer.padding, layer.dilation, layer.kernel_size, layer.stride)
-    return [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, p, d, k, s in axes]
+    made = []
+    axes = zip(sizes, layer.padding, layer.dilation, layer.kernel_size, layer.stride, strict=True)
+    for n, padding, dilation, kernel, stride in axes:
+        reach = dilation * (kernel - 1) + 1
+        made.append((n - 1) * stride - 2 * padding + reach)
+    return made
 
-
+# %% ../../nbs/4_inside/layers.ipynb #5w17c403
 def mix_channels(
     x: Tensor,  # (B,C,D,H,W) or (B,C,H,W)
     weight: Tensor,  # kernel (K,C,1,1,1) or (K,C,1,1)
     bias: Tensor | None = None,  # (K,)
 ) -> Tensor:  # (B,K,D,H,W) or (B,K,H,W)
-    "A convolution with a kernel of one voxel, on a CPU as a product of two matrices (our choice: faster, the same numbers)"
+    "A convolution with a kernel of one voxel, on a CPU as a product of matrices (our choice: faster)"
     return _never_thin(_mix, x, weight, bias)
 
 
 def _mix(x, weight, bias):
     "`mix_channels` in whatever type it is given"
-    if not _on_cpu(x):
-        return (F.conv3d if x.dim() == 5 else F.conv2d)(x, weight, bias)
-    w, of_maps = (
-        weight.flatten(1),
-        x.shape[1] < 8 and x.movedim(1, 0).is_contiguous(),
-    )  # a few maps already, each in one piece
-    if len(w) >= 8:
-        return F.linear(channels_last(x).movedim(1, -1), w, bias).movedim(-1, 1)
-    maps = w @ (
-        x.movedim(1, 0).flatten(1)
-        if of_maps
-        else channels_last(x).movedim(1, -1).flatten(0, -2).t()
-    )
-    return (
-        (maps if bias is None else maps.add_(bias[:, None]))
-        .unflatten(1, (len(x), *x.shape[2:]))
-        .movedim(0, 1)
-    )
+    if not _kernels_apply(x):
+        operation = F.conv3d if x.dim() == 5 else F.conv2d
+        return operation(x, weight, bias)
+    matrix = weight.flatten(1)
+    if len(matrix) >= 8:
+        voxels = channels_last(x).movedim(1, -1)
+        return F.linear(voxels, matrix, bias).movedim(-1, 1)
+    return _mix_into_maps(x, matrix, bias)
+
+
+def _mix_into_maps(x, matrix, bias):
+    "`_mix` where a few channels are made; each of them is one piece of memory"
+    first = x.movedim(1, 0)
+    if x.shape[1] < 8 and first.is_contiguous():
+        columns = first.flatten(1)
+    else:
+        columns = channels_last(x).movedim(1, -1).flatten(0, -2).t()
+    maps = matrix @ columns
+    if bias is not None:
+        maps.add_(bias[:, None])
+    return maps.unflatten(1, (len(x), *x.shape[2:])).movedim(0, 1)
 
 
 class Conv3d(nn.Conv3d):
-    "torch's Conv3d, on a CPU channels last, 1×1×1 as a matrix product, a few channels by pairs of voxels, a single small float32 volume as a batch of two halves (our choice: faster, the same numbers), and thin maps in float32"
+    """torch's Conv3d, on a CPU faster and with the same numbers (our choice).
+
+    It puts channels last and computes 1×1×1 as a matrix product, a few channels by pairs of voxels,
+    and a single small float32 volume as a batch of two halves. It computes thin maps in float32.
+    """
 
     def forward(
         self,
         x: Tensor,  # (B,C,D,H,W)
     ) -> Tensor:  # (B,K,D',H',W')
-        return _never_thin(self._convolve, x, self.weight, self.bias, _made(self, x.shape[-3:]))
+        made = _made(self, x.shape[-3:])
+        return _never_thin(self._convolve, x, self.weight, self.bias, made)
 
     def _convolve(self, x, weight, bias):
         "The fastest way for volumes like x"
-        if not _on_cpu(x):
+        if not _kernels_apply(x):
             return self._conv_forward(x, weight, bias)
         x = channels_last(x)
-        if not self._is_plain():
-            return self._conv_forward(x, weight, bias)
-        if (self.kernel_size[0], self.stride[0], self.padding[0]) == (1, 1, 0):
+        if self._is_one_voxel():
             return _mix(x, weight, bias)
-        mixed = torch.is_autocast_enabled("cpu")
-        kind = torch.get_autocast_dtype("cpu") if mixed else x.dtype
-        in_float32 = x.dtype == torch.float32 and not mixed
-        if (
-            in_float32 and len(x) == 1 and x.shape[:4].numel() <= 20480 and self.kernel_size[0] > 1
-        ):  # torch would not call oneDNN
+        if self._misses_onednn(x):
             return self._by_halves(x, weight, bias)
-        if self._leaves_lanes(x, kind) and (mixed or x.dtype == weight.dtype):
+        if self._leaves_lanes(x, weight):
+            kind = _type_now(x)
             return _Pairs.apply(x.to(kind), weight.to(kind))
         return self._conv_forward(x, weight, bias)
 
-    def _leaves_lanes(self, x, kind):
-        "Whether pairs of voxels would be faster: 3×3×3, no more than half as many channels as lanes"
-        if kind not in (torch.float32, torch.bfloat16):
-            return False
-        usual = (self.kernel_size[0], self.stride[0], self.padding[0], self.bias) == (3, 1, 1, None)
-        least = 3 if kind == torch.float32 else 2 * _THIN  # pairs along W must not be thin either
-        return (
-            usual
-            and 2 * self.out_channels <= _LANES
-            and x.shape[4] % 2 == 0
-            and x.shape[4] >= least
-        )
-
-    def _is_plain(self):
+    def _is_usual(self):
         "Whether it is the same along each axis, without groups, dilation or another padding than zeros"
-        same = all(
-            not isinstance(v, str) and len(set(v)) == 1
-            for v in (self.kernel_size, self.stride, self.padding, self.dilation)
-        )
-        return same and self.dilation[0] == self.groups == 1 and self.padding_mode == "zeros"
+        for values in (self.kernel_size, self.stride, self.padding, self.dilation):
+            if isinstance(values, str) or len(set(values)) > 1:
+                return False
+        return self.dilation[0] == self.groups == 1 and self.padding_mode == "zeros"
+
+    def _is_one_voxel(self):
+        "Whether it mixes the channels of each voxel"
+        if not self._is_usual():
+            return False
+        return (self.kernel_size[0], self.stride[0], self.padding[0]) == (1, 1, 0)
+
+    def _misses_onednn(self, x):
+        "Whether torch would compute x without oneDNN: a single small volume in float32"
+        if not self._is_usual() or self.kernel_size[0] == 1:
+            return False
+        if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return False
+        return len(x) == 1 and x.shape[:4].numel() <= 20480
+
+    def _leaves_lanes(self, x, weight):
+        "Whether pairs of voxels would be faster: 3×3×3, no more than half as many channels as lanes"
+        kind = _type_now(x)
+        cast_already = torch.is_autocast_enabled("cpu") or x.dtype == weight.dtype
+        if kind not in (torch.float32, torch.bfloat16) or not cast_already:
+            return False
+        settings = (self.kernel_size[0], self.stride[0], self.padding[0], self.bias)
+        if not self._is_usual() or settings != (3, 1, 1, None):
+            return False
+        width = x.shape[4]
+        # Pairs along W must not be thin either.
+        least = 3 if kind == torch.float32 else 2 * _THIN
+        return 2 * self.out_channels <= _LANES and width % 2 == 0 and width >= least
 
     def _by_halves(self, x, weight, bias):
-        (k, *_), (s, *_), p, planes = (
-            self.kernel_size,
-            self.stride,
-            int(self.padding[0]),
-            x.movedim(1, -1),
-        )
-        out = _made(self, x.shape[2:])[0]  # planes
-        half = (out + 1) // 2  # of them, for each half
-        pair = torch.cat(
-            [_planes(planes, i * half * s - p, (half - 1) * s + k) for i in (0, 1)], 1
-        ).unflatten(1, (2, -1))[0]
-        both = F.conv3d(pair.movedim(-1, 1), weight, bias, self.stride, (0, p, p))
-        return both.movedim(1, -1).flatten(0, 1)[None, :out].movedim(-1, 1)
+        "A batch of two: the first and second half of the planes to make, from the planes they need"
+        kernel, stride, padding = self.kernel_size[0], self.stride[0], int(self.padding[0])
+        made = _made(self, x.shape[2:])[0]
+        half = (made + 1) // 2
+        needed = (half - 1) * stride + kernel
+        planes = x.movedim(1, -1)
+        first = _planes(planes, -padding, needed)
+        second = _planes(planes, half * stride - padding, needed)
+        pair = torch.cat([first, second], 1).unflatten(1, (2, -1))[0]  # (2,needed,H,W,C)
+        both = F.conv3d(pair.movedim(-1, 1), weight, bias, self.stride, (0, padding, padding))
+        joined = both.movedim(1, -1).flatten(0, 1)
+        return joined[None, :made].movedim(-1, 1)
 
 
-def _planes(x, start, n):
-    "Planes `start` to `start+n` of (1,D,H,W,C), zeros where there are none"
-    low, high = min(max(-start, 0), n), min(max(start + n - x.shape[1], 0), n)
-    return F.pad(x[:, max(start, 0) : max(start + n - high, 0)], (0, 0, 0, 0, 0, 0, low, high))
+def _planes(x, start, count):
+    "`count` planes of (1,D,H,W,C) from `start` on, zeros where there are none"
+    stop = start + count
+    before = min(max(-start, 0), count)
+    after = min(max(stop - x.shape[1], 0), count)
+    inside = x[:, max(start, 0) : max(stop - after, 0)]
+    return F.pad(inside, (0, 0, 0, 0, 0, 0, before, after))
 
-
+# %% ../../nbs/4_inside/layers.ipynb #5w17c404
 class Conv2d(nn.Conv2d):
     "torch's Conv2d, on a CPU with thin maps in float32"
 
@@ -232,21 +322,29 @@ class Conv2d(nn.Conv2d):
         self,
         x: Tensor,  # (B,C,H,W)
     ) -> Tensor:  # (B,K,H',W')
-        return _never_thin(self._conv_forward, x, self.weight, self.bias, _made(self, x.shape[-2:]))
+        made = _made(self, x.shape[-2:])
+        return _never_thin(self._conv_forward, x, self.weight, self.bias, made)
 
 
 def _transposed(layer, x, output_size):
     "A transposed convolution, on a CPU with thin maps in float32"
-    dims, extra = len(layer.kernel_size), layer.output_padding
+    dims = len(layer.kernel_size)
+    extra = layer.output_padding
     if output_size is not None:
-        shape = layer.stride, layer.padding, layer.kernel_size
-        extra = layer._output_padding(x, output_size, *shape, dims, layer.dilation)
+        extra = layer._output_padding(
+            x,
+            output_size,
+            layer.stride,
+            layer.padding,
+            layer.kernel_size,
+            dims,
+            layer.dilation,
+        )
     operation = {2: F.conv_transpose2d, 3: F.conv_transpose3d}[dims]
+    settings = (layer.stride, layer.padding, extra, layer.groups, layer.dilation)
 
     def compute(x, weight, bias):
-        return operation(
-            x, weight, bias, layer.stride, layer.padding, extra, layer.groups, layer.dilation
-        )
+        return operation(x, weight, bias, *settings)
 
     made = _made_by_transposed(layer, x.shape[-dims:])
     return _never_thin(compute, x, layer.weight, layer.bias, made)
@@ -258,7 +356,8 @@ class ConvTranspose3d(nn.ConvTranspose3d):
     def forward(
         self,
         x: Tensor,  # (B,C,D,H,W)
-        output_size=None,  # as for torch's: spatial size to make, where the stride leaves a choice
+        output_size: Sequence[int]
+        | None = None,  # spatial size to make, where the stride leaves a choice
     ) -> Tensor:  # (B,K,D',H',W')
         return _transposed(self, x, output_size)
 
@@ -269,7 +368,8 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     def forward(
         self,
         x: Tensor,  # (B,C,H,W)
-        output_size=None,  # as for torch's: spatial size to make, where the stride leaves a choice
+        output_size: Sequence[int]
+        | None = None,  # spatial size to make, where the stride leaves a choice
     ) -> Tensor:  # (B,K,H',W')
         return _transposed(self, x, output_size)
 
@@ -291,78 +391,143 @@ def conv_transpose(
     "A transposed convolution over `dims` spatial axes"
     return {2: ConvTranspose2d, 3: ConvTranspose3d}[dims](*args, **kwargs)
 
-# %% ../../nbs/4_inside/layers.ipynb #d1782b4b
-def _weights(n, size, x):
-    "What each of `size` points takes of `n`: (size,n), as `x` in kind"
-    return F.interpolate(torch.eye(n)[None], int(size), mode="linear", align_corners=False)[
-        0
-    ].mT.to(x)
-
-
-def resize_maps(
-    x: Tensor,  # a few maps (B,K,d,h,w) or (B,K,h,w)
-    size,  # spatial size to reach
-) -> Tensor:  # (B,K,*size)
-    "`resize`, on a CPU by a matrix for each axis (our choice: faster where the maps are few, the same numbers)"
-    if not _on_cpu(x):
-        return resize(x, size)
-
-    def by_matrices(x, *_):
-        d, h, w = (_weights(n, m, x) for n, m in zip(x.shape[2:], size))
-        return d.matmul((h @ (x @ w.mT)).flatten(3)).unflatten(3, tuple(size)[1:])
-
-    return _never_thin(by_matrices, x, x, None, size)
-
 # %% ../../nbs/4_inside/layers.ipynb #2d18ff88
 _SLAB = 1 << 18  # numbers that are worked on at a time
 
 
-def _rows(x):
-    "A channels-last volume as (B,rows,k*C) without a copy, k voxels being a row; and k"
+@dataclass
+class _Rows:
+    "A channels-last volume as rows of a few voxels, whose numbers count from `centre`"
+
+    numbers: Tensor  # (B,N,k*C): k voxels in a row, in the memory of the volume
+    per_row: int  # k
+    centre: Tensor | None = None  # float32 (B,k*C); None: 0
+
+    def slabs(self):
+        "Case and rows of one slab after the other"
+        cases, rows, width = self.numbers.shape
+        step = max(_SLAB // width, 1)
+        starts = range(0, rows, step)
+        return [(case, slice(start, start + step)) for case in range(cases) for start in starts]
+
+    def slab(self, case, at):
+        "The numbers of a slab in float32, less the centre"
+        numbers = self.numbers[case, at].float()
+        return numbers if self.centre is None else numbers - self.centre[case]
+
+    def widen(self, values):
+        "A number for each case and channel (B,C), once for each voxel of a row: float32 (B,k*C)"
+        return values.float().repeat(1, self.per_row)
+
+
+def _rows(
+    x: Tensor,  # channels last (B,C,D,H,W)
+    centre: Tensor | None = None,  # a number for each case and channel (B,C); None: 0
+) -> _Rows:  # without a copy
+    "A volume as rows of up to 64 voxels"
     voxels = x[0, 0].numel()
-    k = gcd(voxels, 64)
-    return x.movedim(1, -1).view(len(x), voxels // k, k * x.shape[1]), k
+    per_row = gcd(voxels, 64)
+    numbers = x.movedim(1, -1).view(len(x), voxels // per_row, per_row * x.shape[1])
+    rows = _Rows(numbers, per_row)
+    if centre is not None:
+        rows.centre = rows.widen(centre)
+    return rows
 
 
-def _row_slabs(rows):
-    "Case and rows of one slab after the other"
-    step = max(_SLAB // rows.shape[2], 1)
-    return [
-        (b, slice(i, i + step)) for b in range(len(rows)) for i in range(0, rows.shape[1], step)
-    ]
+def _channel_means(rows, factor):
+    "Means over the voxels, of `rows` and of their product with `factor`: float64 (2,B,C)"
+    cases, count, width = rows.numbers.shape
+    sums = torch.zeros(2, cases, width, dtype=torch.float64)
+    for case, at in rows.slabs():
+        values = rows.slab(case, at)
+        others = values if factor is rows else factor.slab(case, at)
+        sums[0, case] += values.sum(0)
+        sums[1, case] += (values * others).sum(0)
+    of_channels = sums.view(2, cases, rows.per_row, -1).sum(2)
+    return of_channels / (rows.per_row * count)
 
 
-def _wide(values, k):
-    "A number for each case and channel (B,C), for each place of a row: float32 (B,k*C)"
-    return values.float().repeat(1, k)
-
-
-def _deviations(rows, k, centre):
-    "A function of a slab: its numbers in float32, less `centre` (B,C), which None leaves out"
-    if centre is None:
-        return lambda b, at: rows[b, at].float()
-    wide = _wide(centre, k)
-    return lambda b, at: rows[b, at].float() - wide[b]
-
-
-def _means(rows, k, first, second):
-    "Means over the voxels of what `first` makes of each slab, and of its product with `second`: float64 (2,B,C)"
-    sums = torch.zeros(2, len(rows), rows.shape[2], dtype=torch.float64)
-    for b, at in _row_slabs(rows):
-        v = first(b, at)
-        sums[0, b] += v.sum(0)
-        sums[1, b] += (v * (v if second is first else second(b, at))).sum(0)
-    return sums.view(2, len(rows), k, -1).sum(2) / (k * rows.shape[1])
-
-
-def _mean_and_variance(rows, k, groups, centre=None):
+def _mean_and_variance(x, groups, centre=None):
     "Mean and variance of each group, float64 (B,groups), from sums of deviations from `centre` (B,C)"
-    deviations = _deviations(rows, k, centre)
-    mean, square = _means(rows, k, deviations, deviations).unflatten(2, (groups, -1)).mean(3)
+    rows = _rows(x, centre)
+    of_channels = _channel_means(rows, rows)
+    mean, square = of_channels.unflatten(2, (groups, -1)).mean(3)
     variance = (square - mean**2).clamp(min=0)
-    if centre is None:
-        return mean, variance
-    return mean + centre.view(len(rows), groups, -1)[:, :, 0], variance
+    if centre is not None:
+        mean = mean + centre.view(len(x), groups, -1)[:, :, 0]
+    return mean, variance
+
+
+def _for_channels(of_groups, x):
+    "A number for each group (B,groups), once for each of its channels (B,C)"
+    return of_groups.repeat_interleave(x.shape[1] // of_groups.shape[1], 1)
+
+
+def _over_groups(values, groups):
+    "The mean over each group of (B,C), for each of its channels"
+    return _for_channels(values.unflatten(1, (groups, -1)).mean(2), values)
+
+
+@dataclass
+class _Statistics:
+    "What GroupNorm knows of each case and channel, all (B,C)"
+
+    centre: Tensor | None  # float32, deviations are taken from it; None: 0
+    rest: Tensor  # float64, mean of the deviations
+    rstd: Tensor  # float64, one over the standard deviation
+
+
+def _statistics(x, groups, eps):
+    "Statistics of each group of a channels-last volume, for each of its channels"
+    centre = None
+    mean, variance = _mean_and_variance(x, groups)
+    if bool((mean**2 > 16 * variance).any()):
+        # Sums about 0 have lost digits, so they are taken once more about the mean.
+        centre = _for_channels(mean.float(), x)
+        mean, variance = _mean_and_variance(x, groups, centre)
+    mean = _for_channels(mean, x)
+    rest = mean if centre is None else mean - centre
+    rstd = _for_channels((variance + eps).rsqrt(), x)
+    return _Statistics(centre, rest, rstd)
+
+
+def _normalise(x, weight, bias, found):
+    "A channels-last volume, normalised by its statistics: slab by slab a scale and a shift"
+    out = torch.empty_like(x)
+    rows = _rows(x, found.centre)
+    made = _rows(out)
+    scale = found.rstd * weight
+    shift = rows.widen(bias - found.rest * scale)
+    scale = rows.widen(scale)
+    for case, at in rows.slabs():
+        deviations = rows.slab(case, at)
+        torch.addcmul(shift[case], deviations, scale[case], out=made.numbers[case, at])
+    return out
+
+
+def _norm_gradients(x, weight, found, groups, grad):
+    "Derivatives of `_normalise` with respect to x, weight and bias"
+    rows = _rows(x, found.centre)
+    grads = _rows(grad)
+    rest, rstd = found.rest, found.rstd
+    mean_grad, mean_product = _channel_means(grads, rows)
+    mean_product = rstd * (mean_product - rest * mean_grad)  # with x normalised
+    g = _over_groups(mean_grad * weight, groups)
+    gx = _over_groups(mean_product * weight, groups)
+    of_grad = rows.widen(rstd * weight)
+    of_x = rows.widen(-(rstd**2) * gx)
+    shift = rows.widen(rstd * (rstd * rest * gx - g))
+
+    dx = torch.empty_like(x)
+    made = _rows(dx)
+    for case, at in rows.slabs():
+        through_mean = torch.addcmul(shift[case], rows.slab(case, at), of_x[case])
+        slab_grad = grads.slab(case, at)
+        torch.addcmul(through_mean, slab_grad, of_grad[case], out=made.numbers[case, at])
+    voxels = x[0, 0].numel()
+    dweight = mean_product.sum(0).mul(voxels).to(weight.dtype)
+    dbias = mean_grad.sum(0).mul(voxels).to(weight.dtype)
+    return dx, dweight, dbias
 
 
 class _Norm(torch.autograd.Function):
@@ -370,89 +535,69 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps):
-        (rows, k), each, centre = _rows(x), x.shape[1] // groups, None
-        mean, variance = _mean_and_variance(rows, k, groups)
-        if bool(
-            (mean**2 > 16 * variance).any()
-        ):  # sums about 0 have lost digits: once more, about the mean
-            centre = mean.float().repeat_interleave(each, 1)
-            mean, variance = _mean_and_variance(rows, k, groups, centre)
-        mean, rstd = (t.repeat_interleave(each, 1) for t in (mean, (variance + eps).rsqrt()))
-        rest = mean if centre is None else mean - centre  # what float32 deviations still need
-        scale, deviations = rstd * weight, _deviations(rows, k, centre)
-        out = torch.empty_like(x)
-        y, wide_scale, shift = _rows(out)[0], _wide(scale, k), _wide(bias - rest * scale, k)
-        for b, at in _row_slabs(rows):
-            torch.addcmul(shift[b], deviations(b, at), wide_scale[b], out=y[b, at])
-        ctx.save_for_backward(x, weight, centre, rest, rstd)
+        found = _statistics(x, groups, eps)
+        ctx.save_for_backward(x, weight, found.centre, found.rest, found.rstd)
         ctx.groups = groups
-        return out
+        return _normalise(x, weight, bias, found)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_first_derivative_only
     def backward(ctx, grad):
-        x, weight, centre, rest, rstd = ctx.saved_tensors
-        (rows, k), grads, out = _rows(x), _rows(channels_last(grad))[0], torch.empty_like(x)
-        deviations, gradient = _deviations(rows, k, centre), _deviations(grads, k, None)
-        dy, dyx = _means(rows, k, gradient, deviations)
-        dyx = rstd * (dyx - rest * dy)  # with x normalised
-        g, gx = (_over_groups(t * weight, ctx.groups) for t in (dy, dyx))
-        a, b, c = (
-            _wide(t, k) for t in (rstd * weight, -(rstd**2) * gx, rstd * (rstd * rest * gx - g))
-        )
-        dx = _rows(out)[0]
-        for i, at in _row_slabs(rows):
-            mean_part = torch.addcmul(c[i], deviations(i, at), b[i])
-            torch.addcmul(mean_part, gradient(i, at), a[i], out=dx[i, at])
-        dweight, dbias = (t.sum(0).mul(x[0, 0].numel()).to(weight.dtype) for t in (dyx, dy))
-        return out, dweight, dbias, None, None
-
-
-def _over_groups(values, groups):
-    "The mean over each group of (B,C), for each of its channels"
-    means = values.unflatten(1, (groups, -1)).mean(2)
-    return means.repeat_interleave(values.shape[1] // groups, 1)
+        x, weight, *statistics = ctx.saved_tensors
+        found = _Statistics(*statistics)
+        gradients = _norm_gradients(x, weight, found, ctx.groups, channels_last(grad))
+        return *gradients, None, None
 
 # %% ../../nbs/4_inside/layers.ipynb #85114cfa
 def _norm_of_deviations(x, weight, bias, groups, eps):
     "torch's GroupNorm of deviations from each group's mean, in the order of memory in which torch is exact"
-    wide = x.float().contiguous()
-    mean = wide.detach().view(len(x), groups, -1).mean(2)
-    centred = (wide.view(len(x), groups, -1) - mean[..., None]).view(x.shape)
-    y = F.group_norm(centred, groups, weight.float(), bias.float(), eps).to(x.dtype)
+    x = x.float().contiguous()
+    of_groups = x.view(len(x), groups, -1)
+    # A shift changes neither the output nor its derivative, so the mean may be a constant.
+    mean = of_groups.detach().mean(2, keepdim=True)
+    deviations = (of_groups - mean).view(x.shape)
+    return F.group_norm(deviations, groups, weight.float(), bias.float(), eps)
+
+
+def _in_order_of(y, x):
+    "y in the order of memory that x has"
     if x.is_contiguous() or x.dim() not in (4, 5):
         return y
     return channels_last(y) if x.dim() == 5 else y.contiguous(memory_format=torch.channels_last)
 
 
 class GroupNorm(nn.GroupNorm):
-    "torch's GroupNorm, on a CPU exact whatever the mean and the order of memory, and by slabs for large volumes (our choice)"
+    """torch's GroupNorm, on a CPU exact whatever the mean and the order of memory (our choice).
+
+    It computes large volumes by slabs.
+    """
 
     def forward(
         self,
         x: Tensor,  # (B,C,D,H,W) or (B,C,H,W)
     ) -> Tensor:  # same shape
-        ours = x.device.type == "cpu" and x.is_floating_point() and x.dtype != torch.float64
-        if (
-            not ours
-            or x.numel() == 0
-            or x.dim() < 3
-            or x.shape[1] != self.num_channels
-            or torch.compiler.is_compiling()
-        ):
+        if torch.compiler.is_compiling() or not self._needs_care(x):
             return super().forward(x)
         weight = x.new_ones((self.num_channels,)) if self.weight is None else self.weight
         bias = x.new_zeros((self.num_channels,)) if self.bias is None else self.bias
-        if _on_cpu(x) and x.numel() > _SLAB // 2:
+        if _kernels_apply(x) and x.numel() > _SLAB // 2:
             return _Norm.apply(channels_last(x), weight, bias, self.num_groups, self.eps)
-        return _norm_of_deviations(x, weight, bias, self.num_groups, self.eps)
+        y = _norm_of_deviations(x, weight, bias, self.num_groups, self.eps).to(x.dtype)
+        return _in_order_of(y, x) if fast.enabled else y
+
+    def _needs_care(self, x):
+        "Whether torch would compute x on a CPU with fewer digits than float64 has"
+        if x.device.type != "cpu" or not x.is_floating_point() or x.dtype == torch.float64:
+            return False
+        return x.numel() > 0 and x.dim() > 2 and x.shape[1] == self.num_channels
 
 
 def norm(
     channels: int,  # number of channels
 ) -> nn.GroupNorm:  # `GroupNorm`
     "GroupNorm with 8 groups, or the largest number below that divides `channels` (section 4)"
-    return GroupNorm(next(g for g in range(8, 0, -1) if channels % g == 0), channels)
+    divisors = [groups for groups in range(1, 9) if channels % groups == 0]
+    return GroupNorm(max(divisors), channels)
 
 # %% ../../nbs/4_inside/layers.ipynb #bcfdb805
 class PReLU(nn.PReLU):
@@ -462,11 +607,11 @@ class PReLU(nn.PReLU):
         self,
         x: Tensor,  # (B,C,D,H,W) or (B,C,H,W)
     ) -> Tensor:  # same shape
-        if not _on_cpu(x) or not 1 < self.num_parameters == x.shape[1]:
+        slope_each = self.num_parameters > 1 and self.num_parameters == x.shape[1]
+        if not slope_each or not _kernels_apply(x):
             return super().forward(x)
-        rows, k = _rows(channels_last(x))
-        return (
-            torch.addcmul(F.relu(rows), F.relu(-rows), -_wide(self.weight[None], k).to(x.dtype))
-            .view(len(x), *x.shape[2:], -1)
-            .movedim(-1, 1)
-        )
+        rows = _rows(channels_last(x))
+        slopes = rows.widen(self.weight[None]).to(x.dtype)
+        numbers = rows.numbers
+        y = torch.addcmul(F.relu(numbers), F.relu(-numbers), -slopes)
+        return y.view(len(x), *x.shape[2:], -1).movedim(-1, 1)

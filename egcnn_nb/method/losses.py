@@ -7,6 +7,7 @@ __all__ = ['dice_loss', 'balanced_bce', 'edge_loss', 'gumbel_noise', 'gumbel_sof
            'mask_cross_entropy', 'cross_entropy_weight', 'EGLoss']
 
 # %% ../../nbs/1_method/05_losses.ipynb #1e04c8be
+from collections.abc import Sequence
 from math import isfinite
 
 import torch
@@ -20,10 +21,9 @@ from ..tensors import bounding_box, keyed_generator, probabilities
 
 # %% ../../nbs/1_method/05_losses.ipynb #20da0fad
 def _float(x):
-    "Half types become float32; float32 and float64 stay"
-    return (
-        x.float() if x.dtype in (torch.float16, torch.bfloat16) or not x.is_floating_point() else x
-    )
+    "Half types and whole numbers become float32; float32 and float64 stay"
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return x.float() if half or not x.is_floating_point() else x
 
 
 def _pair(prob, target, name):
@@ -43,24 +43,14 @@ def _space(x):
     return tuple(range(2, x.dim()))
 
 
-class _SumOverRanks(torch.autograd.Function):
-    "Sum over the processes, forwards and backwards"
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _SumOverRanks.forward(ctx, grad.contiguous())
-
-
 def _over_batch(x):
     "Sum over the cases, those of all processes if there are several"
-    x = x.sum(0)
-    return _SumOverRanks.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+    total = x.sum(0)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return total
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(total)
 
 
 _CHOICES = {
@@ -78,47 +68,34 @@ _CHOICES = {
 
 def _one_of(name, value, choices):
     "Refuse a value that is none of the choices"
-    quoted = [repr(c) for c in choices]
-    offered = ", ".join(quoted[:-1]) + " or " + quoted[-1]
-    require(isinstance(value, str) and value in choices, f"{name} is {value!r}. Choose {offered}.")
+    *others, last = [repr(c) for c in choices]
+    offered = ", ".join(others) + " or " + last
+    known = isinstance(value, str) and value in choices
+    require(known, f"{name} is {value!r}. Choose {offered}.")
 
 # %% ../../nbs/1_method/05_losses.ipynb #c7254aa1
-class _Overlap(torch.autograd.Function):
-    "Numerator and denominator of Dice without a volume between: 2 Σ pq and Σ p² + Σ q², each (B,C)"
-
-    @staticmethod
-    def forward(ctx, prob, target):
-        ctx.save_for_backward(prob, target)
-        dot = lambda a, b: torch.stack(
-            [torch.dot(p.flatten(), q.flatten()) for c, d in zip(a, b) for p, q in zip(c, d)]
-        ).view(a.shape[:2])
-        return 2 * dot(prob, target), dot(prob, prob) + dot(target, target)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, overlap, size):
-        prob, target = ctx.saved_tensors
-        wide = lambda g: 2 * g[(..., *[None] * (prob.dim() - 2))]
-        grad = lambda of, other: (other * wide(overlap)).addcmul_(of, wide(size))
-        return grad(prob, target), grad(target, prob) if ctx.needs_input_grad[1] else None
-
-
 def dice_loss(
     prob: Tensor,  # probabilities (B,C,D,H,W) in [0,1]
     target: Tensor,  # masks {0,1}, same shape
     eps: float = 1e-5,  # prevents division by zero
     eps_in: str = "both",  # "both" numerator and denominator, or "denominator" as printed
     reduce: str = "case",  # one fraction per "case" and class, or per class over the "batch"
-    skip: int = 0,  # the first channels that do not count, such as a background: the same as to cut them off, and faster
+    skip: int = 0,  # the first channels that do not count, such as a background
 ) -> Tensor:  # scalar in [0,1]
     "Soft Dice loss with squares in the denominator (eq. 4)"
     expect(eps_in in ("both", "denominator"), "eps_in", repr(eps_in), "'both' or 'denominator'")
     expect(reduce in ("case", "batch"), "reduce", repr(reduce), "'case' or 'batch'")
     prob, target = _pair(prob, target, "dice_loss")
-    overlap, size = (t[:, skip:] for t in _Overlap.apply(prob, target))
+    prob, target = prob[:, skip:], target[:, skip:]
+    axes = _space(prob)
+    overlap = 2 * (prob * target).sum(axes)
+    size = prob.square().sum(axes) + target.square().sum(axes)
     if reduce == "batch":
-        overlap, size = _over_batch(overlap), _over_batch(size)
-    return (1 - (overlap + eps * (eps_in == "both")) / (size + eps)).mean()
+        overlap = _over_batch(overlap)
+        size = _over_batch(size)
+    if eps_in == "both":
+        overlap = overlap + eps
+    return (1 - overlap / (size + eps)).mean()
 
 # %% ../../nbs/1_method/05_losses.ipynb #c5bd3d27
 def balanced_bce(
@@ -130,11 +107,13 @@ def balanced_bce(
     "Cross entropy in which edge and non-edge voxels weigh the same (eq. 6; mean over voxels our choice)"
     expect(beta_over in ("case", "batch"), "beta_over", repr(beta_over), "'case' or 'batch'")
     logits, target = _pair(logits, target, "balanced_bce")
-    edge = target.mean(_space(target), keepdim=True)
-    beta = 1 - (
-        edge if beta_over == "case" else _over_batch(edge) / _over_batch(torch.ones_like(edge))
-    )
-    weight = torch.where(target > 0, beta, 1 - beta if weight_negatives else torch.ones_like(beta))
+    edge_share = target.mean(_space(target), keepdim=True)
+    if beta_over == "batch":
+        cases = _over_batch(torch.ones_like(edge_share))
+        edge_share = _over_batch(edge_share) / cases
+    beta = 1 - edge_share
+    of_negatives = 1 - beta if weight_negatives else torch.ones_like(beta)
+    weight = torch.where(target > 0, beta, of_negatives)
     return F.binary_cross_entropy_with_logits(logits, target, weight)
 
 # %% ../../nbs/1_method/05_losses.ipynb #51a9cfa5
@@ -145,50 +124,64 @@ def edge_loss(
     lambda2: float = 0.5,  # weight of balanced cross entropy (section 3.2)
 ) -> Tensor:  # scalar ≥ 0
     "Dice plus balanced cross entropy on the edge stream (eq. 5)"
-    return lambda1 * dice_loss(torch.sigmoid(_float(logits)), target) + lambda2 * balanced_bce(
-        logits, target
-    )
+    dice = dice_loss(torch.sigmoid(_float(logits)), target)
+    bce = balanced_bce(logits, target)
+    return lambda1 * dice + lambda2 * bce
 
 # %% ../../nbs/1_method/05_losses.ipynb #204c2c14
+def _exponential(shape, generator=None):
+    "Numbers of the exponential law, float32"
+    return torch.empty(shape).exponential_(generator=generator)
+
+
 def gumbel_noise(
-    shape,  # of the noise, (B,...)
-    keys=None,  # one tuple of whole numbers per case, e.g. (seed, step, sample); None: torch's own stream
-    device=None,  # where the noise is needed
+    shape: Sequence[int],  # of the noise, (B,...)
+    keys: Sequence[tuple]
+    | None = None,  # whole numbers for each case, e.g. (seed, step, sample); None: torch's stream
+    device: torch.device | str | None = None,  # where the noise is needed
 ) -> Tensor:  # float32, standard Gumbel
     "Gumbel noise -log E, E exponential; with keys it depends on them alone (eq. 8)"
-    draw = lambda s, g: torch.empty(s).exponential_(generator=g)
-    noise = (
-        draw(shape, None)
-        if keys is None
-        else torch.stack([draw(shape[1:], keyed_generator(*k)) for k in keys])
-    )
-    return -noise.clamp_min_(torch.finfo(torch.float32).tiny).log_().to(device)
+    if keys is None:
+        drawn = _exponential(shape)
+    else:
+        cases = [_exponential(shape[1:], keyed_generator(*key)) for key in keys]
+        drawn = torch.stack(cases)
+    smallest = torch.finfo(torch.float32).tiny
+    return -drawn.clamp_min_(smallest).log_().to(device)
 
 # %% ../../nbs/1_method/05_losses.ipynb #72cb610e
+def _noisy_scores(logits, activation, noise):
+    "Scores from which a draw decides: for sigmoid log P - log(1-P), for softmax log P up to a constant"
+    if noise is None:
+        return logits
+    if activation == "sigmoid":
+        return logits + noise[0] - noise[1]
+    return logits + noise
+
+
+def _decided(scores, soft, activation):
+    "The decision as 0 and 1"
+    if activation == "sigmoid":
+        return (scores > 0).to(soft.dtype)
+    likeliest = soft.argmax(1, keepdim=True)
+    return torch.zeros_like(soft).scatter_(1, likeliest, 1)
+
+
 def gumbel_softmax_probs(
     logits: Tensor,  # scores (B,K,D,H,W)
     tau: float = 1.0,  # temperature
     hard: bool = False,  # one-hot forwards, soft gradient backwards (straight-through)
     activation: str = "softmax",  # over exclusive classes, or "sigmoid": each channel against its absence
-    noise: Tensor = None,  # Gumbel draws: (B,K,...) for softmax, (2,B,K,...) for sigmoid; None: no noise
+    noise: Tensor
+    | None = None,  # Gumbel draws: (B,K,...) for softmax, (2,B,K,...) for sigmoid; None: no noise
 ) -> Tensor:  # probabilities (B,K,D,H,W)
     "A differentiable stand-in for the arg max (eq. 8)"
     expect(tau > 0, "tau", tau, "a temperature above 0")
-    logits = _float(logits)
-    if activation == "sigmoid":
-        z = (
-            logits if noise is None else logits + noise[0] - noise[1]
-        ) / tau  # log P - log(1-P) is the logit itself
-        soft = torch.sigmoid(z)
-        if hard:
-            decided = (z > 0).to(soft.dtype)
-    else:
-        soft = ((logits if noise is None else logits + noise) / tau).softmax(
-            1
-        )  # log P is the logit less one number for all channels, which softmax does not see
-        if hard:
-            decided = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1)
-    return decided + soft - soft.detach() if hard else soft
+    scores = _noisy_scores(_float(logits), activation, noise) / tau
+    soft = torch.sigmoid(scores) if activation == "sigmoid" else scores.softmax(1)
+    if not hard:
+        return soft
+    return _decided(scores, soft, activation) + soft - soft.detach()
 
 # %% ../../nbs/1_method/05_losses.ipynb #352c4299
 def _voxels_compared(prob, target, magnitude, where):
@@ -196,9 +189,10 @@ def _voxels_compared(prob, target, magnitude, where):
     if where == "all":
         return torch.ones_like(prob)
     edge = edge_target(target, magnitude=magnitude)
-    if where == "union":
-        edge = torch.maximum(edge, edge_target((prob > 0.5).float()))
-    return edge
+    if where == "truth":
+        return edge
+    predicted = (prob > 0.5).float()
+    return torch.maximum(edge, edge_target(predicted))
 
 
 def _over_voxels(difference, voxels, reduce):
@@ -206,7 +200,8 @@ def _over_voxels(difference, voxels, reduce):
     axes = _space(difference)
     result = (difference * voxels).sum(axes)
     if reduce == "mean":
-        result = result / voxels.sum(axes).clamp_min(1)
+        count = voxels.sum(axes).clamp_min(1)
+        result = result / count
     return result.mean()
 
 
@@ -226,9 +221,10 @@ def consistency_loss(
     prob: Tensor,  # decided probabilities (B,C,D,H,W), see `gumbel_softmax_probs`
     target: Tensor,  # masks {0,1}, same shape, without background
     where: str = "truth",  # voxels: edges of the "truth", their "union" with the prediction's, or "all"
-    magnitude: Tensor = None,  # `sobel_magnitude` of the target, where it is known already
+    magnitude: Tensor | None = None,  # `sobel_magnitude` of the target, where it is known already
     consistency_reduce: str = "mean",  # "mean" over these voxels, or their "sum" (eq. 7)
-    edge_logits: Tensor = None,  # edge stream's scores (B,C,D,H,W), or (B,1,D,H,W) for any class
+    edge_logits: Tensor
+    | None = None,  # edge stream's scores (B,C,D,H,W), or (B,1,D,H,W) for any class
 ) -> Tensor:  # scalar ≥ 0
     "L1 of gradient magnitudes, a flat face counting 1 (eq. 7); a sum is the mean times the voxels compared"
     _one_of("where", where, _CHOICES["where"])
@@ -238,49 +234,35 @@ def consistency_loss(
         magnitude = sobel_magnitude(target)
     voxels = _voxels_compared(prob, target, magnitude, where)
     predicted = sobel_magnitude(prob)
-    difference = (predicted - magnitude).abs() / flat_face(prob.dim() - 2)
+    face = flat_face(prob.dim() - 2)
+    difference = (predicted - magnitude).abs() / face
     loss = _over_voxels(difference, voxels, consistency_reduce)
-    if edge_logits is not None:
-        loss = loss + _edge_mismatch(edge_logits, predicted, voxels, consistency_reduce)
-    return loss
+    if edge_logits is None:
+        return loss
+    return loss + _edge_mismatch(edge_logits, predicted, voxels, consistency_reduce)
 
 # %% ../../nbs/1_method/05_losses.ipynb #30ddcb5e
 def edge_box(
     magnitude: Tensor,  # `sobel_magnitude` of one case's masks (C,D,H,W)
 ) -> tuple:  # slices along D, H, W
     "The smallest box around every voxel with a gradient, and one layer more (our choice)"
-    where = magnitude.amax(0) > 1e-3
-    if magnitude.device.type != "cpu" or not bool(where.any()):
-        return tuple(slice(0, n) for n in where.shape)
-    return tuple(
-        slice(max(s.start - 1, 0), min(s.stop + 1, n))
-        for s, n in zip(bounding_box(where.numpy()), where.shape)
-    )
-
-
-class _Cut(torch.autograd.Function):
-    "One box out of each case; backwards, one array of zeros takes them all"
-
-    @staticmethod
-    def forward(ctx, x, boxes):
-        ctx.boxes, ctx.shape = boxes, x.shape
-        return tuple(x[b].clone() for b in boxes)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        out = grads[0].new_zeros(ctx.shape)
-        for box, grad in zip(ctx.boxes, grads):
-            out[box] = grad
-        return out, None
+    there = magnitude.amax(0) > 1e-3
+    if magnitude.device.type != "cpu" or not bool(there.any()):
+        return tuple(slice(0, n) for n in there.shape)
+    box = []
+    for inner, n in zip(bounding_box(there.numpy()), there.shape, strict=True):
+        start = max(inner.start - 1, 0)
+        stop = min(inner.stop + 1, n)
+        box.append(slice(start, stop))
+    return tuple(box)
 
 # %% ../../nbs/1_method/05_losses.ipynb #a06d8250
 def mask_cross_entropy(
     logits: Tensor,  # scores (B,K,D,H,W)
     target: Tensor,  # one-hot or region masks {0,1}, same shape
-    activation: str = "softmax",  # over exclusive classes, background included, or "sigmoid": each channel against its absence
+    activation: str = "softmax",  # over exclusive classes with background, or "sigmoid": each against its absence
 ) -> Tensor:  # scalar ≥ 0
-    "Cross entropy of the masks, mean over voxels (our choice; the paper has none); raises `InputError` on other shapes or activations"
+    "Cross entropy of the masks, mean over voxels (our choice; the paper has none)"
     expect(
         activation in ("softmax", "sigmoid"),
         "activation",
@@ -288,20 +270,16 @@ def mask_cross_entropy(
         "'softmax' or 'sigmoid'",
     )
     logits, target = _pair(logits, target, "mask_cross_entropy")
-    return (
-        F.cross_entropy(logits, target)
-        if activation == "softmax"
-        else F.binary_cross_entropy_with_logits(logits, target)
-    )
+    if activation == "softmax":
+        return F.cross_entropy(logits, target)
+    return F.binary_cross_entropy_with_logits(logits, target)
 
 # %% ../../nbs/1_method/05_losses.ipynb #11651481
 def _weight(name, value):
     "Refuse a value that is no finite number of 0 or more"
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    require(
-        number and isfinite(value) and value >= 0,
-        f"{name} is {value!r}. Give a finite number, 0 or more.",
-    )
+    ok = number and isfinite(value) and value >= 0
+    require(ok, f"{name} is {value!r}. Give a finite number, 0 or more.")
 
 
 def cross_entropy_weight(
@@ -311,14 +289,11 @@ def cross_entropy_weight(
     "Weight of the cross entropy in the semantic loss; raises `InputError` where Dice alone is given one"
     if weight is not None:
         _weight("w_cross_entropy", weight)
-    if semantic != "dice_ce":
-        fix = "Choose semantic='dice_ce', or leave w_cross_entropy out."
-        require(
-            not weight,
-            f"semantic={semantic!r} has no cross entropy, but w_cross_entropy is {weight!r}. {fix}",
-        )
-        return 0.0
-    return 1.0 if weight is None else float(weight)
+    if semantic == "dice_ce":
+        return 1.0 if weight is None else float(weight)
+    problem = f"semantic={semantic!r} has no cross entropy, but w_cross_entropy is {weight!r}."
+    require(not weight, f"{problem} Choose semantic='dice_ce', or leave w_cross_entropy out.")
+    return 0.0
 
 
 @register("semantic", "dice_ce")
@@ -327,16 +302,40 @@ def _dice_and_cross_entropy(logits, target, loss):
     dice = _dice_alone(logits, target, loss)
     if not loss.w_cross_entropy:
         return dice
-    return dice + loss.w_cross_entropy * mask_cross_entropy(logits, target, loss.activation)
+    entropy = mask_cross_entropy(logits, target, loss.activation)
+    return dice + loss.w_cross_entropy * entropy
 
 
 @register("semantic", "dice")
 def _dice_alone(logits, target, loss):
     "Dice of the classes, without the background (eq. 4)"
     prob = probabilities(_float(logits), loss.activation)
-    return dice_loss(prob, target, **loss.dice, skip=int(loss.activation == "softmax"))
+    background = 1 if loss.activation == "softmax" else 0
+    return dice_loss(prob, target, **loss.dice, skip=background)
 
 
+def _check_options(given):
+    "Refuse options of `EGLoss` that are unknown, out of range, or do not go together"
+    for name, choices in _CHOICES.items():
+        _one_of(name, given[name], choices)
+    _one_of("semantic", given["semantic"], registered("semantic"))
+    for name in ("lambda1", "lambda2", "w_consistency", "tau"):
+        _weight(name, given[name])
+    for name in ("hard", "weight_negatives", "consistency_alone"):
+        value = given[name]
+        require(isinstance(value, bool), f"{name} is {value!r}. Give True or False.")
+    tau, thickness = given["tau"], given["thickness"]
+    require(tau > 0, f"tau is {tau!r}. Give a temperature above 0.")
+    whole = isinstance(thickness, int) and not isinstance(thickness, bool)
+    fix = "Give a whole number of voxels, 1 or more."
+    require(whole and thickness >= 1, f"thickness is {thickness!r}. {fix}")
+    problem = f"consistency='both' compares edges two voxels wide, but thickness is {thickness}."
+    require(
+        given["consistency"] == "masks" or thickness == 2,
+        f"{problem} Choose thickness=2 or consistency='masks'.",
+    )
+
+# %% ../../nbs/1_method/05_losses.ipynb #5w17c510
 class EGLoss(nn.Module):
     "Semantic, edge and consistency loss, each by name, and their total (eq. 3)"
 
@@ -356,55 +355,32 @@ class EGLoss(nn.Module):
         where: str = "truth",  # see `consistency_loss`
         weight_negatives: bool = True,  # see `balanced_bce`
         beta_over: str = "case",  # see `balanced_bce`
-        consistency_alone: bool = False,  # the consistency loss where there is no edge stream too: which is the control of `hippocampus`
-        semantic: str = "dice_ce",  # Dice with the cross entropy of the masks, or "dice" alone, as the paper's eq. 4, or a name that is registered
-        w_cross_entropy: float
-        | None = None,  # weight of that cross entropy; None: 1 for "dice_ce", else none
+        consistency_alone: bool = False,  # the consistency loss without an edge stream too: a control
+        # Dice with the cross entropy of the masks, or "dice" alone (eq. 4), or what is registered
+        semantic: str = "dice_ce",
+        # weight of that cross entropy; None: 1 for "dice_ce", else none
+        w_cross_entropy: float | None = None,
         consistency_reduce: str = "mean",  # see `consistency_loss`; "sum" needs a small `w_consistency`
         consistency: str = "masks",  # outputs in eq. 7: the "masks" alone, or "both", the edge stream's too
     ):
+        _check_options(dict(locals()))
         super().__init__()
-        given = dict(locals())
-        for name, choices in _CHOICES.items():
-            _one_of(name, given[name], choices)
-        _one_of("semantic", semantic, registered("semantic"))
-        for name in ("lambda1", "lambda2", "w_consistency", "tau"):
-            _weight(name, given[name])
-        for name in ("hard", "weight_negatives", "consistency_alone"):
-            require(
-                isinstance(given[name], bool), f"{name} is {given[name]!r}. Give True or False."
-            )
-        require(tau > 0, f"tau is {tau!r}. Give a temperature above 0.")
-        whole = isinstance(thickness, int) and not isinstance(thickness, bool)
-        require(
-            whole and thickness >= 1,
-            f"thickness is {thickness!r}. Give a whole number of voxels, 1 or more.",
-        )
-        wide = f"consistency='both' compares edges two voxels wide, but thickness is {thickness}."
-        require(
-            consistency == "masks" or thickness == 2,
-            f"{wide} Choose thickness=2 or consistency='masks'.",
-        )
-        self.activation, self.lambda1, self.lambda2, self.w_consistency = (
-            activation,
-            lambda1,
-            lambda2,
-            w_consistency,
-        )
-        self.tau, self.hard, self.supervise, self.where, self.consistency_alone = (
-            tau,
-            hard,
-            supervise,
-            where,
-            consistency_alone,
-        )
-        self.consistency_reduce = consistency_reduce
-        self.joint = consistency == "both"
+        self.activation = activation
+        self.lambda1 = lambda1
+        self.lambda2 = lambda2
+        self.w_consistency = w_consistency
         self.mask_loss = find("semantic", semantic)
         self.w_cross_entropy = cross_entropy_weight(semantic, w_cross_entropy)
-        self.edge: dict = dict(edge_classes=edge_classes, thickness=thickness)
-        self.dice: dict = dict(eps_in=eps_in, reduce=reduce)
-        self.bce: dict = dict(weight_negatives=weight_negatives, beta_over=beta_over)
+        self.tau = tau
+        self.hard = hard
+        self.supervise = supervise
+        self.where = where
+        self.consistency_alone = consistency_alone
+        self.consistency_reduce = consistency_reduce
+        self.joint = consistency == "both"
+        self.edge: dict = {"edge_classes": edge_classes, "thickness": thickness}
+        self.dice: dict = {"eps_in": eps_in, "reduce": reduce}
+        self.bce: dict = {"weight_negatives": weight_negatives, "beta_over": beta_over}
 
     def foreground(
         self,
@@ -419,12 +395,11 @@ class EGLoss(nn.Module):
         main_logits: Tensor | None,  # of the main stream, same shape; None: there is one output
     ) -> list:  # of Tensor
         "The outputs that are supervised, as a list"
-        main = logits if main_logits is None else main_logits
-        return {
-            "both": [logits] if main_logits is None else [logits, main],
-            "fused": [logits],
-            "main": [main],
-        }[self.supervise]
+        if main_logits is None or self.supervise == "fused":
+            return [logits]
+        if self.supervise == "main":
+            return [main_logits]
+        return [logits, main_logits]
 
     def semantic(
         self,
@@ -434,81 +409,89 @@ class EGLoss(nn.Module):
         "The loss of the masks that is registered under the name `semantic`"
         return self.mask_loss(logits, target, self)
 
+    def edge_terms(
+        self,
+        edge_logits: Tensor,  # edge stream's output (B,E,D,H,W)
+        masks: Tensor,  # truth without background (B,C,D,H,W)
+        magnitude: Tensor,  # `sobel_magnitude` of the masks
+    ) -> dict:  # edge_dice, edge_bce: scalars
+        "Dice and balanced cross entropy between the edge stream and the edges of the truth (eq. 5)"
+        edges = edge_target(masks, **self.edge, magnitude=magnitude)
+        prob = _float(edge_logits).sigmoid()
+        return {
+            "edge_dice": dice_loss(prob, edges, **self.dice),
+            "edge_bce": balanced_bce(edge_logits, edges, **self.bce),
+        }
+
     def _noise(self, logits, keys):
         "Gumbel noise for the logits (1,K,D,H,W) of one case in training, else None"
         if not self.training:
             return None
         if self.activation == "softmax":
             return gumbel_noise(logits.shape, keys, logits.device)
-        return gumbel_noise((1, 2, *logits.shape[1:]), keys, logits.device)[0].unsqueeze(1)
+        pair = gumbel_noise((1, 2, *logits.shape[1:]), keys, logits.device)
+        return pair[0].unsqueeze(1)
+
+    def _box(self, case, magnitude):
+        "The part of a case that its consistency loss depends on, as an index: a box, or all of it"
+        place = edge_box(magnitude[case]) if self.where == "truth" else ()
+        return slice(case, case + 1), slice(None), *place
 
     def consistency(
         self,
-        outputs: list,  # logits (B,K,D,H,W)
+        outputs: Sequence[Tensor],  # logits, each (B,K,D,H,W)
         masks: Tensor,  # truth without background (B,C,D,H,W)
         magnitude: Tensor,  # `sobel_magnitude` of the masks
-        keys: list | None,  # names of the noise, one a case
+        keys: Sequence[tuple] | None,  # names of the noise, one a case
         edge_logits: Tensor
         | None = None,  # of the edge stream, compared too; None: the masks alone
     ) -> Tensor:  # scalar
         "Consistency loss of the decided outputs, case by case; noise in training only (eq. 7-8)"
-        boxes = []
-        for b, of_case in enumerate(magnitude):
-            place = (
-                edge_box(of_case) if self.where == "truth" else ()
-            )  # elsewhere every voxel may count
-            boxes.append((slice(b, b + 1), slice(None), *place))
-        pieces = [_Cut.apply(z, boxes) for z in outputs]
-        edges = [None] * len(boxes) if edge_logits is None else _Cut.apply(edge_logits, boxes)
-        cases = []
-        for b, box in enumerate(boxes):
-            noise = self._noise(pieces[0][b], keys and keys[b : b + 1])
-            for piece in pieces:
+        losses = []
+        for case in range(len(masks)):
+            box = self._box(case, magnitude)
+            own_keys = keys[case : case + 1] if keys else None
+            noise = self._noise(outputs[0][box], own_keys)
+            edges = None if edge_logits is None else edge_logits[box]
+            truth, gradient = masks[box], magnitude[box]
+            for logits in outputs:
                 decided = gumbel_softmax_probs(
-                    piece[b], self.tau, self.hard, self.activation, noise
+                    logits[box], self.tau, self.hard, self.activation, noise
                 )
                 prob = self.foreground(decided)
-                cases.append(
-                    consistency_loss(
-                        prob,
-                        masks[box],
-                        self.where,
-                        magnitude[box],
-                        self.consistency_reduce,
-                        edges[b],
-                    )
+                loss = consistency_loss(
+                    prob, truth, self.where, gradient, self.consistency_reduce, edges
                 )
-        return torch.stack(cases).mean()
+                losses.append(loss)
+        return torch.stack(losses).mean()
 
     def forward(
         self,
         logits: Tensor,  # fused output (B,K,D,H,W)
-        edge_logits: Tensor,  # edge stream's output (B,E,D,H,W), or None: no edge stream
+        edge_logits: Tensor | None,  # edge stream's output (B,E,D,H,W), or None: no edge stream
         target: Tensor,  # one-hot or region masks (B,K,D,H,W)
-        main_logits: Tensor = None,  # main stream's own output (B,K,D,H,W)
-        keys=None,  # names of the noise, one tuple per case
+        main_logits: Tensor | None = None,  # main stream's own output (B,K,D,H,W)
+        keys: Sequence[tuple] | None = None,  # names of the noise, one tuple per case
     ) -> dict:  # name -> scalar: total, semantic, edge_dice, edge_bce, consistency
-        missing = "consistency='both' compares the output of an edge stream, but there is none."
-        require(not self.joint or edge_logits is not None, f"{missing} Choose consistency='masks'.")
-        outputs, masks = self.supervised(logits, main_logits), self.foreground(target)
-        terms = {"semantic": torch.stack([self.semantic(z, target) for z in outputs]).mean()}
-        terms["edge_dice"] = terms["edge_bce"] = terms["consistency"] = terms["semantic"].new_zeros(
-            ()
-        )
-        consistent = self.w_consistency and (edge_logits is not None or self.consistency_alone)
-        if edge_logits is not None or consistent:
+        problem = "consistency='both' compares the output of an edge stream, but there is none."
+        require(edge_logits is not None or not self.joint, f"{problem} Choose consistency='masks'.")
+        outputs = self.supervised(logits, main_logits)
+        masks = self.foreground(target)
+        semantic = [self.semantic(z, target) for z in outputs]
+        terms = {"semantic": torch.stack(semantic).mean()}
+        for name in ("edge_dice", "edge_bce", "consistency"):
+            terms[name] = terms["semantic"].new_zeros(())
+        if edge_logits is not None or self.consistency_alone:
             magnitude = sobel_magnitude(_float(masks))
-        if edge_logits is not None:
-            edges = edge_target(masks, **self.edge, magnitude=magnitude)
-            terms["edge_dice"] = dice_loss(_float(edge_logits).sigmoid(), edges, **self.dice)
-            terms["edge_bce"] = balanced_bce(edge_logits, edges, **self.bce)
-        if consistent:
-            edges = edge_logits if self.joint else None
-            terms["consistency"] = self.consistency(outputs, masks, magnitude, keys, edges)
-        total = (
-            terms["semantic"]
-            + self.w_consistency * terms["consistency"]
-            + self.lambda1 * terms["edge_dice"]
-            + self.lambda2 * terms["edge_bce"]
-        )
-        return {"total": total, **terms}
+            if edge_logits is not None:
+                terms |= self.edge_terms(edge_logits, masks, magnitude)
+            if self.w_consistency > 0:
+                compared = edge_logits if self.joint else None
+                terms["consistency"] = self.consistency(outputs, masks, magnitude, keys, compared)
+        return {"total": self._total(terms), **terms}
+
+    def _total(self, terms):
+        "The weighted sum of the terms (eq. 3 and 5)"
+        total = terms["semantic"] + self.w_consistency * terms["consistency"]
+        total = total + self.lambda1 * terms["edge_dice"]
+        return total + self.lambda2 * terms["edge_bce"]

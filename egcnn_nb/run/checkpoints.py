@@ -32,11 +32,12 @@ def random_state() -> dict:  # lists, numbers and tensors
     "The global random streams of Python, NumPy, torch and this process's GPU"
     name, keys, *rest = cast(tuple, np.random.get_state())
     version, words, gauss = random.getstate()
+    has_gpu = torch.cuda.is_initialized()
     return {
         "python": [version, list(words), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "cuda": torch.cuda.get_rng_state() if has_gpu else None,
     }
 
 
@@ -47,10 +48,12 @@ def set_random_state(
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    words = keys.numpy().astype(np.uint32)
+    np.random.set_state((name, words, *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    of_gpu = state["cuda"]
+    if of_gpu is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(of_gpu)
 
 # %% ../../nbs/4_inside/checkpoints.ipynb #6efe61ea
 FORMAT = 2  # of the content; a newer one is refused
@@ -61,69 +64,78 @@ class NewerFormat(InputError):
 
 
 def list_checkpoints(
-    folder,  # of a run
+    folder: str | Path,  # of a run
 ) -> list:  # of paths, the newest first
     "The checkpoints of a run"
-    return sorted(Path(folder).glob("checkpoint-*"), reverse=True)
+    found = Path(folder).glob("checkpoint-*")
+    return sorted(found, reverse=True)
 
 
 def save_checkpoint(
-    folder,  # of the run
+    folder: str | Path,  # of the run
     step: int,  # steps taken so far, in the name of the file
     state: dict,  # tensors, numbers, strings, lists and dicts
     keep: int = 2,  # generations
 ) -> Path:  # the file
     "Write a checkpoint whole, then drop the oldest"
-    packed = BytesIO()
-    torch.save({"format": FORMAT, **state}, packed)  # torch's own writer hides why a disk refuses
-    path = write_whole(
-        Path(folder) / f"checkpoint-{step:08d}.pt", lambda p: p.write_bytes(packed.getbuffer())
-    )
+    packed = BytesIO()  # torch's own writer of files hides why a disk refuses
+    torch.save({"format": FORMAT, **state}, packed)
+    path = Path(folder) / f"checkpoint-{step:08d}.pt"
+    path = write_whole(path, lambda part: part.write_bytes(packed.getbuffer()))
     _drop_old(folder, keep)
     return path
+
+
+def _remove(path):
+    "Remove a file, or a folder with all that is in it"
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _drop_old(folder, keep):
     "Keep so many checkpoints, files or folders"
     for old in list_checkpoints(folder)[keep:]:
-        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        _remove(old)
 
 
 def read_checkpoint(
-    path,  # of `save_checkpoint`
+    path: str | Path,  # of `save_checkpoint`
 ) -> dict:  # the state
     "Verify and read a checkpoint; raises `InputError` when it is broken, or from a newer version"
     if Path(path).is_dir():
         return _read_sharded(Path(path))
     state: Any = None
     try:
-        with zipfile.ZipFile(path) as f:
-            broken = f.testzip()
-        state = None if broken else torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as e:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()  # name of the first broken record, or None
+        if not broken:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
         raise InputError(
-            f"{path}: found that it cannot be read ({e}), expected a checkpoint of egcnn_train"
-        ) from e
-    except Exception as e:
-        broken = type(e).__name__  # whatever a broken or foreign archive makes torch raise
+            f"{path}: found that it cannot be read ({error}), expected a checkpoint of egcnn_train"
+        ) from error
+    except Exception as error:  # whatever a broken or foreign archive makes torch raise
+        broken = type(error).__name__
+    has_format = isinstance(state, dict) and isinstance(state.get("format"), int)
     expect(
-        not broken and isinstance(state, dict) and isinstance(state.get("format"), int),
+        not broken and has_format,
         path,
         f"a broken file ({broken})",
         "a checkpoint of egcnn_train",
     )
     if state["format"] > FORMAT:
         raise NewerFormat(
-            f"{path}: found format {state['format']}, expected at most {FORMAT}; it comes from a newer version of egcnn_nb, install that"
+            f"{path}: found format {state['format']}, expected at most {FORMAT}; "
+            "it comes from a newer version of egcnn_nb, install that"
         )
     return state
 
 
 def newest_checkpoint(
-    folder,  # of a run
-) -> (
-    tuple
-):  # state or None if there is no checkpoint at all, messages about those that were passed over
+    folder: str | Path,  # of a run
+) -> tuple:  # state, None if there is no checkpoint; messages about those that were passed over
     "The newest checkpoint that verifies; raises `InputError` when there are some and none does"
     notes = []
     for path in list_checkpoints(folder):
@@ -131,8 +143,8 @@ def newest_checkpoint(
             return read_checkpoint(path), notes
         except NewerFormat:
             raise
-        except InputError as e:
-            notes.append(f"{e}; the one before it is used")
+        except InputError as error:
+            notes.append(f"{error}; the one before it is used")
     expect(
         not notes,
         folder,
@@ -145,13 +157,32 @@ def newest_checkpoint(
 # %% ../../nbs/4_inside/checkpoints.ipynb #4d35da27
 def _crcs(folder):
     "CRC-32 of each file"
-    return {
-        p.name: zlib.crc32(p.read_bytes()) for p in sorted(folder.iterdir()) if p.name != "crc.json"
-    }
+    paths = [path for path in sorted(folder.iterdir()) if path.name != "crc.json"]
+    return {path.name: zlib.crc32(path.read_bytes()) for path in paths}
+
+
+def _force_to_disk(folder):
+    "Wait until the disk has every file of a folder"
+    for path in folder.iterdir():
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def _complete(part, state):
+    "Add the rest of the state and the checksums to the pieces, and give the folder its name"
+    torch.save({"format": FORMAT, **state}, part / "state.pt")
+    sums = json.dumps(_crcs(part))
+    write_whole(part / "crc.json", lambda file: file.write_text(sums))
+    _force_to_disk(part)
+    path = part.with_name(part.name.removeprefix(".part-"))
+    if path.exists():
+        shutil.rmtree(path)
+    part.rename(path)
 
 
 def save_sharded(
-    folder,  # of the run, seen by all processes
+    folder: str | Path,  # of the run, seen by all processes
     step: int,  # steps taken so far, in the name of the folder
     parts: dict,  # pieces of weights and optimizer, of `torch.distributed.checkpoint.state_dict`
     state: dict,  # all the rest
@@ -160,38 +191,36 @@ def save_sharded(
     "Write a checkpoint in pieces; all processes call it"
     import torch.distributed.checkpoint as dcp
 
-    first, part = dist.get_rank() == 0, Path(folder) / f".part-checkpoint-{step:08d}"
-    if first and part.exists():
+    is_first = dist.get_rank() == 0
+    part = Path(folder) / f".part-checkpoint-{step:08d}"
+    if is_first and part.exists():
         shutil.rmtree(part)
     dist.barrier()
     dcp.save(parts, checkpoint_id=part)
-    if first:
-        torch.save({"format": FORMAT, **state}, part / "state.pt")
-        write_whole(part / "crc.json", lambda p: p.write_text(json.dumps(_crcs(part))))
-        for p in part.iterdir():
-            f = os.open(p, os.O_RDONLY)
-            os.fsync(f)
-            os.close(f)
-        path = part.with_name(part.name.removeprefix(".part-"))
-        if path.exists():
-            shutil.rmtree(path)
-        part.rename(path)
+    if is_first:
+        _complete(part, state)
         _drop_old(folder, keep)
     dist.barrier()
 
 
 def _read_sharded(path):
-    "The state of a checkpoint in pieces, once all of its files are verified; the pieces stay where they are"
+    "The state of a checkpoint in pieces, once all its files are verified; the pieces stay there"
     try:
-        good = json.loads((path / "crc.json").read_text()) == _crcs(path)
+        noted = json.loads((path / "crc.json").read_text())
+        good = noted == _crcs(path)
     except (OSError, ValueError):
         good = False
     expect(good, path, "a broken folder (checksums differ)", "a checkpoint of egcnn_train")
-    return {**read_checkpoint(path / "state.pt"), "pieces": str(path)}
+    state = read_checkpoint(path / "state.pt")
+    return {**state, "pieces": str(path)}
 
 # %% ../../nbs/4_inside/checkpoints.ipynb #d12402a0
+# the answers of a file system that has no locks
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+
+
 def _has_locks(folder):
-    "Whether the file system of a folder has locks (`flock`): some of clusters answer that they do not"
+    "Whether the file system of a folder has locks (`flock`): some of clusters do not"
     try:
         import fcntl
     except ImportError:  # Windows has locks of another kind
@@ -199,8 +228,8 @@ def _has_locks(folder):
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            return e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+        except OSError as error:
+            return error.errno not in _NO_LOCKS
     return True
 
 
@@ -209,38 +238,37 @@ def _lock_of(folder):
     if _has_locks(folder):
         return FileLock(folder / "run.lock"), 0.0
     warnings.warn(
-        f"{folder} is on a file system without locks. The file run.soft.lock marks it in their place.",
+        f"{folder} is on a file system without locks. "
+        "The file run.soft.lock marks it in their place.",
         stacklevel=3,
     )
-    return SoftFileLock(
-        folder / "run.soft.lock"
-    ), 1.0  # time to take over that of a process that is gone
+    seconds = 1.0  # to take over the file of a process that is gone
+    return SoftFileLock(folder / "run.soft.lock"), seconds
 
 
 def lock_run(
-    folder,  # of a run, or of predictions
+    folder: str | Path,  # of a run, or of predictions
     command: str = "egcnn_train",  # which holds it
     sweep: bool = True,  # remove half-written files
 ) -> BaseFileLock:  # hold on to it; it is released when the process ends
-    "Be the only one who writes into a folder, and sweep up what a killed process left; raises `InputError`"
+    "Be the only writer of a folder, and sweep up after a killed one; raises `InputError`"
     folder = Path(folder)
     try:
         lock, seconds = _lock_of(folder)
         lock.acquire(timeout=seconds)
     except Timeout:
-        killed = ""
-        if (folder / "run.soft.lock").exists():
-            killed = f". If it was killed, remove {folder / 'run.soft.lock'}"
+        soft = folder / "run.soft.lock"
+        killed = f". If it was killed, remove {soft}" if soft.exists() else ""
         raise InputError(
-            f"{folder}: found another {command} that is writing there, expected a folder of one's own; wait for it, or choose another --out{killed}"
+            f"{folder}: found another {command} that is writing there, "
+            f"expected a folder of one's own; wait for it, or choose another --out{killed}"
         ) from None
-    except OSError as e:
+    except OSError as error:
         raise InputError(
-            f"{folder} cannot be locked ({e.strerror or e}). Make sure that you may write there, or choose another --out."
-        ) from e
-    for part in folder.glob(".part-*") if sweep else ():
-        if part.is_dir():
-            shutil.rmtree(part)
-        else:
-            part.unlink(missing_ok=True)
+            f"{folder} cannot be locked ({error.strerror or error}). "
+            "Make sure that you may write there, or choose another --out."
+        ) from error
+    if sweep:
+        for part in folder.glob(".part-*"):
+            _remove(part)
     return lock

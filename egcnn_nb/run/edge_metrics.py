@@ -8,11 +8,11 @@ __all__ = ['THRESHOLDS', 'DEEP', 'edge_counts', 'precision_recall', 'edge_f1', '
 
 # %% ../../nbs/2_practice/edge_metrics.ipynb #e142e5d3
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 import torch
-from scipy.ndimage import distance_transform_edt
 
 from ..core import require
 from ..method.sobel import edge_target
@@ -24,22 +24,33 @@ THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))  # 0.05 to 0.95
 
 
 def _part(length, step):
-    "Where a shifted array lands along an axis: the slice that is written, and the slice that is read"
-    here = slice(max(-step, 0), length - max(step, 0))
-    there = slice(max(step, 0), length - max(-step, 0))
+    "Where a shifted array lands along an axis: the slice that is written, and the one that is read"
+    ahead, back = max(step, 0), max(-step, 0)
+    here = slice(back, length - ahead)
+    there = slice(ahead, length - back)
     return here, there
+
+
+def _raise_to_neighbours(out, values, shift):
+    "Raise each voxel of `out` to the voxel of `values` that lies `shift` voxels further"
+    here, there = [], []
+    for length, step in zip(values.shape, shift, strict=True):
+        written, read = _part(length, step)
+        here.append(written)
+        there.append(read)
+    place = out[tuple(here)]
+    np.maximum(place, values[tuple(there)], out=place)
 
 
 def _largest_near(values, tolerance):
     "The largest value within `tolerance` voxels of each voxel"
-    steps = range(-int(tolerance), int(tolerance) + 1)
+    reach = int(tolerance)
+    steps = range(-reach, reach + 1)
     out = values.copy()
     for shift in product(steps, repeat=values.ndim):
-        if 0 < sum(s * s for s in shift) <= tolerance**2:
-            parts = [_part(n, s) for n, s in zip(values.shape, shift)]
-            here = tuple(p[0] for p in parts)
-            there = tuple(p[1] for p in parts)
-            np.maximum(out[here], values[there], out=out[here])
+        squared = sum(step**2 for step in shift)
+        if 0 < squared <= tolerance**2:
+            _raise_to_neighbours(out, values, shift)
     return out
 
 
@@ -55,34 +66,37 @@ def edge_counts(
         f"The prediction has shape {prob.shape} and the truth {truth.shape}. Give both on one grid.",
     )
     truth = truth.astype(bool)
-    near_truth = prob[
-        _largest_near(truth, tolerance)
-    ]  # predictions that are right above a threshold
-    near_prob = _largest_near(prob, tolerance)[
-        truth
-    ]  # true edge voxels are found below this threshold
+    # predictions that are right above a threshold
+    near_truth = prob[_largest_near(truth, tolerance)]
+    # true edge voxels are found below this threshold
+    near_prob = _largest_near(prob, tolerance)[truth]
     rows = []
     for threshold in thresholds:
-        right = int((near_truth > threshold).sum())
-        found = int((near_prob > threshold).sum())
-        rows.append((right, int((prob > threshold).sum()), found, len(near_prob)))
+        right = (near_truth > threshold).sum()
+        predicted = (prob > threshold).sum()
+        found = (near_prob > threshold).sum()
+        rows.append((int(right), int(predicted), int(found), len(near_prob)))
     return np.array(rows)
 
 
 def precision_recall(
     counts: np.ndarray,  # (...,4) of `edge_counts`, or a sum of such
 ) -> tuple:  # precision (...), recall (...), each in [0,1]
-    "Precision and recall from counts. Precision is 1 where nothing is predicted, recall is 1 where nothing is there."
-    right, predicted, found, true = np.moveaxis(np.asarray(counts, float), -1, 0)
-    precision = np.where(predicted > 0, right / np.maximum(predicted, 1), 1.0)
-    recall = np.where(true > 0, found / np.maximum(true, 1), 1.0)
+    "Precision and recall; 1 where nothing is predicted, and where nothing is there"
+    columns = np.moveaxis(np.asarray(counts, float), -1, 0)
+    right, predicted, found, true = columns
+    precision = right / np.maximum(predicted, 1)
+    recall = found / np.maximum(true, 1)
+    precision = np.where(predicted > 0, precision, 1.0)
+    recall = np.where(true > 0, recall, 1.0)
     return precision, recall
 
 
 def _f1(counts):
     "Harmonic mean of precision and recall, 0 where both are 0"
     precision, recall = precision_recall(counts)
-    return 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    total = np.maximum(precision + recall, 1e-12)
+    return 2 * precision * recall / total
 
 
 def edge_f1(
@@ -92,7 +106,8 @@ def edge_f1(
     tolerance: float = 1.0,  # voxels within which two edge voxels match
 ) -> float:  # in [0,1]; 1 where both are empty, 0 where only one is
     "F1 of a predicted edge within `tolerance` voxels"
-    return float(_f1(edge_counts(prob, truth, [threshold], tolerance))[0])
+    counts = edge_counts(prob, truth, [threshold], tolerance)
+    return float(_f1(counts)[0])
 
 
 def best_f1(
@@ -100,7 +115,8 @@ def best_f1(
     thresholds: Sequence[float] = THRESHOLDS,  # those of the counts
 ) -> tuple:  # best F1 and its threshold
     "The best F1 that one threshold for all cases reaches: ODS, as edge detectors are judged"
-    f1 = _f1(np.sum(list(counts), 0))
+    of_all = np.sum(list(counts), 0)
+    f1 = _f1(of_all)
     best = int(f1.argmax())
     return float(f1[best]), thresholds[best]
 
@@ -121,13 +137,28 @@ def deep_voxels(
     return mask & (border_distance(mask) > depth)
 
 
+def _share(part, whole):
+    "A number of voxels as a share of another; NaN where that is 0"
+    if not whole:
+        return float("nan")
+    return float(part / whole)
+
+
 def deep_share(
     mask: np.ndarray,  # bool (D,H,W)
     depth: float = DEEP,  # voxels
 ) -> float:  # in [0,1]; NaN for an empty mask
     "Share of a mask's voxels that lie deeper than `depth` inside it"
-    voxels = mask.astype(bool).sum()
-    return float(deep_voxels(mask, depth).sum() / voxels) if voxels else float("nan")
+    deep = deep_voxels(mask, depth)
+    return _share(deep.sum(), mask.astype(bool).sum())
+
+
+def _filled(edge, deep):
+    "Share of the deep voxels that are predicted as edge"
+    if not deep.any():
+        return float("nan")
+    painted = edge[deep]
+    return float(painted.mean())
 
 
 def filled(
@@ -137,7 +168,7 @@ def filled(
 ) -> float:  # in [0,1], 0 is right; NaN where the mask has no such voxels
     "Share of the voxels deeper than `depth` inside a mask that are predicted as edge"
     deep = deep_voxels(mask, depth)
-    return float(edge.astype(bool)[deep].mean()) if deep.any() else float("nan")
+    return _filled(edge.astype(bool), deep)
 
 # %% ../../nbs/2_practice/edge_metrics.ipynb #11d1d9a3
 def sobel_edges(
@@ -145,8 +176,9 @@ def sobel_edges(
     thickness: int = 2,  # layers of voxels, as in training
 ) -> np.ndarray:  # bool (K,D,H,W)
     "The edges that Sobel finds in masks (section 2.1)"
-    found = edge_target(torch.from_numpy(masks.astype(np.float32))[None], thickness=thickness)
-    return found[0].numpy() > 0
+    batch = torch.from_numpy(masks.astype(np.float32))[None]
+    found = edge_target(batch, thickness=thickness)[0]
+    return found.numpy() > 0
 
 
 _MARGIN = 8  # voxels around a mask, beyond those from which a width is measured
@@ -154,8 +186,11 @@ _MARGIN = 8  # voxels around a mask, beyond those from which a width is measured
 
 def _around(masks):
     "The box of masks (K,D,H,W) with a margin: width and filling look at nothing else"
-    box = bounding_box(masks.any(0))
-    return tuple(slice(max(s.start - _MARGIN, 0), s.stop + _MARGIN) for s in box)
+    box = []
+    for axis in bounding_box(masks.any(0)):
+        start = max(axis.start - _MARGIN, 0)
+        box.append(slice(start, axis.stop + _MARGIN))
+    return tuple(box)
 
 
 def _deep_in(masks):
@@ -168,53 +203,84 @@ def _deep_in(masks):
     return deep
 
 
-def _judge(prob, true_edge, box, masks, deep, thresholds):
-    "Numbers of one edge map; `masks`, whose edges it holds, and their deep voxels are cut to the box"
-    edge = prob[box] > 0.5
-    bordered = np.array([m.any() and not m.all() for m in masks])
+@dataclass
+class _Truth:
+    "What an edge map is compared with"
+
+    edge: np.ndarray  # true edge, bool (D,H,W)
+    box: tuple  # slices of the box around the masks
+    masks: np.ndarray  # masks whose edges the map holds, bool (K,d,h,w), cut to the box
+    deep: np.ndarray  # their deep voxels, bool (d,h,w)
+
+
+def _truth_of(masks, thickness):
+    "The true edge, the box and the deep voxels of masks (K,D,H,W)"
+    edge = np.asarray(sobel_edges(masks, thickness).any(0))
+    box = _around(masks)
+    near = masks[(slice(None), *box)]
+    return _Truth(edge, box, near, _deep_in(near))
+
+
+def _width(edge, masks):
+    "Width of an edge, beside the masks that have a border; NaN where there is none"
+    bordered = [mask for mask in masks if mask.any() and not mask.all()]
+    if not bordered:
+        return float("nan")
+    return edge_width(edge, np.stack(bordered))
+
+
+def _judge(prob, truth, thresholds):
+    "Numbers of one edge map"
+    edge = prob[truth.box] > 0.5
     return {
-        "f1": edge_f1(prob, true_edge),
-        "width": edge_width(edge, masks[bordered]) if bordered.any() else float("nan"),
-        "filled": float(edge[deep].mean()) if deep.any() else float("nan"),
-        "counts": edge_counts(prob, true_edge, thresholds),
+        "f1": edge_f1(prob, truth.edge),
+        "width": _width(edge, truth.masks),
+        "filled": _filled(edge, truth.deep),
+        "counts": edge_counts(prob, truth.edge, thresholds),
     }
 
 
 _NOTHING = {"f1": float("nan"), "width": float("nan"), "filled": float("nan"), "counts": None}
 
 
+def _expect_maps(prob, masks, predicted):
+    "Raise `InputError` unless there is an edge map for each mask, or one for all"
+    fits = masks.shape == predicted.shape
+    if prob is not None:
+        on_one_grid = prob.shape[1:] == masks.shape[1:]
+        fits = fits and on_one_grid and len(prob) in (1, len(masks))
+    shapes = f"{None if prob is None else prob.shape}, {masks.shape} and {predicted.shape}"
+    require(
+        fits,
+        f"Edges, masks and predicted masks have the shapes {shapes}. "
+        "Give one edge map for each mask, or one for all.",
+    )
+
+
 def score_edges(
-    prob: np.ndarray
-    | None,  # edge probabilities (K,D,H,W), one map for each mask, or one for all (1,D,H,W); None: there is no edge stream
+    prob: np.ndarray | None,  # edge probabilities (K,D,H,W), or one map for all masks (1,D,H,W)
     masks: np.ndarray,  # true masks, bool (K,D,H,W)
     predicted: np.ndarray,  # the network's own masks, bool (K,D,H,W)
     thickness: int = 2,  # of the edge targets, in voxels
-) -> list:  # of dicts, one for each map: f1, width, filled, counts; the same of the mask's edges as mask_f1 and so on; deep
-    "Edge F1, width, filling and `edge_counts` of each map, beside those of the Sobel edges of the predicted mask; NaN where a mask has no border"
-    maps = len(masks) if prob is None else len(prob)
-    fits = masks.shape == predicted.shape and maps in (1, len(masks))
-    require(
-        fits and (prob is None or prob.shape[1:] == masks.shape[1:]),
-        f"Edges, masks and predicted masks have the shapes {None if prob is None else prob.shape}, {masks.shape} and {predicted.shape}. "
-        "Give one edge map for each mask, or one for all.",
-    )
+) -> list:  # of dicts, one for each map: f1, width, filled, counts, mask_f1 and so on, deep
+    """Edge F1, width, filling and `edge_counts` of each map
+
+    Beside them are the same numbers of the Sobel edges of the predicted mask (`mask_f1` and so on)
+    and the share of deep voxels. A number is NaN where a mask has no border. `prob` is None for a
+    network without an edge stream.
+    """
+    _expect_maps(prob, masks, predicted)
     masks = masks.astype(bool)
-    groups = np.array_split(
-        np.arange(len(masks)), maps
-    )  # numbers of the masks whose edges a map holds
+    maps = len(masks) if prob is None else len(prob)
+    # numbers of the masks whose edges a map holds
+    groups = np.array_split(np.arange(len(masks)), maps)
     rows = []
     for i, group in enumerate(groups):
-        own = masks[group]
-        true_edge = sobel_edges(own, thickness).any(0)
+        truth = _truth_of(masks[group], thickness)
+        of_stream = _NOTHING if prob is None else _judge(prob[i], truth, THRESHOLDS)
         mask_edge = sobel_edges(predicted[group], thickness).any(0)
-        box = _around(own)
-        near = own[(slice(None), *box)]
-        deep = _deep_in(near)
-        of_mask = _judge(mask_edge, true_edge, box, near, deep, [0.5])
-        of_stream = (
-            _NOTHING if prob is None else _judge(prob[i], true_edge, box, near, deep, THRESHOLDS)
-        )
-        inside = near.any(0).sum()
-        share = float(deep.sum() / inside) if inside else float("nan")
-        rows.append({**of_stream, **{f"mask_{k}": v for k, v in of_mask.items()}, "deep": share})
+        of_mask = _judge(mask_edge, truth, [0.5])
+        row = {**of_stream, **{f"mask_{name}": value for name, value in of_mask.items()}}
+        row["deep"] = _share(truth.deep.sum(), truth.masks.any(0).sum())
+        rows.append(row)
     return rows

@@ -6,12 +6,14 @@
 __all__ = ['entropy', 'region_ml', 'look_inside']
 
 # %% ../../nbs/4_inside/inside.ipynb #eb82c6c8
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..core import Task
-from ..data.datasets import place
+from ..data.prepare import place
 from ..data.layouts import Case
 from .models import best_device
 from .predict import BoxMaps, case_maps, label_map
@@ -19,83 +21,131 @@ from .settings import Settings
 from ..tensors import to_labels
 
 # %% ../../nbs/4_inside/inside.ipynb #5c512c6c
-def _uncertainty(channels, activation, classes):
-    "Entropy of probabilities that come one channel after the other"
+def _bits(p):
+    "What a probability adds to the entropy"
+    return -torch.xlogy(p, p)
 
-    def bits(p):
-        return -torch.xlogy(p, p)
 
-    out = None
+def _over_classes(channels):
+    "Entropy over exclusive classes, whose probabilities come one channel after the other"
+    total = None
     for p in channels:
-        own = bits(p) if activation == "softmax" else bits(p) + bits(1 - p)
-        if out is None:
-            out = own
-        elif activation == "softmax":
-            out += own
+        if total is None:
+            total = _bits(p)
         else:
-            torch.maximum(out, own, out=out)
-    return out / np.log(classes if activation == "softmax" else 2)
+            total += _bits(p)
+    return total
+
+
+def _least_certain(channels):
+    "Entropy of the least certain region, whose probabilities come one channel after the other"
+    largest = None
+    for p in channels:
+        own = _bits(p) + _bits(1 - p)
+        if largest is None:
+            largest = own
+        else:
+            torch.maximum(largest, own, out=largest)
+    return largest
+
+
+def _uncertainty(channels: Iterable, activation: str, classes: int) -> Tensor:
+    "Entropy in [0,1] of probabilities that come one channel after the other"
+    if activation == "softmax":
+        total = _over_classes(channels)
+        return total / np.log(classes)
+    largest = _least_certain(channels)
+    return largest / np.log(2)
 
 
 def entropy(
     prob: Tensor,  # probabilities (B,K,D,H,W)
     activation: str,  # "softmax" or "sigmoid"
 ) -> Tensor:  # (B,D,H,W) in [0,1]
-    "Uncertainty of a prediction: entropy over the classes, or of the least certain region (our choice)"
-    return _uncertainty(prob.unbind(1), activation, prob.shape[1])
+    "Uncertainty: entropy over the classes, or of the least certain region (our choice)"
+    channels = prob.unbind(1)
+    classes = len(channels)
+    return _uncertainty(channels, activation, classes)
+
+
+def _channels_of(number, values, task):
+    "The channels whose sum is the probability of a region"
+    if task.activation == "sigmoid":
+        return [number]
+    channel = {value: i for i, value in enumerate(task.labels)}
+    return [channel[value] for value in values]
 
 
 def _ml(prob, labels, task, spacing):
     "`region_ml` of probabilities that are taken one channel at a time, and the labels made of them"
-    ml, found = float(np.prod(spacing)) / 1000, {}
-    channel = {v: i for i, v in enumerate(task.labels)}
-    for i, (name, values) in enumerate(task.regions.items()):
-        parts = [i] if task.activation == "sigmoid" else [channel[v] for v in values]
+    ml = float(np.prod(spacing)) / 1000  # of a voxel
+    found = {}
+    for number, (name, values) in enumerate(task.regions.items()):
         region = torch.zeros(())
-        for part in parts:
-            region = region + prob[part]
-        voxels = np.isin(labels, values).sum(), (region > 0.75).sum(), (region > 0.25).sum()
-        found[name] = tuple(float(v) * ml for v in voxels)
+        for channel in _channels_of(number, values, task):
+            region = region + prob[channel]
+        predicted = float(np.isin(labels, values).sum())
+        surely = float((region > 0.75).sum())
+        perhaps = float((region > 0.25).sum())
+        found[name] = (predicted * ml, surely * ml, perhaps * ml)
     return found
 
 
 def region_ml(
     prob: Tensor,  # probabilities (K,D,H,W)
     task: Task,  # whose regions are measured
-    spacing,  # voxel size in mm
+    spacing: Sequence[float],  # voxel size in mm
 ) -> dict:  # region -> (ml, ml of the voxels above 3/4, ml of those above 1/4)
     "Volume of each region in millilitres, with a range (our choice)"
-    return _ml(prob, to_labels(prob[None], task)[0].cpu().numpy(), task, spacing)
+    batch = prob[None]
+    (labels,) = to_labels(batch, task)
+    labels = labels.cpu().numpy()
+    return _ml(prob, labels, task, spacing)
 
 # %% ../../nbs/4_inside/inside.ipynb #2a02081b
+def _strongest_edge(maps, outputs):
+    "The largest of the edge maps in each voxel (D,H,W), of which two are in memory at a time"
+    edge = maps[outputs]
+    last = len(maps) - 1
+    for i in range(outputs + 1, last):
+        edge = torch.maximum(edge, maps[i])
+    return edge
+
+
+def _image_of(loaded, task):
+    "The last channel of a case on the scan's own grid, air around its box"
+    air = -1 if task.normalize == "hu" else 0
+    channels = BoxMaps(loaded.x, loaded.box_size)
+    image = channels[-1]
+    return place(image.numpy(), loaded, air)
+
+
 def look_inside(
     model: nn.Module,  # of `load_run`; it is moved to the GPU if there is one
     settings: Settings,  # of `load_run`
     task: Task,  # of `load_run`
     case: Case,  # which
-) -> dict:  # "image", "labels", "uncertainty", "grid", "ml", and with an edge stream "edge", "attention"; maps (D,H,W) on the scan's own grid
-    "All that a network says about a scan (eq. 1 for the attention)"
-    maps, loaded = case_maps(
-        [(model.to(best_device()), settings, task)], case, inside=settings.edge
-    )
-    k, air = task.outputs, -1 if task.normalize == "hu" else 0
-    image = BoxMaps(loaded.x, loaded.box_size)[-1]
-    out = {"image": place(image.numpy(), loaded, air)}
-    out["uncertainty"] = place(
-        _uncertainty((maps[i] for i in range(k)), task.activation, k).numpy(), loaded
-    )
-    if settings.edge:
-        edge = maps[k]
-        for i in range(k + 1, len(maps) - 1):
-            edge = torch.maximum(edge, maps[i])
-        out["edge"], out["attention"] = (
-            place(edge.numpy(), loaded),
-            place(maps[len(maps) - 1].numpy(), loaded),
-        )
+) -> dict:  # image, labels, uncertainty, edge, attention (D,H,W) on the scan's own grid; grid; ml
+    "All that a network says about a scan (eq. 1 for the attention); a bare one has no edge stream"
+    device = best_device()
+    run = (model.to(device), settings, task)
+    maps, loaded = case_maps([run], case, inside=settings.edge)
+    outputs = task.outputs
+    channels = (maps[i] for i in range(outputs))
+    uncertainty = _uncertainty(channels, task.activation, outputs)
     labels = label_map(maps, loaded, task)
-    return {
-        **out,
+    spacing = loaded.grid.spacing
+    out = {
+        "image": _image_of(loaded, task),
+        "uncertainty": place(uncertainty.numpy(), loaded),
         "labels": labels,
         "grid": loaded.grid,
-        "ml": _ml(maps, labels, task, loaded.grid.spacing),
+        "ml": _ml(maps, labels, task, spacing),
     }
+    if settings.edge:
+        edge = _strongest_edge(maps, outputs)
+        last = len(maps) - 1
+        attention = maps[last]
+        out["edge"] = place(edge.numpy(), loaded)
+        out["attention"] = place(attention.numpy(), loaded)
+    return out

@@ -7,6 +7,8 @@ __all__ = ['dice_score', 'surface_distances', 'distances', 'hd95', 'surface_dice
            'edge_width', 'volume_error', 'score_case']
 
 # %% ../../nbs/2_practice/metrics.ipynb #fffb0650
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from scipy.ndimage import binary_erosion, distance_transform_edt
@@ -17,99 +19,134 @@ from ..core import Task, expect, find, register, registered
 from ..tensors import bounding_box, region_masks
 
 # %% ../../nbs/2_practice/metrics.ipynb #0d3ea1fb
+def _expect_one_shape(where, pred, truth):
+    "Raise `InputError` unless both masks have the same shape"
+    found = f"shapes {tuple(pred.shape)} and {tuple(truth.shape)}"
+    expect(pred.shape == truth.shape, where, found, "one shape")
+
+
+def _volume(masks):
+    "Number of voxels of masks (B,C,D,H,W), per case and class"
+    axes = tuple(range(2, masks.dim()))
+    return masks.sum(axes)
+
+
 def dice_score(
     pred: Tensor,  # one-hot or region masks {0,1}, (B,C,D,H,W)
     truth: Tensor,  # same shape
 ) -> Tensor:  # (B,C) in [0,1]; 1 where both are empty
     "Dice of decided masks per case and class (section 3.3)"
-    expect(
-        pred.shape == truth.shape,
-        "dice_score",
-        f"shapes {tuple(pred.shape)} and {tuple(truth.shape)}",
-        "one shape",
-    )
-    axes = tuple(range(2, pred.dim()))
+    _expect_one_shape("dice_score", pred, truth)
     pred, truth = pred.bool(), truth.bool()
-    size = (pred.sum(axes) + truth.sum(axes)).double()
-    return torch.where(size > 0, 2 * (pred & truth).sum(axes) / size.clamp_min(1), 1.0).float()
+    in_both = _volume(pred & truth)
+    size = (_volume(pred) + _volume(truth)).double()
+    dice = 2 * in_both / size.clamp_min(1)
+    return torch.where(size > 0, dice, 1.0).float()
 
 # %% ../../nbs/2_practice/metrics.ipynb #5ab64b16
 def _surface(mask, spacing):
     "Surface voxels of a mask (D,H,W) that is not empty, as points in mm"
     box = bounding_box(mask)
     mask = mask[box]
-    return (
-        np.argwhere(mask & np.logical_not(binary_erosion(mask))) + [s.start for s in box]
-    ) * np.asarray(spacing)
+    inside = binary_erosion(mask)
+    corner = [axis.start for axis in box]
+    voxels = np.argwhere(mask & np.logical_not(inside)) + corner
+    return voxels * np.asarray(spacing)
 
 
 def surface_distances(
     pred: np.ndarray,  # bool (D,H,W), not empty
     truth: np.ndarray,  # bool, same shape, not empty
-    spacing=(1, 1, 1),  # voxel size in mm
-) -> tuple:  # mm from each surface voxel of `pred` to the surface of `truth`, and from each of `truth` to that of `pred`
+    spacing: Sequence[float] = (1, 1, 1),  # voxel size in mm
+) -> tuple:  # mm from surface voxels of `pred` to the surface of `truth`, and the other way
     "Distances between two surfaces, both ways"
-    a, b = _surface(pred, spacing), _surface(truth, spacing)
-    return KDTree(b).query(a)[0], KDTree(a).query(b)[0]
+    of_pred = _surface(pred, spacing)
+    of_truth = _surface(truth, spacing)
+    there, _ = KDTree(of_truth).query(of_pred)
+    back, _ = KDTree(of_pred).query(of_truth)
+    return there, back
 
 
 def _hd95(there, back):
-    return max(np.percentile(there, 95), np.percentile(back, 95))
+    "The larger of the 95th percentiles of both directions"
+    of_there = np.percentile(there, 95)
+    of_back = np.percentile(back, 95)
+    return float(max(of_there, of_back))
 
 
 def _within(there, back, tolerance):
-    return ((there <= tolerance).sum() + (back <= tolerance).sum()) / (len(there) + len(back))
+    "Share of the voxels of both surfaces that are close to the other"
+    near_there = (there <= tolerance).sum()
+    near_back = (back <= tolerance).sum()
+    voxels = len(there) + len(back)
+    return float((near_there + near_back) / voxels)
+
+
+def _as_array(mask):
+    "A mask as a bool array in the memory of the CPU"
+    here = mask.bool().cpu()
+    return here.numpy()
 
 
 def distances(
     pred: Tensor,  # masks {0,1} (B,C,D,H,W)
     truth: Tensor,  # same shape
-    spacing=(1, 1, 1),  # voxel size in mm
+    spacing: Sequence[float] = (1, 1, 1),  # voxel size in mm
     tolerance: float = 1.0,  # mm, of the surface Dice
 ) -> tuple:  # HD95 in mm (B,C), surface Dice in [0,1] (B,C)
     "Both measures from one set of distances; empty masks as in BraTS"
-    expect(
-        pred.shape == truth.shape,
-        "distances",
-        f"shapes {tuple(pred.shape)} and {tuple(truth.shape)}",
-        "one shape",
-    )
-    hd, sd = torch.zeros(pred.shape[:2]), torch.ones(pred.shape[:2])
-    diagonal = float(np.linalg.norm(np.array(pred.shape[2:]) * np.array(spacing)))
+    _expect_one_shape("distances", pred, truth)
+    # both empty: perfect
+    hausdorff = torch.zeros(pred.shape[:2])
+    surface = torch.ones(pred.shape[:2])
+    lengths = np.array(pred.shape[2:]) * np.array(spacing)
+    diagonal = float(np.linalg.norm(lengths))
     for at in np.ndindex(*pred.shape[:2]):
-        p, t = pred[at].bool().cpu().numpy(), truth[at].bool().cpu().numpy()
-        if p.any() and t.any():
-            there, back = surface_distances(p, t, spacing)
-            hd[at], sd[at] = float(_hd95(there, back)), float(_within(there, back, tolerance))
-        elif p.any() or t.any():
-            hd[at], sd[at] = diagonal, 0.0
-    return hd, sd
+        found, true = _as_array(pred[at]), _as_array(truth[at])
+        if found.any() and true.any():
+            there, back = surface_distances(found, true, spacing)
+            hausdorff[at] = _hd95(there, back)
+            surface[at] = _within(there, back, tolerance)
+        elif found.any() or true.any():
+            hausdorff[at] = diagonal
+            surface[at] = 0.0
+    return hausdorff, surface
 
 # %% ../../nbs/2_practice/metrics.ipynb #f8c754a4
 def hd95(
     pred: Tensor,  # masks {0,1} (B,C,D,H,W)
     truth: Tensor,  # same shape
-    spacing=(1, 1, 1),  # voxel size in mm
+    spacing: Sequence[float] = (1, 1, 1),  # voxel size in mm
 ) -> Tensor:  # (B,C) in mm
-    "95th percentile of the Hausdorff distance, the larger of both directions; empty masks as in BraTS"
-    return distances(pred, truth, spacing)[0]
+    "95th percentile of the Hausdorff distance, the larger of both directions; empty as in BraTS"
+    hausdorff, _ = distances(pred, truth, spacing)
+    return hausdorff
 
 
 def surface_dice(
     pred: Tensor,  # masks {0,1} (B,C,D,H,W)
     truth: Tensor,  # same shape
-    spacing=(1, 1, 1),  # voxel size in mm
+    spacing: Sequence[float] = (1, 1, 1),  # voxel size in mm
     tolerance: float = 1.0,  # mm
 ) -> Tensor:  # (B,C) in [0,1]
     "Share of both surfaces within `tolerance` of the other; empty masks as in BraTS"
-    return distances(pred, truth, spacing, tolerance)[1]
+    _, surface = distances(pred, truth, spacing, tolerance)
+    return surface
 
 # %% ../../nbs/2_practice/metrics.ipynb #a6f9e3a9
+def _has_border(mask):
+    "Whether a mask is neither empty nor full"
+    return mask.any() and not mask.all()
+
+
 def border_distance(
     mask: np.ndarray,  # bool (D,H,W), neither empty nor full
 ) -> np.ndarray:  # in voxels; the voxels on either side of the border have 1/2
     "Distance of each voxel's centre to the border of a mask"
-    return np.maximum(*(np.asarray(distance_transform_edt(m)) for m in (mask, ~mask))) - 0.5
+    inside = np.asarray(distance_transform_edt(mask))
+    outside = np.asarray(distance_transform_edt(~mask))
+    to_other_side = np.maximum(inside, outside)
+    return to_other_side - 0.5
 
 
 @register("metric", "boundary_dice")
@@ -119,27 +156,22 @@ def boundary_dice(
     width: float = 2.0,  # voxels on either side of the true border
 ) -> Tensor:  # (B,C) in [0,1]; 1 where both are empty, 0 where only one is
     "Dice among the voxels near the true border (our choice)"
-    expect(
-        pred.shape == truth.shape,
-        "boundary_dice",
-        f"shapes {tuple(pred.shape)} and {tuple(truth.shape)}",
-        "one shape",
-    )
+    _expect_one_shape("boundary_dice", pred, truth)
     pred, truth = pred.bool(), truth.bool()
     near = torch.ones_like(truth)
     for at in np.ndindex(*truth.shape[:2]):
-        mask = truth[at].cpu().numpy()
-        if mask.any() and not mask.all():
+        mask = _as_array(truth[at])
+        if _has_border(mask):
             near[at] = torch.from_numpy(border_distance(mask) < width)
     return dice_score(pred & near, truth & near)
 
 # %% ../../nbs/2_practice/metrics.ipynb #760f07f3
 def edge_width(
     edge: np.ndarray,  # predicted edge, bool (D,H,W)
-    truth: np.ndarray,  # mask whose edge it is, bool (D,H,W), neither empty nor full; (C,D,H,W) if it is the edge of several
+    truth: np.ndarray,  # mask whose edge it is, or several (C,D,H,W), neither empty nor full
     reach: float = 6.0,  # voxels from the border beyond which an edge is a false alarm
 ) -> float:  # in voxels; NaN where no edge is in reach
-    "Width of a predicted edge, from the mean distance of its voxels to the true border (our choice)"
+    "Width of an edge, from the mean distance of its voxels to the nearest true border (our choice)"
     expect(
         edge.shape == truth.shape[-edge.ndim :],
         "edge_width",
@@ -148,16 +180,17 @@ def edge_width(
     )
     masks = truth.reshape(-1, *edge.shape)
     expect(
-        len(masks) > 0 and all(m.any() and not m.all() for m in masks),
+        len(masks) > 0 and all(_has_border(mask) for mask in masks),
         "truth",
         "a mask without a border",
         "one that is neither empty nor full",
     )
-    distance = np.min([border_distance(m) for m in masks], 0)[
-        edge.astype(bool)
-    ]  # to the nearest border
-    distance = distance[distance < reach]
-    return float(4 * distance.mean()) if len(distance) else float("nan")
+    to_nearest = np.min([border_distance(mask) for mask in masks], 0)
+    of_edge = to_nearest[edge.astype(bool)]
+    in_reach = of_edge[of_edge < reach]
+    if len(in_reach) == 0:
+        return float("nan")
+    return float(4 * in_reach.mean())
 
 # %% ../../nbs/2_practice/metrics.ipynb #494878e2
 @register("metric", "volume_error")
@@ -166,30 +199,42 @@ def volume_error(
     truth: Tensor,  # same shape
 ) -> Tensor:  # (B,C), 0 is perfect; NaN where the truth alone is empty
     "Difference of the volumes, as a share of the true one (our choice)"
-    expect(
-        pred.shape == truth.shape,
-        "volume_error",
-        f"shapes {tuple(pred.shape)} and {tuple(truth.shape)}",
-        "one shape",
-    )
-    axes = tuple(range(2, pred.dim()))
-    p, t = pred.bool().sum(axes).double(), truth.bool().sum(axes).double()
-    return torch.where(t > 0, (p - t).abs() / t, torch.where(p > 0, torch.nan, 0.0)).float()
+    _expect_one_shape("volume_error", pred, truth)
+    found = _volume(pred.bool()).double()
+    true = _volume(truth.bool()).double()
+    error = (found - true).abs() / true
+    without_truth = torch.where(found > 0, torch.nan, 0.0)
+    return torch.where(true > 0, error, without_truth).float()
 
 # %% ../../nbs/2_practice/metrics.ipynb #b95ab73b
-def score_case(
-    pred,  # predicted labels (D,H,W), tensor or array, values of the dataset
-    truth,  # true labels (D,H,W), tensor or array
-    task: Task,  # whose regions are scored
-    spacing=None,  # voxel size in mm; None: Dice alone
-) -> dict:  # region -> {"dice", and with a spacing "hd95", "surface_dice" and the metrics that are registered}; "mean" holds their averages
-    "Scores of one case per region and on average (section 3.3; for KiTS the mean is the composite)"
-    found, true = [region_masks(torch.as_tensor(a)[None], task.regions) for a in (pred, truth)]
-    table = {"dice": dice_score(found, true)[0]}
+def _measures(found, true, spacing):
+    "Measures of one case by region: name -> tensor (regions); without a spacing Dice alone"
+    measures = {"dice": dice_score(found, true)}
     if spacing is not None:
-        table |= dict(
-            zip(("hd95", "surface_dice"), (d[0] for d in distances(found, true, spacing)))
-        )
-        table |= {name: find("metric", name)(found, true)[0] for name in registered("metric")}
-    rows = {r: {k: float(v[i]) for k, v in table.items()} for i, r in enumerate(task.regions)}
-    return {**rows, "mean": {k: float(v.nanmean()) for k, v in table.items()}}
+        measures["hd95"], measures["surface_dice"] = distances(found, true, spacing)
+        for name in registered("metric"):
+            measure = find("metric", name)
+            measures[name] = measure(found, true)
+    return {name: values[0] for name, values in measures.items()}
+
+
+def score_case(
+    pred: Tensor | np.ndarray,  # predicted labels (D,H,W), values of the dataset
+    truth: Tensor | np.ndarray,  # true labels (D,H,W)
+    task: Task,  # whose regions are scored
+    spacing: Sequence[float] | None = None,  # voxel size in mm; None: Dice alone
+) -> dict:  # region -> measure -> value; "mean" holds the averages over the regions
+    """Scores of one case per region and on average (section 3.3)
+
+    The measures are dice, and with a spacing hd95, surface_dice and the metrics that are
+    registered: boundary_dice, volume_error and yours.
+    For KiTS the mean of Dice is the composite.
+    """
+    found = region_masks(torch.as_tensor(pred)[None], task.regions)
+    true = region_masks(torch.as_tensor(truth)[None], task.regions)
+    measures = _measures(found, true, spacing)
+    scores = {}
+    for number, region in enumerate(task.regions):
+        scores[region] = {name: float(values[number]) for name, values in measures.items()}
+    scores["mean"] = {name: float(values.nanmean()) for name, values in measures.items()}
+    return scores

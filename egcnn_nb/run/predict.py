@@ -10,10 +10,13 @@ __all__ = ['FLIPS', 'SAVES', 'averaged', 'predict', 'load_run', 'BoxMaps', 'case
 import hashlib
 import json
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from itertools import combinations
+from dataclasses import dataclass
+from itertools import combinations, product
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core import InputError, Task, expect, keep_memory, require, write_whole
-from ..data.datasets import Loaded, enough_memory, label_dtype, load_case, place, target_size
+from ..data.prepare import Loaded, enough_memory, label_dtype, load_case, place, target_size
 from ..data.layouts import Case, find_dataset, name_of
 from ..data.nifti import read_array
 from ..data.volumes import read_shape, write_volume
@@ -46,29 +49,64 @@ from ..tensors import probabilities, resize
 def _everything(model, window):
     "Logits, edge logits and the finest attention of a window, in one stack"
     logits, edge, alphas = model(window, return_attention=True)
-    return torch.cat(
-        [
-            logits.float(),
-            edge.float(),
-            resize(alphas[-1].float(), window.shape[2:]).mean(1, keepdim=True),
-        ],
-        1,
-    )  # bf16 would round α on the way up
+    finest = alphas[-1].float()  # bf16 would round α on the way up
+    attention = resize(finest, window.shape[2:]).mean(1, keepdim=True)
+    return torch.cat([logits.float(), edge.float(), attention], 1)
 
 # %% ../../nbs/2_practice/predict.ipynb #8e03e1f2
-FLIPS = [
-    axes for n in range(4) for axes in combinations((1, 2, 3), n)
-]  # axes of (C,D,H,W) that are mirrored
+# axes of (C,D,H,W) that are mirrored, first none of them
+FLIPS = [axes for count in range(4) for axes in combinations((1, 2, 3), count)]
 
 
 def _make_confident(maps, activation, outputs):
-    "Turn maps whose first channels are logits, the middle ones edge logits, the last attention, into numbers in [0,1], in place, some planes at a time"
-    planes = max(2**22 // maps[:outputs, 0].numel(), 1)
+    "Turn logits, then edge logits, then attention (last) into numbers in [0,1], in place"
+    # some planes at a time, so that no second copy of all maps is in memory
+    logits = maps[:outputs]
+    values_of_plane = logits[:, 0].numel()
+    planes = max(2**22 // values_of_plane, 1)
     for start in range(0, maps.shape[1], planes):
-        part = maps[:outputs, start : start + planes]
-        part.copy_(probabilities(part[None], activation)[0])
+        part = logits[:, start : start + planes]
+        confident = probabilities(part[None], activation)
+        part.copy_(confident[0])
     if len(maps) > outputs:
         maps[outputs:-1].sigmoid_()
+
+
+@dataclass(frozen=True)
+class _Pass:
+    "One network that looks at a volume or at a mirror image of it"
+
+    network: Any
+    patch_size: Sequence[int]
+    precision: str
+    flip: tuple  # axes of (C,D,H,W)
+
+    def count(self, x):
+        "How many windows it takes"
+        size = x.shape[1:]
+        places = windows(size, self.patch_size)
+        return len(places)
+
+    def maps(self, x, activation, inside, tick):
+        "Maps (M,D,H,W) of the mirror image, in [0,1], on the network's device"
+        mirrored = x.flip(self.flip)
+        answer = _everything if inside else None
+        maps = infer(
+            self.network, mirrored, self.patch_size, self.precision, answer=answer, tick=tick
+        )
+        if self.count(x) == 1:  # the network's own answer, which may be its input
+            maps = maps.clone()
+        outputs = self.network.found["out_channels"] if inside else len(maps)
+        _make_confident(maps, activation, outputs)
+        return maps
+
+
+def _add_mirrored(total, maps, flip):
+    "Add maps to a sum of maps after they are mirrored back"
+    axes = [axis - 1 for axis in flip]
+    # a map at a time, so that two sets of maps are in memory and not three
+    for sum_of, answer in zip(total, maps, strict=True):
+        sum_of.add_(answer.flip(axes))
 
 
 def averaged(
@@ -77,56 +115,42 @@ def averaged(
     activation: str,  # "softmax" or "sigmoid"
     flips: bool = False,  # average over the eight mirror images
     inside: bool = False,  # also edges and attention
-    bar=None,  # tqdm bar that counts windows
-) -> (
-    Tensor
-):  # float32 (M,D,H,W) on the CPU: probabilities K, with `inside` then edges E and attention 1
+    bar: Any = None,  # tqdm bar that counts windows
+) -> Tensor:  # float32 (M,D,H,W) on the CPU: K probabilities, with `inside` E edges, 1 attention
     "Mean answer of several networks to a volume and its mirror images (our choice)"
-    passes = [(*run, axes) for run in runs for axes in (FLIPS if flips else [()])]
-    counts = [len(windows(x.shape[1:], patch_size)) for _, patch_size, _, _ in passes]
+    mirrors = FLIPS if flips else [()]
+    passes = []
+    for (network, patch_size, precision), flip in product(runs, mirrors):
+        passes.append(_Pass(network, patch_size, precision, flip))
+
+    def tick(count):
+        if bar is not None:
+            bar.update(count)
+
     if bar is not None:
-        bar.reset(sum(counts))
+        bar.reset(sum(one.count(x) for one in passes))
     total = torch.zeros(0)
-    for n, (net, patch_size, precision, axes) in zip(counts, passes):
-        tick = bar.update if bar is not None else lambda n: None
-        maps = infer(
-            net,
-            x.flip(axes),
-            patch_size,
-            precision,
-            answer=_everything if inside else None,
-            tick=tick,
-        )
-        if n == 1:  # the network's own answer, which may be its input
-            maps = maps.clone()
-        _make_confident(maps, activation, net.found["out_channels"] if inside else len(maps))
+    for one in passes:
+        maps = one.maps(x, activation, inside, tick)
         maps = maps.cpu().div_(len(passes))
         if len(total) == 0:  # the first answer, which is never mirrored, holds the sum
             total = maps
-            continue
-        for sum_of, answer in zip(
-            total, maps
-        ):  # a map at a time, so that two sets of maps are there and not three
-            sum_of.add_(answer.flip([a - 1 for a in axes]))
+        else:
+            _add_mirrored(total, maps, one.flip)
     return total
 
 
-def predict(
-    model,  # EGCNN or a bare network, or a list of them, which are averaged
-    volume,  # (C,D,H,W), array or tensor, normalised intensities
-    patch_size=None,  # patch that it was trained on, in voxels of `target_spacing`, to which a smaller volume is filled up; None: at most 128 along each axis
-    spacing=None,  # voxel size of `volume` in mm along its axes; None: that of training
-    activation: str = None,  # "softmax" or "sigmoid"; None: the model's own, else softmax
-    precision: str = "fp32",  # "fp32", "bf16", "fp16", or "auto"
-    flips: bool = False,  # average over the eight mirror images
-    progress: bool = False,  # a bar that counts windows
-    target_spacing=(1, 1, 1),  # voxel size in mm that it was trained on, along the axes of `volume`
-) -> Tensor:  # float32 probabilities (K,D,H,W), on the grid of `volume`
-    "Class probabilities of a volume of any size (section 3.2: to the voxel size of training, and back)"
-    x, models = (
-        torch.as_tensor(volume, dtype=torch.float32),
-        list(model) if isinstance(model, (list, tuple)) else [model],
-    )
+def _expect_lengths(name, lengths):
+    "Raise `InputError` unless these are three lengths above 0, or None"
+    if lengths is None:
+        return
+    above_zero = [0 < length < inf for length in lengths]
+    good = len(lengths) == 3 and all(above_zero)
+    require(good, f"The {name} {lengths} is no voxel size. Give three lengths in mm above 0.")
+
+
+def _expect_volume(x):
+    "Raise `InputError` unless this is a volume with channels and finite voxels"
     expect(
         x.dim() == 4,
         "volume",
@@ -134,32 +158,48 @@ def predict(
         "(C, D, H, W)",
         "add an axis for the channels",
     )
+    finite = bool(x.isfinite().all())
     expect(
-        bool(x.isfinite().all()),
+        finite,
         "volume",
         "NaN or infinite voxels",
         "finite voxels",
         "repair the image before use",
     )
-    for name, lengths in (("spacing", spacing), ("target_spacing", target_spacing)):
-        good = lengths is None or len(lengths) == 3 and all(0 < v < inf for v in lengths)
-        require(good, f"The {name} {lengths} is no voxel size. Give three lengths in mm above 0.")
+
+
+def predict(
+    model: Any,  # EGCNN or a bare network, or a list of them, which are averaged
+    volume: Any,  # (C,D,H,W), array or tensor, normalised intensities
+    patch_size: Sequence[int] | None = None,  # of training, in voxels; None: at most 128 an axis
+    spacing: Sequence[float] | None = None,  # voxel size of `volume` in mm; None: that of training
+    activation: str | None = None,  # "softmax" or "sigmoid"; None: the model's own, else softmax
+    precision: str = "fp32",  # "fp32", "bf16", "fp16", or "auto"
+    flips: bool = False,  # average over the eight mirror images
+    progress: bool = False,  # a bar that counts windows
+    target_spacing: Sequence[float] = (1, 1, 1),  # voxel size in mm that it was trained on
+) -> Tensor:  # float32 probabilities (K,D,H,W), on the grid of `volume`
+    "Class probabilities of a volume of any size (section 3.2: to the trained voxel size, and back)"
+    x = torch.as_tensor(volume, dtype=torch.float32)
+    models = list(model) if isinstance(model, (list, tuple)) else [model]
+    _expect_volume(x)
+    _expect_lengths("spacing", spacing)
+    _expect_lengths("target_spacing", target_spacing)
     size = tuple(x.shape[1:])
-    inner = target_size(size, spacing, target_spacing) if spacing is not None else size
-    runs = [(m, patch_size or [min(n, 128) for n in inner], precision) for m in models]
+    inner = size
+    if spacing is not None:
+        inner = target_size(size, spacing, target_spacing)
+        x = resize(x[None], inner)[0]
+    kind: str = activation or getattr(models[0], "activation", "softmax")
+    patch_size = patch_size or [min(n, 128) for n in inner]
+    runs = [(network, patch_size, precision) for network in models]
     with tqdm(unit="window", disable=not progress) as bar:
-        prob = averaged(
-            runs,
-            resize(x[None], inner)[0],
-            activation or getattr(models[0], "activation", "softmax"),
-            flips,
-            bar=bar,
-        )
+        prob = averaged(runs, x, kind, flips, bar=bar)
     return resize(prob[None], size)[0]
 
 # %% ../../nbs/2_practice/predict.ipynb #84a41281
 from .folders import read_config, settings_of_config
-from .parts import expect_weights, name_of_part
+from .parts import Parts, expect_weights, name_of_part
 from .self_check import compute_in_float32
 
 
@@ -167,7 +207,8 @@ def _float32_layers(path):
     "Names of the layers that the self-check of a run found to be wrong in reduced precision"
     with safe_open(path, "pt") as file:
         about = file.metadata() or {}
-    return json.loads(about.get("float32", "[]"))
+    names = about.get("float32", "[]")
+    return json.loads(names)
 
 
 def _network_of(run, begun, settings, task, model):
@@ -177,7 +218,8 @@ def _network_of(run, begun, settings, task, model):
         return make_model(settings, task)
     require(
         model is not None,
-        f"The run {run} trained the network that fit was given as model={begun}, which config.json cannot build. Give the same one: load_run({str(run)!r}, model=...).",
+        f"The run {run} trained the network that fit was given as model={begun}, which "
+        f"config.json cannot build. Give the same one: load_run({str(run)!r}, model=...).",
     )
     name = f"model={name_of_part(model)}"
     net = build_network(model, task, name)
@@ -190,57 +232,70 @@ def _expect_own_weights(net, path):
     try:
         found = load_file(path)
     except SafetensorError:
-        return  # told below
+        return  # `_load_weights` raises the error
     expect_weights(net, found, path)
 
 
-def load_run(
-    run,  # folder written by egcnn_train
-    model=None,  # the network, or function of (in_channels, out_channels), where `fit` was given one
-) -> tuple:  # model in evaluation mode, settings, task
-    "The network of a run with its best weights; raises `InputError` if the folder is no run, or a broken one"
-    run = Path(run)
-    for name in ("config.json", "model.safetensors"):
-        expect(
-            (run / name).is_file(),
-            run,
-            f"no {name}",
-            "a run folder",
-            "train with egcnn_train first",
-        )
-    config = read_config(run)
-    settings, task = settings_of_config(config, run / "config.json")
+def _built_network(run, config, settings, task, model):
+    "The network of a run without its weights; raises `InputError` where it cannot be built"
     begun = config.get("parts", {}).get("model")
-    yours = bool(begun or settings.network or model is not None)
+    given = begun if model is None else model
+    yours = Parts(given).has_own_network(settings)
     try:
-        model = _network_of(run, begun, settings, task, model)
+        net = _network_of(run, begun, settings, task, model)
         if yours:
-            _expect_own_weights(model, run / "model.safetensors")
+            _expect_own_weights(net, run / "model.safetensors")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
         if yours and isinstance(e, InputError):
             raise
         raise InputError(
-            f"{run / 'config.json'}: found something else ({type(e).__name__}: {e}), expected the settings of a run, as egcnn_train wrote them"
+            f"{run / 'config.json'}: found something else ({type(e).__name__}: {e}), "
+            "expected the settings of a run, as egcnn_train wrote them"
         ) from e
+    return net
+
+
+def _load_weights(net, path):
+    "Fill a network with the weights of a file; raises `InputError` where they do not fit"
     try:
-        load_model(model, run / "model.safetensors")
-        compute_in_float32(model, _float32_layers(run / "model.safetensors"))
+        load_model(net, path)
+        compute_in_float32(net, _float32_layers(path))
     except (SafetensorError, RuntimeError, ValueError, TypeError) as e:
+        reason = str(e).splitlines()[0]
         raise InputError(
-            f"{run / 'model.safetensors'}: found weights that are broken or of another network ({str(e).splitlines()[0]}), expected those of config.json; copy them again"
+            f"{path}: found weights that are broken or of another network ({reason}), "
+            "expected those of config.json; copy them again"
         ) from e
-    return model.eval(), settings, task
+
+
+def load_run(
+    run: str | Path,  # folder written by egcnn_train
+    model: nn.Module | Callable | None = None,  # network, or function, that `fit` was given
+) -> tuple:  # model in evaluation mode, settings, task
+    "The network of a run with its best weights; raises `InputError` on a folder that is no run"
+    run = Path(run)
+    for name in ("config.json", "model.safetensors"):
+        there = (run / name).is_file()
+        expect(there, run, f"no {name}", "a run folder", "train with egcnn_train first")
+    config = read_config(run)
+    settings, task = settings_of_config(config, run / "config.json")
+    net = _built_network(run, config, settings, task, model)
+    _load_weights(net, run / "model.safetensors")
+    return net.eval(), settings, task
 
 # %% ../../nbs/2_practice/predict.ipynb #13303c64
 class BoxMaps:
-    "Maps of a case, each brought to the scan's own voxel size at the moment when it is taken: all at once would not fit into memory where there are many classes"
+    "Maps of a case, each brought to the scan's own voxel size when it is taken"
+
+    # all at once would not fit into memory where there are many classes
 
     def __init__(
         self,
         maps: Tensor,  # (M,d,h,w) on the network's grid
         size: tuple,  # voxels of the case's box, before resampling
     ):
-        self.maps, self.size = maps, size
+        self.maps = maps
+        self.size = size
 
     def __len__(self):
         return len(self.maps)
@@ -249,7 +304,9 @@ class BoxMaps:
         self,
         i: int,  # number of the map
     ) -> Tensor:  # (D,H,W)
-        return resize(self.maps[i][None, None], self.size)[0, 0]
+        coarse = self.maps[i]
+        fine = resize(coarse[None, None], self.size)
+        return fine[0, 0]
 
 
 def case_maps(
@@ -257,20 +314,20 @@ def case_maps(
     case: Case,  # which
     flips: bool = False,  # average over the eight mirror images
     inside: bool = False,  # also edges and attention
-    bar=None,  # tqdm bar that counts windows
-    change=None,  # function of the prepared image (C,D,H,W), which is predicted instead
+    bar: Any = None,  # tqdm bar that counts windows
+    change: Callable | None = None,  # of the prepared image (C,D,H,W); its result is predicted
     loaded: Loaded | None = None,  # the case as `load_case` prepares it; None: it is read
-) -> (
-    tuple
-):  # float32 maps (BoxMaps) of the case's box at the scan's own voxel size, and the case (Loaded)
-    "Probabilities of a case, with `inside` also edges and attention, prepared as in training and resampled back (section 3.2)"
+) -> tuple:  # `BoxMaps`, float32, of the case's box at its own voxel size; the case (Loaded)
+    "Probabilities of a case, with `inside` also edges and attention, resampled back (section 3.2)"
     model, settings, task = runs[0]
     if loaded is None:
         loaded = load_case(case, task, spacing=settings.spacing)
-    fast = best_precision(home_of(model).device)  # a run in bf16 may meet a processor without it
-    members = [
-        (m, s.patch_size, "fp32" if s.precision in ("fp32", "fp64") else fast) for m, s, _ in runs
-    ]
+    # a run in bf16 may meet a processor without it
+    fast = best_precision(home_of(model).device)
+    members = []
+    for network, its, _ in runs:
+        precision = "fp32" if its.precision in ("fp32", "fp64") else fast
+        members.append((network, its.patch_size, precision))
     x = loaded.x if change is None else change(loaded.x)
     with enough_memory(case.name):
         maps = averaged(members, x, task.activation, flips, inside, bar)
@@ -281,50 +338,61 @@ def _likeliest(maps, channels, values):
     "The value whose channel is largest, of which two are in memory at a time"
     best = maps[channels[0]].clone()
     labels = np.full(tuple(best.shape), values[0])
-    for channel, value in zip(channels[1:], values[1:]):
+    for channel, value in zip(channels[1:], values[1:], strict=True):
         current = maps[channel]
-        np.copyto(labels, value, where=(current > best).numpy())
+        larger = (current > best).numpy()
+        np.copyto(labels, value, where=larger)
         torch.maximum(best, current, out=best)
     return labels
 
 
+def _paint_of(region, parts, maps, kind):
+    "What a region is painted with: a label that no smaller region holds, else its likeliest part"
+    own = [value for value, part in zip(region, parts, strict=True) if part is None]
+    if own:
+        return np.array(own[0], kind)
+    return _likeliest(maps, parts, np.array(region, kind))
+
+
 def _painted(maps, task):
     "Labels of nested regions, from outside in as `to_labels` paints them, one map at a time"
-    regions, kind = list(task.regions.values()), label_dtype(task)
+    regions = list(task.regions.values())
+    kind = label_dtype(task)
     outside_in = sorted(range(len(regions)), key=lambda i: -len(regions[i]))
-    innermost = {v: i for i in outside_in for v in regions[i]}
+    innermost = {}  # label -> number of the smallest region that holds it
+    for i in outside_in:
+        innermost |= dict.fromkeys(regions[i], i)
     labels = np.zeros(tuple(maps[0].shape), kind)
     for i in outside_in:
-        own = [v for v in regions[i] if innermost[v] == i]
-        painted = np.array((own or regions[i])[:1], kind)
-        if not own:  # its parts fill it: the likeliest of them
-            parts = [innermost[v] for v in regions[i]]
-            painted = _likeliest(maps, parts, np.array(regions[i], kind))
-        np.copyto(labels, painted, where=(maps[i] > 0.5).numpy())
+        smaller = [innermost[value] for value in regions[i]]
+        parts = [None if part == i else part for part in smaller]
+        paint = _paint_of(regions[i], parts, maps, kind)
+        inside = (maps[i] > 0.5).numpy()
+        np.copyto(labels, paint, where=inside)
     return labels
 
 
 def labels_of(
-    maps,  # of `case_maps`, or a tensor (M,D,H,W), whose first channels are probabilities
+    maps: BoxMaps | Tensor,  # of `case_maps`, or (M,D,H,W); probabilities come first
     task: Task,  # of the run
-) -> (
-    np.ndarray
-):  # labels (D,H,W) on the grid of the maps, in the dataset's values and the type of `label_dtype`
+) -> np.ndarray:  # labels (D,H,W) on the grid of the maps, values of the dataset, `label_dtype`
     "The likeliest label of each voxel, or nested regions above one half"
     if task.activation == "sigmoid":
         return _painted(maps, task)
-    return _likeliest(maps, range(task.outputs), np.array(list(task.labels), label_dtype(task)))
+    labels = list(task.labels)
+    values = np.array(labels, label_dtype(task))
+    channels = range(task.outputs)
+    return _likeliest(maps, channels, values)
 
 
 def label_map(
-    maps,  # of `case_maps`, or a tensor (M,D,H,W) of the size of the box
+    maps: BoxMaps | Tensor,  # of `case_maps`, or (M,D,H,W) of the size of the box
     loaded: Loaded,  # of `case_maps`
     task: Task,  # of the run
-) -> (
-    np.ndarray
-):  # labels (D,H,W) on the scan's own grid, in the dataset's values and the type of `label_dtype`
+) -> np.ndarray:  # labels (D,H,W) on the scan's own grid, values of the dataset, `label_dtype`
     "`labels_of` the maps, at its place in the scan"
-    return place(labels_of(maps, task), loaded)
+    labels = labels_of(maps, task)
+    return place(labels, loaded)
 
 
 def predict_case(
@@ -334,27 +402,44 @@ def predict_case(
     case: Case,  # which
 ) -> tuple:  # labels (D,H,W) in the dataset's values, the loaded case
     "Label map of a case on its own grid, computed as in training"
-    maps, loaded = case_maps([(model, settings, task)], case)
-    return label_map(maps, loaded, task), loaded
+    run = (model, settings, task)
+    maps, loaded = case_maps([run], case)
+    labels = label_map(maps, loaded, task)
+    return labels, loaded
 
 # %% ../../nbs/2_practice/predict.ipynb #ca66daac
 _WAYS = "Give a NIfTI file, a folder of NIfTI files, a case folder or a dataset folder"
+_NIFTI = (".nii", ".nii.gz")
 
 
 def _stem(path):
     "Name of a NIfTI file without its ending, other dots kept"
-    nifti = path.name.lower().endswith((".nii", ".nii.gz"))
+    nifti = path.name.lower().endswith(_NIFTI)
     require(nifti, f"{path} is no NIfTI file. Choose one whose name ends in .nii or .nii.gz.")
     return name_of(path)
 
 
+def _is_scan(path):
+    "Whether this is a NIfTI file by its name; hidden ones, such as the ._NAME of macOS, are none"
+    if path.name.startswith(".") or not path.name.lower().endswith(_NIFTI):
+        return False
+    # a link to a file that is gone counts, so that its reader reports it
+    broken_link = path.is_symlink() and not path.exists()
+    return path.is_file() or broken_link
+
+
 def _scans_in(folder):
-    "The NIfTI files of a folder; hidden ones, such as the ._NAME that macOS leaves, are none"
-    there = [
-        f for f in folder.iterdir() if f.is_file() or f.is_symlink() and not f.exists()
-    ]  # a link to a file that is gone is told
-    shown = sorted(f for f in there if not f.name.startswith("."))
-    return [f for f in shown if f.name.lower().endswith((".nii", ".nii.gz"))]
+    "The NIfTI files of a folder"
+    entries = folder.iterdir()
+    return sorted(filter(_is_scan, entries))
+
+
+def _has_images(dataset):
+    "Whether any image of a dataset is a file"
+    for case in dataset.cases:
+        if any(image.is_file() for image in case.images):
+            return True
+    return False
 
 
 def _dataset_cases(folder, task):
@@ -364,13 +449,14 @@ def _dataset_cases(folder, task):
     try:
         found = find_dataset(folder)
     except InputError as e:
-        if scans and not described:
-            return None
         if described:
             raise
+        if scans:
+            return None
         raise InputError(f"{folder}: no scan was found there. {_WAYS}. As a dataset: {e}") from e
-    if scans and not any(image.is_file() for c in found.cases for image in c.images):
-        return None  # a folder that only looks like a dataset, by its name or a description without files
+    # by its name, or a description without files, a folder may only look like a dataset
+    if scans and not _has_images(found):
+        return None
     require(found.cases, f"{folder}: the dataset has no cases. {_WAYS}.")
     expect(
         found.task.channels == task.channels,
@@ -379,56 +465,73 @@ def _dataset_cases(folder, task):
         f"{list(task.channels)} as in training",
         "choose another run",
     )
-    return [Case(c.name, c.images) for c in found.cases]
+    return [Case(case.name, case.images) for case in found.cases]
+
+
+def _has_first_channel(path, name, files):
+    "Whether NAME_0000 lies beside a file"
+    beside = [other for other in files if other.parent == path.parent]
+    there = {other.name.lower() for other in beside}
+    first = {f"{name}_0000{ending}".lower() for ending in _NIFTI}
+    return not first.isdisjoint(there)
 
 
 def _channel_of(path, files, task):
-    "Name of the case and number of the channel, where a file is one channel of a case as nnU-Net numbers them; else None"
-    stem = _stem(path)
-    name, _, digits = stem.rpartition("_")
+    "(name of the case, number of the channel) of a file of nnU-Net; None for any other file"
+    name, _, digits = _stem(path).rpartition("_")
     if not name or len(digits) != 4 or not digits.isdecimal():
         return None
+    channel = (name, int(digits))
     if len(task.channels) > 1:
-        whole = len(read_shape(path)) == 4  # all the channels in one file
-        return None if whole else (name, int(digits))
-    first = {f"{name}_0000.nii", f"{name}_0000.nii.gz"}
-    begins = any(
-        f.parent == path.parent and f.name.lower() in {n.lower() for n in first} for f in files
-    )
-    return (name, int(digits)) if begins else None
+        holds_all_channels = len(read_shape(path)) == 4
+        return None if holds_all_channels else channel
+    return channel if _has_first_channel(path, name, files) else None
 
 
 def _expect_channels(folder, name, found, task):
     "Raise `InputError` unless the numbered files of a case are the channels of the task"
-    missing = [
-        f"{name}_{n:04d} ({channel})" for n, channel in enumerate(task.channels) if n not in found
-    ]
+    missing = []
+    for number, channel in enumerate(task.channels):
+        if number not in found:
+            missing.append(f"{name}_{number:04d} ({channel})")
     require(
         not missing,
-        f"{folder}: the case {name} lacks {', '.join(missing)}. Add the file, or leave out the case.",
+        f"{folder}: the case {name} lacks {', '.join(missing)}. Add the file, or leave out "
+        "the case.",
     )
     extra = [found[n].name for n in sorted(found) if n >= len(task.channels)]
     require(
         not extra,
-        f"{folder}: {', '.join(extra)} is by its name a further channel of {name}, and the run knows {list(task.channels)} alone. Choose another run, or rename the file.",
+        f"{folder}: {', '.join(extra)} is by its name a further channel of {name}, and the run "
+        f"knows {list(task.channels)} alone. Choose another run, or rename the file.",
     )
+
+
+def _single_case(path, task):
+    "The case of a file that holds all channels"
+    channels = 1
+    if len(task.channels) > 1:
+        channels = (*read_shape(path), 1)[3]
+    plural = "s" if channels > 1 else ""
+    expect(
+        len(task.channels) == channels,
+        path,
+        f"one file of {channels} channel{plural}",
+        f"a case folder, one 4D file with the channels {list(task.channels)}, or a file for "
+        "each, called NAME_0000.nii.gz and so on",
+        f"{task.name} has several channels",
+    )
+    return Case(_stem(path), (path,))
 
 
 def _file_cases(files, task):
     "Cases of single NIfTI files, and of files that nnU-Net would number by channel"
-    cases, groups = [], {}
+    cases = []
+    groups = {}  # (folder, name of the case) -> number of the channel -> file
     for path in files:
         channel = _channel_of(path, files, task)
         if channel is None:
-            channels = (*read_shape(path), 1)[3] if len(task.channels) > 1 else 1
-            expect(
-                len(task.channels) == channels,
-                path,
-                f"one file of {channels} channel{'s' if channels > 1 else ''}",
-                f"a case folder, one 4D file with the channels {list(task.channels)}, or a file for each, called NAME_0000.nii.gz and so on",
-                f"{task.name} has several channels",
-            )
-            cases.append(Case(_stem(path), (path,)))
+            cases.append(_single_case(path, task))
             continue
         name, number = channel
         group = groups.setdefault((path.parent, name), {})
@@ -439,32 +542,15 @@ def _file_cases(files, task):
         group[number] = path
     for (folder, name), found in groups.items():
         _expect_channels(folder, name, found, task)
-        cases.append(Case(name, tuple(found[n] for n in sorted(found))))
+        images = [found[number] for number in sorted(found)]
+        cases.append(Case(name, tuple(images)))
     return cases
 
 
-def find_inputs(
-    paths,  # files and folders
-    task: Task,  # of the run
-) -> list:  # of Case without label
-    "The cases behind the inputs of `egcnn_predict`; raises `InputError` on one that does not fit the run"
-    cases, files = [], []
-    for path in map(Path, paths):
-        expect(
-            path.exists(),
-            path,
-            "no such file or folder",
-            "a NIfTI file, a folder of NIfTI files, a case folder or a dataset folder",
-        )
-        found = _dataset_cases(path, task) if path.is_dir() else None
-        if found is None:
-            files += _scans_in(path) if path.is_dir() else [path]
-        else:
-            cases += found
-    cases += _file_cases(files, task)
-    twice = sorted(
-        {c.name for c in cases if sum(d.name.lower() == c.name.lower() for d in cases) > 1}
-    )
+def _expect_names_once(cases):
+    "Raise `InputError` where two cases have one name, in small letters or capitals"
+    folded = [case.name.lower() for case in cases]
+    twice = sorted({case.name for case in cases if folded.count(case.name.lower()) > 1})
     expect(
         not twice,
         "INPUT",
@@ -472,85 +558,194 @@ def find_inputs(
         "one output name an input",
         "predict them into separate folders",
     )
+
+
+def find_inputs(
+    paths: Sequence,  # files and folders
+    task: Task,  # of the run
+) -> list:  # of Case without label
+    "The cases behind the inputs of `egcnn_predict`; raises `InputError` on one that does not fit"
+    cases = []
+    files = []
+    for path in map(Path, paths):
+        expect(
+            path.exists(),
+            path,
+            "no such file or folder",
+            "a NIfTI file, a folder of NIfTI files, a case folder or a dataset folder",
+        )
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = _dataset_cases(path, task)
+        if found is None:
+            files += _scans_in(path)
+        else:
+            cases += found
+    cases += _file_cases(files, task)
+    _expect_names_once(cases)
     return cases
 
 # %% ../../nbs/2_practice/predict.ipynb #da74139b
 SAVES = ("probabilities", "edges", "attention")
 
 
+@dataclass(frozen=True)
+class _Job:
+    "What is computed for every case, and what is written"
+
+    runs: list  # of `load_run`
+    save: tuple  # maps beside the labels, out of SAVES
+    flips: bool  # average over the eight mirror images
+
+    @property
+    def task(self):
+        "The task of all the runs"
+        _, _, task = self.runs[0]
+        return task
+
+    @property
+    def inside(self):
+        "Whether edges or attention are computed"
+        more = set(self.save) - {"probabilities"}
+        return len(more) > 0
+
+    def channels(self, name, maps):
+        "Numbers of the maps that are saved under a name"
+        outputs = self.task.outputs
+        last = len(maps) - 1
+        saved = {
+            "probabilities": range(outputs),
+            "edges": range(outputs, last),
+            "attention": [last],
+        }
+        return saved[name]
+
+
 def predict_all(
-    runs,  # run folders
-    inputs,  # files and folders
+    runs: Sequence,  # run folders
+    inputs: Sequence,  # files and folders
     out: Path,  # folder to write
-    save=(),  # maps to save beside the labels, out of SAVES
+    save: Sequence[str] = (),  # maps to save beside the labels, out of SAVES
     flips: bool = False,  # average over the eight mirror images
     resume: bool = False,  # leave out what is there
 ) -> None:
-    "Predict every input and save it on its own grid; raises `InputError`, at the end for an input that cannot be used"
+    "Predict every input and save it on its own grid; unusable inputs raise `InputError` at the end"
     keep_memory()
-    record = {
-        "weights": [
-            hashlib.sha256(f.read_bytes()).hexdigest()
-            if (f := Path(r) / "model.safetensors").is_file()
-            else None
-            for r in runs
-        ],
-        "flips": flips,
-        "save": sorted(save),
-    }
-    runs = _same_task(runs, [load_run(r) for r in runs], save)
-    cases = find_inputs(inputs, runs[0][2])
-    files = {
-        c.name: [out / f"{c.name}{end}.nii.gz" for end in ("", *(f"_{s}" for s in save))]
-        for c in cases
-    }
-    every = [f for fs in files.values() for f in fs]
-    shared = sorted({f.name for f in every if every.count(f) > 1})
+    record = _record(runs, save, flips)
+    loaded = _same_task(runs, [load_run(run) for run in runs], save)
+    job = _Job(loaded, tuple(save), flips)
+    cases = find_inputs(inputs, job.task)
+    files = _output_files(cases, out, save)
+    with _begun(out, record, resume):
+        if resume:
+            cases = _without_done(cases, files)
+        else:
+            _expect_new(files)
+        failed = _predict_each(job, cases, files)
+    if len(failed) == 1 and len(cases) == 1:
+        raise failed[0]
+    require(
+        not failed,
+        f"{out}: found {len(failed)} of {len(cases)} inputs that cannot be used, expected none; "
+        "the others are done, see above",
+    )
+
+
+def _record(runs, save, flips):
+    "The weights and options of a command, which a folder of predictions keeps"
+    weights = []
+    for run in runs:
+        file = Path(run) / "model.safetensors"
+        there = file.is_file()
+        weights.append(hashlib.sha256(file.read_bytes()).hexdigest() if there else None)
+    return {"weights": weights, "flips": flips, "save": sorted(save)}
+
+
+def _output_files(cases, out, save):
+    "Name of each case -> its files, first the label map; raises `InputError` where two are one"
+    endings = ["", *(f"_{name}" for name in save)]
+    files = {}
+    names = []
+    for case in cases:
+        own = [f"{case.name}{ending}.nii.gz" for ending in endings]
+        files[case.name] = [out / name for name in own]
+        names += own
+    shared = sorted({name for name in names if names.count(name) > 1})
     require(
         not shared,
-        f"{out}: {shared[:3]} would be written for two inputs. Rename one, or predict them into separate folders.",
+        f"{out}: {shared[:3]} would be written for two inputs. "
+        "Rename one, or predict them into separate folders.",
     )
-    with _begun(out, record, resume):
-        done = {n for n, fs in files.items() if resume and fs[0].exists()}
-        for f in [f for fs in files.values() for f in fs if not resume]:
+    return files
+
+
+def _without_done(cases, files):
+    "The cases whose label map is not there yet"
+    rest = [case for case in cases if not files[case.name][0].exists()]
+    done = len(cases) - len(rest)
+    if done:
+        print(f"{done} inputs are done already", file=sys.stderr)
+    return rest
+
+
+def _expect_new(files):
+    "Raise `InputError` where a file would be replaced"
+    for own in files.values():
+        for file in own:
             expect(
-                not f.exists(),
-                f,
+                not file.exists(),
+                file,
                 "a file that is already there",
                 "a new name",
                 "remove it, choose another --out, or go on with --resume",
             )
-        cases, failed = [c for c in cases if c.name not in done], []
-        if done:
-            print(f"{len(done)} inputs are done already", file=sys.stderr)
-        with tqdm(unit="window", leave=False) as bar:
-            for case in tqdm(cases, desc="predicting"):
-                bar.set_description(case.name)
-                try:
-                    _predict_one(runs, case, files[case.name], save, flips, bar)
-                except InputError as e:
-                    failed.append(e)
-                    tqdm.write(f"left out: {e}", file=sys.stderr)
-    if failed:
-        raise (
-            failed[0]
-            if len(cases) == 1
-            else InputError(
-                f"{out}: found {len(failed)} of {len(cases)} inputs that cannot be used, expected none; the others are done, see above"
-            )
-        )
+
+
+def _predict_each(job, cases, files):
+    "Predict the cases one after the other; returns the errors of those that cannot be used"
+    failed = []
+    with tqdm(unit="window", leave=False) as bar:
+        for case in tqdm(cases, desc="predicting"):
+            bar.set_description(case.name)
+            try:
+                _predict_one(job, case, files[case.name], bar)
+            except InputError as e:
+                failed.append(e)
+                tqdm.write(f"left out: {e}", file=sys.stderr)
+    return failed
+
+
+def _in_words(spacing):
+    "A voxel size as 1 x 1 x 3"
+    lengths = map(str, spacing)
+    return " x ".join(lengths)
+
+
+def _expect_like(run, folder, first, first_folder):
+    "Raise `InputError` unless a run has the task and the voxel size of the first one"
+    _, settings, task = run
+    _, first_settings, first_task = first
+    expect(
+        task == first_task,
+        folder,
+        f"a run for {task.name}, channels {list(task.channels)}, labels {list(task.labels)}",
+        f"the task of {first_folder}",
+        "average runs of one dataset",
+    )
+    require(
+        list(settings.spacing) == list(first_settings.spacing),
+        f"{folder} was trained on voxels of {_in_words(settings.spacing)} mm and {first_folder} "
+        f"on {_in_words(first_settings.spacing)} mm. Average runs of one --spacing.",
+    )
 
 
 def _same_task(folders, runs, save):
-    "The runs, moved to the GPU where there is one, once their tasks are seen to be one and to have what is to be saved"
-    for folder, (_, settings, task) in zip(folders, runs):
-        expect(
-            task == runs[0][2],
-            folder,
-            f"a run for {task.name}, channels {list(task.channels)}, labels {list(task.labels)}",
-            f"the task of {folders[0]}",
-            "average runs of one dataset",
-        )
+    "The runs on the GPU, where there is one; raises `InputError` unless they can be averaged"
+    moved = []
+    for folder, run in zip(folders, runs, strict=True):
+        network, settings, task = run
+        _expect_like(run, folder, runs[0], folders[0])
         expect(
             settings.edge or not set(save) - {"probabilities"},
             folder,
@@ -558,24 +753,26 @@ def _same_task(folders, runs, save):
             f"an edge stream for --save {' '.join(save)}",
             "choose another run",
         )
-        spacings = [" x ".join(map(str, s)) for s in (settings.spacing, runs[0][1].spacing)]
-        require(
-            list(settings.spacing) == list(runs[0][1].spacing),
-            f"{folder} was trained on voxels of {spacings[0]} mm and {folders[0]} on {spacings[1]} mm. Average runs of one --spacing.",
-        )
-    return [(m.to(best_device()), s, t) for m, s, t in runs]
+        moved.append((network.to(best_device()), settings, task))
+    return moved
+
+
+def _read_record(path, missing):
+    "The record of a folder of predictions; `missing` where there is none, None where it is broken"
+    if not path.exists():
+        return missing
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None
 
 
 @contextmanager
 def _begun(out, record, resume):
-    "Make the folder, or see that the same weights and options began it; to go on, sweep up what a killed process left"
+    "Lock a folder of predictions; raises `InputError` unless it is new or has the same record"
     path = out / "egcnn_predict.json"
-    try:
-        begun = json.loads(path.read_text()) if path.exists() else record
-    except ValueError:
-        begun = None
     expect(
-        begun == record,
+        _read_record(path, record) == record,
         path,
         "other weights or options",
         "those of this command",
@@ -584,7 +781,8 @@ def _begun(out, record, resume):
     out.mkdir(parents=True, exist_ok=True)
     lock = lock_run(out, "egcnn_predict", sweep=resume)
     try:
-        write_whole(path, lambda p: p.write_text(json.dumps(record, indent=1)))
+        text = json.dumps(record, indent=1)
+        write_whole(path, lambda part: part.write_text(text))
         yield
     finally:
         lock.release()
@@ -599,46 +797,56 @@ def _labels_alone(path, task):
     return len(values) > 1 and values <= set(task.labels)
 
 
-def _predict_one(runs, case, files, save, flips, bar):
-    "Predict one case; its label map is written last; raises `InputError` where the case is a label map"
-    mask = all(_labels_alone(path, runs[0][2]) for path in case.images)
+def _expect_scan(case, task):
+    "Raise `InputError` where a case is a label map"
+    mask = all(_labels_alone(path, task) for path in case.images)
     require(
         not mask,
-        f"{case.images[0]} holds only labels of {runs[0][2].name}. It is a label map and no scan: leave it out.",
+        f"{case.images[0]} holds only labels of {task.name}. "
+        "It is a label map and no scan: leave it out.",
     )
-    task, inside = runs[0][2], bool(set(save) - {"probabilities"})
-    maps, loaded = case_maps(runs, case, flips, inside, bar)
-    k, background = task.outputs, [float(task.activation == "softmax")] + [0.0] * len(maps)
-    parts = {
-        "probabilities": range(k),
-        "edges": range(k, len(maps) - 1),
-        "attention": [len(maps) - 1],
-    }
-    for name, file in list(zip(("", *save), files))[1:]:
-        array = np.empty(
-            (*loaded.shape, len(parts[name])), np.float32, order="F"
-        )  # in the file's own order: a map is one piece of it
-        for at, i in enumerate(parts[name]):
-            array[..., at] = place(maps[i].numpy(), loaded, background[i])
-        write_volume(
-            file, array[..., 0] if name == "attention" else array, loaded.grid, overwrite=True
-        )
-    write_volume(files[0], label_map(maps, loaded, task), loaded.grid)
+
+
+def _predict_one(job, case, files, bar):
+    "Predict one case; its label map is written last; raises `InputError` where it is a label map"
+    _expect_scan(case, job.task)
+    maps, loaded = case_maps(job.runs, case, job.flips, job.inside, bar)
+    label_file, *map_files = files
+    for name, file in zip(job.save, map_files, strict=True):
+        array = _saved_array(job, name, maps, loaded)
+        write_volume(file, array, loaded.grid, overwrite=True)
+    write_volume(label_file, label_map(maps, loaded, job.task), loaded.grid)
+
+
+def _saved_array(job, name, maps, loaded):
+    "Maps on the scan's own grid (D,H,W,M), attention (D,H,W)"
+    channels = job.channels(name, maps)
+    shape = (*loaded.shape, len(channels))
+    # in the file's own order: a map is one piece of it
+    array = np.empty(shape, np.float32, order="F")
+    for at, channel in enumerate(channels):
+        outside = 0
+        if channel == 0 and job.task.activation == "softmax":
+            outside = 1  # the probability of the background
+        array[..., at] = place(maps[channel].numpy(), loaded, outside)
+    return array[..., 0] if name == "attention" else array
 
 # %% ../../nbs/2_practice/predict.ipynb #fc0914ad
+def _surface(mask):
+    "Voxels of a mask (D,H,W) that touch its outside"
+    inner = binary_erosion(mask, border_value=0)
+    return mask & np.logical_not(inner)
+
+
 def surface_distance(
-    mask,  # bool or {0,1} (D,H,W)
-    other,  # bool or {0,1}, same shape
-    spacing=(1, 1, 1),  # voxel size in mm
-) -> (
-    np.ndarray
-):  # float (D,H,W): mm on the surface of `mask`, NaN elsewhere; infinite where `other` is empty
+    mask: np.ndarray,  # bool or {0,1} (D,H,W)
+    other: np.ndarray,  # bool or {0,1}, same shape
+    spacing: Sequence[float] = (1, 1, 1),  # voxel size in mm
+) -> np.ndarray:  # float (D,H,W): mm on the surface of `mask`, else NaN; infinite for no `other`
     "Distance of each surface voxel of a mask to the surface of another, by SciPy"
-    rim = lambda m: m & np.logical_not(binary_erosion(m, border_value=0))
-    mask, other = rim(np.asarray(mask, bool)), rim(np.asarray(other, bool))
-    away = (
-        np.asarray(distance_transform_edt(~other, sampling=spacing))
-        if other.any()
-        else np.full(mask.shape, np.inf)
-    )
-    return np.where(mask, away, np.nan)
+    surface = _surface(np.asarray(mask, bool))
+    target = _surface(np.asarray(other, bool))
+    away = np.full(surface.shape, np.inf)
+    if target.any():
+        away = np.asarray(distance_transform_edt(~target, sampling=spacing))
+    return np.where(surface, away, np.nan)

@@ -8,9 +8,11 @@ __all__ = ['TERMS', 'ranks', 'validate', 'dead_gates', 'half_shares', 'write_csv
 
 # %% ../../nbs/4_inside/steps.ipynb #f3478c53
 import csv
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,45 +28,72 @@ from ..tensors import probabilities, to_labels
 
 # %% ../../nbs/4_inside/steps.ipynb #02572031
 def ranks() -> tuple:  # rank of this process, number of processes
-    "Who is there (0 and 1 where nobody else is)"
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    "The place of this process among those of a run (0 and 1 where it is alone)"
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _never():
+    "The answer of a `stop` that is not given"
+    return False
+
+
+def _score(model, case, task, patch_size, precision):
+    "Scores of one case: region -> {dice}"
+    logits = infer(model, case.x, patch_size, precision)
+    found = probabilities(logits[None], task.activation)
+    labels = to_labels(found, task)[0]
+    return score_case(labels.cpu(), case.labels, task)
+
+
+def _from_all(value) -> list:
+    "The values of all processes, in the order of their ranks"
+    world = ranks()[1]
+    if world == 1:
+        return [value]
+    values = [None] * world
+    dist.all_gather_object(values, value)
+    return values
 
 
 def validate(
     model: nn.Module,  # the network
-    cases,  # of Loaded, with labels
+    cases: Sequence,  # of Loaded, with labels
     task: Task,  # of the dataset
-    patch_size,  # window
+    patch_size: Sequence[int],  # window
     precision: str = "fp32",  # as in training
-    stop=lambda: False,  # asked before each case
+    stop: Callable[[], object] = _never,  # called before each case: stop?
 ) -> dict | None:  # region -> mean Dice, and "mean"; None if it was stopped
     "Mean Dice per region over the validation cases, spread over the processes (section 3.3)"
     rank, world = ranks()
-    scores: dict | None = {}
+    own: dict | None = {}
     for case in cases[rank::world]:
         if stop():
-            scores = None
+            own = None
             break
-        logits = infer(model, case.x, patch_size, precision)[None]
-        scores[case.name] = score_case(
-            to_labels(probabilities(logits, task.activation), task)[0].cpu(), case.labels, task
-        )
-    parts: list = [scores]
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, scores)
-    if None in parts:
+        own[case.name] = _score(model, case, task, patch_size, precision)
+    shares = _from_all(own)
+    if None in shares:
         return None
-    scores = {n: s for part in parts for n, s in part.items()}
-    return {
-        r: sum(scores[n][r]["dice"] for n in sorted(scores)) / len(scores)
-        for r in [*task.regions, "mean"]
-    }
+    scores = {}
+    for of_process in shares:
+        scores.update(of_process)
+    means = {}
+    for region in [*task.regions, "mean"]:
+        # one order, whichever process was first: a sum in another order has other last bits
+        dice = [scores[name][region]["dice"] for name in sorted(scores)]
+        means[region] = sum(dice) / len(scores)
+    return means
 
 # %% ../../nbs/4_inside/steps.ipynb #728faedf
 def _exactly_half(alphas):
     "Share of the voxels of each map in which alpha is exactly 1/2"
-    return [float((alpha == 0.5).double().mean()) for alpha in alphas]
+    shares = []
+    for alpha in alphas:
+        half = (alpha == 0.5).double()
+        shares.append(float(half.mean()))
+    return shares
 
 
 @torch.no_grad()
@@ -81,8 +110,8 @@ def dead_gates(
 
 def half_shares(
     model: EGCNN,  # with an edge stream
-    cases,  # of Loaded
-    patch_size,  # window
+    cases: Iterable,  # of Loaded
+    patch_size: Sequence[int],  # window
 ) -> list:  # for each gate, deep to fine, a share in [0,1]
     "Share of the voxels of cases in which alpha is exactly 1/2, as a mean over windows"
     windows = []
@@ -94,18 +123,19 @@ def half_shares(
 
     for case in cases:
         infer(model, case.x, patch_size, "fp32", answer=note)
-    return [sum(of_gate) / len(windows) for of_gate in zip(*windows)]
+    by_gate = zip(*windows, strict=True)
+    return [sum(shares) / len(windows) for shares in by_gate]
 
 # %% ../../nbs/4_inside/steps.ipynb #2e2c4ee7
 def write_csv(
-    path,  # file
+    path: str | Path,  # file
     rows: list,  # of dicts with the same keys
 ) -> None:
     "Rows as CSV, written whole"
 
     def write(part):
-        with open(part, "w", newline="") as f:
-            table = csv.DictWriter(f, rows[0])
+        with open(part, "w", newline="") as file:
+            table = csv.DictWriter(file, rows[0])
             table.writeheader()
             table.writerows(rows)
 
@@ -113,12 +143,19 @@ def write_csv(
         write_whole(path, write)
 
 
+def _numbers(row):
+    "A row of a table with numbers in place of text"
+    return {column: float(text) for column, text in row.items()}
+
+
 def read_metrics(
-    run,  # run folder
+    run: str | Path,  # run folder
 ) -> list:  # of dicts: column -> number, a row for each epoch
     "The rows of a run's metrics.csv"
-    with open(Path(run) / "metrics.csv", newline="") as f:
-        return [{k: float(v) for k, v in r.items()} for r in csv.DictReader(f)]
+    path = Path(run) / "metrics.csv"
+    with open(path, newline="") as file:
+        table = csv.DictReader(file)
+        return [_numbers(row) for row in table]
 
 # %% ../../nbs/4_inside/steps.ipynb #84b4c0ed
 TERMS = ("total", "semantic", "edge_dice", "edge_bce", "consistency")
@@ -128,47 +165,50 @@ def is_term(
     column: str,  # of metrics.csv
 ) -> bool:
     "Whether a column holds a loss term"
-    return column not in ("epoch", "lr", "skipped") and not column.startswith("dice_")
+    if column in ("epoch", "lr", "skipped"):
+        return False
+    return not column.startswith("dice_")
 
 
 def loss_terms(
     rows: list,  # of metrics.csv
 ) -> tuple:  # names; TERMS, unless the loss is one of yours
     "The loss terms of a run"
-    if all(name in rows[0] for name in TERMS):
+    columns = rows[0]
+    if set(TERMS) <= set(columns):
         return TERMS
-    return tuple(name for name in rows[0] if is_term(name))
+    return tuple(name for name in columns if is_term(name))
+
+
+def _draw_columns(ax, rows, labels, title):
+    "Columns of metrics.csv against the epoch; `labels`: column -> its name in the legend"
+    epochs = [row["epoch"] + 1 for row in rows]
+    for column, label in labels.items():
+        values = [float(row[column]) for row in rows]
+        width = 2 if column in ("total", "dice_mean") else 1
+        ax.plot(epochs, values, ".-", ms=3, label=label, lw=width)
+    ax.set(title=title, xlabel="epoch")
+    ax.legend(edgecolor="none", framealpha=0.8, fontsize=8)
+    ax.grid(alpha=0.3)
+    ax.xaxis.get_major_locator().set_params(integer=True)
 
 
 def draw_curves(
-    losses,  # matplotlib axes for the loss terms
-    scores,  # matplotlib axes for Dice
+    losses: Any,  # matplotlib axes for the loss terms
+    scores: Any,  # matplotlib axes for Dice
     rows: list,  # of metrics.csv
 ) -> None:
     "Loss terms and validation Dice against the epoch"
-    epochs = [r["epoch"] + 1 for r in rows]
-    for ax, title, names in (
-        (losses, "training loss", loss_terms(rows)),
-        (scores, "validation Dice", [k for k in rows[0] if k.startswith("dice_")]),
-    ):
-        for n in names:
-            ax.plot(
-                epochs,
-                [float(r[n]) for r in rows],
-                ".-",
-                ms=3,
-                label=n.removeprefix("dice_") if ax is scores else n.replace("_", " "),
-                lw=2 if n in ("total", "dice_mean") else 1,
-            )
-        ax.set(title=title, xlabel="epoch")
-        ax.legend(edgecolor="none", framealpha=0.8, fontsize=8)
-        ax.grid(alpha=0.3)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+    terms = {name: name.replace("_", " ") for name in loss_terms(rows)}
+    columns = [name for name in rows[0] if name.startswith("dice_")]
+    dice = {name: name.removeprefix("dice_") for name in columns}
+    _draw_columns(losses, rows, terms, "training loss")
+    _draw_columns(scores, rows, dice, "validation Dice")
     scores.set_ylim(0, 1)
 
 
 def plot_curves(
-    path,  # .png file
+    path: str | Path,  # .png file
     rows: list,  # of metrics.csv
 ) -> None:
     "The curves of a run as a picture"
@@ -179,67 +219,79 @@ def plot_curves(
     fig = Figure(figsize=(9, 3), layout="constrained")
     left, right = fig.subplots(1, 2)
     draw_curves(left, right, rows)
-    write_whole(path, lambda p: fig.savefig(p, format="png", dpi=100))
+    write_whole(path, lambda part: fig.savefig(part, format="png", dpi=100))
 
 # %% ../../nbs/4_inside/steps.ipynb #050e57da
 def mean_over_ranks(
     values: Tensor,  # of this process; changed in place
 ) -> Tensor:
     "Mean over the processes"
-    if ranks()[1] > 1:
+    world = ranks()[1]
+    if world > 1:
         dist.all_reduce(values)
-        values /= ranks()[1]
+        values /= world
     return values
 
 
 @torch.no_grad()
 def share(
-    tensors,  # of this process; changed in place
+    tensors: Iterable[Tensor],  # of this process; changed in place
 ) -> None:
     "Give every process the tensors of the first, such as the running means of a batch norm"
-    if ranks()[1] > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor, 0)
+    if ranks()[1] == 1:
+        return
+    for tensor in tensors:
+        dist.broadcast(tensor, 0)
 
 
 def _is_bad(model, values):
     "1 where a gradient or a loss is not finite, else 0, on the device"
-    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    norm = getattr(norm, "full_tensor", lambda: norm)()  # weights spread over the processes
-    return (~(norm.double() + values.sum()).isfinite()).double()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm: Any = nn.utils.get_total_norm(gradients)
+    if hasattr(norm, "full_tensor"):  # weights spread over the processes
+        norm = norm.full_tensor()
+    checked = norm.double() + values.sum()
+    return (~checked.isfinite()).double()
 
 
 def _total(terms, loss, logits, main):
-    "The loss of a part; where it leaves an output out, 0 times that too, so that every weight has a gradient"
-    if loss.supervise == "both" or main is None:
-        return terms["total"]
+    """The loss of a part
+
+    Where it leaves an output out, 0 times that output is added, so every weight has a gradient.
+    """
     total = terms["total"]
-    return total + 0 * (
-        logits.sum(dtype=total.dtype) + main.sum(dtype=total.dtype)
-    )  # a sum of halves may be infinite
+    if loss.supervise == "both" or main is None:
+        return total
+    # a sum of halves may be infinite
+    outputs = logits.sum(dtype=total.dtype) + main.sum(dtype=total.dtype)
+    return total + 0 * outputs
 
 
 def _tell_scaler(model, bad):
     "Make every gradient NaN where the step is bad, so that the scaler finds it on each process"
     factor = torch.where(bad > 0, torch.nan, 1.0)
-    for p in model.parameters():
-        if p.grad is not None:
-            own = getattr(p.grad, "to_local", lambda grad=p.grad: grad)()
-            own.mul_(factor.to(own.dtype))
+    for parameter in model.parameters():
+        grad = parameter.grad
+        if grad is None:
+            continue
+        own = grad.to_local() if hasattr(grad, "to_local") else grad
+        own.mul_(factor.to(own.dtype))
 
 
 def _decides_itself(optimizer, device):
-    "Whether the optimizer can leave out a step by `found_inf`, so that nobody has to wait for the device"
-    fused = isinstance(optimizer, torch.optim.Adam) and getattr(
-        optimizer, "_step_supports_amp_scaling", False
-    )
-    first = next(p for group in optimizer.param_groups for p in group["params"])
-    in_pieces = hasattr(first, "full_tensor")  # checkpoints need its state from the first step on
-    return fused and (device.type != "cpu" or in_pieces)
+    "Whether the optimizer can leave out a step by `found_inf`, without waiting for the device"
+    is_adam = isinstance(optimizer, torch.optim.Adam)
+    if not is_adam or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    groups = [group["params"] for group in optimizer.param_groups]
+    first = next(chain.from_iterable(groups))
+    # checkpoints need the state of weights in pieces from the first step on
+    in_pieces = hasattr(first, "full_tensor")
+    return device.type != "cpu" or in_pieces
 
 
 def _step_unless(bad, optimizer, scaler):
-    "A step of the optimizer, or none at all where `bad` is 1: weights, moments and number of steps stay as they are"
+    "A step of the optimizer; where `bad` is 1 weights, moments and number of steps stay as they are"
     if _decides_itself(optimizer, bad.device):
         optimizer.found_inf = bad.float()
         scaler.step(optimizer)
@@ -252,35 +304,58 @@ def _step_unless(bad, optimizer, scaler):
     scaler.update()
 
 
+def _cut(x, target, keys, parts):
+    "Images, masks and names of the noise of a share of a batch, cut into parts of whole cases"
+    size = -(-len(x) // parts)
+    cut = []
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        cut.append((x[part], target[part], keys[part]))
+    return cut
+
+
+def _until_last(model, is_last):
+    "A context in which processes keep their gradients to themselves, but for the last part"
+    if is_last:
+        return nullcontext()
+    keep = getattr(model, "no_sync", nullcontext)
+    return keep()
+
+
+def _forward(model, x, settings):
+    "Logits, edge logits and logits of the main stream; a bare backbone has only the first"
+    with autocast(settings.precision, x.device):
+        if settings.edge:
+            return model(x, return_main=True)
+        return model(x), None, None
+
+
 def train_step(
     model: nn.Module,  # the network, or its DistributedDataParallel
     loss: nn.Module,  # `EGLoss` of the task, or `UserLoss`
     optimizer: torch.optim.Optimizer,  # any; with fused Adam nothing waits for a GPU
-    scaler,  # GradScaler; does nothing but for fp16
+    scaler: Any,  # GradScaler; does nothing but for fp16
     x: Tensor,  # images (B,C,D,H,W): this process's share of the batch
     target: Tensor,  # masks (B,K,D,H,W)
     keys: list,  # names of the Gumbel noise, one tuple per case
     settings: Settings,  # of the run
     weight: float = 1.0,  # of this process, see `EpochBatches.weight`
-    names: tuple = TERMS,  # of the loss terms
-) -> Tensor:  # float64: each of `names` as a mean over the whole batch, then 1 if the step was skipped, else 0
+    names: Sequence[str] = TERMS,  # of the loss terms
+) -> Tensor:  # float64: means of `names` over the whole batch, then 1 if it was skipped, else 0
     "One step of the optimizer, the same however the batch is spread (eq. 3, section 3.2)"
-    values, parts = 0, list(zip(*(t.split(-(-len(x) // settings.accumulate)) for t in (x, target))))
+    parts = _cut(x, target, keys, settings.accumulate)
+    values: Any = 0
     optimizer.zero_grad(set_to_none=True)
-    for i, (xs, ts) in enumerate(parts):
-        with nullcontext() if i + 1 == len(parts) else getattr(model, "no_sync", nullcontext)():
-            with autocast(settings.precision, x.device):
-                out = model(xs, return_main=True) if settings.edge else (model(xs), None, None)
-            terms, part = (
-                loss(out[0], out[1], ts, out[2], keys[: len(xs)]),
-                weight * len(xs) / len(x),
-            )
-            scaler.scale(part * _total(terms, loss, out[0], out[2])).backward()
-        values, keys = (
-            values + part * torch.stack([terms[t].detach() for t in names]).double(),
-            keys[len(xs) :],
-        )
-    values = mean_over_ranks(cast(Tensor, values))
+    for number, (images, masks, own_keys) in enumerate(parts, 1):
+        counts = weight * len(images) / len(x)
+        with _until_last(model, number == len(parts)):
+            logits, edge, main = _forward(model, images, settings)
+            terms = loss(logits, edge, masks, main, own_keys)
+            total = counts * _total(terms, loss, logits, main)
+            scaler.scale(total).backward()
+        noted = torch.stack([terms[name].detach() for name in names])
+        values = values + counts * noted.double()
+    values = mean_over_ranks(values)
     bad = _is_bad(model, values)
     if scaler.is_enabled():
         _tell_scaler(model, bad)

@@ -7,7 +7,6 @@ __all__ = ['poly_lr', 'not_learned', 'Run', 'fit']
 
 # %% ../../nbs/2_practice/train.ipynb #c48f93c6
 import copy
-import itertools
 import json
 import multiprocessing.queues
 import os
@@ -15,8 +14,10 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save
@@ -28,11 +29,17 @@ from ..data.patches import EpochBatches, Patches
 from ..method.egcnn import EGCNN
 from ..method.gate import EdgeGate, ResidualBlock
 from ..method.losses import EGLoss
+from .callbacks import Listeners
 from .checkpoints import random_state, save_checkpoint, save_sharded, set_random_state
-from .folders import begin, check_settings, read_config, readings_in_force, start_from
+from egcnn_nb.run.folders import (
+    begin,
+    check_settings,
+    read_config,
+    readings_in_force,
+    start_from,
+)
 from .models import PEERS, best_precision, make_model, reading_for
 from egcnn_nb.run.parts import (
-    Listeners,
     Parts,
     Transformed,
     expect_weights,
@@ -61,21 +68,23 @@ def poly_lr(
     power: float = 0.9,  # of the paper
 ) -> float:  # learning rate of this epoch
     "Polynomial decay (eq. 9)"
-    return lr * (1 - epoch / epochs) ** power
+    left = 1 - epoch / epochs
+    return lr * left**power
 
 # %% ../../nbs/2_practice/train.ipynb #477ad09c
 _BAD = 10  # steps in a row that may be skipped
 
 
 def _spread(model, settings):
-    "The network as each process calls it: itself, or copies in step (DDP), or weights in pieces (FSDP)"
+    "The network as each process calls it: itself, a copy in step (DDP), or weights in pieces (FSDP)"
     if ranks()[1] == 1:
         return model
     if not settings.shard:
         return nn.parallel.DistributedDataParallel(model)
     from torch.distributed.fsdp import fully_shard
 
-    for block in [m for m in model.modules() if isinstance(m, ResidualBlock)]:
+    blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
+    for block in blocks:
         fully_shard(block)  # its weights are together only while it computes
     return fully_shard(model)
 
@@ -83,40 +92,83 @@ def _spread(model, settings):
 def _read_later(values):
     "A function that returns a device's values once they have arrived"
     if values.device.type != "cuda":
-        return lambda: values.tolist()
-    host, event = (
-        torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True),
-        torch.cuda.Event(),
-    )
-    event.record()
+        return values.tolist
+    host = torch.empty_like(values, device="cpu", pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
 
     def read():
-        event.synchronize()
+        arrived.synchronize()
         return host.tolist()
 
     return read
 
 
 def _begin_worker(_):
-    "A loader's worker ignores Ctrl-C and SIGTERM, which a terminal sends to all: the run decides when it ends. It ends when it cannot send a batch, for which the run would wait for ever"
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, signal.SIG_IGN)
+    """Prepare a loader's worker for signals and errors
+
+    A terminal sends Ctrl-C and SIGTERM to all processes. A worker ignores them, since the run
+    decides when it ends. It ends when it cannot send a batch, for which the run would wait.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def leave(error, batch):
         print(f"a batch could not be sent: {error!r}", file=sys.stderr, flush=True)
         os._exit(1)
 
-    setattr(multiprocessing.queues.Queue, "_on_queue_feeder_error", staticmethod(leave))
+    queue: Any = multiprocessing.queues.Queue
+    queue._on_queue_feeder_error = staticmethod(leave)
 
 
+class _WaitTimer:
+    "Measures which share of a loop's time passes while the next item is awaited"
+
+    def __init__(self):
+        self.waited = 0.0
+        self.begun = time.perf_counter()
+        self.worked = self.begun
+
+    def over(self, items):
+        "Yield the items; the time until each one arrives counts as waiting"
+        for item in items:
+            self.waited += time.perf_counter() - self.worked
+            yield item
+            self.worked = time.perf_counter()
+
+    def share(self):
+        "Share in [0,1] of the time until the last item was done"
+        whole = self.worked - self.begun
+        return self.waited / max(whole, 1e-9)
+
+
+def _never():
+    "The answer of a `stop` that is not given"
+    return False
+
+
+def _ignore(terms):
+    "The `tick` that is not given"
+
+# %% ../../nbs/2_practice/train.ipynb #477ad0a2
 _LOW = 0.1  # a class with a lower validation Dice is not learned
-
 _DEAD = 0.99  # share of the voxels with an alpha of 1/2 above which a gate is dead
 
 
 def _fifth(epochs):
-    "A fifth of the epochs, at least one"
+    "A fifth of the epochs, rounded up"
     return max(-(-epochs // 5), 1)
+
+
+def _longest_low(rows, column):
+    "The largest number of epochs, one after the other, in which a Dice is below 0.1"
+    longest = low = 0
+    for row in rows:
+        is_low = float(row[column]) < _LOW
+        low = low + 1 if is_low else 0
+        longest = max(longest, low)
+    return longest
 
 
 def not_learned(
@@ -124,21 +176,14 @@ def not_learned(
     epochs: int,  # of the run
 ) -> list:  # names
     "Classes whose validation Dice stayed below 0.1 for a fifth of the epochs, one after the other"
-    names = (
-        [k.removeprefix("dice_") for k in rows[0] if k.startswith("dice_") and k != "dice_mean"]
-        if rows
-        else []
-    )
-    found = []
-    for name in names:
-        low = 0
-        for row in rows:
-            low = low + 1 if float(row[f"dice_{name}"]) < _LOW else 0
-            if low >= _fifth(epochs) and name not in found:
-                found.append(name)
-    return found
+    if not rows:
+        return []
+    columns = [name for name in rows[0] if name.startswith("dice_") and name != "dice_mean"]
+    lost = [name for name in columns if _longest_low(rows, name) >= _fifth(epochs)]
+    return [name.removeprefix("dice_") for name in lost]
 
-
+# %% ../../nbs/2_practice/train.ipynb #477ad0a4
+# the attributes of a run that say how far it is
 _POSITION = ("rows", "best", "streak", "step", "sums", "skipped")
 
 
@@ -149,98 +194,226 @@ class Run:
         self,
         settings: Settings,  # of the run
         task: Task,  # of the dataset
-        train,  # of Loaded
-        val,  # of Loaded
+        train: list,  # of Loaded
+        val: list,  # of Loaded
         device: torch.device,  # where it runs
-        state: dict
-        | None = None,  # of a checkpoint, which `load` is given next; None: the run begins
+        state: dict | None = None,  # of a checkpoint that `load` gets next; None: the run begins
         parts: Parts | None = None,  # of yours, tried by `try_parts`; None: the run's own
     ):
-        self.settings, self.task, self.train, self.val, self.device, (rank, world) = (
-            settings,
-            task,
-            train,
-            val,
-            device,
-            ranks(),
-        )
+        self.settings, self.task = settings, task
+        self.train, self.val = train, val
+        self.device = device
+        self.patch_size = cast(tuple, settings.patch_size)  # `prepare` has filled it in
         self.parts = parts or Parts()
-        self.model = self._make_network().to(
-            device, torch.float64 if settings.precision == "fp64" else torch.float32
-        )
-        if self.parts.built is not None:
-            share((*self.model.parameters(), *self.model.buffers()))
-        self.notes = (
-            start_from(self.model, settings.init) if settings.init and state is None else []
-        )  # for the log
-        self.loss, self.names = make_loss(self.parts, settings, task).to(device), self.parts.terms
-        self.batches = EpochBatches(len(train), settings.batch_size, settings.seed, rank, world)
+        self.model = self._make_network()
+        self.notes = []  # for the log
+        if settings.init and state is None:
+            self.notes = start_from(self.model, settings.init)
+        self.loss = make_loss(self.parts, settings, task).to(device)
+        self.names = self.parts.terms
+        self.batches = self._make_batches()
         self.patches = self._make_patches()
-        over_batch = "batch" in reading_for(EGLoss, settings).values() and len(
-            train
-        ) % settings.batch_size in range(1, world)
-        expect(
-            not over_batch,
-            "readings",
-            f"sums over the batch, and a last batch of {len(train) % settings.batch_size} for {world} processes",
-            "a case for each of them",
-            "choose another --batch_size",
-        )
-        self.rows, self.best, self.streak = [], -1.0, 0
-        self.begin_epoch()
-        self.whole = (
-            copy.deepcopy(self.model) if settings.shard else self.model
-        )  # for validation, and to be saved
+        self._begin_position()
+        # validation and model.safetensors need a network whose weights are not in pieces
+        self.whole = copy.deepcopy(self.model) if settings.shard else self.model
         self._prepare_layers(state or {})
         self.network = _spread(self.model, settings)
         self.optimizer = self._make_optimizer()
-        self.rates = [
-            group["lr"] for group in self.optimizer.param_groups
-        ]  # at the beginning of the schedule
+        # at the beginning of the schedule
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-        self.loader = torch.utils.data.DataLoader(
-            self.patches,
-            batch_sampler=self.batches,
-            num_workers=settings.workers,
-            persistent_workers=settings.workers > 0,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=_begin_worker,
-            generator=self._loader_generator(),
-        )
+        self.loader = self._make_loader()
+
+    # --- what makes the parts
 
     def _make_network(self):
-        "The network of the settings, or the one of yours"
+        "The network on the device: that of the settings, or the one of yours"
+        dtype = torch.float64 if self.settings.precision == "fp64" else torch.float32
         if self.parts.built is None:
-            return make_model(self.settings, self.task)
-        seed_everything(
-            self.settings.seed
-        )  # what the network draws while it trains, such as dropout
-        return self.parts.built
+            return make_model(self.settings, self.task).to(self.device, dtype)
+        # what the network draws while it trains, such as dropout
+        seed_everything(self.settings.seed)
+        network = self.parts.built.to(self.device, dtype)
+        share((*network.parameters(), *network.buffers()))
+        return network
+
+    def _make_batches(self):
+        "The order of the cases; raises `InputError` where a process would have none of a batch"
+        cases, size = len(self.train), self.settings.batch_size
+        rank, world = ranks()
+        last = cases % size  # cases of the last batch; 0: it is as large as the others
+        over_batch = "batch" in reading_for(EGLoss, self.settings).values()
+        expect(
+            not (over_batch and 0 < last < world),
+            "readings",
+            f"sums over the batch, and a last batch of {last} for {world} processes",
+            "a case for each of them",
+            "choose another --batch_size",
+        )
+        return EpochBatches(cases, size, self.settings.seed, rank, world)
 
     def _make_patches(self):
         "Training patches, changed by `augment` or by the transforms of yours"
+        settings = self.settings
         patches = Patches(
             self.train,
-            self.settings.patch_size,
-            self.settings.seed,
-            self.settings.augment,
+            self.patch_size,
+            settings.seed,
+            settings.augment,
             self.parts.sampling,
         )
         if self.parts.transforms is None:
             return patches
-        return Transformed(patches, self.parts.transforms, self.task, self.settings.spacing)
+        return Transformed(patches, self.parts.transforms, self.task, settings.spacing)
 
     def _make_optimizer(self):
         "Adam, or the optimizer of yours"
         if self.parts.optimizer is None:
             return torch.optim.Adam(self.network.parameters(), self.settings.lr, fused=True)
-        plain = isinstance(self.network, nn.parallel.DistributedDataParallel)
-        return make_optimizer(self.parts.optimizer, self.model if plain else self.network)
+        network = self.network
+        if isinstance(network, nn.parallel.DistributedDataParallel):
+            network = self.model
+        return make_optimizer(self.parts.optimizer, network)
+
+    def _make_loader(self):
+        "Batches of patches, loaded by `workers` processes"
+        workers = self.settings.workers
+        return torch.utils.data.DataLoader(
+            self.patches,
+            batch_sampler=self.batches,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_begin_worker,
+            generator=self._loader_generator(),
+        )
 
     def _loader_generator(self):
-        "A generator of the loader's own where your network may draw from torch's, so that an epoch which is begun twice draws no more than once; None: torch's"
-        yours = self.parts.model is not None or self.settings.network is not None
-        return torch.Generator().manual_seed(self.settings.seed) if yours else None
+        """A generator of the loader's own for a network of yours; None: torch's
+
+        Your network may draw from torch's generator. With another one for the loader, an epoch
+        that is begun twice draws no more than once.
+        """
+        if not self.parts.has_own_network(self.settings):
+            return None
+        generator = torch.Generator()
+        return generator.manual_seed(self.settings.seed)
+
+    # --- the self-check, which finds layers that need float32
+
+    def _prepare_layers(self, state):
+        "Compute in float32 the layers of the checkpoint, and those that the self-check finds"
+        if "model" in state:  # the check needs the weights that the run continues with
+            if self.parts.has_own_network(self.settings):
+                expect_weights(self.model, state["model"], f"the run {self.settings.out}")
+            self.model.load_state_dict(state["model"])
+        self.rows = state.get("rows", [])
+        self.step = state.get("step", 0)
+        self.float32 = []  # names of these layers
+        self._into_float32(state.get("float32", []))
+        if self.float32:
+            self.notes.append(f"computed in float32, as before: {', '.join(self.float32)}")
+        found, notes = self._self_check()  # the same on every process
+        self._into_float32(found)
+        self.notes += notes
+
+    def _into_float32(self, names):
+        "Compute these layers in float32, in every copy of the network"
+        new = sorted(set(names) - set(self.float32))
+        if not new:
+            return
+        from egcnn_nb.run.self_check import compute_in_float32
+
+        compute_in_float32(self.model, new)
+        if self.whole is not self.model:
+            compute_in_float32(self.whole, new)
+        self.float32 = sorted(self.float32 + new)
+
+    def _self_check(self):
+        "Names of the layers that reduced precision computes wrongly, and lines for the log"
+        reduced = self.settings.precision in ("bf16", "fp16")
+        batch = self._first_batch() if reduced and self.settings.self_check else None
+        if batch is None:
+            return [], []
+        from egcnn_nb.run.self_check import describe_check
+
+        random = random_state()  # the check changes no draw of the run
+        found = self._wrong_layers(*batch)
+        set_random_state(random)
+        self.model.zero_grad(set_to_none=True)
+        if found is None:
+            why = "the self-check cannot run the layers of this network one by one"
+            return [], [f"{why}, so it is left out"]
+        return [layer.name for layer in found], describe_check(found, self.device)
+
+    def _wrong_layers(self, x, target, keys):
+        "What the self-check finds; None where it cannot run a network that was written elsewhere"
+        from egcnn_nb.run.self_check import wrong_layers
+
+        try:
+            return wrong_layers(self.model, self.loss, x, target, self.settings, keys=keys)
+        except (RuntimeError, TypeError) as error:
+            foreign = self.parts.has_own_network(self.settings)
+            if isinstance(error, torch.OutOfMemoryError) or not foreign:
+                raise
+            return None
+
+    def _first_batch(self):
+        "Images, masks and names of the noise of the first step; None where no step is left"
+        batches = copy.copy(self.batches)
+        batches.epoch = len(self.rows)
+        batches.first = self.step
+        if self.step == len(batches):  # it was stopped in the validation
+            batches.epoch += 1
+            batches.first = 0
+        if batches.epoch >= self.settings.epochs:
+            return None
+        keys = next(iter(batches))
+        samples = [self.patches[key] for key in keys]
+        return self._on_device(*torch.utils.data.default_collate(samples))
+
+    # --- position, saving and loading
+
+    def _begin_position(self):
+        "Reset what says how far the run is"
+        self.rows = []  # of metrics.csv
+        self.best = -1.0  # largest mean Dice
+        self.streak = 0  # steps that were skipped, one after the other
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        "Reset what is counted within an epoch"
+        self.step = 0  # steps taken
+        self.sums = [0.0] * len(self.names)  # of their loss terms
+        self.skipped = 0
+
+    @property
+    def steps(self) -> int:
+        "Steps taken in the whole run"
+        before = len(self.rows) * len(self.batches)
+        return before + self.step
+
+    def terms(self) -> dict:
+        "Means of the loss terms over the epoch's steps that were taken"
+        taken = max(self.step - self.skipped, 1)
+        means = [total / taken for total in self.sums]
+        return dict(zip(self.names, means, strict=True))
+
+    def state(self) -> dict:
+        "What a checkpoint keeps: weights, optimizer, random streams, and the position in the run"
+        # weights in pieces go into files of their own
+        learned = {} if self.settings.shard else self._learned()
+        position = {name: getattr(self, name) for name in _POSITION}
+        position["float32"] = self.float32
+        return {**learned, "random": random_state(), **position, **self._own_state()}
+
+    def _learned(self):
+        "State of the network, the optimizer and the scaler"
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
 
     def _own_state(self):
         "What a checkpoint keeps about the parts of yours, so that others are noticed"
@@ -253,247 +426,111 @@ class Run:
 
     def _expect_own(self, state):
         "Raise `InputError` where the parts of yours are not those of a checkpoint"
-        now = self._own_state()
+        own = self._own_state()
         for name, kind in (("terms", "loss terms"), ("rates", "learning rates")):
-            was = state.get(name, now.get(name))
+            now = own.get(name)
+            was = state.get(name, now)
             require(
-                was == now.get(name),
-                f"The run {self.settings.out} was begun with the {kind} {was}, and is resumed with {now.get(name)}. Give fit what the run began with.",
+                was == now,
+                f"The run {self.settings.out} was begun with the {kind} {was}, "
+                f"and is resumed with {now}. Give fit what the run began with.",
             )
-
-    def _prepare_layers(self, state):
-        "Layers that are computed in float32 from now on: those of the checkpoint, and those that the self-check finds"
-        if "model" in state:
-            if self.parts.model is not None or self.settings.network:
-                expect_weights(self.model, state["model"], f"the run {self.settings.out}")
-            self.model.load_state_dict(
-                state["model"]
-            )  # the check looks at the weights that the run goes on with
-        self.rows, self.step = state.get("rows", []), state.get("step", 0)
-        self.float32 = []
-        self._into_float32(state.get("float32", []))
-        if self.float32:
-            self.notes.append(f"computed in float32, as before: {', '.join(self.float32)}")
-        found, told = self._self_check()  # the same on every process
-        self._into_float32(found)
-        self.notes += told
-
-    def _into_float32(self, names):
-        "Compute these layers in float32, in every copy of the network"
-        names = sorted(set(names) - set(self.float32))
-        if not names:
-            return
-        from egcnn_nb.run.self_check import compute_in_float32
-
-        compute_in_float32(self.model, names)
-        if self.whole is not self.model:
-            compute_in_float32(self.whole, names)
-        self.float32 = sorted([*self.float32, *names])
-
-    def _self_check(self):
-        "Names of the layers that reduced precision computes wrongly, and a line for the log about each"
-        batch = (
-            self._first_batch()
-            if self.settings.self_check and self.settings.precision in ("bf16", "fp16")
-            else None
-        )
-        if batch is None:
-            return [], []
-        from egcnn_nb.run.self_check import describe_check, wrong_layers
-
-        x, target, keys = batch
-        random = random_state()  # the check changes no draw of the run
-        try:
-            found = wrong_layers(self.model, self.loss, x, target, self.settings, keys=keys)
-        except (RuntimeError, TypeError) as e:
-            if isinstance(e, torch.OutOfMemoryError) or not self._is_yours():
-                raise
-            found = None
-        set_random_state(random)
-        self.model.zero_grad(set_to_none=True)
-        if found is None:
-            return [], [
-                "the self-check cannot run the layers of this network one by one, so it is left out"
-            ]
-        return [layer.name for layer in found], describe_check(found, self.device)
-
-    def _is_yours(self):
-        "Whether the network was written elsewhere"
-        return self.parts.built is not None or self.settings.network is not None
-
-    def _first_batch(self):
-        "What the first step will compute with: images, masks, names of the noise; None where no step is left"
-        batches = copy.copy(self.batches)
-        batches.epoch, batches.first = len(self.rows), self.step
-        if self.step == len(batches):  # it was stopped in the validation
-            batches.epoch, batches.first = len(self.rows) + 1, 0
-        if batches.epoch >= self.settings.epochs:
-            return None
-        samples = [self.patches[key] for key in next(iter(batches))]
-        return self._on_device(*torch.utils.data.default_collate(samples))
-
-    def begin_epoch(self) -> None:
-        "Position: steps taken in this epoch, sums of their terms, steps skipped"
-        self.step, self.sums, self.skipped = 0, [0.0] * len(self.names), 0
-
-    @property
-    def steps(self) -> int:
-        "Steps taken in the whole run"
-        return len(self.rows) * len(self.batches) + self.step
-
-    def terms(self) -> dict:
-        "Means of the loss terms over the epoch's steps that were taken"
-        return {t: s / max(self.step - self.skipped, 1) for t, s in zip(self.names, self.sums)}
-
-    def state(self) -> dict:
-        "Everything needed to go on"
-        position = {k: getattr(self, k) for k in _POSITION}
-        position["float32"] = self.float32
-        position |= self._own_state()
-        return (
-            {"random": random_state(), **position}
-            if self.settings.shard
-            else {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "random": random_state(),
-                **position,
-            }
-        )
 
     def load(
         self,
         state: dict,  # of `state`
     ) -> None:
-        "Go on from there"
+        "Continue from a checkpoint"
         self._expect_own(state)
         if self.settings.shard:
-            from torch.distributed.checkpoint import load
-
-            self._pieces(lambda parts: load(parts, checkpoint_id=state["pieces"]), back=True)
+            self._load_pieces(state["pieces"])
         else:
-            [
-                getattr(self, name).load_state_dict(state[name])
-                for name in ("model", "optimizer", "scaler")
-            ]
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
         for name in _POSITION:
             setattr(self, name, state[name])
         set_random_state(state["random"])
 
-    def _pieces(self, do, back=False):
-        "Let `do` read or fill this process's pieces of weights and optimizer"
-        from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    def _pieces(self):
+        "This process's pieces of the weights and of the optimizer"
+        from torch.distributed.checkpoint.state_dict import get_state_dict
 
         weights, moments = get_state_dict(self.network, self.optimizer)
-        do({"model": weights, "optimizer": moments})
-        if back:
-            set_state_dict(
-                self.network, self.optimizer, model_state_dict=weights, optim_state_dict=moments
-            )
+        return {"model": weights, "optimizer": moments}
+
+    def _load_pieces(self, folder):
+        "Fill this process's pieces from a checkpoint, whatever the number of processes then"
+        from torch.distributed.checkpoint import load
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+
+        pieces = self._pieces()
+        load(pieces, checkpoint_id=folder)
+        set_state_dict(
+            self.network,
+            self.optimizer,
+            model_state_dict=pieces["model"],
+            optim_state_dict=pieces["optimizer"],
+        )
 
     def save(self) -> None:
-        "A checkpoint, then metrics.csv, each whole; all processes call it"
+        "Write a checkpoint, then metrics.csv, each whole; all processes call it"
+        out = Path(self.settings.out)
+        is_first = ranks()[0] == 0
         if self.settings.shard:
-            self._pieces(
-                lambda parts: save_sharded(self.settings.out, self.steps, parts, self.state())
-            )
-        elif ranks()[0] == 0:
-            save_checkpoint(self.settings.out, self.steps, self.state())
-        if ranks()[0] == 0:
-            write_csv(Path(self.settings.out) / "metrics.csv", self.rows)
+            save_sharded(out, self.steps, self._pieces(), self.state())
+        elif is_first:
+            save_checkpoint(out, self.steps, self.state())
+        if is_first:
+            write_csv(out / "metrics.csv", self.rows)
 
-    def validate(
-        self,
-        stop=lambda: False,  # see `validate`
-    ) -> dict | None:  # of `validate`
-        "Dice of the validation cases; sharded weights are put together first"
-        if self.settings.shard:
-            from torch.distributed.checkpoint.state_dict import (
-                StateDictOptions,
-                get_model_state_dict,
-            )
+    def _save_weights(self):
+        "Write model.safetensors, each weight once, under one name"
+        named = (*self.whole.named_parameters(), *self.whole.named_buffers())
+        own = {name for name, _ in named}
+        tensors = self.whole.state_dict().items()
+        weights = {name: tensor.contiguous() for name, tensor in tensors if name in own}
+        # `load_run` computes the same layers in float32
+        about = {"float32": json.dumps(self.float32)} if self.float32 else None
+        packed = save(weights, about)
+        path = Path(self.settings.out) / "model.safetensors"
+        write_whole(path, lambda part: part.write_bytes(packed))
 
-            self.whole.load_state_dict(
-                get_model_state_dict(self.network, options=StateDictOptions(full_state_dict=True))
-            )
-        share(self.whole.buffers())
-        return validate(
-            self.whole, self.val, self.task, self.settings.patch_size, self.settings.precision, stop
-        )
-
-    def note(
-        self,
-        step: int,  # in the epoch, from 0
-        values: list,  # terms, skipped, someone asks to save, to stop
-    ) -> tuple:  # whether someone asks to save, to stop
-        "Add up a step; raises `InputError` after too many that are not finite"
-        *terms, bad, save, stop = values
-        self.skipped += bad > 0
-        self.streak = self.streak + 1 if bad else 0
-        if not bad:
-            self.sums = [s + t for s, t in zip(self.sums, terms)]
-        names = (
-            sorted({self.train[case].name for *_, case in self.batches.whole()[step]})
-            if self.streak == _BAD
-            else []
-        )
-        expect(
-            not names,
-            f"loss in epoch {len(self.rows)}, step {step}",
-            f"{_BAD} steps in a row that are not finite, the last of {', '.join(names)}",
-            "finite numbers",
-            "lower --lr or use --precision fp32",
-        )
-        return save > 0, stop > 0
+    # --- the steps of an epoch
 
     def train_epoch(
         self,
-        due=lambda: False,  # asked after each step: save?
-        stop=lambda: False,  # asked after each step: save and stop?
-        tick=lambda terms: None,  # called after each step with its terms
+        due: Callable[[], object] = _never,  # called after each step: is a checkpoint due?
+        stop: Callable[[], object] = _never,  # called after each step: save and stop?
+        tick: Callable[[dict], object] = _ignore,  # called after each step with its terms
     ) -> tuple:  # whether the epoch was finished, share of the time spent waiting for data
-        "The rest of an epoch's steps"
-        self.batches.epoch, self.batches.first, late = len(self.rows), self.step, deque()
-        for group, rate in zip(self.optimizer.param_groups, self.rates):
-            group["lr"] = poly_lr(rate, len(self.rows), self.settings.epochs)
-        waited, begun = 0.0, time.perf_counter()
-        mark = begun
-        for x, labels, sample in self.loader:
-            waited += time.perf_counter() - mark
+        "Take the steps that are left of an epoch"
+        self._begin_pass()
+        unread = deque()  # steps whose values may still be on their way from the device
+        keep = 1 if self.device.type == "cuda" else 0
+        timer = _WaitTimer()
+        for x, labels, sample in timer.over(self.loader):
             values = self._one_step(x, labels, sample)
-            asked = torch.tensor([due(), stop()], dtype=torch.float64, device=self.device)
-            late.append((self.step, _read_later(torch.cat([values, mean_over_ranks(asked)]))))
+            wishes = torch.tensor([due(), stop()], dtype=torch.float64, device=self.device)
+            values = torch.cat([values, mean_over_ranks(wishes)])
+            unread.append((self.step, _read_later(values)))
             self.step += 1
-            save, end = self._catch_up(late, tick, 1 if self.device.type == "cuda" else 0)
+            save, end = self._catch_up(unread, tick, keep)
             if save or end:
-                self._catch_up(late, tick)
+                self._catch_up(unread, tick)
                 self.save()
             if end:
-                return False, waited / (time.perf_counter() - begun)
-            mark = time.perf_counter()
-        self._catch_up(late, tick)
-        return True, waited / max(mark - begun, 1e-9)
+                return False, timer.share()
+        self._catch_up(unread, tick)
+        return True, timer.share()
 
-    def _catch_up(self, late, tick, keep=0):
-        "Note the steps whose values have not been read yet, but for the last `keep`"
-        save, end = False, False
-        while len(late) > keep:
-            step, read = late.popleft()
-            values = read()
-            flags = self.note(step, values)
-            tick(dict(zip(self.names, values)))
-            save, end = save or flags[0], end or flags[1]
-        return save, end
-
-    def _on_device(self, x, labels, sample):
-        "A batch of the loader on the device: images, masks, names of the noise"
-        keys = [(self.settings.seed, 3, self.steps, int(s)) for s in sample]
-        x = x.to(self.device, next(self.model.parameters()).dtype, non_blocking=True)
-        target = to_target(
-            labels.to(self.device, non_blocking=True), self.task, check=False
-        )  # labels were checked when they were read
-        return x, target, keys
+    def _begin_pass(self):
+        "Set the learning rate of this epoch, and let the loader begin where the run stands"
+        epoch = len(self.rows)
+        self.batches.epoch = epoch
+        self.batches.first = self.step
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = poly_lr(rate, epoch, self.settings.epochs)
 
     def _one_step(self, x, labels, sample):
         "`train_step` of a batch of the loader"
@@ -507,278 +544,449 @@ class Run:
             target,
             keys,
             self.settings,
-            self.batches.weight(self.step),
-            self.names,
+            weight=self.batches.weight(self.step),
+            names=self.names,
         )
+
+    def _on_device(self, x, labels, sample):
+        "A batch of the loader on the device: images, masks, names of the noise"
+        seed, step = self.settings.seed, self.steps
+        keys = [(seed, 3, step, int(number)) for number in sample]
+        dtype = next(self.model.parameters()).dtype
+        x = x.to(self.device, dtype, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
+        # labels were checked when they were read
+        return x, to_target(labels, self.task, check=False), keys
+
+    def _catch_up(self, unread, tick, keep=0):
+        "Note the steps that are not noted yet, but for the last `keep`; returns what `note` does"
+        save = end = False
+        while len(unread) > keep:
+            step, read = unread.popleft()
+            values = read()
+            save_now, end_now = self.note(step, values)
+            terms = values[: len(self.names)]
+            tick(dict(zip(self.names, terms, strict=True)))
+            save = save or save_now
+            end = end or end_now
+        return save, end
+
+    def note(
+        self,
+        step: int,  # in the epoch, from 0
+        values: list,  # terms, then above 0: skipped, a checkpoint is due, stop
+    ) -> tuple:  # whether a checkpoint is due, whether to stop
+        "Add up a step; raises `InputError` after too many that are not finite"
+        *terms, bad, save, stop = values
+        if bad:
+            self.skipped += 1
+            self.streak += 1
+        else:
+            self.streak = 0
+            self.sums = [total + term for total, term in zip(self.sums, terms, strict=True)]
+        if self.streak == _BAD:
+            self._give_up(step)
+        return save > 0, stop > 0
+
+    def _give_up(self, step):
+        "Raise `InputError` that names the cases of a step"
+        batch = self.batches.whole()[step]
+        names = sorted({self.train[case].name for *_, case in batch})
+        expect(
+            False,
+            f"loss in epoch {len(self.rows)}, step {step}",
+            f"{_BAD} steps in a row that are not finite, the last of {', '.join(names)}",
+            "finite numbers",
+            "lower --lr or use --precision fp32",
+        )
+
+    def validate(
+        self,
+        stop: Callable[[], object] = _never,  # see `validate`
+    ) -> dict | None:  # of `validate`
+        "Dice of the validation cases"
+        if self.settings.shard:
+            self._put_together()
+        share(self.whole.buffers())
+        precision = self.settings.precision
+        return validate(self.whole, self.val, self.task, self.patch_size, precision, stop)
+
+    def _put_together(self):
+        "Copy weights that are in pieces into the whole network"
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True)
+        self.whole.load_state_dict(get_model_state_dict(self.network, options=options))
 
     def finish_epoch(
         self,
         dice: dict,  # of `validate`
     ) -> None:
-        "A row of metrics.csv; weights, if they are the best so far; a checkpoint"
-        self.rows.append(
-            {
-                "epoch": len(self.rows),
-                "lr": self.optimizer.param_groups[0]["lr"],
-                **self.terms(),
-                "skipped": self.skipped,
-                **{f"dice_{k}": v for k, v in dice.items()},
-            }
-        )
-        own = {
-            name for name, _ in (*self.whole.named_parameters(), *self.whole.named_buffers())
-        }  # each weight once, under one name
+        "Add a row to the table, keep the weights if they are the best so far, and save"
+        self.rows.append(self._row(dice))
         if dice["mean"] > self.best and ranks()[0] == 0:
-            weights = {n: t.contiguous() for n, t in self.whole.state_dict().items() if n in own}
-            about = (
-                {"float32": json.dumps(self.float32)} if self.float32 else None
-            )  # `load_run` computes them so too
-            write_whole(
-                Path(self.settings.out) / "model.safetensors",
-                lambda p: p.write_bytes(save(weights, about)),
-            )
+            self._save_weights()
         self.best = max(self.best, dice["mean"])
         self.begin_epoch()
         self.save()
 
+    def _row(self, dice):
+        "The row of metrics.csv about this epoch"
+        scores = {f"dice_{name}": value for name, value in dice.items()}
+        lr = self.optimizer.param_groups[0]["lr"]
+        row = {"epoch": len(self.rows), "lr": lr, **self.terms(), "skipped": self.skipped}
+        return {**row, **scores}
+
+    # --- advice for the log
+
     def complaints(self) -> list:  # of strings for the log
-        "What to do about each class that is found not to be learned after the last epoch; once for each"
+        "What to do about each class that is not learned, once for each, after the last epoch"
         epochs = self.settings.epochs
         before = not_learned(self.rows[:-1], epochs)
-        return [self._remedy(name) for name in not_learned(self.rows, epochs) if name not in before]
-
-    def dead_gates(self) -> list:  # of strings for the log
-        "What to do about each gate whose alpha is exactly 1/2; found after a fifth of the epochs and after the last, on the first process, once for each"
-        due = len(self.rows) in (_fifth(self.settings.epochs), self.settings.epochs)
-        if not isinstance(self.whole, EGCNN):
-            return []
-        gates = [cast(EdgeGate, gate) for gate in self.whole.edge.gates]
-        open_to_it = all(g.attention_relu and g.fixed_attention is None for g in gates)
-        if not (due and gates and open_to_it) or ranks()[0] > 0:
-            return []
-        log = Path(self.settings.out) / "log.txt"
-        told = log.read_text().splitlines() if log.is_file() else []
-        lines = []
-        for i, share in enumerate(
-            half_shares(self.whole, self.val[:2], self.settings.patch_size), 1
-        ):
-            name = f"gate {i} of {len(gates)}, counted from the deepest, is dead"
-            if share > _DEAD and not any(line.startswith(name) for line in told):
-                lines.append(
-                    f"{name}: its alpha is exactly 1/2 in {share:.1%} of the voxels, where no gradient reaches it. Train with --reading attention_relu=False."
-                )
-        return lines
+        new = [name for name in not_learned(self.rows, epochs) if name not in before]
+        return [self._remedy(name) for name in new]
 
     def _remedy(self, name):
         "What to do about a class that is not learned"
-        values = torch.tensor(self.task.regions[name])
-        cases = {c.name: c for c in self.train}.values()
-        having = sum(
-            bool(torch.isin(c.labels.flatten()[c.spots.long()], values).any()) for c in cases
-        )
+        having, cases = self._cases_with(name)
         span = _fifth(self.settings.epochs)
-        said = f"{name} is not learned: its validation Dice stayed below {_LOW} for {span} epoch{'s' * (span > 1)}, and {having} of {len(cases)} training cases have it."
+        problem = (
+            f"{name} is not learned: its validation Dice stayed below {_LOW} for {span} "
+            f"epoch{'s' if span > 1 else ''}, and {having} of {cases} training cases have it."
+        )
         if not having:
-            return f"{said} Check the label maps, or choose training cases with it."
-        if self.loss.w_cross_entropy == 0:
-            return f"{said} Train with --reading semantic=dice_ce: Dice alone may lose a class."
-        return f"{said} Try a lower --lr, then a higher one. Check its labels, and add training cases with it, or take a smaller --patch_size, of which it fills more."
+            fix = "Check the label maps, or choose training cases with it."
+        elif self.loss.w_cross_entropy == 0:
+            fix = "Train with --reading semantic=dice_ce: Dice alone may lose a class."
+        else:
+            fix = (
+                "Try a lower --lr, then a higher one. Check its labels, and add training cases "
+                "with it, or take a smaller --patch_size, of which it fills more."
+            )
+        return f"{problem} {fix}"
+
+    def _cases_with(self, region):
+        "The number of training cases that have a region, and the number of all of them"
+        values = torch.tensor(self.task.regions[region])
+        cases = {case.name: case for case in self.train}
+        having = 0
+        for case in cases.values():
+            foreground = case.labels.flatten()[case.spots.long()]
+            having += bool(torch.isin(foreground, values).any())
+        return having, len(cases)
+
+    def dead_gates(self) -> list:  # of strings for the log
+        "What to do about each dead gate, once for each; see `_gates_to_watch` for when it is due"
+        gates = self._gates_to_watch()
+        if not gates:
+            return []
+        log = Path(self.settings.out) / "log.txt"
+        written = log.read_text().splitlines() if log.is_file() else []
+        shares = half_shares(cast(EGCNN, self.whole), self.val[:2], self.patch_size)
+        lines = []
+        for number, half in enumerate(shares, 1):
+            problem = f"gate {number} of {len(gates)}, counted from the deepest, is dead"
+            known = any(line.startswith(problem) for line in written)
+            if half > _DEAD and not known:
+                lines.append(
+                    f"{problem}: its alpha is exactly 1/2 in {half:.1%} of the voxels, where no "
+                    "gradient reaches it. Train with --reading attention_relu=False."
+                )
+        return lines
+
+    def _gates_to_watch(self):
+        """The gates that may be dead; none unless the first process is to look at them now
+
+        It looks after a fifth of the epochs and after the last one. Only the inner ReLU of
+        eq. 1 lets a gate die.
+        """
+        epochs = self.settings.epochs
+        due = len(self.rows) in (_fifth(epochs), epochs)
+        if not due or ranks()[0] > 0 or not isinstance(self.whole, EGCNN):
+            return []
+        gates = [cast(EdgeGate, gate) for gate in self.whole.edge.gates]
+        may_die = all(gate.attention_relu and gate.fixed_attention is None for gate in gates)
+        return gates if may_die else []
 
 # %% ../../nbs/2_practice/train.ipynb #d0ec76de
-def _logger(out, bar):
-    "A function that writes a line to log.txt and beside the progress bar, where there is one"
-
-    def log(text):
-        if not bar.disable:
-            bar.write(text)
-        with open(out / "log.txt", "a") as f:
-            f.write(text + "\n")
-
-    return log
-
-
-def _checked(settings, resume, device):
+def _check_before_reading(settings, resume, device):
     "Fill in the precision, and refuse what cannot work, before anything is read"
     check_preset(settings.preset)
     check_settings(settings)
-    own, out, world = best_precision(device), Path(settings.out), ranks()[1]
+    world = ranks()[1]
     require(
         settings.batch_size >= world,
-        f"batch_size is {settings.batch_size} over {world} processes. Give at least one case for each of them.",
+        f"batch_size is {settings.batch_size} over {world} processes. "
+        "Give at least one case for each of them.",
     )
-    if settings.precision == "auto":
-        settings.precision = read_config(out)["settings"]["precision"] if resume else own
+    _fill_in_precision(settings, resume, device)
+    _check_monai(settings)
+    _check_parts_of_batch(settings, world)
+
+
+def _fill_in_precision(settings, resume, device):
+    "Replace the precision `auto` by that of the run that is resumed, or the best of the device"
+    if settings.precision == "auto" and resume:
+        settings.precision = read_config(Path(settings.out))["settings"]["precision"]
+    elif settings.precision == "auto":
+        settings.precision = best_precision(device)
     expect(
         settings.precision != "fp16" or device.type == "cuda",
         "precision",
         "fp16 on a CPU",
         "fp32 or bf16",
     )
+
+
+def _check_monai(settings):
+    "Raise `InputError` where a run needs MONAI, which is not installed"
     if set(settings.augment) - {"flip", "intensity"}:
         need("monai.transforms", f"augment {' '.join(settings.augment)}", "monai")
     if settings.backbone in PEERS:
         need("monai.networks.nets", f"the backbone {settings.backbone!r}", "monai")
+
+
+def _check_parts_of_batch(settings, world):
+    "Raise `InputError` where batches or weights are cut in a way that cannot work"
+    parts = settings.accumulate
     expect(not settings.shard or world > 1, "shard", "one process", "several, started by torchrun")
     expect(
-        not settings.shard or settings.accumulate == 1,
+        not settings.shard or parts == 1,
         "accumulate",
-        f"{settings.accumulate} parts of sharded weights",
+        f"{parts} parts of sharded weights",
         "1",
         "use more processes",
     )
-    over_batch = sorted(k for k, v in reading_for(EGLoss, settings).items() if v == "batch")
+    readings = reading_for(EGLoss, settings).items()
+    over_batch = sorted(name for name, value in readings if value == "batch")
     expect(
-        not over_batch or settings.accumulate == 1,
+        not over_batch or parts == 1,
         "readings",
-        f"{over_batch} over the batch, which is cut into {settings.accumulate} parts",
+        f"{over_batch} over the batch, which is cut into {parts} parts",
         "--accumulate 1",
     )
-    return ["this CPU computes bfloat16 by emulation: --precision fp32 is several times faster"] * (
-        settings.precision == "bf16" != own
-    )
+
+# %% ../../nbs/2_practice/train.ipynb #d0ec76e2
+@dataclass
+class _Calls:
+    "The functions of yours that follow a run, or stop it"
+
+    on_step: Callable | None  # called with the loss terms
+    on_epoch: Callable | None  # called with row, network and validation cases
+    stop: Callable  # save and stop?
+    listeners: Listeners
 
 
+class _Session:
+    "One call of `fit`: its run, and those that follow it"
+
+    def __init__(self, run, calls, quiet):
+        self.run = run
+        self.calls = calls
+        self.out = Path(run.settings.out)
+        self.is_first = ranks()[0] == 0
+        self.bar = tqdm(
+            total=run.settings.epochs * len(run.batches),
+            initial=run.steps,
+            desc="training",
+            disable=quiet or not self.is_first,
+        )
+        self.next_step = run.steps  # number of the next step that is shown
+        self.saved = time.monotonic()  # when a checkpoint within an epoch was last due
+
+    def log(self, text):
+        "Write a line to log.txt, and above the progress bar where there is one"
+        if not self.is_first:
+            return
+        if not self.bar.disable:
+            self.bar.write(text)
+        with open(self.out / "log.txt", "a") as file:
+            file.write(text + "\n")
+
+    def due(self):
+        "Whether `save_minutes` are over; the first process decides"
+        now = time.monotonic()
+        if not self.is_first or now - self.saved < 60 * self.run.settings.save_minutes:
+            return False
+        self.saved = now
+        return True
+
+    def tick(self, terms):
+        "Show a step that is done"
+        self.bar.update()
+        if self.calls.on_step:
+            self.calls.on_step(terms)
+        self.calls.listeners.fire("on_step", self.run, self.next_step, terms)
+        self.next_step += 1
+
+    def stop(self):
+        "Whether to save and stop after this step or case"
+        if self.calls.stop():
+            return True
+        return bool(self.calls.listeners.asked)
+
+    def _stopped_by_callback(self):
+        "Whether a callback of the first process returned stop; all processes call it"
+        stopped = float(bool(self.calls.listeners.asked))
+        shared = torch.tensor([stopped], dtype=torch.float64, device=self.run.device)
+        return bool(mean_over_ranks(shared) > 0)
+
+    def train(self):
+        "Train epoch after epoch, until the last one or until the run is to stop"
+        run, listeners = self.run, self.calls.listeners
+        safe = f"all of it is safe in {self.out}, go on with --resume"
+        listeners.fire("on_start", run)
+        while len(run.rows) < run.settings.epochs:
+            if self._stopped_by_callback():
+                names = ", ".join(listeners.asked)
+                self.log(f"stopped after epoch {len(run.rows)} by {names}; {safe}")
+                return
+            if not self._epoch():
+                where = f"epoch {len(run.rows) + 1} after step {run.step}"
+                self.log(f"stopped in {where}; {safe}")
+                return
+
+    def _epoch(self):
+        "Train, validate and record an epoch; False if it was stopped before its end"
+        run = self.run
+        start = time.monotonic()
+        finished, waited = run.train_epoch(self.due, self.stop, self.tick)
+        if not finished:
+            return False
+        dice = run.validate(self.stop)
+        if not dice:
+            run.save()
+            return False
+        run.finish_epoch(dice)
+        self._report(time.monotonic() - start, waited)
+        return True
+
+    def _report(self, seconds, waited):
+        "Log an epoch that is recorded, and show it to those that follow"
+        run, row = self.run, self.run.rows[-1]
+        skipped = f", {row['skipped']} steps skipped" if row["skipped"] else ""
+        self.log(
+            f"epoch {len(run.rows)}/{run.settings.epochs} loss {row['total']:.4f} "
+            f"dice {row['dice_mean']:.4f} best {run.best:.4f} {seconds:.1f} s, "
+            f"{waited:.1%} of the steps' time waiting for data{skipped}"
+        )
+        for line in [*run.complaints(), *run.dead_gates()]:
+            self.log(line)
+        if self.calls.on_epoch:
+            self.calls.on_epoch(row, run.whole, run.val)
+        self.calls.listeners.fire("on_epoch", run, row["epoch"], row)
+
+    def close(self, lock):
+        "Release the folder and draw the curves"
+        self.bar.close()
+        if lock:
+            lock.release()
+            plot_curves(self.out / "curves.png", self.run.rows)
+        self.calls.listeners.fire("on_end", self.run)
+
+# %% ../../nbs/2_practice/train.ipynb #d0ec76e4
 def _part_notes(parts, optimizer):
     "Lines for the log about the parts of yours"
     names = parts.names()
     notes = [f"{part} {name}" for part, name in names.items() if part != "optimizer"]
     if "optimizer" in names:
+        kind = type(optimizer).__name__
         rates = ", ".join(f"{group['lr']:g}" for group in optimizer.param_groups)
-        notes.append(
-            f"optimizer {type(optimizer).__name__} of {names['optimizer']}, with the learning rates {rates}"
-        )
+        notes.append(f"optimizer {kind} of {names['optimizer']}, with the learning rates {rates}")
     return notes
-
-
-def _anyone_asks(listeners, device):
-    "Whether a callback of the first process asked to stop; all processes call it"
-    asked = torch.tensor([float(bool(listeners.asked))], dtype=torch.float64, device=device)
-    return bool(mean_over_ranks(asked) > 0)
 
 
 def _preset_notes(settings):
     "A line for the log about the preset of a run, if it has one"
     if settings.preset == "default":
         return []
-    return [preset_note(settings.preset, {**vars(settings), **readings_in_force(settings)})]
+    values = {**vars(settings), **readings_in_force(settings)}
+    return [preset_note(settings.preset, values)]
 
 
-def fit(
-    config: Settings,  # of the run; it stays as it is
-    resume: bool = False,  # go on with the run in config.out
-    device: torch.device = torch.device("cpu"),  # where it runs
-    on_step=None,  # called after each step with its loss terms
-    on_epoch=None,  # called after each epoch with its row of metrics.csv, the network and the validation cases
-    quiet: bool = False,  # no progress bar, messages to log.txt alone
-    stop=lambda: False,  # asked after each step and each validated case: save and stop?
-    model=None,  # network, or function of (in_channels, out_channels); None: the one that the settings name
-    loss=None,  # function of (output, target) or (output, target, keys); None: `EGLoss`
-    optimizer=None,  # function of the parameters or of the model, or an optimizer; None: Adam
-    transforms=None,  # of a patch, in place of `augment`: a function of (x, labels), or a transform of MONAI or TorchIO
-    callbacks=(),  # objects or functions that follow the run, see `your_own_parts`
-    sampling=None,  # function of (labels, generator) that returns the centre of a patch; None: see `cut_patch`
-) -> list:  # rows of metrics.csv, fewer than epochs if it was stopped
-    "Train, validate and save, in this process or as one of several; raises `InputError` before anything is written"
-    require(
-        isinstance(resume, bool),
-        f"resume is {type(resume).__name__}. Give True or False, and the parts of the run by their names, as in model=...",
-    )
-    rank, out = ranks()[0], Path(config.out)
-    parts = Parts(model, loss, optimizer, transforms, sampling)
-    listeners = Listeners(callbacks, rank == 0)
+def _precision_notes(settings, device):
+    "Lines for the log about the precision"
+    notes = [f"precision {settings.precision}"]
+    if settings.precision == "bf16" and best_precision(device) != "bf16":
+        notes.append(
+            "this CPU computes bfloat16 by emulation: --precision fp32 is several times faster"
+        )
+    return notes
+
+
+def _first_notes(run, notes, resumed):
+    "Lines at the beginning of the log; `notes` are those about the data"
+    lines = _preset_notes(run.settings)
+    lines += _part_notes(run.parts, run.optimizer)
+    lines += notes
+    lines += _precision_notes(run.settings, run.device)
+    lines += run.notes
+    if resumed:
+        lines.append(f"resumed after epoch {len(run.rows)}, step {run.step}")
+    return lines
+
+# %% ../../nbs/2_practice/train.ipynb #d0ec76e5
+_CPU = torch.device("cpu")
+
+
+def _begin_run(config, resume, device, parts, quiet):
+    "The run, ready to train, lines for the log, and the lock of its folder"
     settings = parts.settle(config)
     keep_memory()
-    emulated = _checked(settings, resume, device)
+    _check_before_reading(settings, resume, device)
 
     def check(settings, task, train):
         try_parts(parts, settings, task, train, device, not resume)
 
-    task, train, val, notes, state, lock = begin(
-        settings, resume, quiet, parts.names(), check if parts.names() else None
-    )
-    run = Run(settings, task, train, val, device, state, parts)
+    names = parts.names()
+    begun = begin(settings, resume, quiet, names, check if names else None)
+    data, state = begun.data, begun.state
+    run = Run(settings, data.task, data.train, data.val, device, state, parts)
     if state:
         run.load(state)
-    bar = tqdm(
-        total=settings.epochs * len(run.batches),
-        initial=run.steps,
-        desc="training",
-        disable=quiet or rank > 0,
+    return run, _first_notes(run, data.notes, resumed=bool(state)), begun.lock
+
+
+def fit(
+    config: Settings,  # of the run; it stays as it is
+    resume: bool = False,  # continue the run in config.out
+    device: torch.device = _CPU,  # where it runs
+    on_step: Callable | None = None,  # called after each step with its loss terms
+    on_epoch: Callable | None = None,  # called with its row, the network and the validation cases
+    quiet: bool = False,  # no progress bar, messages to log.txt alone
+    stop: Callable[[], object] = _never,  # called after each step and case: save and stop?
+    model: Any = None,  # network, or function of (in_channels, out_channels)
+    loss: Callable | None = None,  # function of (output, target) or (output, target, keys)
+    optimizer: Any = None,  # function of the parameters or of the model, or an optimizer
+    transforms: Callable | None = None,  # of a patch, in place of `augment`: of (x, labels)
+    callbacks: Sequence = (),  # objects or functions that follow the run, see `your_own_parts`
+    sampling: Callable | None = None,  # (labels, generator) -> centre of a patch, see `cut_patch`
+) -> list:  # rows of metrics.csv, fewer than epochs if it was stopped
+    """Train, validate and save; raises `InputError` before anything is written
+
+    It is one of several processes, or the only one. Without `model`, `loss`, `optimizer` and
+    `transforms` the run has the network, the losses and the augmentation of its settings, and Adam.
+    Without `sampling` half of the patches lie around a voxel that has a label.
+    """
+    require(
+        isinstance(resume, bool),
+        f"resume is {type(resume).__name__}. "
+        "Give True or False, and the parts of the run by their names, as in model=...",
     )
-    log = _logger(out, bar) if rank == 0 else lambda text: None
-    for note in [
-        *_preset_notes(settings),
-        *_part_notes(parts, run.optimizer),
-        *notes,
-        f"precision {settings.precision}",
-        *emulated,
-        *run.notes,
-        *([f"resumed after epoch {len(run.rows)}, step {run.step}"] if state else []),
-    ]:
-        log(note)
-    if rank == 0:
-        write_csv(
-            out / "metrics.csv", run.rows
-        )  # a run may have been killed between a checkpoint and its table
-    saved, done = time.monotonic(), True
-
-    def due():
-        nonlocal saved
-        if time.monotonic() - saved < 60 * settings.save_minutes or rank > 0:
-            return False
-        saved = time.monotonic()
-        return True
-
-    steps = itertools.count(run.steps)
-
-    def tick(terms):
-        bar.update()
-        if on_step:
-            on_step(terms)
-        listeners.fire("on_step", run, next(steps), terms)
-
-    def enough():
-        return stop() or bool(listeners.asked)
-
+    parts = Parts(model, loss, optimizer, transforms, sampling)
+    calls = _Calls(on_step, on_epoch, stop, Listeners(callbacks, ranks()[0] == 0))
+    run, notes, lock = _begin_run(config, resume, device, parts, quiet)
+    session = _Session(run, calls, quiet)
+    for note in notes:
+        session.log(note)
+    if session.is_first:  # a run may have been killed between a checkpoint and its table
+        write_csv(session.out / "metrics.csv", run.rows)
     try:
-        listeners.fire("on_start", run)
-        early = _anyone_asks(listeners, device)
-        while done and not early and len(run.rows) < settings.epochs:
-            start = time.monotonic()
-            done, waited = run.train_epoch(due, enough, tick)
-            dice = run.validate(enough) if done else None
-            if done and not dice:
-                run.save()
-            if not dice:
-                done = False
-                break
-            run.finish_epoch(dice)
-            row = run.rows[-1]
-            log(
-                f"epoch {len(run.rows)}/{settings.epochs} loss {row['total']:.4f} dice {dice['mean']:.4f} best {run.best:.4f} {time.monotonic() - start:.1f} s, {waited:.1%} of the steps' time waiting for data"
-                + f", {row['skipped']} steps skipped" * (row["skipped"] > 0)
-            )
-            for text in [*run.complaints(), *run.dead_gates()]:
-                log(text)
-            if on_epoch:
-                on_epoch(row, run.whole, val)
-            listeners.fire("on_epoch", run, row["epoch"], row)
-            early = _anyone_asks(listeners, device)
-        if early and len(run.rows) < settings.epochs:
-            log(
-                f"stopped after epoch {len(run.rows)} by {', '.join(listeners.asked)}; all of it is safe in {out}, go on with --resume"
-            )
-        if not done:
-            log(
-                f"stopped in epoch {len(run.rows) + 1} after step {run.step}; all of it is safe in {out}, go on with --resume"
-            )
+        session.train()
     except KeyboardInterrupt:
-        log(f"stopped at once; the last checkpoint is safe in {out}, go on with --resume")
+        last = f"the last checkpoint is safe in {session.out}"
+        session.log(f"stopped at once; {last}, go on with --resume")
         raise
     finally:
-        bar.close()
-        if lock:
-            lock.release()
-            plot_curves(out / "curves.png", run.rows)
-        listeners.fire("on_end", run)
+        session.close(lock)
     return run.rows

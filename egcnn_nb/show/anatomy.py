@@ -7,9 +7,12 @@ __all__ = ['PRETRAINED', 'costs_by_part', 'drawing', 'pretrained']
 
 # %% ../../nbs/4_inside/anatomy.ipynb #e8217b74
 import copy
+from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from safetensors.torch import load
@@ -22,124 +25,247 @@ from ..method.egcnn import EGCNN
 from ..method.features import listen
 
 # %% ../../nbs/4_inside/anatomy.ipynb #1b9860ca
+_LAST_PART = "edge head, fusion"
+
+
+def _multiply_adds(model, x):
+    "Multiply-adds of every module that is called for this input: dotted name -> number"
+    twin = copy.deepcopy(model).to("meta")
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        twin(x.to("meta"))
+    counts = counter.get_flop_counts()
+    return {name: sum(operations.values()) // 2 for name, operations in counts.items()}
+
+
+def _adds_of(model, adds, name):
+    "Multiply-adds of a module; a list of modules is not called itself, so its members are added"
+    key = f"{type(model).__name__}.{name}"
+    if key in adds:
+        return adds[key]
+    children = model.get_submodule(name).named_children()
+    return sum(_adds_of(model, adds, f"{name}.{child}") for child, _ in children)
+
+
+def _parameters(model, names):
+    "Number of parameters in the named modules"
+    count = 0
+    for name in names:
+        count += sum(p.numel() for p in model.get_submodule(name).parameters())
+    return count
+
+
+def _parts(model):
+    "Part of the network -> names of its modules"
+    parts = {name: [f"main.{name}"] for name, _ in model.main.named_children()}
+    for i, _ in enumerate(model.edge.gates):
+        parts[f"gate {i}"] = [f"edge.blocks.{i}", f"edge.halves.{i}", f"edge.gates.{i}"]
+    parts[_LAST_PART] = ["edge.last", "edge.head", "fusion"]
+    return parts
+
+
 def costs_by_part(
     model: EGCNN,  # around any network
     x: Tensor,  # an input (B,C,D,H,W); only its shape is used
 ) -> dict:  # part -> {"parameters", "multiply_adds"}
-    "What each part of the main stream and each step of the edge stream costs for this input (our choice: convolutions are counted)"
-    twin, x = copy.deepcopy(model).to("meta"), x.to("meta")
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        twin(x)
-    flops = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
-
-    def adds(name):  # a list of modules is not called itself: its members are
-        key = f"{type(model).__name__}.{name}"
-        return (
-            flops[key]
-            if key in flops
-            else sum(
-                adds(f"{name}.{child}") for child, _ in model.get_submodule(name).named_children()
-            )
-        )
-
-    cost = lambda names: {
-        "parameters": sum(p.numel() for n in names for p in model.get_submodule(n).parameters()),
-        "multiply_adds": sum(map(adds, names)),
-    }
-    groups = {n: [f"main.{n}"] for n, _ in model.main.named_children()}
-    groups |= {
-        f"gate {i}": [f"edge.{kind}.{i}" for kind in ("blocks", "halves", "gates")]
-        for i in range(len(model.edge.gates))
-    }
-    found = {
-        part: cost(names)
-        for part, names in {
-            **groups,
-            "edge head, fusion": ["edge.last", "edge.head", "fusion"],
-        }.items()
-    }
-    found["edge head, fusion"]["multiply_adds"] += flops[type(model).__name__] - sum(
-        c["multiply_adds"] for c in found.values()
-    )  # done in one, see `EdgeStream.project`
-    return found
+    "What each part of the network costs for this input (our choice: convolutions are counted)"
+    adds = _multiply_adds(model, x)
+    costs = {}
+    for part, names in _parts(model).items():
+        costs[part] = {
+            "parameters": _parameters(model, names),
+            "multiply_adds": sum(_adds_of(model, adds, name) for name in names),
+        }
+    # edge head and fusion are computed in one convolution, outside of any module: the rest is theirs
+    counted = sum(cost["multiply_adds"] for cost in costs.values())
+    costs[_LAST_PART]["multiply_adds"] += adds[type(model).__name__] - counted
+    return costs
 
 # %% ../../nbs/4_inside/anatomy.ipynb #f77fb8ca
 def _shapes(model, x):
-    "Name -> shape (C,D,H,W) of each feature that the edge stream hears"
-    twin = copy.deepcopy(model.main).to("meta")
-    with (
-        torch.no_grad(),
-        listen(twin, {*dict(model.found["encoder"]), model.found["entry"][0]}) as seen,
-    ):
+    "Name -> shape (C,D,H,W) of each feature that the edge stream reads"
+    names = {name for name, _ in model.found["encoder"]}
+    entry, *_ = model.found["entry"]
+    names.add(entry)
+    twin = copy.deepcopy(model.main)
+    twin.to("meta")
+    with torch.no_grad(), listen(twin, names) as seen:
         twin(x.to("meta"))
-    return {n: tuple(t.shape[1:]) for n, t in seen.items()}
+    return {name: tuple(feature.shape[1:]) for name, feature in seen.items()}
 
 
-def _box(ax, x, y, name, shape, colour):
-    "A labelled box around (x, y); a long name keeps its ends"
-    name = name if len(name) < 19 or not shape else f"{name[:6]}…{name[-11:]}"
-    text = f"{name}\n{shape[0]} × {'×'.join(map(str, shape[1:]))}" if shape else name
-    ax.text(
-        x,
-        y,
-        text,
-        ha="center",
-        va="center",
-        fontsize=8,
-        bbox=dict(boxstyle="round,pad=.4", fc=to_rgb(colour) + (0.45,), ec="#444444"),
-    )
+def _box(ax, place, text, colour):
+    "A box with text around a place (x, y)"
+    pale = (*to_rgb(colour), 0.45)
+    frame = dict(boxstyle="round,pad=.4", fc=pale, ec="#444444")
+    style = dict(ha="center", va="center", fontsize=8)
+    ax.text(*place, text, bbox=frame, **style)
+
+
+def _feature_text(name, shape):
+    "Name and shape (C,D,H,W) of a feature; a long name keeps its ends"
+    if len(name) >= 19:
+        start = name[:6]
+        end = name[-11:]
+        name = f"{start}…{end}"
+    channels, *size = shape
+    space = "×".join(map(str, size))
+    return f"{name}\n{channels} × {space}"
 
 
 def _arrow(ax, start, end, colour, bend=0.0):
     "An arrow from box to box: sideways where they stand side by side, else up or down"
-    (x, y), (u, v) = start, end
-    dx, dy = (0.42, 0) if abs(u - x) > 1 else (0, 0.27 if v > y else -0.27)
-    ax.annotate(
-        "",
-        (u - dx, v - dy),
-        (x + dx, y + dy),
-        arrowprops=dict(
-            arrowstyle="-|>", color=colour, shrinkA=0, shrinkB=0, connectionstyle=f"arc3,rad={bend}"
-        ),
+    (x0, y0), (x1, y1) = start, end
+    if abs(x1 - x0) > 1:
+        dx, dy = 0.42, 0
+    else:
+        dx, dy = 0, 0.27 if y1 > y0 else -0.27
+    style = dict(
+        arrowstyle="-|>",
+        color=colour,
+        shrinkA=0,
+        shrinkB=0,
+        connectionstyle=f"arc3,rad={bend}",
     )
+    ax.annotate("", (x1 - dx, y1 - dy), (x0 + dx, y0 + dy), arrowprops=style)
 
 # %% ../../nbs/4_inside/anatomy.ipynb #1bc11f8d
-def _streams(ax, model, x):
+_MAIN = COLOURS["prediction"]
+_EDGE = COLOURS["edge"]
+_ENCODER, _DECODER, _GATES = 0, 1.5, 3  # columns of the diagram
+_LOGITS = 1  # row of both logits; the finest resolution is at 0, coarser ones are below
+
+
+@dataclass
+class _Diagram:
     "Main stream on the left, edge stream on the right, resolution from top to bottom"
-    encoder, shapes, m, e = (
-        model.found["encoder"],
-        _shapes(model, x),
-        COLOURS["prediction"],
-        COLOURS["edge"],
-    )
-    level = {shapes[n][1:]: -r for r, (n, _) in enumerate(encoder)}
-    for n, _ in encoder:
-        _box(ax, 0, level[shapes[n][1:]], n, shapes[n], m)
-    for (a, _), (b, _) in zip(encoder, encoder[1:]):
-        _arrow(ax, (0, level[shapes[a][1:]]), (0, level[shapes[b][1:]]), m)
-    entry, deep = model.found["entry"][0], (0, level[shapes[encoder[-1][0]][1:]])
-    at = (1.5, level.get(shapes[entry][1:], deep[1] + 1))
-    _box(ax, *at, entry, shapes[entry], m)
-    _arrow(ax, deep, at, m)
-    _box(ax, 1.5, 1, f"main logits\n{model.found['out_channels']} channels", None, m)
-    _arrow(ax, at, (1.5, 1), m)
-    gates = [(3, level[shapes[n][1:]]) for n in model.gated]
-    _arrow(ax, deep if model.entry == encoder[-1][0] else at, gates[0], e)
-    for i, (n, g) in enumerate(zip(model.gated, gates)):
-        _box(ax, *g, f"gate {i}", (model.edge.gates[i].conv_e.in_channels, *shapes[n][1:]), e)
-        _arrow(ax, (0, g[1]), g, m, -0.12)
-    for a, b in zip(gates, gates[1:]):
-        _arrow(ax, a, b, e)
-    _box(ax, 3, 1, f"edge logits\n{model.edge.head.out_channels} channels", None, e)
-    _arrow(ax, gates[-1], (3, 1), e)
-    _box(ax, 2.25, 1.9, "fusion: logits", None, COLOURS["truth"])
-    _arrow(ax, (1.5, 1), (2.25, 1.9), m)
-    _arrow(ax, (3, 1), (2.25, 1.9), e)
-    for column, title, colour in ((0, "encoder", m), (1.5, "decoder", m), (3, "edge stream", e)):
-        ax.text(column, deep[1] - 0.55, title, ha="center", fontsize=9, color=colour, weight="bold")
-    ax.set(xlim=(-0.6, 3.6), ylim=(deep[1] - 0.7, 2.3))
-    ax.axis("off")
+
+    ax: Axes
+    model: EGCNN
+    shapes: dict  # name -> (C,D,H,W), of `_shapes`
+
+    def __post_init__(self):
+        found = self.model.found
+        self.encoder = [name for name, _ in found["encoder"]]
+        self.entry = found["entry"][0]
+        self.rows = {}  # spatial size -> height in the diagram
+        for row, name in enumerate(self.encoder):
+            size = self.size(name)
+            self.rows[size] = -row
+        deepest = self.encoder[-1]
+        self.bottom = self.row(deepest)
+
+    def size(self, name):
+        "Spatial size of a feature"
+        _channels, *size = self.shapes[name]
+        return tuple(size)
+
+    def row(self, name):
+        "Height at which a feature of the encoder stands"
+        size = self.size(name)
+        return self.rows[size]
+
+    def feature(self, place, name, colour):
+        "The box of a feature"
+        shape = self.shapes[name]
+        text = _feature_text(name, shape)
+        _box(self.ax, place, text, colour)
+
+    def chain(self, places, colour):
+        "Arrows from each place to the next"
+        for start, end in zip(places, places[1:], strict=False):
+            _arrow(self.ax, start, end, colour)
+
+    def draw_encoder(self):
+        "The encoder from fine to coarse"
+        places = [(_ENCODER, self.row(name)) for name in self.encoder]
+        for place, name in zip(places, self.encoder, strict=True):
+            self.feature(place, name, _MAIN)
+        self.chain(places, _MAIN)
+        return places[-1]
+
+    def draw_decoder(self, deepest):
+        "From the deepest feature by the one where the edge stream begins to the main logits"
+        ax = self.ax
+        entry = (_DECODER, self.rows.get(self.size(self.entry), self.bottom + 1))
+        logits = (_DECODER, _LOGITS)
+        self.feature(entry, self.entry, _MAIN)
+        _arrow(ax, deepest, entry, _MAIN)
+        text = f"main logits\n{self.model.found['out_channels']} channels"
+        _box(ax, logits, text, _MAIN)
+        _arrow(ax, entry, logits, _MAIN)
+        return entry, logits
+
+    def draw_gates(self, start):
+        "The gates from coarse to fine, each fed by the encoder, and the edge logits"
+        ax = self.ax
+        names = self.model.gated
+        places = [(_GATES, self.row(name)) for name in names]
+        logits = (_GATES, _LOGITS)
+        _arrow(ax, start, places[0], _EDGE)
+        for i, (name, place) in enumerate(zip(names, places, strict=True)):
+            gate: Any = self.model.edge.gates[i]
+            shape = (gate.conv_e.in_channels, *self.size(name))
+            text = _feature_text(f"gate {i}", shape)
+            _box(ax, place, text, _EDGE)
+            _arrow(ax, (_ENCODER, place[1]), place, _MAIN, bend=-0.12)
+        self.chain(places, _EDGE)
+        text = f"edge logits\n{self.model.edge.head.out_channels} channels"
+        _box(ax, logits, text, _EDGE)
+        _arrow(ax, places[-1], logits, _EDGE)
+        return logits
+
+    def draw_fusion(self, main_logits, edge_logits):
+        "Both logits meet"
+        ax = self.ax
+        fusion = (2.25, 1.9)
+        _box(ax, fusion, "fusion: logits", COLOURS["truth"])
+        _arrow(ax, main_logits, fusion, _MAIN)
+        _arrow(ax, edge_logits, fusion, _EDGE)
+
+    def draw_titles(self):
+        "The name of each column, below it"
+        columns = (
+            (_ENCODER, "encoder", _MAIN),
+            (_DECODER, "decoder", _MAIN),
+            (_GATES, "edge stream", _EDGE),
+        )
+        style: dict = dict(ha="center", fontsize=9, weight="bold")
+        for column, title, colour in columns:
+            self.ax.text(column, self.bottom - 0.55, title, color=colour, **style)
+
+    def draw(self):
+        "All of it"
+        deepest = self.draw_encoder()
+        entry, main_logits = self.draw_decoder(deepest)
+        from_encoder = self.model.entry == self.encoder[-1]
+        edge_logits = self.draw_gates(deepest if from_encoder else entry)
+        self.draw_fusion(main_logits, edge_logits)
+        self.draw_titles()
+        self.ax.set(xlim=(-0.6, 3.6), ylim=(self.bottom - 0.7, 2.3))
+        self.ax.axis("off")
+
+
+def _part_colour(part):
+    "Colour of a part's bar: edge stream, fusion or main stream"
+    if part.startswith(("gate", "edge")):
+        return _EDGE
+    return COLOURS["truth"] if part == "fusion" else _MAIN
+
+
+def _draw_bars(ax, costs, what, unit):
+    "One kind of cost as a bar for each part, and the share of edge stream and fusion"
+    values = {part: cost[what] for part, cost in costs.items()}
+    total = sum(values.values())
+    added = [v for part, v in values.items() if part.startswith(("gate", "edge", "fusion"))]
+    share = sum(added) / total
+    colours = [_part_colour(part) for part in values]
+    ax.barh(list(values), list(values.values()), color=colours)
+    ax.set_title(f"{unit}: {total:.3g}\nedge stream and fusion {share:.1%}", fontsize=9)
+    ax.invert_yaxis()
+    ax.tick_params(labelsize=8)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
 
 
 def drawing(
@@ -147,56 +273,29 @@ def drawing(
     x: Tensor,  # an input (B,C,D,H,W); only its shape is used
 ) -> Figure:
     "The network as it is: what feeds what, the live shapes, and what each part costs"
-    fig = Figure(figsize=(11, 1.6 + 0.95 * len(model.found["encoder"])), layout="constrained")
-    ax, a, b = fig.subplots(1, 3, width_ratios=(3, 1, 1))
-    _streams(ax, model, x)
-    cost = costs_by_part(model, x)
-    for bars, what, unit in (
-        (a, "parameters", "parameters"),
-        (b, "multiply_adds", "multiply-adds"),
-    ):
-        values = [c[what] for c in cost.values()]
-        total = sum(values)
-        edge = sum(v for n, v in zip(cost, values) if n.startswith(("gate", "edge", "fusion")))
-        bars.barh(
-            list(cost),
-            values,
-            color=[
-                COLOURS[
-                    "edge"
-                    if n.startswith(("gate", "edge"))
-                    else "truth"
-                    if n == "fusion"
-                    else "prediction"
-                ]
-                for n in cost
-            ],
-        )
-        bars.set_title(
-            f"{unit}: {total:.3g}\nedge stream and fusion {edge / total:.1%}", fontsize=9
-        )
-        bars.invert_yaxis()
-        bars.tick_params(labelsize=8)
-        for side in ("top", "right"):
-            bars.spines[side].set_visible(False)
-    b.set_yticklabels([])
+    height = 1.6 + 0.95 * len(model.found["encoder"])
+    fig = Figure(figsize=(11, height), layout="constrained")
+    diagram, parameters, adds = fig.subplots(1, 3, width_ratios=(3, 1, 1))
+    _Diagram(diagram, model, _shapes(model, x)).draw()
+    costs = costs_by_part(model, x)
+    _draw_bars(parameters, costs, "parameters", "parameters")
+    _draw_bars(adds, costs, "multiply_adds", "multiply-adds")
+    adds.set_yticklabels([])
     return fig
 
 # %% ../../nbs/4_inside/anatomy.ipynb #4ed2b5ca
-PRETRAINED = (
-    files("egcnn_nb") / "pretrained"
-)  # run folders of the networks that ship with the package
+# run folders of the networks that ship with the package
+PRETRAINED = files("egcnn_nb") / "pretrained"
 
 
 def pretrained(
     name: str = "eg",  # "eg", "eg_no_relu" or "bare"
-) -> (
-    nn.Module
-):  # EGCNN or SegNet, in evaluation mode; input (B,4,D,H,W), the channels of BraTS, z-scored
+) -> nn.Module:  # EGCNN or SegNet in evaluation mode; input (B,4,D,H,W): BraTS, z-scored
     "A small network trained on brain phantoms, one logit per nested region (`tools/pretrain.py`)"
     expect(name in ("eg", "eg_no_relu", "bare"), "name", repr(name), "'eg', 'eg_no_relu' or 'bare'")
     net = SegNet(4, 3, width=8, levels=3)
     if name != "bare":
         net = EGCNN(net, activation="sigmoid", attention_relu=name == "eg")
-    net.load_state_dict(load((PRETRAINED / name / "model.safetensors").read_bytes()))
+    weights = (PRETRAINED / name / "model.safetensors").read_bytes()
+    net.load_state_dict(load(weights))
     return net.eval()

@@ -9,11 +9,10 @@ __all__ = ['snapshot', 'draw_snapshot', 'label_legend', 'Dashboard']
 import threading
 import time
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
-from ipywidgets import Button, FloatSlider, HBox
+from ipywidgets import FloatSlider, HBox
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -29,81 +28,105 @@ from ..run.models import autocast, best_device, home_of
 from ..run.settings import Settings
 from ..run.steps import draw_curves, read_metrics
 from ..run.training import fit
-from .explorers import Explorer
+from .explorers import Explorer, push_button
 from ..tensors import probabilities, resize, to_labels
 
 # %% ../../nbs/2_practice/watch_a_run.ipynb #5fc7c44a
+def _patch_in_foreground(labels, patch_size):
+    "Slices of a patch around the middle of the foreground, moved to lie inside of the case"
+    spots = labels.nonzero().float()
+    if len(spots):
+        middle = spots.median(0).values
+    else:
+        middle = torch.tensor(labels.shape) / 2
+    where = []
+    for centre, length, size in zip(middle, patch_size, labels.shape, strict=True):
+        start = int(centre) - length // 2
+        start = max(0, min(start, size - length))
+        where.append(slice(start, start + length))
+    return tuple(where)
+
+
+def _outputs(model, x, settings):
+    "Fused logits, edge logits and attention maps of a patch; None for what a bare network lacks"
+    with torch.no_grad(), evaluating(model), autocast(settings.precision, x.device):
+        if settings.edge:
+            return model(x, return_attention=True)
+        return model(x), None, None
+
+
 def snapshot(
     model: nn.Module,  # EGCNN or a bare network
     case,  # Loaded, with labels
     task: Task,  # of the dataset
     settings: Settings,  # of the run
-) -> dict:  # name -> array (D,H,W): "image", "truth", "prediction", and with an edge stream "edge", "attention"
-    "What the network says now about one patch, around the middle of the foreground"
-    spots = case.labels.nonzero().float()
-    middle = spots.median(0).values if len(spots) else torch.tensor(case.labels.shape) / 2
-    patch_size = cast(tuple, settings.patch_size)
-    where = tuple(
-        slice(s := max(0, min(int(c) - p // 2, n - p)), s + p)
-        for c, p, n in zip(middle, patch_size, case.labels.shape)
-    )
+) -> dict:  # "image", "truth", "prediction"; of an edge stream "edge", "attention": arrays (D,H,W)
+    "What the network predicts for one patch, around the middle of the foreground"
+    patch_size = settings.patch_size or case.labels.shape
+    where = _patch_in_foreground(case.labels, patch_size)
     x, inside = fill(case.x[(slice(None), *where)], patch_size)
     x = x[None].to(home_of(model).device)
-    with torch.no_grad(), evaluating(model), autocast(settings.precision, x.device):
-        logits, *edges = model(x, return_attention=True) if settings.edge else (model(x),)
-    shown = {
-        "image": x[0, -1],
-        "prediction": to_labels(probabilities(logits.float(), task.activation), task)[0],
-    }
-    if edges:
-        shown |= {
-            "edge": edges[0][0].float().sigmoid().amax(0),
-            "attention": resize(edges[1][-1].float(), x.shape[2:])[0].mean(0),
-        }
-    return {
-        "truth": np.asarray(case.labels[where]),
-        **{name: np.asarray(t[inside].cpu()) for name, t in shown.items()},
-    }
+    logits, edge_logits, alphas = _outputs(model, x, settings)
+    prob = probabilities(logits.float(), task.activation)
+    maps = {"image": x[0, -1], "prediction": to_labels(prob, task)[0]}
+    if edge_logits is not None and alphas is not None:
+        edge_prob = edge_logits[0].float().sigmoid()
+        finest_alpha = resize(alphas[-1].float(), x.shape[2:])
+        maps["edge"] = edge_prob.amax(0)
+        maps["attention"] = finest_alpha[0].mean(0)
+    shown = {"truth": np.asarray(case.labels[where])}
+    for name, values in maps.items():
+        shown[name] = np.asarray(values[inside].cpu())
+    return shown
 
 # %% ../../nbs/2_practice/watch_a_run.ipynb #a183ff0f
+def _draw_labels(ax, labels):
+    "Each label value of a slice in its colour, over what is there"
+    foreground = labels[labels > 0]
+    for value in np.unique(foreground):
+        colour = COLOURS.get(int(value), COLOURS["prediction"])
+        region = np.ma.masked_not_equal(labels, value)
+        one_colour = ListedColormap([colour])
+        ax.imshow(region, cmap=one_colour, alpha=0.6, origin="lower")
+
+
+def _draw_map(ax, name, maps):
+    "One map of a slice, with the truth outlined"
+    from_0_to_1 = dict(vmin=0, vmax=1, origin="lower")
+    if name == "edge":
+        ax.imshow(maps["edge"], cmap="inferno", **from_0_to_1)
+    elif name == "attention":
+        computed = np.ma.masked_equal(maps["attention"], 0)
+        ax.imshow(computed, cmap="magma", **from_0_to_1)
+    else:
+        ax.imshow(maps["image"], cmap="gray", origin="lower")
+    if name == "prediction":
+        _draw_labels(ax, maps["prediction"])
+    foreground = maps["truth"] > 0
+    if foreground.any():
+        ax.contour(foreground, [0.5], colors=COLOURS["truth"], linewidths=1)
+
+
 def draw_snapshot(
     axes,  # matplotlib axes, one for each of image, prediction, edge, attention
     shown: dict,  # of `snapshot`
     at: float,  # slice along k, 0 to 1
     outline: str = "truth",  # what the green outline is
 ) -> None:
-    "One slice of a snapshot, an outline over it; without an edge stream two axes stay empty; where no attention was computed it is white"
+    "One slice of a snapshot; an axes stays empty without its map, white is where α is unknown"
     k = round(at * (shown["image"].shape[-1] - 1))
-    cut = {n: a[..., k].T for n, a in shown.items()}
-    for ax, name, title in zip(
-        axes,
-        ("image", "prediction", "edge", "attention"),
-        (f"image, {outline}", "prediction", "predicted edge", "attention α, 0 to 1"),
-    ):
+    maps = {name: a[..., k].T for name, a in shown.items()}
+    titles = {
+        "image": f"image, {outline}",
+        "prediction": "prediction",
+        "edge": "predicted edge",
+        "attention": "attention α, 0 to 1",
+    }
+    for ax, (name, title) in zip(axes, titles.items(), strict=True):
         ax.axis("off")
-        if name not in cut:
-            continue
-        if name in ("image", "prediction"):
-            ax.imshow(cut["image"], cmap="gray", origin="lower")
-        else:
-            ax.imshow(
-                np.ma.masked_equal(cut[name], 0) if name == "attention" else cut[name],
-                cmap="inferno" if name == "edge" else "magma",
-                vmin=0,
-                vmax=1,
-                origin="lower",
-            )
-        if name == "prediction":
-            for v in filter(None, np.unique(shown[name])):
-                ax.imshow(
-                    np.ma.masked_not_equal(cut[name], v),
-                    cmap=ListedColormap([COLOURS.get(int(v), COLOURS["prediction"])]),
-                    alpha=0.6,
-                    origin="lower",
-                )
-        if (cut["truth"] > 0).any():
-            ax.contour(cut["truth"] > 0, [0.5], colors=COLOURS["truth"], linewidths=1)
-        ax.set_title(title, fontsize=9)
+        if name in maps:
+            _draw_map(ax, name, maps)
+            ax.set_title(title, fontsize=9)
 
 
 def label_legend(
@@ -112,61 +135,64 @@ def label_legend(
     outline: str = "outline of the truth",  # what the green line is
 ) -> None:
     "The colours of the labels by name"
-    shown = [
-        Patch(color=COLOURS.get(v, COLOURS["prediction"]), label=n)
-        for v, n in task.labels.items()
-        if v
-    ]
+    handles = []
+    for value, name in task.labels.items():
+        if value != 0:
+            colour = COLOURS.get(value, COLOURS["prediction"])
+            handles.append(Patch(color=colour, label=name))
+    handles.append(Line2D([], [], color=COLOURS["truth"], label=outline))
     fig.legend(
-        handles=[*shown, Line2D([], [], color=COLOURS["truth"], label=outline)],
+        handles=handles,
         loc="outside lower center",
-        ncols=len(shown) + 1,
+        ncols=len(handles),
         frameon=False,
         fontsize=9,
     )
 
 # %% ../../nbs/2_practice/watch_a_run.ipynb #a3e9191a
+def _draw_learning_rate(ax, rows):
+    "Learning rate against the epoch"
+    epochs = [row["epoch"] + 1 for row in rows]
+    rates = [row["lr"] for row in rows]
+    ax.plot(epochs, rates, ".-", color=COLOURS["edge"])
+    ax.set(title="learning rate", xlabel="epoch")
+    ax.grid(alpha=0.3)
+    ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+
+
 class Dashboard(Explorer):
-    "A run in a thread of its own: curves, one slice after each epoch, and buttons that hold, stop and take it up again"
+    "A run in a thread of its own: curves, a slice after each epoch, and start, pause and stop"
 
     def __init__(
         self,
         settings: Settings,  # of the run
         resume: bool = False,  # begin with a run that is already in settings.out
     ):
-        self.settings, self.resume, self.rows, self.shown, self.message, self.thread = (
-            settings,
-            resume,
-            [],
-            {},
-            "press start",
-            None,
-        )
-        self.steps, self.epochs, self.busy, self.told, self.paused, self.stopped = (
-            0,
-            0,
-            0.0,
-            0.0,
-            threading.Event(),
-            threading.Event(),
-        )
+        self.settings = settings
+        self.resume = resume
+        self.rows = []  # of metrics.csv
+        self.shown = {}  # of `snapshot`, after the last epoch
+        self.message = "press start"
+        self.thread = None
+        self.steps = 0  # of this dashboard
+        self.epochs = 0  # of this dashboard
+        self.busy = 0.0  # seconds of training, without pauses
+        self.told = 0.0  # time at which the line below was written
+        self.paused = threading.Event()
+        self.stopped = threading.Event()
         self.buttons = {
-            n: Button(description=n, tooltip=t)
-            for n, t in (
-                ("start", "begin, or go on"),
-                ("pause", "hold between two steps"),
-                ("stop", "save and end after this step"),
-            )
+            "start": push_button("start", "begin, or go on", self.start),
+            "pause": push_button("pause", "hold between two steps", self.pause),
+            "stop": push_button("stop", "save and end after this step", self.stop),
         }
-        at = FloatSlider(0.5, min=0, max=1, step=0.02, description="slice")
         super().__init__(
             self.picture,
-            {"at": at},
-            "loss terms, Dice and learning rate of a run, and a slice with prediction, edge and attention",
+            {"at": FloatSlider(0.5, min=0, max=1, step=0.02, description="slice")},
+            "loss terms, Dice and learning rate of a run, "
+            "and a slice with prediction, edge and attention",
             tell=self.status,
         )
-        for name, button in self.buttons.items():
-            button.on_click(lambda _, act=getattr(self, name): act())
         self.children = [HBox(list(self.buttons.values())), *self.children]
 
     def picture(
@@ -178,23 +204,12 @@ class Dashboard(Explorer):
         if not self.rows:
             fig.text(0.01, 0.4, "curves and pictures appear after the first epoch")
             return fig
-        axes = fig.subplots(2, 4)
-        for ax in axes.flat:
-            ax.axis("off")
-        for ax in axes[0, :3]:
-            ax.axis("on")
-        draw_curves(axes[0, 0], axes[0, 1], self.rows)
-        axes[0, 2].plot(
-            [r["epoch"] + 1 for r in self.rows],
-            [r["lr"] for r in self.rows],
-            ".-",
-            color=COLOURS["edge"],
-        )
-        axes[0, 2].set(title="learning rate", xlabel="epoch")
-        axes[0, 2].grid(alpha=0.3)
-        axes[0, 2].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-        axes[0, 2].xaxis.get_major_locator().set_params(integer=True)
-        draw_snapshot(axes[1], self.shown, at)
+        curves, maps = fig.subplots(2, 4)
+        losses, scores, rate, unused = curves
+        unused.axis("off")
+        draw_curves(losses, scores, self.rows)
+        _draw_learning_rate(rate, self.rows)
+        draw_snapshot(maps, self.shown, at)
         label_legend(fig, self.task)
         return fig
 
@@ -203,19 +218,21 @@ class Dashboard(Explorer):
         at: float,  # not used: the line is the same for each slice
     ) -> str:
         "The line below: state, epoch, step, time left"
-        done = f"epoch {len(self.rows)} of {self.settings.epochs} done, step {self.steps}"
-        left = (
-            f", about {(self.settings.epochs - len(self.rows)) * self.busy / self.epochs:.0f} s left"
-            if self.epochs
-            else ""
-        )
-        return f"<b>{self.message}</b> &middot; {done}{left}"
+        done = len(self.rows)
+        line = f"<b>{self.message}</b> &middot; epoch {done} of {self.settings.epochs} done"
+        line = f"{line}, step {self.steps}"
+        if self.epochs == 0:
+            return line
+        an_epoch = self.busy / self.epochs
+        left = (self.settings.epochs - done) * an_epoch
+        return f"{line}, about {left:.0f} s left"
 
     def start(self) -> None:
-        "Begin, go on after a pause, or take up a stopped run again"
+        "Begin, go on after a pause, or resume a stopped run"
         self.paused.clear()
         self.stopped.clear()
-        if self.thread is None or not self.thread.is_alive():
+        running = self.thread is not None and self.thread.is_alive()
+        if not running:
             self.thread = threading.Thread(target=self._train, daemon=True)
             self.thread.start()
 
@@ -224,22 +241,24 @@ class Dashboard(Explorer):
         self.paused.set()
 
     def stop(self) -> None:
-        "End the run after the step at hand; all of it is safe"
+        "Save the run and end it after the current step"
         self.stopped.set()
 
     def wait(self) -> "Dashboard":
-        "Until the run has ended"
+        "Wait until the run has ended"
         if self.thread:
             self.thread.join()
         return self
 
     def close(self) -> None:
-        "Stop the run, and leave no widget behind"
+        "Stop the run, and close the view"
         self.stop()
         super().close()
 
     def _train(self):
-        self.message, self.mark = "reading cases", time.time()
+        "Train until the run is finished or stopped: what the thread does"
+        self.message = "reading cases"
+        self.mark = time.time()
         try:
             self.task = find_dataset(self.settings.data).task
             rows = fit(
@@ -251,42 +270,47 @@ class Dashboard(Explorer):
                 quiet=True,
                 stop=self.stopped.is_set,
             )
-            self.message = (
-                "finished"
-                if len(rows) == self.settings.epochs
-                else f"stopped; all of it is safe in {self.settings.out}, start goes on from there"
-            )
+            self.message = self._outcome(rows)
         except InputError as e:
             self.message = str(e)
         except Exception as e:
             self.message = f"{type(e).__name__}: {e}"
-            raise  # the rest of the story goes to the log of the kernel
+            raise  # the traceback goes to the log of the kernel
         finally:
             self.redraw()
 
+    def _outcome(self, rows):
+        "How the run ended"
+        if len(rows) == self.settings.epochs:
+            return "finished"
+        return f"stopped; all of it is safe in {self.settings.out}, start goes on from there"
+
     def _step(self, terms):
-        self.resume, self.steps = True, self.steps + 1  # the run folder exists now
+        "After each step: count it, write the line below, and hold while the run is paused"
+        self.resume = True  # the run folder exists now
+        self.steps += 1
         self.busy += time.time() - self.mark
         self.message = f"training, loss {terms['total']:.3f}"
         if time.time() - self.told > 0.2:
-            self._say()
+            self._write_status()
         if self.paused.is_set():
             self.message = "paused"
-            self._say()
+            self._write_status()
         while self.paused.is_set() and not self.stopped.is_set():
             time.sleep(0.02)
         self.mark = time.time()
 
-    def _say(self):
+    def _write_status(self):
+        "Write the line below the picture"
         self.told = time.time()
         if self.tell:
             self.readout.value = self.tell(**self.values)
 
     def _epoch(self, row, model, val):
+        "After each epoch: read the metrics, take a snapshot, and draw"
         self.rows = read_metrics(self.settings.out)
         self.epochs += 1
-        settings, _ = settings_of_config(
-            read_config(Path(self.settings.out))
-        )  # with the patch size and precision of the run
+        config = read_config(Path(self.settings.out))  # with the run's patch size and precision
+        settings, _ = settings_of_config(config)
         self.shown = snapshot(model, val[0], self.task, settings)
         self.redraw()

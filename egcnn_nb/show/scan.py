@@ -7,9 +7,10 @@ __all__ = ['ScanExplorer']
 
 # %% ../../nbs/2_practice/your_own_scan.ipynb #a0138fee
 import html
+from pathlib import Path
 
 import numpy as np
-from ipywidgets import Button, Dropdown, FloatSlider, HBox, Text
+from ipywidgets import Dropdown, FloatSlider, HBox, Text
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -19,46 +20,59 @@ from ..run.inside import look_inside
 from ..run.predict import find_inputs, load_run
 from .anatomy import PRETRAINED
 from .dashboard import draw_snapshot, label_legend
-from .explorers import Explorer
+from .explorers import Explorer, push_button
 
 # %% ../../nbs/2_practice/your_own_scan.ipynb #9c56bbe9
+_SAVED = ("labels", "edge", "attention", "uncertainty")  # maps that are written beside the scan
+
+
 class ScanExplorer(Explorer):
-    "Prediction, edges, attention, uncertainty and volumes of a scan that the reader names"
+    "Prediction, edges, attention, uncertainty and volumes of a scan that you name"
 
     def __init__(
         self,
-        scan,  # a NIfTI file, or the folder of a case
+        scan: str | Path,  # a NIfTI file, or the folder of a case
         run=PRETRAINED / "eg",  # run folder of a trained network
     ):
-        self.seen, self.message = {}, "press predict"
+        self.seen = {}  # of `look_inside`; empty before the first prediction
+        self.message = "press predict"
         wide = {"layout": {"width": "60em"}, "style": {"description_width": "4em"}}
         self.paths = {
             "run": Text(str(run), description="run", **wide),
             "scan": Text(str(scan), description="scan", **wide),
         }
         self.buttons = {
-            n: Button(description=n, tooltip=t)
-            for n, t in (
-                ("predict", "run the network on the scan"),
-                ("save", "write the maps beside the scan"),
-            )
+            "predict": self._button("predict", "run the network on the scan", self.predict),
+            "save": self._button("save", "write the maps beside the scan", self.save),
         }
+        axes = [("i", 0), ("j", 1), ("k", 2)]
         controls = {
-            "plane": Dropdown(
-                options=[("i", 0), ("j", 1), ("k", 2)], value=2, description="cut along"
-            ),
+            "plane": Dropdown(options=axes, value=2, description="cut along"),
             "at": FloatSlider(0.5, min=0, max=1, step=0.01, description="slice"),
         }
         super().__init__(
             self.picture,
             controls,
             "a scan with prediction, predicted edge, attention and uncertainty",
-            tell=lambda **_: self.message,
+            tell=self.status,
             rows=[["plane", "at"]],
         )
-        for name, button in self.buttons.items():
-            button.on_click(lambda _, act=getattr(self, name): self.tried(act))
         self.children = [*self.paths.values(), HBox(list(self.buttons.values())), *self.children]
+
+    def _button(self, name, tooltip, act):
+        "A button that shows below the picture what is wrong with the input"
+
+        def pressed():
+            self.tried(act)
+
+        return push_button(name, tooltip, pressed)
+
+    def status(
+        self,
+        **values,  # of the controls, not used
+    ) -> str:  # HTML
+        "The line below: millilitres, or what happened last"
+        return self.message
 
     def picture(
         self,
@@ -66,29 +80,24 @@ class ScanExplorer(Explorer):
         at: float,  # slice, 0 to 1
     ) -> Figure:
         "Five maps of one slice"
-        fig = Figure(
-            figsize=(12, 3.3 if self.seen else 0.5), layout=ConstrainedLayoutEngine(h_pad=0.08)
-        )
+        height = 3.3 if self.seen else 0.5
+        fig = Figure(figsize=(12, height), layout=ConstrainedLayoutEngine(h_pad=0.08))
         if not self.seen:
             fig.text(0.01, 0.4, "press predict")
             return fig
-        turned = {
-            n: np.moveaxis(self.seen[n], plane, -1)
-            for n in ("image", "labels", "edge", "attention", "uncertainty")
-            if n in self.seen
+        shown = {
+            name: np.moveaxis(self.seen[name], plane, -1)
+            for name in ("image", *_SAVED)
+            if name in self.seen
         }
-        axes, k = fig.subplots(1, 5), round(at * (turned["image"].shape[-1] - 1))
-        draw_snapshot(
-            axes[:4],
-            {**turned, "truth": turned["labels"], "prediction": turned["labels"]},
-            at,
-            "predicted outline",
-        )
-        axes[4].imshow(
-            turned["uncertainty"][..., k].T, cmap="viridis", vmin=0, vmax=1, origin="lower"
-        )
-        axes[4].set_title("uncertainty, 0 to 1", fontsize=9)
-        axes[4].axis("off")
+        shown["truth"] = shown["prediction"] = shown["labels"]
+        *maps, last = fig.subplots(1, 5)
+        draw_snapshot(maps, shown, at, "predicted outline")
+        k = round(at * (shown["image"].shape[-1] - 1))
+        uncertainty = shown["uncertainty"][..., k].T
+        last.imshow(uncertainty, cmap="viridis", vmin=0, vmax=1, origin="lower")
+        last.set_title("uncertainty, 0 to 1", fontsize=9)
+        last.axis("off")
         label_legend(fig, self.task, "predicted outline")
         return fig
 
@@ -96,7 +105,7 @@ class ScanExplorer(Explorer):
         self,
         act,  # function that may raise `InputError`
     ) -> None:
-        "Do it; what is wrong with the input is told below the picture"
+        "Call a function; show below the picture what is wrong with the input"
         try:
             act()
         except InputError as e:
@@ -116,40 +125,47 @@ class ScanExplorer(Explorer):
             "one scan",
             "name the folder of one case",
         )
-        self.case, self.task, self.seen = (
-            found[0],
-            task,
-            look_inside(model, settings, task, found[0]),
-        )
-        self.message = " &middot; ".join(
-            f"{r} <b>{ml:.2f} ml</b> ({low:.2f} to {high:.2f})"
-            for r, (ml, low, high) in self.seen["ml"].items()
-        )
-        voxels = (np.moveaxis(self.seen["labels"], self.values["plane"], -1) > 0).sum((0, 1))
-        self.controls["at"].value = float(voxels.argmax() / max(len(voxels) - 1, 1))
+        self.case = found[0]
+        self.task = task
+        self.seen = look_inside(model, settings, task, self.case)
+        self.message = self._volumes()
+        self._go_to_largest_slice()
         self.redraw()
 
-    def save(self) -> list:  # the files
-        "Write labels, edge, attention and uncertainty beside the scan; raises `InputError` if one is there already"
+    def _volumes(self):
+        "Millilitres of each region, with the span from certain to possible voxels"
+        words = []
+        for region, (ml, low, high) in self.seen["ml"].items():
+            words.append(f"{region} <b>{ml:.2f} ml</b> ({low:.2f} to {high:.2f})")
+        return " &middot; ".join(words)
+
+    def _go_to_largest_slice(self):
+        "Move the slider to the slice with the most predicted voxels"
+        plane = self.controls["plane"].value
+        labels = np.moveaxis(self.seen["labels"], plane, -1)
+        voxels = (labels > 0).sum((0, 1))
+        last = max(len(voxels) - 1, 1)
+        largest = voxels.argmax()
+        self.controls["at"].value = float(largest / last)
+
+    def save(self) -> list[Path]:  # the files
+        "Write labels, edge, attention and uncertainty beside the scan; raises `InputError` if one exists"
         expect(self.seen, "save", "no prediction", "one to save", "press predict first")
-        maps = {
-            n: self.seen[n]
-            for n in ("labels", "edge", "attention", "uncertainty")
-            if n in self.seen
-        }
+        folder = self.case.images[0].parent
         files = {
-            n: self.case.images[0].parent / f"{self.case.name}_predicted_{n}.nii.gz" for n in maps
+            name: folder / f"{self.case.name}_predicted_{name}.nii.gz"
+            for name in _SAVED
+            if name in self.seen
         }
-        for f in files.values():
-            expect(
-                not f.exists(), f, "a file that is already there", "a new name", "remove it first"
-            )
-        for n, f in files.items():
-            write_volume(
-                f, maps[n] if n == "labels" else maps[n].astype(np.float32), self.seen["grid"]
-            )
-        self.message = (
-            f"saved {', '.join(f.name for f in files.values())} in {self.case.images[0].parent}"
-        )
+        for file in files.values():
+            free = not file.exists()
+            expect(free, file, "a file that is already there", "a new name", "remove it first")
+        for name, file in files.items():
+            values = self.seen[name]
+            if name != "labels":
+                values = values.astype(np.float32)
+            write_volume(file, values, self.seen["grid"])
+        names = ", ".join(file.name for file in files.values())
+        self.message = f"saved {names} in {folder}"
         self.redraw()
         return list(files.values())

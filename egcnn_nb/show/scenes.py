@@ -9,18 +9,21 @@ __all__ = ['ITK_HOSTS', 'HEAT', 'surface_picture', 'Explorer3d', 'itk_missing', 
 import gzip
 import importlib.util
 import socket
+from dataclasses import dataclass, field
 
+import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from ..core import COLOURS, expect, need, require
-from .explorers import Explorer, close_widget, swatches
+from .explorers import Explorer, close_widget, legend_below, swatches
 from egcnn_nb.show.viewers import (
+    Scene,
     colour_of,
+    label_colours,
     labelled_slider,
     plane_layout,
     read_scene,
@@ -29,8 +32,29 @@ from egcnn_nb.show.viewers import (
 
 # %% ../../nbs/4_inside/scenes.ipynb #f749191c
 def _slope(depth, axis):
-    "How depth changes from pixel to pixel along an axis; 0 where there is only one"
-    return np.gradient(depth, axis=axis) if depth.shape[axis] > 1 else np.zeros(depth.shape)
+    "Change of depth from pixel to pixel along an axis; 0 where there is only one"
+    if depth.shape[axis] == 1:
+        return np.zeros(depth.shape)
+    return np.gradient(depth, axis=axis)
+
+
+def _light(depth):
+    "Brightness of a surface, 0.15 to 1, from its slope (H',W')"
+    down = _slope(depth, 0)
+    right = _slope(depth, 1)
+    facing = 1 + 0.5 * right - 0.35 * down
+    length = np.sqrt(1.4 * (1 + right**2 + down**2))
+    light = np.nan_to_num(facing / length, nan=0.35)
+    return light.clip(0.15, 1)
+
+
+def _values_at(values, index, axis):
+    "The value at `index` on each line along an axis, first remaining axis right, second up"
+    lines = np.expand_dims(index, axis)
+    values = np.asarray(values)
+    taken = np.take_along_axis(values, lines, axis)
+    plane = taken.squeeze(axis)
+    return plane.T[::-1]
 
 
 def surface_picture(
@@ -44,7 +68,8 @@ def surface_picture(
     mask = np.asarray(mask, bool)
     require(
         mask.ndim == 3 and mask.size,
-        f"The mask has the shape {mask.shape}. Give it three axes (D, H, W) and at least one voxel.",
+        f"The mask has the shape {mask.shape}. "
+        "Give it three axes (D, H, W) and at least one voxel.",
     )
     given = mask.shape if values is None else np.shape(values)
     require(
@@ -53,60 +78,51 @@ def surface_picture(
     )
     first = mask.argmax(axis)
     depth = np.where(mask.any(axis), first, np.nan).T[::-1]
-    dy, dx = _slope(depth, 0), _slope(depth, 1)
-    light = np.nan_to_num(
-        (1 + 0.5 * dx - 0.35 * dy) / np.sqrt(1.4 * (1 + dx**2 + dy**2)), nan=0.35
-    ).clip(0.15, 1)
-    paint = np.array(to_rgb(colour))
-    if values is not None:
-        paint = plt.get_cmap(cmap)(
-            np.take_along_axis(np.asarray(values), np.expand_dims(first, axis), axis)
-            .squeeze(axis)
-            .T[::-1]
-        )[..., :3]
-    return (
-        np.where(
-            np.isnan(depth)[..., None],
-            1,
-            (light if values is None else 0.35 + 0.65 * light)[..., None] * paint,
-        )
-        * 255
-    ).astype(np.uint8)
+    light = _light(depth)[..., None]
+    if values is None:
+        picture = light * np.array(to_rgb(colour))
+    else:
+        paint = plt.get_cmap(cmap)(_values_at(values, first, axis))
+        picture = (0.35 + 0.65 * light) * paint[..., :3]
+    picture[np.isnan(depth)] = 1
+    return (picture * 255).astype(np.uint8)
 
 # %% ../../nbs/4_inside/scenes.ipynb #d8ba683b
 def _nifti(array, mm):
     "NIfTI file in memory, which is how the browser's viewer receives a volume"
-    kind = (
-        np.uint8
-        if array.dtype.kind in "iu" and array.min() >= 0 and array.max() < 256
-        else np.float32
-    )
-    return gzip.compress(
-        nib.Nifti1Image(np.ascontiguousarray(array, kind), np.diag([*mm, 1.0])).to_bytes(), 1
-    )
+    whole_numbers = array.dtype.kind in "iu"
+    small = whole_numbers and array.min() >= 0 and array.max() < 256
+    kind = np.uint8 if small else np.float32
+    values = np.ascontiguousarray(array, kind)
+    affine = np.diag([*mm, 1.0])
+    image = nib.Nifti1Image(values, affine)
+    return gzip.compress(image.to_bytes(), 1)
 
 
 def _numbered(label, names):
-    "A label map and its colours for niivue, whose colour table has a row for each value up to the largest"
-    values = list(names)
-    if not values or (values[-1] < 256 and label.min() >= 0):
-        return np.maximum(label, 0), {v: colour_of(v) for v in values}
-    out = np.zeros(label.shape, np.uint16)  # values are sorted: 1 for the first, 2 for the second
+    "A label map and its colours for niivue, with the values 1, 2, ... where they are too large"
+    values = list(names)  # in ascending order
+    fits = not values or (values[-1] < 256 and label.min() >= 0)
+    if fits:
+        return np.maximum(label, 0), {value: colour_of(value) for value in values}
+    out = np.zeros(label.shape, np.uint16)
+    colours = {}
     for number, value in enumerate(values, 1):
         out[label == value] = number
-    return out, {number: colour_of(value) for number, value in enumerate(values, 1)}
+        colours[number] = colour_of(value)
+    return out, colours
 
 
 def _lut(colours):
     "Colour table of niivue for label values 0, 1, 2, ...: transparent where there is none"
-    table = [
-        (*(int(255 * c) for c in to_rgb(colours[v])), 255) if v in colours else (0, 0, 0, 0)
-        for v in range(max(colours, default=1) + 1)
-    ]
-    return {
-        **{n: [row[i] for row in table] for i, n in enumerate("RGBA")},
-        "I": list(range(len(table))),
-    }
+    largest = max(colours, default=1)
+    table = {name: [0] * (largest + 1) for name in "RGBA"}
+    for value, colour in colours.items():
+        for name, share in zip("RGB", to_rgb(colour), strict=True):
+            table[name][value] = int(255 * share)
+        table["A"][value] = 255
+    table["I"] = list(range(largest + 1))
+    return table
 
 
 class Explorer3d(Explorer):
@@ -120,49 +136,51 @@ class Explorer3d(Explorer):
         layers: dict,  # name of a control -> number of the volume it fades
         **kwargs,  # as for `Explorer`
     ):
-        self.viewer, self.layers = viewer, layers
+        self.viewer = viewer
+        self.layers = layers
         super().__init__(draw, controls, **kwargs)
 
-    def stage(self):
+    def stage(self) -> widgets.Widget:
         "The widget below the controls"
         return self.viewer
 
     def redraw(self) -> None:
-        "Hand the controls' values on to the viewer"
+        "Pass the values of the controls to the viewer"
         self._due = False
         if self.draw is None:
             return
-        for name, n in self.layers.items():
-            self.viewer.volumes[n].opacity = self.values[name]
+        values = self.values
+        for name, number in self.layers.items():
+            self.viewer.volumes[number].opacity = values[name]
         if self.tell:
-            self.readout.value = self.tell(**self.values)
-        self.viewer.set_clip_plane(
-            0.5 - self.values["clip"] if self.values["clip"] else 2.0, self.values["turn"], 0.0
-        )
+            self.readout.value = self.tell(**values)
+        beyond = 2.0  # of the volume: nothing is cut
+        depth = 0.5 - values["clip"] if values["clip"] else beyond
+        self.viewer.set_clip_plane(depth, values["turn"], 0.0)
 
     def close(self) -> None:
-        "Leave nothing behind: no observer, no widget, no volume"
+        "Close the view with its widgets and observers, and release the volumes"
         volumes = list(self.viewer.volumes)
         super().close()
-        for v in volumes:
-            close_widget(v)
+        for volume in volumes:
+            close_widget(volume)
 
 # %% ../../nbs/4_inside/scenes.ipynb #17752afb
-ITK_HOSTS = (
-    "cdn.jsdelivr.net",
-    "dweb.link",
-)  # where itkwidgets 1.0 has its front end and its viewer
+# servers from which itkwidgets 1.0 loads its front end and its viewer
+ITK_HOSTS = ("cdn.jsdelivr.net", "dweb.link")
+
+_ITK_PACKAGES = {  # module -> what pip installs
+    "itkwidgets": "'egcnn_nb[itk]'",
+    "imjoy_jupyterlab_extension": "imjoy-jupyterlab-extension",
+    "imjoy_elfinder": "imjoy-elfinder",
+}
 
 
 def itk_missing() -> str:  # what is missing, or ""
-    "Why the backend itk cannot draw here: not installed, or a server of its viewer cannot be reached"
-    for name, source in (
-        ("itkwidgets", "'egcnn_nb[itk]'"),
-        ("imjoy_jupyterlab_extension", "imjoy-jupyterlab-extension"),
-        ("imjoy_elfinder", "imjoy-elfinder"),
-    ):
-        if not importlib.util.find_spec(name):
-            return f"{name} is not installed (pip install {source})"
+    "Why the backend itk cannot draw here: a package or a server of its viewer is missing"
+    for module, package in _ITK_PACKAGES.items():
+        if not importlib.util.find_spec(module):
+            return f"{module} is not installed (pip install {package})"
     for host in ITK_HOSTS:
         try:
             socket.create_connection((host, 443), 2).close()
@@ -176,79 +194,129 @@ HEAT = "plasma"  # colours of numbers, here and in niivue
 
 def _top(a):
     "Largest finite number of `a`, at least a little above 0"
-    return max(float(np.nan_to_num(a, posinf=0).max()), 1e-6)
+    largest = np.nan_to_num(a, posinf=0).max()
+    return max(float(largest), 1e-6)
 
 
 def view3d(
     volume,  # (D,H,W): array, tensor, Volume, nibabel image or path
     label=None,  # whole numbers (D,H,W), any of these kinds
     edge=None,  # {0,1} (D,H,W)
-    spacing=None,  # voxel size in mm; None: that of the affine, else cubes
+    spacing: tuple = None,  # voxel size in mm; None: that of the affine, else cubes
     backend: str = "niivue",  # "niivue", or "itk" where itkwidgets is installed and online
-    title=None,  # says what it is
+    title: str = None,  # says what it is
     names: dict = None,  # label value -> name
     height: int = 420,  # in pixels
-    heat=None,  # numbers (D,H,W) shown by colour, such as attention; nothing is drawn where they are 0 or less
+    heat=None,  # numbers (D,H,W) shown by colour, such as attention; transparent at 0 and below
     heat_name: str = "heat",  # what the numbers are
 ):  # a widget
     "A volume with mask, edge and numbers in 3D, to be turned with the mouse"
     expect(backend in ("niivue", "itk"), "backend", repr(backend), "'niivue' or 'itk'")
-    s = read_scene(volume, spacing, names, label=label, edge=edge, heat=heat)
-    expect(
-        len(s.volume) == 1, "volume", f"{len(s.volume)} channels", "one", "choose one: volume[0]"
-    )
+    scene = read_scene(volume, spacing, names, label=label, edge=edge, heat=heat)
+    count = len(scene.volume)
+    expect(count == 1, "volume", f"{count} channels", "one", "choose one: volume[0]")
     if backend == "itk":
         missing = itk_missing()
         try:
             if not missing:
-                return _itk(s)
-        except Exception as e:
-            missing = f"itkwidgets cannot show this scene ({type(e).__name__}: {e})"  # an alpha release: never an empty cell
+                return _itk(scene)
+        except Exception as e:  # an alpha release may fail in any way: never an empty cell
+            missing = f"itkwidgets cannot show this scene ({type(e).__name__}: {e})"
         print(f"{missing}; showing the default view instead.")
-    return _niivue(s, title or "a volume in 3D", height, heat_name)
+    return _niivue(scene, title or "a volume in 3D", height, heat_name)
 
 
-def _itk_images(s):
+def _itk_images(scene):
     "The scene as itkwidgets takes it: image, and label_image (label, else edge) if there is one"
     to_ngff_image = need("ngff_zarr", "backend='itk'", "itk").to_ngff_image
-    image = lambda a, kind: to_ngff_image(
-        np.ascontiguousarray(a.T, kind), ("z", "y", "x"), dict(zip("xyz", map(float, s.mm)))
-    )
-    mask = s.overlays.get("label", s.overlays.get("edge"))
-    if mask is None:
-        return {"image": image(s.volume[0], np.float32)}
-    mask = np.maximum(mask, 0)
-    smallest = np.min_scalar_type(int(mask.max()))  # uint8 up to 255, uint16 beyond
-    return {"image": image(s.volume[0], np.float32), "label_image": image(mask, smallest)}
+    spacing = {axis: float(mm) for axis, mm in zip("xyz", scene.mm, strict=True)}
+
+    def image(array, kind):
+        values = np.ascontiguousarray(array.T, kind)
+        return to_ngff_image(values, ("z", "y", "x"), spacing)
+
+    images = {"image": image(scene.volume[0], np.float32)}
+    mask = scene.overlays.get("label", scene.overlays.get("edge"))
+    if mask is not None:
+        mask = np.maximum(mask, 0)
+        smallest = np.min_scalar_type(int(mask.max()))  # uint8 up to 255, uint16 beyond
+        images["label_image"] = image(mask, smallest)
+    return images
 
 
-def _itk(s):
+def _itk(scene):
     "The scene in itkwidgets"
     itkwidgets = need("itkwidgets", "backend='itk'", "itk")
-    images = _itk_images(s)
+    images = _itk_images(scene)
     return itkwidgets.view(images.pop("image"), **images)
 
 
-def _layer(name, a, mm):
-    "A mask, edge or heat as a volume of niivue"
-    if name == "heat":
-        shown = np.nan_to_num(a, posinf=_top(a)).clip(0)
-        return {
-            "data": _nifti(shown, mm),
-            "name": "heat.nii.gz",
-            "colormap": HEAT,
-            "opacity": 0.7,
-            "cal_min": 1e-3 * _top(a),
-            "cal_max": _top(a),
-        }
+def _volume_layer(scene):
+    "The volume of a scene as a volume of niivue"
+    channel = scene.volume[0]
+    low, high = np.percentile(sample_values(channel), (2, 99))
     return {
-        "data": _nifti(a if name == "label" else (a > 0).astype(np.uint8), mm),
+        "data": _nifti(channel, scene.mm),
+        "name": "volume.nii.gz",
+        "colormap": "gray",
+        "cal_min": float(low),
+        "cal_max": float(max(high, low + 1e-6)),
+    }
+
+
+def _heat_layer(heat, mm):
+    "Numbers as a volume of niivue, transparent at 0"
+    top = _top(heat)
+    return {
+        "data": _nifti(np.nan_to_num(heat, posinf=top).clip(0), mm),
+        "name": "heat.nii.gz",
+        "colormap": HEAT,
+        "opacity": 0.7,
+        "cal_min": 1e-3 * top,
+        "cal_max": top,
+    }
+
+
+def _mask_layer(name, mask, mm):
+    "A label map or an edge as a volume of niivue"
+    return {
+        "data": _nifti(mask, mm),
         "name": f"{name}.nii.gz",
         "opacity": 0.7,
     }
 
 
-def _niivue(s, title, height, heat_name):
+def _load_layers(viewer, scene):
+    "Show the volume and each overlay of a scene in niivue"
+    layers = [_volume_layer(scene)]
+    tables = []  # colours of each overlay; None: those of its colour map
+    for name, array in scene.overlays.items():
+        if name == "heat":
+            layers.append(_heat_layer(array, scene.mm))
+            tables.append(None)
+            continue
+        if name == "label":
+            shown, colours = _numbered(array, scene.names)
+        else:
+            shown, colours = (array > 0).astype(np.uint8), {1: COLOURS["edge"]}
+        layers.append(_mask_layer(name, shown, scene.mm))
+        tables.append(colours)
+    viewer.load_volumes(layers)
+    for volume, colours in zip(viewer.volumes[1:], tables, strict=True):
+        if colours is not None:
+            volume.set_colormap_label(_lut(colours))
+
+
+def _opacity_sliders(scene, heat_name):
+    "A slider for the volume and for each overlay"
+    sliders = {"volume": labelled_slider("volume", 0.6, 0.0, 1.0, 0.05)}
+    for overlay in scene.overlays:
+        word = heat_name if overlay == "heat" else overlay
+        sliders[overlay] = labelled_slider(word, 0.7, 0.0, 1.0, 0.05)
+    return sliders
+
+
+def _niivue(scene, title, height, heat_name):
     "The scene in niivue, with sliders"
     from ipyniivue import NiiVue, SliceType
 
@@ -259,108 +327,110 @@ def _niivue(s, title, height, heat_name):
         is_colorbar=False,
         show_3d_crosshair=False,
     )
-    low, high = np.percentile(sample_values(s.volume[0]), (2, 99))
-    layers = [
-        {
-            "data": _nifti(s.volume[0], s.mm),
-            "name": "volume.nii.gz",
-            "colormap": "gray",
-            "cal_min": float(low),
-            "cal_max": float(max(high, low + 1e-6)),
-        }
-    ]
-    shown, tables = dict(s.overlays), {"edge": {1: COLOURS["edge"]}}
-    if "label" in shown:
-        shown["label"], tables["label"] = _numbered(shown["label"], s.names)
-    layers += [_layer(n, a, s.mm) for n, a in shown.items()]
     viewer.set_clip_plane_color((1, 1, 1, 0))
-    viewer.load_volumes(layers)
-    for volume, name in zip(viewer.volumes[1:], s.overlays):
-        if name in tables:
-            volume.set_colormap_label(_lut(tables[name]))
-    controls = {
-        "volume": labelled_slider("volume", 0.6, 0.0, 1.0, 0.05),
-        **{
-            n: labelled_slider(heat_name if n == "heat" else n, 0.7, 0.0, 1.0, 0.05)
-            for n in s.overlays
-        },
+    _load_layers(viewer, scene)
+    fade = _opacity_sliders(scene, heat_name)
+    cut = {
         "clip": labelled_slider("cut away", 0.0, 0.0, 1.0, 0.05),
         "turn": labelled_slider("its angle", 270, 0, 360, 5),
     }
-    legend = {n: colour_of(v) for v, n in s.names.items()} | (
-        {"edge": COLOURS["edge"]} if "edge" in s.overlays else {}
-    )
+    still = _Still(scene, title, heat_name)
     return Explorer3d(
-        lambda **_: _still3d(s, title, legend, heat_name),
-        controls,
+        still.draw,
+        fade | cut,
         viewer,
-        {n: i for i, n in enumerate(["volume", *s.overlays])},
+        layers={name: number for number, name in enumerate(fade)},
         alt=title,
         title=title,
-        tell=lambda **_: swatches(legend),
-        rows=[["volume", *s.overlays], ["clip", "turn"]],
+        tell=still.describe,
+        rows=[list(fade), list(cut)],
     )
 
 
-def _still3d(s, title, legend, heat_name):
-    "The scene seen from three sides: the volume's outline, and through it the mask's surface"
-    fig = Figure(figsize=(8, 3.1), layout="constrained")
-    axes = fig.subplots(1, 3)
-    body = s.volume[0] > np.percentile(sample_values(s.volume[0]), 30)
-    for n, ax in enumerate(axes):
-        size = plane_layout(s.volume.shape[1:], s.mm, 300)[n][:2]
-        ax.imshow(surface_picture(body, n, "#bbbbbb"), extent=(0, size[1], 0, size[0]))
-        ax.axis("off")
-        ax.set_xlabel(f"axis {'ijk'[n]}")
-        masks: list = (
-            [(s.overlays["label"] == v, colour_of(v), None) for v in s.names]
-            if "label" in s.overlays
-            else []
-        )
-        if "edge" in s.overlays:
-            masks.append((s.overlays["edge"] > 0, COLOURS["edge"], None))
-        if "heat" in s.overlays:
-            masks.append(
-                (
-                    s.overlays["heat"] > 1e-3 * _top(s.overlays["heat"]),
-                    None,
-                    s.overlays["heat"] / _top(s.overlays["heat"]),
-                )
-            )
-        for mask, colour, values in masks:
-            seen = surface_picture(mask, n, colour or "white", values, HEAT)
-            ax.imshow(
-                np.dstack(
-                    [
-                        seen,
-                        np.where((seen == 255).all(-1), 0, 150 if values is None else 255).astype(
-                            np.uint8
-                        ),
-                    ]
-                ),
-                extent=(0, size[1], 0, size[0]),
-            )
-        ax.set_title(
-            f"from {('the left', 'behind', 'below')[n]}"
-            if s.affine is not None
-            else f"along axis {'ijk'[n]}",
-            fontsize=9,
-        )
-    fig.suptitle(title, fontsize=10)
-    if "heat" in s.overlays:
-        fig.colorbar(
-            plt.cm.ScalarMappable(Normalize(0, _top(s.overlays["heat"])), HEAT),
-            ax=axes,
-            shrink=0.7,
-            label=heat_name,
-        )
-    if legend:
-        fig.legend(
-            [Rectangle((0, 0), 1, 1, color=c) for c in legend.values()],
-            list(legend),
-            loc="outside lower center",
-            ncols=len(legend),
-            frameon=False,
-            fontsize=9,
-        )
-    return fig
+@dataclass
+class _Surface:
+    "A mask whose surface is drawn in one colour, or coloured by numbers"
+
+    mask: np.ndarray  # bool (D,H,W)
+    colour: str = "white"
+    values: np.ndarray | None = None  # in [0,1] (D,H,W); None: one colour
+
+    def draw(self, ax, axis, extent):
+        "The surface seen along an axis; masks let what is behind them shine through"
+        seen = surface_picture(self.mask, axis, self.colour, self.values, HEAT)
+        nothing = (seen == 255).all(-1)
+        opacity = np.full(nothing.shape, 255, np.uint8)
+        if self.values is None:
+            opacity[:] = 150
+        opacity[nothing] = 0
+        picture = np.dstack([seen, opacity])
+        ax.imshow(picture, extent=extent)
+
+
+@dataclass
+class _Still:
+    "Draws a scene from three sides: the volume's outline, and through it the masks' surfaces"
+
+    scene: Scene
+    title: str
+    heat_name: str
+    legend: dict = field(init=False)  # name -> colour
+
+    def __post_init__(self):
+        self.legend = label_colours(self.scene)
+        if "edge" in self.scene.overlays:
+            self.legend["edge"] = COLOURS["edge"]
+
+    def surfaces(self):
+        "What is drawn over the outline: labels, edge, heat"
+        overlays = self.scene.overlays
+        found = []
+        if "label" in overlays:
+            for value in self.scene.names:
+                found.append(_Surface(overlays["label"] == value, colour_of(value)))
+        if "edge" in overlays:
+            found.append(_Surface(overlays["edge"] > 0, COLOURS["edge"]))
+        if "heat" in overlays:
+            heat = overlays["heat"]
+            top = _top(heat)
+            found.append(_Surface(heat > 1e-3 * top, values=heat / top))
+        return found
+
+    def side_name(self, axis):
+        "From where the scene is seen along an axis"
+        if self.scene.affine is None:
+            return f"along axis {'ijk'[axis]}"
+        return f"from {('the left', 'behind', 'below')[axis]}"
+
+    def draw(self, **_):
+        "The scene as a figure"
+        scene = self.scene
+        fig = Figure(figsize=(8, 3.1), layout="constrained")
+        axes = fig.subplots(1, 3)
+        values = scene.volume[0]
+        body = values > np.percentile(sample_values(values), 30)
+        surfaces = self.surfaces()
+        layout = plane_layout(scene.shape, scene.mm, 300)
+        for axis, (ax, box) in enumerate(zip(axes, layout, strict=True)):
+            extent = (0, box.width, 0, box.height)
+            ax.imshow(surface_picture(body, axis, "#bbbbbb"), extent=extent)
+            ax.axis("off")
+            for surface in surfaces:
+                surface.draw(ax, axis, extent)
+            ax.set_title(self.side_name(axis), fontsize=9)
+        fig.suptitle(self.title, fontsize=10)
+        self.add_colour_bar(fig, axes)
+        legend_below(fig, self.legend)
+        return fig
+
+    def add_colour_bar(self, fig, axes):
+        "The meaning of the heat's colours, if there is heat"
+        if "heat" not in self.scene.overlays:
+            return
+        span = Normalize(0, _top(self.scene.overlays["heat"]))
+        colours = plt.cm.ScalarMappable(span, HEAT)
+        fig.colorbar(colours, ax=axes, shrink=0.7, label=self.heat_name)
+
+    def describe(self, **_):
+        "The line below: the legend"
+        return swatches(self.legend)

@@ -10,7 +10,7 @@ __all__ = ['SCORES', 'EDGE_SCORES', 'VALIDATION_COLUMNS', 'CHANGES', 'edge_colum
 import csv
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,6 +46,7 @@ EDGE_SCORES = (
     "deep_share",
 )
 
+# column -> key of `score_edges`
 _KEYS = {
     "edge_f1": "f1",
     "edge_width": "width",
@@ -54,15 +55,17 @@ _KEYS = {
     "mask_edge_width": "mask_width",
     "mask_filled": "mask_filled",
     "deep_share": "deep",
-}  # column -> key of `score_edges`
+}
 
 
 def _class_masks(labels, task):
     "Masks of what has an edge (K,D,H,W), in the order of `task.classes`"
     values = list(task.regions.values())
     if task.activation == "softmax":
-        values = [(v,) for v in list(task.labels)[1:]]
-    return np.stack([np.isin(labels, v) for v in values])
+        _, *foreground = task.labels
+        values = [(value,) for value in foreground]
+    masks = [np.isin(labels, own) for own in values]
+    return np.stack(masks)
 
 
 def _owners(task, maps):
@@ -72,13 +75,16 @@ def _owners(task, maps):
     if task.activation == "sigmoid":
         return list(task.regions)
     region_of = {tuple(values): name for name, values in task.regions.items()}
-    return [region_of.get((v,)) for v in list(task.labels)[1:]]
+    _, *foreground = task.labels
+    return [region_of.get((value,)) for value in foreground]
 
 
 def _mean(values):
     "Mean of the values that are numbers; NaN where none is"
-    known = [v for v in values if np.isfinite(v)]
-    return float(np.mean(known)) if known else float("nan")
+    known = [value for value in values if np.isfinite(value)]
+    if not known:
+        return float("nan")
+    return float(np.mean(known))
 
 
 def _ods(cases, i, key):
@@ -86,27 +92,49 @@ def _ods(cases, i, key):
     counts = [case[i][key] for case in cases]
     if counts[0] is None:
         return float("nan")
-    return best_f1(counts, range(len(counts[0])))[0]
+    thresholds = range(len(counts[0]))
+    best, *_ = best_f1(counts, thresholds)
+    return best
+
+
+def _numbers(row, ods):
+    "The columns of one edge map of a case: its own numbers and the ODS of the run"
+    numbers = {}
+    for column, key in _KEYS.items():
+        numbers[column] = row[key]
+    return numbers | ods
 
 
 def edge_columns(
     cases: list,  # of `score_edges`, of every case of a run
     task: Task,  # of the run
 ) -> list:  # for each case a dict: region, and "mean" -> edge_width and EDGE_SCORES
-    "What stands in the rows of a case: the numbers of each region's edge map, and their mean over all maps"
+    "The numbers of each region's edge map, and their mean over all maps, for every case"
     maps = range(len(cases[0]))
-    ods = [
-        {"ods": _ods(cases, i, "counts"), "mask_ods": _ods(cases, i, "mask_counts")} for i in maps
-    ]
+    ods = []
+    for i in maps:
+        of_map = _ods(cases, i, "counts")
+        of_mask = _ods(cases, i, "mask_counts")
+        ods.append({"ods": of_map, "mask_ods": of_mask})
     owners = _owners(task, len(maps))
     out = []
     for case in cases:
-        numbers = [{column: row[key] for column, key in _KEYS.items()} for row in case]
-        numbers = [{**own, **best} for own, best in zip(numbers, ods)]
-        columns: dict = {region: own for region, own in zip(owners, numbers) if region is not None}
-        columns["mean"] = {c: _mean([own[c] for own in numbers]) for c in numbers[0]}
+        numbers = [_numbers(row, best) for row, best in zip(case, ods, strict=True)]
+        columns = {}
+        for region, own in zip(owners, numbers, strict=True):
+            if region is not None:
+                columns[region] = own
+        columns["mean"] = _mean_of_maps(numbers)
         out.append(columns)
     return out
+
+
+def _mean_of_maps(numbers):
+    "Mean of each column over the edge maps of a case"
+    means = {}
+    for column in numbers[0]:
+        means[column] = _mean([own[column] for own in numbers])
+    return means
 
 # %% ../../nbs/4_inside/evaluation.ipynb #8dbdc69b
 @dataclass
@@ -120,41 +148,48 @@ class _Scored:
 
 def _thickness(settings):
     "Thickness of the edge targets of a run, in voxels"
-    return EGLoss(**reading_for(EGLoss, settings)).edge["thickness"]
+    readings = reading_for(EGLoss, settings)
+    loss = EGLoss(**readings)
+    return loss.edge["thickness"]
 
 
 def _scored(run, case, loaded, maps, edges):
-    "Compare an output with the truth: masks on the scan's own grid, edges on the grid of the network"
+    "Compare an output with the truth: masks on the scan's grid, edges on the network's grid"
     _, settings, task = run
     truth = read_labels(case.label).array.astype(np.int64)
     found = label_map(maps, loaded, task).astype(np.int64)
+    # masks are compared on the scan's grid, edges on the network's grid
     regions = score_case(found, truth, task, loaded.grid.spacing)
     masks = _class_masks(loaded.labels.numpy(), task)
-    predicted = _class_masks(labels_of(maps.maps, task), task)
-    return _Scored(case.name, regions, score_edges(edges, masks, predicted, _thickness(settings)))
+    own_labels = labels_of(maps.maps, task)
+    predicted = _class_masks(own_labels, task)
+    scores = score_edges(edges, masks, predicted, _thickness(settings))
+    return _Scored(case.name, regions, scores)
 
 
 def _edge_maps(maps, run):
-    "Edge probabilities (E,D,H,W) of `case_maps` on the grid of the network; None for a bare network"
+    "Edge probabilities (E,D,H,W) on the grid of the network; None for a bare network"
     _, settings, task = run
-    return maps.maps[task.outputs : -1].numpy() if settings.edge else None
+    if not settings.edge:
+        return None
+    edges = maps.maps[task.outputs : -1]
+    return edges.numpy()
 
 
 def _rows(scored, task):
     "Rows of scored cases, which are of one output, for every region and the mean"
+    if not scored:
+        return []
     no_edges = dict.fromkeys(("edge_width", *EDGE_SCORES), float("nan"))
+    of_edges = edge_columns([one.edges for one in scored], task)
     rows = []
-    for one, columns in zip(scored, edge_columns([s.edges for s in scored], task)):
+    for one, columns in zip(scored, of_edges, strict=True):
         for region, numbers in one.regions.items():
-            rows.append(
-                {
-                    "case": one.case,
-                    "region": region,
-                    **numbers,
-                    **no_edges,
-                    **columns.get(region, {}),
-                }
-            )
+            row = {"case": one.case, "region": region}
+            row |= numbers
+            row |= no_edges
+            row |= columns.get(region, {})
+            rows.append(row)
     return rows
 
 
@@ -163,28 +198,24 @@ def score_run(
     cases: list,  # of Case with labels
     tick: Callable = lambda: None,  # called after each case
     change: Callable | None = None,  # see `case_maps`
-) -> list:  # of dicts: "case", "region" ("mean" too), SCORES and EDGE_SCORES; NaN for what a bare network or a region does not have
-    "Scores of every case and region, with those of its edges; ODS is that of the run and stands in the rows of every case"
+) -> (
+    list
+):  # of dicts: "case", "region" ("mean" too), SCORES, EDGE_SCORES; NaN for what is not there
+    "Scores of every case and region, with those of its edges; ODS is that of the run in every row"
     model, settings, task = run
     run = model.to(best_device()), settings, task
     scored = []
     for case in cases:
         maps, loaded = case_maps([run], case, inside=settings.edge, change=change)
-        scored.append(_scored(run, case, loaded, maps, _edge_maps(maps, run)))
+        edges = _edge_maps(maps, run)
+        scored.append(_scored(run, case, loaded, maps, edges))
         tick()
     return _rows(scored, task)
 
 # %% ../../nbs/4_inside/evaluation.ipynb #a7b516f6
-def evaluate(
-    cells: list,  # of Cell
-    data,  # dataset folder
-    out,  # folder of the experiment
-    names,  # of the test cases
-    epochs: int,  # of each run
-) -> Path:  # scores.csv
-    "Score every run on the test cases; raises `InputError` if a run is missing or knows a test case"
-    path, found = Path(out) / "scores.csv", find_dataset(data).cases
-    missing = [c.name for c in cells if state(c, out, epochs)["state"] != "done"]
+def _expect_ended(cells, out, epochs):
+    "Raise `InputError` where a run has not ended"
+    missing = [cell.name for cell in cells if state(cell, out, epochs)["state"] != "done"]
     expect(
         not missing,
         out,
@@ -192,6 +223,66 @@ def evaluate(
         "all of them: test cases are read once, at the end",
         "run the experiment first",
     )
+
+
+def _test_cases(data, names):
+    "The test cases of a dataset; raises `InputError` where one is missing or has no label map"
+    wanted = set(names)
+    cases = [case for case in find_dataset(data).cases if case.name in wanted]
+    labelled = all(case.label for case in cases)
+    expect(
+        len(cases) == len(wanted) > 0 and labelled,
+        data,
+        f"{len(cases)} of {len(wanted)} test cases, or some without a label map",
+        "all of them",
+    )
+    return cases
+
+
+def _known_to(run):
+    "Names of the cases that a run has trained on or was validated with"
+    split = json.loads((run / "config.json").read_text())["split"]
+    known = set()
+    for names in split.values():
+        known |= set(names)
+    return known
+
+
+def _expect_unseen(cells, out, names):
+    "Raise `InputError` where a run has trained on a test case or was validated with it"
+    for cell in cells:
+        known = _known_to(Path(out) / cell.name)
+        seen = sorted(known & set(names))
+        expect(
+            not seen,
+            out,
+            f"runs that know test cases, {cell.name}: {seen[:3]}",
+            "test cases that no run has seen",
+        )
+
+
+def _columns(cell, run):
+    "What says which run a row is of"
+    _, settings, _ = run
+    return {
+        "backbone": cell.backbone,
+        "arm": cell.arm,
+        "train_cases": cell.train_cases or "all",
+        "seed": cell.seed,
+        "lr": settings.lr,
+    }
+
+
+def evaluate(
+    cells: list,  # of Cell
+    data: str | Path,  # dataset folder
+    out: str | Path,  # folder of the experiment
+    names: Sequence[str],  # of the test cases
+    epochs: int,  # of each run
+) -> Path:  # scores.csv
+    "Score every run on the test cases; raises `InputError` if one is missing or knows a test case"
+    path = Path(out) / "scores.csv"
+    _expect_ended(cells, out, epochs)
     expect(
         not path.exists(),
         path,
@@ -199,55 +290,25 @@ def evaluate(
         "none: test cases are read once",
         "read them, or choose another folder for another experiment",
     )
-    cases = [c for c in found if c.name in set(names)]
-    expect(
-        len(cases) == len(set(names)) > 0 and all(c.label for c in cases),
-        data,
-        f"{len(cases)} of {len(set(names))} test cases, or some without a label map",
-        "all of them",
-    )
-    runs = {c: load_run(Path(out) / c.name) for c in cells}
-    seen = {c.name: sorted(_known_to(Path(out) / c.name) & set(names)) for c in cells}
-    expect(
-        not any(seen.values()),
-        out,
-        f"runs that know test cases, {next((f'{n}: {s[:3]}' for n, s in seen.items() if s), '')}",
-        "test cases that no run has seen",
-    )
+    cases = _test_cases(data, names)
+    runs = [load_run(Path(out) / cell.name) for cell in cells]
+    _expect_unseen(cells, out, names)
     rows = []
     with tqdm(total=len(cells) * len(cases), unit="case", desc="test cases", leave=False) as bar:
-        for cell, run in runs.items():
+        for cell, run in zip(cells, runs, strict=True):
             own = Path(out) / cell.name / "scores.csv"
             if not own.exists():
-                write_csv(
-                    own, [{**_columns(cell, run), **r} for r in score_run(run, cases, bar.update)]
-                )
+                scores = score_run(run, cases, bar.update)
+                write_csv(own, [{**_columns(cell, run), **row} for row in scores])
             rows += read_scores(own)
     write_csv(path, rows)
     return path
 
 
-def _known_to(run):
-    "Names of the cases that a run has trained on or was validated with"
-    split = json.loads((run / "config.json").read_text())["split"]
-    return {n for part in split.values() for n in part}
-
-
-def _columns(cell, run):
-    "What says which run a row is of"
-    return {
-        "backbone": cell.backbone,
-        "arm": cell.arm,
-        "train_cases": cell.train_cases or "all",
-        "seed": cell.seed,
-        "lr": run[1].lr,
-    }
-
-
 def read_scores(
-    path,  # scores.csv of `evaluate`
+    path: str | Path,  # scores.csv of `evaluate`
 ) -> list:  # of dicts; scores and lr as numbers, seed and strength as whole numbers
-    "The rows of a table of scores; EDGE_SCORES are NaN where 0.1 wrote it, which did not know them"
+    "The rows of a table of scores; EDGE_SCORES are NaN in a table of 0.1, which has none"
     with open(path, newline="") as f:
         rows: list = list(csv.DictReader(f))
     for row in rows:
@@ -257,7 +318,8 @@ def read_scores(
         for name in ("lr", *SCORES):
             row[name] = float(row[name])
         for name in EDGE_SCORES:
-            row[name] = float(row.get(name, "nan"))
+            text = row.get(name, "nan")
+            row[name] = float(text)
     return rows
 
 # %% ../../nbs/4_inside/evaluation.ipynb #bfbeabc8
@@ -293,11 +355,13 @@ VALIDATION_COLUMNS = (
 def _validation_cases(folder, data):
     "The cases that a run was validated with, out of its dataset"
     names = read_config(folder)["split"]["validation"]
-    cases = [c for c in find_dataset(data).cases if c.name in set(names)]
-    missing = sorted(set(names) - {c.name for c in cases if c.label})
+    cases = [case for case in find_dataset(data).cases if case.name in set(names)]
+    labelled = {case.name for case in cases if case.label}
+    missing = sorted(set(names) - labelled)
     require(
         len(cases) == len(names) and not missing,
-        f"{data} lacks the validation cases {missing[:3]} of {folder}, or names one twice. Give the dataset that the run was trained with.",
+        f"{data} lacks the validation cases {missing[:3]} of {folder}, or names one twice. "
+        "Give the dataset that the run was trained with.",
     )
     return cases
 
@@ -305,43 +369,27 @@ def _validation_cases(folder, data):
 def _other_readings(settings):
     "The readings of a run that are not the defaults, as NAME=VALUE joined by +"
     usual = readings_in_force(replace(settings, readings=None))
-    other = {
-        name: value
-        for name, value in (settings.readings or {}).items()
-        if name not in usual or usual[name] != value
-    }
+    other = {}
+    for name, value in (settings.readings or {}).items():
+        if name not in usual or usual[name] != value:
+            other[name] = value
     if "semantic" in other:
         other.pop("w_cross_entropy", None)  # follows from it
-    return "+".join(f"{name}={value}" for name, value in sorted(other.items()))
+    pairs = [f"{name}={other[name]}" for name in sorted(other)]
+    return "+".join(pairs)
 
 
 def _fingerprint(folder):
     "What tells the weights of a run from others"
-    return hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()[:16]
+    file = Path(folder) / "model.safetensors"
+    weights = file.read_bytes()
+    digest = hashlib.sha256(weights).hexdigest()
+    return digest[:16]
 
 
-def score_validation(
-    run,  # folder written by egcnn_train
-    arm: str | None = None,  # its name in the rows; None: "eg", or "bare" without an edge stream
-    data=None,  # dataset folder; None: the one that the run was trained with
-    tick: Callable = lambda: None,  # called after each case
-) -> list:  # of dicts with VALIDATION_COLUMNS, for each output, case and region ("mean" too)
-    "Scores of a run on its own validation cases, with the weights of its best epoch; no other case is opened"
-    folder = Path(run)
-    model, settings, task = load_run(folder)
-    cases = _validation_cases(folder, data or settings.data)
-    model = model.to(best_device())
-    whole = model, settings, task
-    scored: dict = {"fused": [], "main": []}
-    for case in cases:
-        maps, loaded = case_maps([whole], case, inside=settings.edge)
-        edges = _edge_maps(maps, whole)
-        if settings.edge:
-            scored["fused"].append(_scored(whole, case, loaded, maps, edges))
-            maps, _ = case_maps([(model.main, settings, task)], case, loaded=loaded)
-        scored["main"].append(_scored(whole, case, loaded, maps, edges))
-        tick()
-    about = {
+def _about(folder, settings, arm):
+    "The columns that are the same in all rows of a run"
+    return {
         "arm": arm or ("eg" if settings.edge else "bare"),
         "readings": _other_readings(settings),
         "seed": settings.seed,
@@ -351,16 +399,47 @@ def score_validation(
         "run": folder.name,
         "weights": _fingerprint(folder),
     }
+
+
+def _score_outputs(run, cases, tick):
+    "Output (fused or main) -> its scored cases; a bare network has a main output alone"
+    model, settings, task = run
+    scored = {"fused": [], "main": []}
+    for case in cases:
+        maps, loaded = case_maps([run], case, inside=settings.edge)
+        edges = _edge_maps(maps, run)
+        if settings.edge:
+            scored["fused"].append(_scored(run, case, loaded, maps, edges))
+            main = (model.main, settings, task)
+            maps, _ = case_maps([main], case, loaded=loaded)
+        scored["main"].append(_scored(run, case, loaded, maps, edges))
+        tick()
+    return scored
+
+
+def score_validation(
+    run: str | Path,  # folder written by egcnn_train
+    arm: str | None = None,  # its name in the rows; None: "eg", or "bare" without an edge stream
+    data: str | Path | None = None,  # dataset folder; None: the one that the run was trained with
+    tick: Callable = lambda: None,  # called after each case
+) -> list:  # of dicts with VALIDATION_COLUMNS, for each output, case and region ("mean" too)
+    "Scores of a run on its own validation cases, with its best weights; opens no other case"
+    folder = Path(run)
+    model, settings, task = load_run(folder)
+    cases = _validation_cases(folder, data or settings.data)
+    loaded_run = (model.to(best_device()), settings, task)
+    scored = _score_outputs(loaded_run, cases, tick)
+    about = _about(folder, settings, arm)
     rows = []
     for output, of_output in scored.items():
-        for row in _rows(of_output, task) if of_output else []:
-            row = {**about, "output": output, **row}
+        for scores in _rows(of_output, task):
+            row = {**about, "output": output, **scores}
             rows.append({name: row[name] for name in VALIDATION_COLUMNS})
     return rows
 
 
 def _begun(path, out):
-    "The rows that are in validation_scores.csv already; raises `InputError` where they are of other weights"
+    "The rows of validation_scores.csv; raises `InputError` where they are of other weights"
     if not path.exists():
         return []
     with open(path, newline="") as f:
@@ -369,9 +448,11 @@ def _begun(path, out):
     require(
         known, f"{path} has other columns than this version writes. Rename it, and score again."
     )
-    for run, weights in sorted({(r["run"], r["weights"]) for r in rows}):
-        file = Path(out) / run / "model.safetensors"
-        same = not file.is_file() or _fingerprint(file.parent) == weights
+    scored = {(row["run"], row["weights"]) for row in rows}
+    for run, weights in sorted(scored):
+        folder = Path(out) / run
+        file = folder / "model.safetensors"
+        same = not file.is_file() or _fingerprint(folder) == weights
         require(
             same, f"{path} holds scores of other weights than {file}. Rename it, and score again."
         )
@@ -380,47 +461,109 @@ def _begun(path, out):
 
 def score_finished(
     cells: list,  # of Cell
-    data,  # dataset folder
-    out,  # folder of the experiment
+    data: str | Path,  # dataset folder
+    out: str | Path,  # folder of the experiment
     epochs: int,  # of each run
 ) -> Path:  # validation_scores.csv
-    "Score every run that has ended on its own validation cases; runs that are in the file already are left alone"
+    "Score every run that has ended on its own validation cases, but for those in the file already"
     path = Path(out) / "validation_scores.csv"
-    ended = [c for c in dict.fromkeys(cells) if state(c, out, epochs)["state"] == "done"]
+    each_once = list(dict.fromkeys(cells))
+    ended = [cell for cell in each_once if state(cell, out, epochs)["state"] == "done"]
     require(
         ended,
-        f"{out} has no run that has ended. Train first, with the same command without --score_validation.",
+        f"{out} has no run that has ended. "
+        "Train first, with the same command without --score_validation.",
     )
     rows = _begun(path, out)
-    scored = {r["run"] for r in rows}
-    for cell in tqdm(
-        [c for c in ended if c.name not in scored], unit="run", desc="validation cases", leave=False
-    ):
-        rows += score_validation(Path(out) / cell.name, cell.arm.split("+")[0], data)
+    scored = {row["run"] for row in rows}
+    left = [cell for cell in ended if cell.name not in scored]
+    for cell in tqdm(left, unit="run", desc="validation cases", leave=False):
+        run = Path(out) / cell.name
+        arm, *_ = cell.arm.split("+")
+        rows += score_validation(run, arm, data)
         write_csv(path, rows)
     return path
 
 # %% ../../nbs/4_inside/evaluation.ipynb #ae2f3f36
+def _is_of(row, columns):
+    "Whether a row has these values in these columns"
+    for name, value in columns.items():
+        if row[name] != value:
+            return False
+    return True
+
+
 def table_of(
     rows: list,  # of `read_scores`
     score: str,  # of SCORES
     region: str = "mean",  # of the task, or "mean"
-    **which,  # columns and their values, such as backbone="segnet", arm="eg"
+    **which: object,  # columns and their values, such as backbone="segnet", arm="eg"
 ) -> np.ndarray:  # (seeds, cases), both in sorted order
     "The scores of one arm; raises `InputError` if a seed lacks a case"
-    chosen = [r for r in rows if r["region"] == region and all(r[k] == v for k, v in which.items())]
-    seeds, cases = sorted({r["seed"] for r in chosen}), sorted({r["case"] for r in chosen})
+    chosen = [row for row in rows if row["region"] == region and _is_of(row, which)]
+    seeds = sorted({row["seed"] for row in chosen})
+    cases = sorted({row["case"] for row in chosen})
     expect(
         len(chosen) == len(seeds) * len(cases) > 0,
         "scores",
         f"{len(chosen)} rows of {which} in {region}, for {len(seeds)} seeds and {len(cases)} cases",
         "one row for each seed and case",
     )
-    at = {(r["seed"], r["case"]): r[score] for r in chosen}
-    return np.array([[at[s, c] for c in cases] for s in seeds])
+    table = np.zeros((len(seeds), len(cases)))
+    for row in chosen:
+        i = seeds.index(row["seed"])
+        j = cases.index(row["case"])
+        table[i, j] = row[score]
+    return table
 
 # %% ../../nbs/4_inside/evaluation.ipynb #f8c2a5d9
 CHANGES = ("noise", "blur", "bias", "gamma")
+_STRENGTHS = range(1, 6)
+
+
+def _noisy(x, strength, seed):
+    "An image with Gaussian noise, of 0.15 of its spread for each strength"
+    spread = x.std((1, 2, 3), keepdim=True)
+    generator = keyed_generator(seed, strength)
+    noise = torch.randn(x.shape, generator=generator)
+    deviation = 0.15 * strength * spread
+    return x + deviation * noise
+
+
+def _blurred(base, strength, spacing):
+    "An image after a Gaussian of 0.3 mm for each strength"
+    width = 0.3 * strength  # in mm
+    sigma = [width / length for length in spacing]
+    blurred = gaussian_filter(base.numpy(), (0, *sigma), mode="nearest")
+    return torch.as_tensor(blurred)
+
+
+def _biased(base, strength, transforms):
+    "An image that a smooth field brightens on one side"
+    coefficient = 0.02 * strength
+    always = (coefficient, coefficient)
+    field = transforms.RandBiasField(coeff_range=always, prob=1)
+    image = field(base)
+    return torch.as_tensor(image)
+
+
+def _with_gamma(base, strength, transforms):
+    "An image with its intensities to a power"
+    power = 1 + 0.25 * strength
+    contrast = transforms.AdjustContrast(power)
+    image = contrast(base)
+    return torch.as_tensor(image)
+
+
+def _normalised_as(y, x):
+    "An image with mean and spread of each channel as another has them"
+    axes = (1, 2, 3)
+    spread = y.std(axes, keepdim=True)
+    centred = y - y.mean(axes, keepdim=True)
+    standard = centred / spread.clamp_min(1e-6)
+    wanted_spread = x.std(axes, keepdim=True)
+    wanted_mean = x.mean(axes, keepdim=True)
+    return standard * wanted_spread + wanted_mean
 
 
 def changed(
@@ -428,80 +571,72 @@ def changed(
     kind: str,  # of CHANGES
     strength: int,  # 1 to 5
     seed: int = 0,  # of the noise
-    spacing=(
-        1,
-        1,
-        1,
-    ),  # voxel size of `x` in mm, since a blur is as wide in mm whatever the voxels are
+    spacing: Sequence[float] = (1, 1, 1),  # voxel size of `x` in mm: a blur is as wide in mm
 ) -> Tensor:  # same shape, mean and spread of each channel
     "An image as a worse scanner would have taken it (our choice)"
-    T = need("monai.transforms", f"the change {kind!r}", "monai")
+    transforms = need("monai.transforms", f"the change {kind!r}", "monai")
     expect(kind in CHANGES, "change", repr(kind), f"one of {list(CHANGES)}")
-    mean, spread, base = (
-        x.mean((1, 2, 3), keepdim=True),
-        x.std((1, 2, 3), keepdim=True),
-        x - x.amin((1, 2, 3), keepdim=True),
-    )
+    base = x - x.amin((1, 2, 3), keepdim=True)
     if kind == "noise":
-        y = x + 0.15 * strength * spread * torch.randn(
-            x.shape, generator=keyed_generator(seed, strength)
-        )
+        y = _noisy(x, strength, seed)
+    elif kind == "blur":
+        y = _blurred(base, strength, spacing)
+    elif kind == "bias":
+        y = _biased(base, strength, transforms)
     else:
-        y = torch.as_tensor(
-            {
-                "blur": lambda x: gaussian_filter(
-                    x.numpy(), (0, *[0.3 * strength / s for s in spacing]), mode="nearest"
-                ),
-                "bias": T.RandBiasField(coeff_range=(0.02 * strength, 0.02 * strength), prob=1),
-                "gamma": T.AdjustContrast(1 + 0.25 * strength),
-            }[kind](base)
-        )
-    y = (y - y.mean((1, 2, 3), keepdim=True)) / y.std((1, 2, 3), keepdim=True).clamp_min(
-        1e-6
-    ) * spread + mean
-    return torch.where(x == 0, 0.0, y)
+        y = _with_gamma(base, strength, transforms)
+    # the background of MRI stays zero
+    return torch.where(x == 0, 0.0, _normalised_as(y, x))
 
 
 def _changed_rows(cell, run, cases, kind, strength, tick):
     "Rows of `robustness` of one run, change and strength"
+    _, settings, _ = run
+
+    spacing = settings.spacing
 
     def change(x):
-        return changed(x, kind, strength, spacing=run[1].spacing)
+        return changed(x, kind, strength, spacing=spacing)
 
-    scores = score_run(run, cases, tick, change)
-    about = {**_columns(cell, run), "change": kind, "strength": strength}
-    return [{**about, **row} for row in scores if row["region"] == "mean"]
+    about = _columns(cell, run)
+    about |= {"change": kind, "strength": strength}
+    rows = []
+    for row in score_run(run, cases, tick, change):
+        if row["region"] == "mean":
+            rows.append(about | row)
+    return rows
+
+
+def _all_changed_rows(cell, run, cases, tick):
+    "Rows of `robustness` of one run"
+    rows = []
+    for kind in CHANGES:
+        for strength in _STRENGTHS:
+            rows += _changed_rows(cell, run, cases, kind, strength, tick)
+    return rows
 
 
 def robustness(
     cells: list,  # of Cell
-    data,  # dataset folder
-    out,  # folder of the experiment, in which scores.csv is
-    names,  # of the test cases
+    data: str | Path,  # dataset folder
+    out: str | Path,  # folder of the experiment, in which scores.csv is
+    names: Sequence[str],  # of the test cases
 ) -> Path:  # robustness.csv
-    "Score every run on changed test cases, averaged over regions; goes on where it was interrupted"
-    path, cases = (
-        Path(out) / "robustness.csv",
-        [c for c in find_dataset(data).cases if c.name in set(names)],
-    )
-    expect(
-        (path.parent / "scores.csv").exists(),
-        path.parent,
-        "no scores.csv",
-        "the scores of unchanged cases",
-        "evaluate first",
-    )
-    rows, grid = [], [(kind, s) for kind in CHANGES for s in range(1, 6)]
-    with tqdm(
-        total=len(cells) * len(cases) * len(grid), unit="case", desc="changed cases", leave=False
-    ) as bar:
+    "Score every run on changed test cases, averaged over regions; goes on where it stopped"
+    folder = Path(out)
+    wanted = set(names)
+    cases = [case for case in find_dataset(data).cases if case.name in wanted]
+    scored = (folder / "scores.csv").exists()
+    expect(scored, folder, "no scores.csv", "the scores of unchanged cases", "evaluate first")
+    rows = []
+    total = len(cells) * len(cases) * len(CHANGES) * len(_STRENGTHS)
+    with tqdm(total=total, unit="case", desc="changed cases", leave=False) as bar:
         for cell in cells:
-            own, run = path.parent / cell.name / "robustness.csv", load_run(path.parent / cell.name)
+            own = folder / cell.name / "robustness.csv"
+            run = load_run(folder / cell.name)
             if not own.exists():
-                found = []
-                for kind, strength in grid:
-                    found += _changed_rows(cell, run, cases, kind, strength, bar.update)
-                write_csv(own, found)
+                write_csv(own, _all_changed_rows(cell, run, cases, bar.update))
             rows += read_scores(own)
+    path = folder / "robustness.csv"
     write_csv(path, rows)
     return path

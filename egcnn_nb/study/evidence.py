@@ -9,90 +9,119 @@ __all__ = ['differences', 'interval', 'detectable', 'compare_arms', 'holm']
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from ..core import expect
 
 # %% ../../nbs/4_inside/evidence.ipynb #d468a0b0
 def differences(
-    a,  # scores of an arm (seeds, cases)
-    b,  # scores of the other, same cases and seeds in the same order
+    a: ArrayLike,  # scores of an arm (seeds, cases)
+    b: ArrayLike,  # scores of the other, same cases and seeds in the same order
 ) -> np.ndarray:  # (seeds, cases)
     "What pairs of runs differ by, case by case; raises `InputError` if the tables do not pair up"
-    a, b = np.asarray(a, float), np.asarray(b, float)
+    first = np.asarray(a, float)
+    second = np.asarray(b, float)
+    pair_up = first.ndim == 2 and first.shape == second.shape
     expect(
-        a.ndim == 2 and a.shape == b.shape,
+        pair_up,
         "scores",
-        f"shapes {a.shape} and {b.shape}",
+        f"shapes {first.shape} and {second.shape}",
         "one shape (seeds, cases)",
     )
-    expect(
-        np.isfinite(a).all() and np.isfinite(b).all(),
-        "scores",
-        "values that are not finite",
-        "a number for each seed and case",
-    )
-    return a - b
+    finite = bool(np.isfinite([first, second]).all())
+    expect(finite, "scores", "values that are not finite", "a number for each seed and case")
+    return first - second
+
+
+_SEEDS = 5  # from so many on, seeds are resampled
 
 
 def interval(
-    difference,  # of `differences` (seeds, cases)
+    difference: ArrayLike,  # of `differences` (seeds, cases)
     level: float = 0.95,  # how often such intervals hold the truth
     draws: int = 10_000,  # resamplings
     seed: int = 0,  # of the resampling
 ) -> tuple:  # lower end, upper end
-    "Bootstrap interval of the mean difference, over cases, and over seeds where there are five or more (our choice)"
-    rng, d = np.random.default_rng(seed), np.asarray(difference)
-    seeds, cases = d.shape
-
-    def draw():
-        rows = rng.integers(seeds, size=seeds) if seeds >= 5 else np.arange(seeds)
-        return d[rows].mean(0)[rng.integers(cases, size=cases)].mean()
-
-    return tuple(np.quantile([draw() for _ in range(draws)], [(1 - level) / 2, (1 + level) / 2]))
+    "Bootstrap interval of the mean difference, over cases and five or more seeds (our choice)"
+    rng = np.random.default_rng(seed)
+    table = np.asarray(difference)
+    seeds, cases = table.shape
+    means = []
+    for _ in range(draws):
+        rows = np.arange(seeds)
+        if seeds >= _SEEDS:
+            rows = rng.integers(seeds, size=seeds)
+        of_cases = table[rows].mean(0)
+        columns = rng.integers(cases, size=cases)
+        drawn = of_cases[columns]
+        means.append(drawn.mean())
+    lowest = (1 - level) / 2
+    highest = (1 + level) / 2
+    ends = np.quantile(means, [lowest, highest])
+    return tuple(ends)
 
 # %% ../../nbs/4_inside/evidence.ipynb #c7351e0f
 def detectable(
-    difference,  # of `differences` (seeds, cases)
+    difference: ArrayLike,  # of `differences` (seeds, cases)
     power: float = 0.8,  # probability of finding it
     alpha: float = 0.05,  # level of the two-sided test
 ) -> float:  # in units of the score
     "Smallest difference over cases that a paired t test would have found"
-    d = np.mean(difference, 0)
-    n = len(d)
-    return float(
-        (stats.t.ppf(1 - alpha / 2, n - 1) + stats.t.ppf(power, n - 1)) * d.std(ddof=1) / np.sqrt(n)
-    )
+    of_cases = np.asarray(difference).mean(0)
+    n = len(of_cases)
+    degrees = n - 1
+    to_reject = stats.t.ppf(1 - alpha / 2, degrees)
+    to_find = stats.t.ppf(power, degrees)
+    steps = to_reject + to_find
+    scatter = of_cases.std(ddof=1)
+    smallest = steps * scatter / np.sqrt(n)
+    return float(smallest)
 
 # %% ../../nbs/4_inside/evidence.ipynb #27e586d4
+def _wilcoxon(mean):
+    "Wilcoxon's p of differences over cases; 1 where there is none"
+    if not mean.any():
+        return 1.0
+    test = cast(Any, stats.wilcoxon(mean))
+    return float(test.pvalue)
+
+
 def compare_arms(
-    a,  # scores of an arm (seeds, cases)
-    b,  # scores of the other, same cases and seeds in the same order
+    a: ArrayLike,  # scores of an arm (seeds, cases)
+    b: ArrayLike,  # scores of the other, same cases and seeds in the same order
 ) -> dict:  # "difference", "low", "high", "p", "effect", "detectable", "seeds", "cases", "over"
-    "The difference of two arms: 95 % interval, Wilcoxon's p, Cohen's d_z, and what would have been found (our choice)"
-    d = differences(a, b)
-    mean = d.mean(0)
-    low, high = interval(d)
-    scatter = mean.std(ddof=1)
-    p = cast(Any, stats.wilcoxon(mean)).pvalue if mean.any() else 1.0
+    "The difference of two arms with interval, Wilcoxon's p, Cohen's d_z and power (our choice)"
+    difference = differences(a, b)
+    seeds, cases = difference.shape
+    of_cases = difference.mean(0)
+    low, high = interval(difference)
+    mean = of_cases.mean()
+    scatter = of_cases.std(ddof=1)
     return {
-        "difference": float(mean.mean()),
+        "difference": float(mean),
         "low": float(low),
         "high": float(high),
-        "p": float(p),
-        "effect": float(mean.mean() / scatter) if scatter else 0.0,
-        "detectable": detectable(d),
-        "seeds": len(d),
-        "cases": d.shape[1],
-        "over": "cases and seeds" if len(d) >= 5 else "cases",
+        "p": _wilcoxon(of_cases),
+        "effect": float(mean / scatter) if scatter else 0.0,
+        "detectable": detectable(difference),
+        "seeds": seeds,
+        "cases": cases,
+        "over": "cases and seeds" if seeds >= _SEEDS else "cases",
     }
 
 # %% ../../nbs/4_inside/evidence.ipynb #8a5c98f9
 def holm(
-    p,  # p values
+    p: ArrayLike,  # p values
 ) -> np.ndarray:  # corrected, in the same order
     "p values after Holm's correction for their number"
-    p = np.asarray(p, float)
-    order = p.argsort()
-    corrected = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
-    return corrected[order.argsort()]
+    values = np.asarray(p, float)
+    order = values.argsort()
+    factors = np.arange(len(values), 0, -1)
+    multiplied = values[order] * factors
+    # no later one may come out smaller than one before
+    increasing = np.maximum.accumulate(multiplied)
+    at_most_one = np.minimum(increasing, 1)
+    corrected = np.empty_like(values)
+    corrected[order] = at_most_one
+    return corrected

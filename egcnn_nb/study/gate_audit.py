@@ -6,7 +6,7 @@
 __all__ = ['REPLACEMENTS', 'gates_of', 'with_attention', 'audit_gates', 'attention_at_border', 'dead_gates']
 
 # %% ../../nbs/4_inside/gate_audit.ipynb #af571de5
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -25,13 +25,30 @@ from ..tensors import probabilities, resize
 _all_ = ["dead_gates"]  # it is in steps, since training uses it
 
 # %% ../../nbs/4_inside/gate_audit.ipynb #602bcba8
+def _mean_of_case(alpha):
+    "The mean of each case in every voxel"
+    axes = tuple(range(1, alpha.dim()))
+    mean = alpha.mean(axes, keepdim=True)
+    return mean.expand_as(alpha)
+
+
+def _half(alpha):
+    "What a dead gate gives"
+    return torch.full_like(alpha, 0.5)
+
+
+def _of_other_case(alpha):
+    "The attention of the case before in the batch"
+    return alpha.roll(1, 0)
+
+
 REPLACEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "as trained": lambda alpha: alpha,
-    "mean": lambda alpha: alpha.mean(tuple(range(1, alpha.dim())), keepdim=True).expand_as(alpha),
-    "half": lambda alpha: torch.full_like(alpha, 0.5),
+    "mean": _mean_of_case,
+    "half": _half,
     "one": torch.ones_like,
     "zero": torch.zeros_like,
-    "other": lambda alpha: alpha.roll(1, 0),
+    "other": _of_other_case,
 }
 
 
@@ -47,18 +64,25 @@ def gates_of(
     return gates
 
 
+def _then(learned, replace):
+    "The attention of a gate, followed by its replacement"
+
+    def alpha(of_e, m):
+        own = learned(of_e, m)
+        return replace(own)
+
+    return alpha
+
+
 @contextmanager
 def with_attention(
     model: EGCNN,  # whose gates are changed for a while
-    replace: Callable[
-        [Tensor], Tensor
-    ],  # function of alpha (B,A,d,h,w), one of `REPLACEMENTS` or your own
-):
+    replace: Callable[[Tensor], Tensor],  # of alpha (B,A,d,h,w): of `REPLACEMENTS`, or your own
+) -> Iterator[EGCNN]:
     "Every gate of `model` uses `replace(alpha)` in place of alpha inside this context"
     gates = gates_of(model)
     for gate in gates:
-        learned = gate.alpha
-        gate.alpha = lambda of_e, m, learned=learned: replace(learned(of_e, m))
+        gate.alpha = _then(gate.alpha, replace)
     try:
         yield model
     finally:
@@ -72,17 +96,37 @@ def _masks(logits, activation):
     if activation == "sigmoid":
         return prob > 0.5
     label = prob.argmax(1)
-    return torch.stack([label == k for k in range(1, prob.shape[1])], 1)
+    foreground = range(1, prob.shape[1])
+    return torch.stack([label == k for k in foreground], 1)
 
 
 def _mean_f1(edge_logits, masks):
     "Mean edge F1 over cases and classes that are there"
     prob = edge_logits.float().sigmoid().cpu().numpy()
+    truth = masks.cpu().numpy().astype(bool)
     scores = []
-    for edges, truth in zip(prob, masks.cpu().numpy().astype(bool)):
-        targets = sobel_edges(truth)
-        scores += [edge_f1(e, t) for e, t in zip(edges, targets) if t.any()]
-    return float(np.mean(scores)) if scores else float("nan")
+    for edges, true_masks in zip(prob, truth, strict=True):
+        targets = sobel_edges(true_masks)
+        for edge, target in zip(edges, targets, strict=False):  # one edge map: the first class
+            if target.any():
+                scores.append(edge_f1(edge, target))
+    if not scores:
+        return float("nan")
+    return float(np.mean(scores))
+
+
+def _scores(model, x, masks):
+    "Edge F1, mask Dice and boundary Dice of a network as it is"
+    logits, edge_logits = model(x)[:2]
+    found = _masks(logits, model.activation)
+    truth = masks.bool()
+    dice = dice_score(found, truth)
+    boundary = boundary_dice(found, truth)
+    return {
+        "edge_f1": _mean_f1(edge_logits, masks),
+        "dice": float(dice.mean()),
+        "boundary_dice": float(boundary.mean()),
+    }
 
 
 @torch.no_grad()
@@ -94,51 +138,61 @@ def audit_gates(
     "Edge F1, mask Dice and boundary Dice with each replacement of alpha (eq. 1)"
     require(
         len(x) > 1,
-        f"The audit got {len(x)} case. Give two or more, since one replacement takes the attention of another case.",
+        f"The audit got {len(x)} case. "
+        "Give two or more, since one replacement takes the attention of another case.",
     )
     rows = []
     with evaluating(model):
         for name, replace in REPLACEMENTS.items():
             with with_attention(model, replace):
-                logits, edge_logits = model(x)[:2]
-            found, truth = _masks(logits, model.activation), masks.bool()
-            dice = dice_score(found, truth).mean()
-            boundary = boundary_dice(found, truth).mean()
-            rows.append(
-                {
-                    "attention": name,
-                    "edge_f1": _mean_f1(edge_logits, masks),
-                    "dice": float(dice),
-                    "boundary_dice": float(boundary),
-                }
-            )
+                scores = _scores(model, x, masks)
+            rows.append({"attention": name, **scores})
     return rows
 
 # %% ../../nbs/4_inside/gate_audit.ipynb #17b76b55
+def _near_border(masks, reach):
+    "Distance (D,H,W) of each voxel to the nearest border of a mask, and whether it is in reach"
+    bordered = [mask for mask in masks if mask.any() and not mask.all()]
+    require(bordered, "A case has no mask with a border. Leave it out of the audit.")
+    distances = [border_distance(mask) for mask in bordered]
+    nearest = np.min(distances, 0)
+    return nearest, nearest < reach
+
+
+def _correlation(value, distance):
+    "Correlation of two lists of numbers; NaN where the first is constant"
+    if value.std() < 1e-6:
+        return float("nan")
+    matrix = np.corrcoef(value, distance)
+    correlation = matrix[0, 1]
+    return float(correlation)
+
+
 @torch.no_grad()
 def attention_at_border(
     model: EGCNN,  # with an edge stream
     x: Tensor,  # images (B,C,D,H,W)
     masks: Tensor,  # true foreground masks {0,1} (B,K,D,H,W)
     reach: float = 6.0,  # voxels from the border that are compared
-) -> dict:  # on_edge, off_edge: means of alpha; correlation of alpha with the distance to the border, NaN where alpha is constant
+) -> dict:  # on_edge, off_edge: means of alpha; correlation: of alpha with the distance, or NaN
     "What the attention of the finest gate marks"
     with evaluating(model):
-        alpha = model.attention(x)[-1].mean(1, keepdim=True)
-    alpha = resize(alpha.float(), x.shape[2:])[:, 0].cpu().numpy()
-    values, distances = [], []
-    for a, truth in zip(alpha, masks.cpu().numpy().astype(bool)):
-        bordered = [m for m in truth if m.any() and not m.all()]
-        require(bordered, "A case has no mask with a border. Leave it out of the audit.")
-        distance = np.min([border_distance(m) for m in bordered], 0)
-        near = distance < reach
-        values.append(a[near])
+        *_, finest = model.attention(x)
+    mean = finest.mean(1, keepdim=True)
+    fine = resize(mean.float(), x.shape[2:])
+    alpha = fine[:, 0].cpu().numpy()
+    truth = masks.cpu().numpy().astype(bool)
+    values = []
+    distances = []
+    for of_case, its_masks in zip(alpha, truth, strict=True):
+        distance, near = _near_border(its_masks, reach)
+        values.append(of_case[near])
         distances.append(distance[near])
-    value, distance = np.concatenate(values), np.concatenate(distances)
-    constant = value.std() < 1e-6
-    correlation = float("nan") if constant else float(np.corrcoef(value, distance)[0, 1])
+    value = np.concatenate(values)
+    distance = np.concatenate(distances)
+    on_edge = distance < 1
     return {
-        "on_edge": float(value[distance < 1].mean()),
-        "off_edge": float(value[distance >= 1].mean()),
-        "correlation": correlation,
+        "on_edge": float(value[on_edge].mean()),
+        "off_edge": float(value[~on_edge].mean()),
+        "correlation": _correlation(value, distance),
     }

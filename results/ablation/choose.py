@@ -1,0 +1,100 @@
+"""Which form of the edge stream the rule in README.md chooses, from scores on validation cases.
+
+    python results/ablation/choose.py phantoms hippocampus
+
+Each folder holds validation_scores.csv and costs.json, as `egcnn_experiment` wrote them. The script prints a table
+for each folder, then the arms that are good enough and safe on all of them, the cheapest first."""
+import json
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+HERE = Path(__file__).parent
+SHOWN = ["edge_f1", "mask_edge_f1", "edge_width", "filled", "ods", "dice", "surface_dice"]
+
+
+def arm_of(run: str) -> str:
+    "The arm in the name of a run, such as segnet-eg+thickness=1-all-0-lr0.002"
+    found = re.fullmatch(r"[a-z0-9_]+-(.+)-\w+-\d+-lr[\d.e-]+", run)
+    assert found, run
+    return found[1]
+
+
+def read_scores(folder: Path) -> pd.DataFrame:
+    "Mean scores of each arm, seed, case and output; a class that a case lacks counts in none of them"
+    rows = pd.read_csv(folder/"validation_scores.csv")
+    rows = rows[rows.region == "mean"].copy()
+    rows["arm"] = rows.run.map(arm_of)
+    return rows
+
+
+def decided(rows: pd.DataFrame) -> pd.DataFrame:
+    "The rows of the output that decides: the fused one, and of a bare network its only one"
+    bare = rows.arm == "bare"
+    return rows[(rows.output == "fused") | bare]
+
+
+def to_best(rows: pd.DataFrame, score: str, best: str) -> pd.DataFrame:
+    "Each arm's mean difference to the best arm and its standard error, with pairs of seed and case as the sample"
+    table = rows.pivot(index=["seed", "case"], columns="arm", values=score)
+    complete = table.dropna()
+    difference = complete.sub(complete[best], axis=0)
+    return pd.DataFrame({"difference": difference.mean(), "error": difference.sem(), "pairs": len(difference)})
+
+
+def judge(rows: pd.DataFrame) -> pd.DataFrame:
+    "arm -> whether it is good enough in edge F1, and safe in Dice (README.md, section Rule)"
+    streams = decided(rows)
+    streams = streams[streams.arm != "bare"]
+    best = streams.groupby("arm").edge_f1.mean().idxmax()
+    edge, dice = to_best(streams, "edge_f1", best), to_best(streams, "dice", best)
+    found = pd.DataFrame({
+        "edge F1 to best": edge.difference, "± edge": edge.error,
+        "Dice to best": dice.difference, "± Dice": dice.error, "pairs": edge.pairs,
+    })
+    found["good enough"] = edge.difference >= -edge.error
+    found["safe"] = dice.difference >= -dice.error
+    found.loc[best, ["good enough", "safe"]] = True
+    return found
+
+
+def costs_of(folder: Path) -> dict:
+    "arm -> multiply-adds of a patch"
+    costs = json.loads((folder/"costs.json").read_text())["costs"]
+    return {name.split(" ", 1)[1]: own["multiply-adds"] for name, own in costs.items()}
+
+
+def chosen(judged: list, costs: dict) -> list:
+    "Arms that are good enough and safe everywhere, the cheapest first; with equal cost unweighted negatives come first"
+    fit = set.intersection(*(set(table.index[table["good enough"] & table["safe"]]) for table in judged))
+    return sorted(fit, key=lambda arm: (costs[arm], "weight_negatives=False" not in arm))
+
+
+def table_of(rows: pd.DataFrame, costs: dict) -> pd.DataFrame:
+    "Means over seeds and cases of each arm"
+    rows = decided(rows)
+    means = rows.groupby("arm")[SHOWN].mean()
+    main = rows.groupby("arm").seed.nunique()
+    means.insert(0, "seeds", main)
+    means["10⁹ multiply-adds"] = means.index.map(lambda arm: costs[arm]/1e9)
+    return means.sort_values("edge_f1", ascending=False)
+
+
+def main(names: list) -> None:
+    judged, costs = [], {}
+    for name in names:
+        folder = HERE/name
+        rows = read_scores(folder)
+        costs = costs_of(folder)
+        judged.append(judge(rows))
+        print(f"\n## {name}\n")
+        print(table_of(rows, costs).to_markdown(floatfmt=".3f"))
+        print()
+        print(judged[-1].to_markdown(floatfmt=".4f"))
+    print("\nGood enough and safe on all of them, the cheapest first:", *chosen(judged, costs), sep="\n    ")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
