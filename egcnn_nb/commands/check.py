@@ -10,8 +10,9 @@ import argparse
 import json
 import sys
 
-from ..core import exit_on_error, require
+from ..core import exit_on_error, import_all, require
 from ..data.check import check_dataset, check_text
+from ..run.settings import add_import_flag
 
 # %% ../../nbs/4_inside/command_check.ipynb #4ec1965d
 def main(
@@ -44,9 +45,11 @@ def main(
         help=("cases that are read at once; default as many as cores and memory allow"),
     )
     p.add_argument("--json", action="store_true", help="print everything as JSON")
+    add_import_flag(p)
     args = p.parse_args(argv)
 
     def run():
+        import_all(args.imports)
         good = len(args.spacing) in (1, 3) and all(0 < s < float("inf") for s in args.spacing)
         require(
             good,

@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from threading import current_thread, main_thread
 
-from ..core import AUGMENTATIONS, exit_on_error, expect, require
+from ..core import AUGMENTATIONS, exit_on_error, expect, import_all, require
 from ..run.checkpoints import lock_run
 from egcnn_nb.run.settings import (
     PresetParser,
@@ -32,7 +32,6 @@ from ..study.cells import ARMS, check_readings, grid, plan, run_cells, trials, t
 from ..study.design import Design, check_arms, datasets_in, live_table, make_design
 from ..study.evaluation import evaluate, robustness, score_finished
 from ..study.experiments import write_results
-from ..study.report import NAMES
 
 # %% ../../nbs/4_inside/command_experiment.ipynb #914f6f23
 QUICK = {
@@ -107,9 +106,10 @@ def _add_comparison(p):
     p.add_argument(
         "--backbones",
         nargs="+",
-        choices=list(NAMES),
+        metavar="NAME",
         default=["unet", "vnet", "segnet"],
-        help="main streams; segresnet and dynunet are MONAI's",
+        help="main streams: unet, vnet and segnet, MONAI's segresnet and dynunet, "
+        "or names that a module of --import registers",
     )
     p.add_argument(
         "--arms",
@@ -407,6 +407,7 @@ def run_experiment(
 
 def _run_all(args):
     "The experiment of each dataset in the folder"
+    import_all(args.imports)
     check_arms(args)
     _tell_preset(args)
     out = Path(args.out)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
-from ..core import exit_on_error, expect
+from ..core import exit_on_error, expect, import_all
 from ..run.predict import SAVES, predict_all
+from ..run.settings import add_import_flag
 
 # %% ../../nbs/4_inside/command_predict.ipynb #d256d65b
 def _parser():
@@ -57,6 +58,7 @@ def _parser():
         action="store_true",
         help="go on with a folder that was begun: what is there is left out",
     )
+    add_import_flag(parser)
     return parser
 
 
@@ -75,6 +77,7 @@ def main(
     inputs = args.paths[len(runs) :]
 
     def run():
+        import_all(args.imports)
         expect(
             inputs,
             "INPUT",

@@ -19,7 +19,6 @@ from uuid import uuid4
 
 from ..core import AUGMENTATIONS, InputError, exit_on_error, worker_died
 from egcnn_nb.run.settings import (
-    NETWORKS,
     PresetParser,
     Settings,
     default_cache,
@@ -58,9 +57,10 @@ def _add_network(parser):
     "Flags of the network"
     parser.add_argument(
         "--backbone",
-        choices=NETWORKS,
+        metavar="NAME",
         default="segnet",
-        help="main stream; segresnet and dynunet are MONAI's",
+        help="main stream: unet, vnet or segnet, MONAI's segresnet or dynunet, "
+        "or a name that a module of --import registers",
     )
     parser.add_argument(
         "--network",
@@ -271,6 +271,7 @@ def settings_from(
     values["readings"] = preset_values(args.preset, edge, given)["readings"]
     values["edge"] = edge
     values["augment"] = tuple(args.augment)
+    values["imports"] = tuple(args.imports)
     values["spacing"] = spacing_of(args.spacing)
     values["patch_size"] = tuple(args.patch_size) if args.patch_size else None
     return Settings(**values)

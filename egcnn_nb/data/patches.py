@@ -6,7 +6,7 @@
 __all__ = ['split_cases', 'fill', 'cut_patch', 'augment', 'Patches', 'EpochBatches']
 
 # %% ../../nbs/4_inside/patches.ipynb #ad1d22e3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from math import ceil, inf
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import AUGMENTATIONS, InputError, expect, need
+from ..core import AUGMENTATIONS, InputError, expect, need, require
 from ..tensors import keyed_generator
 
 # %% ../../nbs/4_inside/patches.ipynb #35193131
@@ -116,6 +116,18 @@ def _random_centre(labels, generator, foreground, spots):
     return np.unravel_index(int(spots[chosen]), size)
 
 
+def _own_centre(sampling, labels, generator):
+    "The voxel that a function of yours returns; raises `InputError` where it is none"
+    size = tuple(labels.shape)
+    centre = [int(place) for place in sampling(labels, generator)]
+    inside = len(centre) == len(size)
+    for place, voxels in zip(centre, size, strict=False):
+        inside = inside and 0 <= place < voxels
+    problem = f"sampling returns {centre} for labels of {size}."
+    require(inside, f"{problem} Return a voxel inside.")
+    return centre
+
+
 def _patch_at(centre, patch_size, size):
     "Slices of a patch around a voxel, shifted so that as much of it as possible lies inside"
     slices = []
@@ -134,9 +146,13 @@ def cut_patch(
     generator: torch.Generator,  # source of randomness
     foreground: float = 0.5,  # share of patches centred on a foreground voxel
     spots: Tensor | None = None,  # flat indices of the foreground; None: looked up in the volume
+    sampling: Callable | None = None,  # (labels, generator) -> centre; None: as `foreground` says
 ) -> tuple:  # x (C,*patch_size), labels (*patch_size)
     "A random patch; where it is larger than the volume, the border is repeated (our choice)"
-    centre = _random_centre(labels, generator, foreground, spots)
+    if sampling is None:
+        centre = _random_centre(labels, generator, foreground, spots)
+    else:
+        centre = _own_centre(sampling, labels, generator)
     where = _patch_at(centre, patch_size, labels.shape)
     x = x[where]
     labels = labels[where]
@@ -259,7 +275,9 @@ class Patches(torch.utils.data.Dataset):
         patch_size: Any,  # voxels along D, H, W, as a tuple or a list
         seed: int = 0,  # of the run
         names: Sequence[str] = ("flip", "intensity"),  # augmentations
+        sampling: Callable | None = None,  # see `cut_patch`
     ):
+        self.sampling = sampling
         self.cases = cases
         self.patch_size = tuple(patch_size)
         self.seed = seed
@@ -277,7 +295,14 @@ class Patches(torch.utils.data.Dataset):
         epoch, sample, index = key
         generator = keyed_generator(self.seed, 1, epoch, sample)
         case = self.cases[index]
-        x, labels = cut_patch(case.x, case.labels, self.patch_size, generator, spots=case.spots)
+        x, labels = cut_patch(
+            case.x,
+            case.labels,
+            self.patch_size,
+            generator,
+            spots=case.spots,
+            sampling=self.sampling,
+        )
         x, labels = augment(x, labels, generator, self.names)
         return x, labels, sample
 

@@ -7,12 +7,13 @@ __all__ = ['BACKBONES', 'pad_to_multiple', 'crop', 'EncoderDecoder', 'SegNet', '
 
 # %% ../../nbs/1_method/06_backbones.ipynb #fb11dd73
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import expect
+from ..core import expect, find, register, registered
 from ..fast.layers import PReLU, conv, conv_transpose, norm
 from .gate import ResidualBlock
 
@@ -234,14 +235,17 @@ class VNet(EncoderDecoder):
         return conv(self.dims, channels, out, 1)
 
 # %% ../../nbs/1_method/06_backbones.ipynb #f0b31a3c
-BACKBONES = {"unet": UNet3d, "vnet": VNet, "segnet": SegNet}
+# in the order of the paper, which tables and legends keep
+register("backbone", "unet", title="U-Net")(UNet3d)
+register("backbone", "vnet", title="V-Net")(VNet)
+register("backbone", "segnet", title="Seg-Net")(SegNet)
+BACKBONES = MappingProxyType({name: find("backbone", name) for name in registered("backbone")})
 
 
 def make_backbone(
-    name: str,  # "unet", "vnet" or "segnet"
+    name: str,  # "unet", "vnet", "segnet", or what you registered
     *args,  # in_channels, out_channels, width, levels
     **kwargs,  # as for the backbone
-) -> EncoderDecoder:
+) -> nn.Module:  # of the three, an `EncoderDecoder`
     "A backbone by name; raises `InputError` on a name that is none"
-    expect(name in BACKBONES, "backbone", repr(name), f"one of {list(BACKBONES)}")
-    return BACKBONES[name](*args, **kwargs)
+    return find("backbone", name)(*args, **kwargs)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import expect, require
+from ..core import expect, find, register, registered, require
 from .sobel import edge_target, flat_face, sobel_magnitude
 from ..tensors import bounding_box, keyed_generator, probabilities
 
@@ -55,7 +55,6 @@ def _over_batch(x):
 
 _CHOICES = {
     "activation": ("softmax", "sigmoid"),
-    "semantic": ("dice_ce", "dice"),
     "supervise": ("both", "fused", "main"),
     "edge_classes": ("each", "any"),
     "eps_in": ("both", "denominator"),
@@ -284,7 +283,7 @@ def _weight(name, value):
 
 
 def cross_entropy_weight(
-    semantic: str,  # "dice_ce" or "dice"
+    semantic: str,  # "dice_ce", or another name, which has no cross entropy to weight
     weight: float | None,  # as given; None: not given
 ) -> float:  # 0 where there is no cross entropy
     "Weight of the cross entropy in the semantic loss; raises `InputError` where Dice alone is given one"
@@ -292,15 +291,34 @@ def cross_entropy_weight(
         _weight("w_cross_entropy", weight)
     if semantic == "dice_ce":
         return 1.0 if weight is None else float(weight)
-    problem = f"semantic='dice' has no cross entropy, but w_cross_entropy is {weight!r}."
+    problem = f"semantic={semantic!r} has no cross entropy, but w_cross_entropy is {weight!r}."
     require(not weight, f"{problem} Choose semantic='dice_ce', or leave w_cross_entropy out.")
     return 0.0
+
+
+@register("semantic", "dice_ce")
+def _dice_and_cross_entropy(logits, target, loss):
+    "Dice, and the weighted cross entropy unless its weight is 0 (our choice)"
+    dice = _dice_alone(logits, target, loss)
+    if not loss.w_cross_entropy:
+        return dice
+    entropy = mask_cross_entropy(logits, target, loss.activation)
+    return dice + loss.w_cross_entropy * entropy
+
+
+@register("semantic", "dice")
+def _dice_alone(logits, target, loss):
+    "Dice of the classes, without the background (eq. 4)"
+    prob = probabilities(_float(logits), loss.activation)
+    background = 1 if loss.activation == "softmax" else 0
+    return dice_loss(prob, target, **loss.dice, skip=background)
 
 
 def _check_options(given):
     "Refuse options of `EGLoss` that are unknown, out of range, or do not go together"
     for name, choices in _CHOICES.items():
         _one_of(name, given[name], choices)
+    _one_of("semantic", given["semantic"], registered("semantic"))
     for name in ("lambda1", "lambda2", "w_consistency", "tau"):
         _weight(name, given[name])
     for name in ("hard", "weight_negatives", "consistency_alone"):
@@ -338,9 +356,10 @@ class EGLoss(nn.Module):
         weight_negatives: bool = True,  # see `balanced_bce`
         beta_over: str = "case",  # see `balanced_bce`
         consistency_alone: bool = False,  # the consistency loss without an edge stream too: a control
-        semantic: str = "dice_ce",  # Dice with the cross entropy of the masks, or "dice" alone, as the paper's eq. 4
-        w_cross_entropy: float
-        | None = None,  # weight of that cross entropy; None: 1, or 0 for "dice"
+        # Dice with the cross entropy of the masks, or "dice" alone (eq. 4), or what is registered
+        semantic: str = "dice_ce",
+        # weight of that cross entropy; None: 1 for "dice_ce", else none
+        w_cross_entropy: float | None = None,
         consistency_reduce: str = "mean",  # see `consistency_loss`; "sum" needs a small `w_consistency`
         consistency: str = "masks",  # outputs in eq. 7: the "masks" alone, or "both", the edge stream's too
     ):
@@ -350,6 +369,7 @@ class EGLoss(nn.Module):
         self.lambda1 = lambda1
         self.lambda2 = lambda2
         self.w_consistency = w_consistency
+        self.mask_loss = find("semantic", semantic)
         self.w_cross_entropy = cross_entropy_weight(semantic, w_cross_entropy)
         self.tau = tau
         self.hard = hard
@@ -386,14 +406,8 @@ class EGLoss(nn.Module):
         logits: Tensor,  # (B,K,D,H,W)
         target: Tensor,  # one-hot or region masks, same shape
     ) -> Tensor:  # scalar
-        "Dice of the classes, without the background (eq. 4), and the weighted cross entropy unless its weight is 0"
-        prob = probabilities(_float(logits), self.activation)
-        background = 1 if self.activation == "softmax" else 0
-        dice = dice_loss(prob, target, **self.dice, skip=background)
-        if not self.w_cross_entropy:
-            return dice
-        entropy = mask_cross_entropy(logits, target, self.activation)
-        return dice + self.w_cross_entropy * entropy
+        "The loss of the masks that is registered under the name `semantic`"
+        return self.mask_loss(logits, target, self)
 
     def edge_terms(
         self,

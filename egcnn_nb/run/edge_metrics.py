@@ -13,7 +13,6 @@ from itertools import product
 
 import numpy as np
 import torch
-from scipy.ndimage import distance_transform_edt
 
 from ..core import require
 from ..method.sobel import edge_target

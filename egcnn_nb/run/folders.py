@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import egcnn_nb
-from ..core import AUGMENTATIONS, InputError, Task, expect, require
+from ..core import AUGMENTATIONS, InputError, Task, expect, import_all, require
 from ..data.cache import prepared_cases
 from ..data.layouts import expect_foreground, expect_paired, find_dataset
 from ..data.patches import split_cases
@@ -36,8 +36,8 @@ from ..data.prepare import median_spacing
 from ..method.egcnn import CHOICES, expect_gate
 from ..method.losses import EGLoss, cross_entropy_weight
 from .checkpoints import lock_run, newest_checkpoint
-from .models import expect_network, make_model, reading_for, takers
-from .settings import NETWORKS, Settings, default_cache
+from .models import expect_network, make_model, maker_of, reading_for, takers
+from .settings import Settings, default_cache
 from .steps import ranks
 
 # %% ../../nbs/4_inside/folders.ipynb #5e771c02
@@ -147,9 +147,12 @@ def _check_validation(value):
 
 def _check_names(settings):
     "Settings that are one of several words, or a switch"
-    for name, choices in (("backbone", NETWORKS), ("precision", _PRECISIONS)):
-        value = getattr(settings, name)
-        require(value in choices, f"{name} is {value!r}. Choose one of {', '.join(choices)}.")
+    maker_of(settings.backbone)
+    precision = settings.precision
+    require(
+        precision in _PRECISIONS,
+        f"precision is {precision!r}. Choose one of {', '.join(_PRECISIONS)}.",
+    )
     for name in ("edge", "shard", "self_check"):
         value = getattr(settings, name)
         require(isinstance(value, bool), f"{name} is {value!r}. Give True or False.")
@@ -190,6 +193,7 @@ def check_settings(
     settings: Settings,  # of a run
 ) -> None:
     "Raise `InputError` on the first setting that cannot work, before anything is read"
+    import_all(settings.imports)
     _check_names(settings)
     _check_counts(settings)
     _check_numbers(settings)
@@ -467,11 +471,23 @@ def version_of(
     return versions.get("egcnn_nb")
 
 
+_TUPLES = ("patch_size", "augment", "spacing", "imports")  # settings that JSON keeps as lists
+
+
+def _imports_of(config):
+    "Modules of the user's that a config.json names"
+    settings = config.get("settings") if isinstance(config, dict) else None
+    if not isinstance(settings, dict):
+        return []
+    imports = settings.get("imports")
+    return imports if isinstance(imports, list) else []
+
+
 def _settings_of(values, is_of_0_1):
     "Settings with every reading written out, from the values in config.json"
     if is_of_0_1:
         values = {**SETTINGS_0_1, **values}
-    lists = {name: values.get(name) for name in ("patch_size", "augment", "spacing")}
+    lists = {name: values.get(name) for name in _TUPLES}
     tuples = {name: tuple(value) for name, value in lists.items() if isinstance(value, list)}
     settings = Settings(**{**values, **tuples})
     defaults = defaults_of_0_1(settings.readings) if is_of_0_1 else None
@@ -495,8 +511,9 @@ def settings_of_config(
 ) -> tuple:  # settings with every reading written out, task
     """What a run's config.json says, whichever version wrote it
 
-    Raises `InputError` where it is not the file of a run.
+    The modules that it names are imported. Raises `InputError` where it is not the file of a run.
     """
+    import_all(_imports_of(config))
     try:
         is_of_0_1 = version_of(config) is None
         return _settings_of(config["settings"], is_of_0_1), _task_of(config["task"])
@@ -578,6 +595,8 @@ def describe(
     values = {**asdict(settings), "readings": readings_in_force(settings)}
     if settings.network is None:
         del values["network"]
+    if not settings.imports:
+        del values["imports"]
     for name, value in values.items():
         if isinstance(value, Path):
             values[name] = str(value)

@@ -15,7 +15,7 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.spatial import KDTree
 from torch import Tensor
 
-from ..core import Task, expect
+from ..core import Task, expect, find, register, registered
 from ..tensors import bounding_box, region_masks
 
 # %% ../../nbs/2_practice/metrics.ipynb #0d3ea1fb
@@ -149,6 +149,7 @@ def border_distance(
     return to_other_side - 0.5
 
 
+@register("metric", "boundary_dice")
 def boundary_dice(
     pred: Tensor,  # masks {0,1} (B,C,D,H,W)
     truth: Tensor,  # same shape
@@ -192,6 +193,7 @@ def edge_width(
     return float(4 * in_reach.mean())
 
 # %% ../../nbs/2_practice/metrics.ipynb #494878e2
+@register("metric", "volume_error")
 def volume_error(
     pred: Tensor,  # masks {0,1} (B,C,D,H,W)
     truth: Tensor,  # same shape
@@ -210,8 +212,9 @@ def _measures(found, true, spacing):
     measures = {"dice": dice_score(found, true)}
     if spacing is not None:
         measures["hd95"], measures["surface_dice"] = distances(found, true, spacing)
-        measures["boundary_dice"] = boundary_dice(found, true)
-        measures["volume_error"] = volume_error(found, true)
+        for name in registered("metric"):
+            measure = find("metric", name)
+            measures[name] = measure(found, true)
     return {name: values[0] for name, values in measures.items()}
 
 
@@ -223,7 +226,8 @@ def score_case(
 ) -> dict:  # region -> measure -> value; "mean" holds the averages over the regions
     """Scores of one case per region and on average (section 3.3)
 
-    The measures are dice, and with a spacing hd95, surface_dice, boundary_dice and volume_error.
+    The measures are dice, and with a spacing hd95, surface_dice and the metrics that are
+    registered: boundary_dice, volume_error and yours.
     For KiTS the mean of Dice is the composite.
     """
     found = region_masks(torch.as_tensor(pred)[None], task.regions)

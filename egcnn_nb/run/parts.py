@@ -61,13 +61,14 @@ class Parts:
     loss: Any = None  # function of (output, target) or (output, target, keys)
     optimizer: Any = None  # function of the parameters or of the model, or an optimizer
     transforms: Any = None  # of a patch
+    sampling: Any = None  # function of (labels, generator) that returns the centre of a patch
     terms: tuple = TERMS  # names of the loss terms; `try_parts` sets them
     built: nn.Module | None = None  # the network of `model`; `try_parts` sets it
 
     def names(self) -> dict:  # part -> name
         "The parts that are yours"
         found = {}
-        for kind in ("model", "loss", "optimizer", "transforms"):
+        for kind in ("model", "loss", "optimizer", "transforms", "sampling"):
             part = getattr(self, kind)
             if part is not None:
                 found[kind] = name_of_part(part)
@@ -545,7 +546,13 @@ def _first_batch(parts, settings, task, train):
     _, processes = ranks()
     of_process = ceil(settings.batch_size / processes)
     count = ceil(of_process / settings.accumulate)
-    patches: Any = Patches(train, settings.patch_size, settings.seed, settings.augment)
+    patches: Any = Patches(
+        train,
+        settings.patch_size,
+        settings.seed,
+        settings.augment,
+        parts.sampling,
+    )
     if parts.transforms is not None:
         patches = Transformed(patches, parts.transforms, task, settings.spacing)
     samples = [patches[0, i, i % len(train)] for i in range(count)]

@@ -26,7 +26,6 @@ from tqdm.auto import tqdm
 
 from ..core import Task, expect, keep_memory, need, require, write_whole
 from ..data.patches import EpochBatches, Patches
-from ..method.backbones import BACKBONES
 from ..method.egcnn import EGCNN
 from ..method.gate import EdgeGate, ResidualBlock
 from ..method.losses import EGLoss
@@ -39,7 +38,7 @@ from egcnn_nb.run.folders import (
     readings_in_force,
     start_from,
 )
-from .models import best_precision, make_model, reading_for
+from .models import PEERS, best_precision, make_model, reading_for
 from egcnn_nb.run.parts import (
     Parts,
     Transformed,
@@ -256,7 +255,13 @@ class Run:
     def _make_patches(self):
         "Training patches, changed by `augment` or by the transforms of yours"
         settings = self.settings
-        patches = Patches(self.train, self.patch_size, settings.seed, settings.augment)
+        patches = Patches(
+            self.train,
+            self.patch_size,
+            settings.seed,
+            settings.augment,
+            self.parts.sampling,
+        )
         if self.parts.transforms is None:
             return patches
         return Transformed(patches, self.parts.transforms, self.task, settings.spacing)
@@ -737,7 +742,7 @@ def _check_monai(settings):
     "Raise `InputError` where a run needs MONAI, which is not installed"
     if set(settings.augment) - {"flip", "intensity"}:
         need("monai.transforms", f"augment {' '.join(settings.augment)}", "monai")
-    if settings.backbone not in BACKBONES:
+    if settings.backbone in PEERS:
         need("monai.networks.nets", f"the backbone {settings.backbone!r}", "monai")
 
 
@@ -955,18 +960,20 @@ def fit(
     optimizer: Any = None,  # function of the parameters or of the model, or an optimizer
     transforms: Callable | None = None,  # of a patch, in place of `augment`: of (x, labels)
     callbacks: Sequence = (),  # objects or functions that follow the run, see `your_own_parts`
+    sampling: Callable | None = None,  # (labels, generator) -> centre of a patch, see `cut_patch`
 ) -> list:  # rows of metrics.csv, fewer than epochs if it was stopped
     """Train, validate and save; raises `InputError` before anything is written
 
     It is one of several processes, or the only one. Without `model`, `loss`, `optimizer` and
     `transforms` the run has the network, the losses and the augmentation of its settings, and Adam.
+    Without `sampling` half of the patches lie around a voxel that has a label.
     """
     require(
         isinstance(resume, bool),
         f"resume is {type(resume).__name__}. "
         "Give True or False, and the parts of the run by their names, as in model=...",
     )
-    parts = Parts(model, loss, optimizer, transforms)
+    parts = Parts(model, loss, optimizer, transforms, sampling)
     calls = _Calls(on_step, on_epoch, stop, Listeners(callbacks, ranks()[0] == 0))
     run, notes, lock = _begin_run(config, resume, device, parts, quiet)
     session = _Session(run, calls, quiet)

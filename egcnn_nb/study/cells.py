@@ -189,7 +189,8 @@ def words(
     "The command line of a cell's run"
     shared = recipe.get("readings")
     flags = {**recipe, **_own_flags(cell, widths)}
-    flags.pop("readings", None)
+    for name in ("readings", "imports"):
+        flags.pop(name, None)
     line = ["egcnn_train", str(data), "--out", str(Path(out) / cell.name)]
     for name, value in flags.items():
         several = isinstance(value, (list, tuple))
@@ -198,6 +199,8 @@ def words(
     _, readings = arm_with(cell.arm, shared)
     for name, value in readings.items():
         line += ["--reading", f"{name}={value}"]
+    for module in recipe.get("imports", ()):
+        line += ["--import", module]
     return line
 
 
@@ -223,6 +226,7 @@ def settings_of(
         precision=recipe["precision"],
         spacing=tuple(spacing),
         readings=readings or None,
+        imports=tuple(recipe.get("imports", ())),
     )
 
 # %% ../../nbs/4_inside/cells.ipynb #2c4992f1

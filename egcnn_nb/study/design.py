@@ -185,6 +185,8 @@ def _recipe(args, settings):
         recipe["readings"] = readings
     if args.preset != "default":
         recipe["preset"] = args.preset
+    if args.imports:
+        recipe["imports"] = args.imports
     return recipe
 
 

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core import COLOURS, write_whole
+from ..core import COLOURS, title_of, write_whole
 from ..data.layouts import find_dataset
 from ..run.predict import load_run
 from ..run.steps import read_metrics
@@ -24,7 +24,6 @@ from .design import Design
 from .evaluation import read_scores
 from .paper import TABLE_1, TABLE_2
 from egcnn_nb.study.report import (
-    NAMES,
     PRIMARY,
     PRIMARY_TEXT,
     Heading,
@@ -191,7 +190,7 @@ def curves_of(
         epochs = range(1, len(dice) + 1)
         ax.plot(epochs, dice, marker=".", lw=1, **styles[cell.arm], label=short(cell.arm))
     for ax, backbone in zip(axes, backbones, strict=True):
-        ax.set(title=NAMES[backbone], xlabel="epoch")
+        ax.set(title=title_of("backbone", backbone), xlabel="epoch")
         ax.grid(alpha=0.3)
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("validation Dice")
