@@ -1,6 +1,6 @@
 """Edge-Gated CNNs for volumetric segmentation: `from egcnn_nb import EGCNN, EGLoss, fit, predict`.
 
-The names are listed in `__init__.pyi`. Each is loaded when it is first used, so that `import egcnn_nb` costs nothing."""
+The names are listed in `__init__.pyi`. Each is loaded when it is first used, and not before."""
 import lazy_loader
 
 __version__ = "0.2.0.dev0"

@@ -1,4 +1,4 @@
-"""What `torchrun -m egcnn_nb.train` starts. Job scripts use this name; the command itself is `egcnn_nb.commands.train`."""
+"""What `torchrun -m egcnn_nb.train` starts, as job scripts do; the command is in `egcnn_nb.commands.train`."""
 import sys
 
 from .commands.train import main

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from egcnn_nb.data.prepare import load_case
 from egcnn_nb.data.layouts import find_dataset
+from egcnn_nb.data.prepare import load_case
 
 FOLDER = os.environ.get("EGCNN_HIPPOCAMPUS")
 pytestmark = pytest.mark.skipif(

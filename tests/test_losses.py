@@ -63,7 +63,7 @@ def by_hand(prob, masks, where, reduce, edge_logits=None):
     masks_part, edge_part = [], []
     for b in range(len(prob)):
         gradients, sets = [], []
-        for p, mask in zip(prob[b], masks[b]):
+        for p, mask in zip(prob[b], masks[b], strict=False):
             gradients.append(size_of_gradient(p) / 16)
             sets.append(compared(p, mask, where))
             masks_part.append(
@@ -73,7 +73,7 @@ def by_hand(prob, masks, where, reduce, edge_logits=None):
             continue
         if edge_logits.shape[1] == 1:
             gradients, sets = [np.max(gradients, 0)], [np.any(sets, 0)]
-        for e, gradient, voxels in zip(edge_logits[b], gradients, sets):
+        for e, gradient, voxels in zip(edge_logits[b], gradients, sets, strict=False):
             edge_part.append(over(abs(expit(e) - np.minimum(gradient, 1)), voxels, reduce))
     return np.mean(masks_part) + (np.mean(edge_part) if edge_part else 0)
 

@@ -1,4 +1,6 @@
-"""EG-CNN around networks of other people, unmodified: each trains for twenty steps, and keeps its own weights and output.
+"""EG-CNN around networks of other people, unmodified.
+
+Each trains for twenty steps, and keeps its own weights and output.
 
 python tests/test_networks.py          # the table: found features, parameters added, loss before and after"""
 
@@ -13,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import egcnn_nb.fast as fast
 from egcnn_nb.core import InputError
 from egcnn_nb.method.backbones import SegNet
 from egcnn_nb.method.egcnn import EGCNN
@@ -33,14 +36,17 @@ class Functional(nn.Module):
             if dims == 3
             else (nn.Conv2d, nn.BatchNorm2d, (kind, "bilinear"))
         )
-        block = lambda a, b, s=1: nn.Sequential(conv(a, b, 3, s, 1), norm(b), nn.ReLU())
+
+        def block(a, b, s=1):
+            return nn.Sequential(conv(a, b, 3, s, 1), norm(b), nn.ReLU())
+
         self.a, self.b, self.c = block(1, 8), block(8, 16, 2), block(16, 32, 2)
         self.d, self.e, self.out = block(48, 16), block(24, 8), conv(8, 3, 1)
 
     def forward(self, x):
-        rise = lambda deep, like: torch.cat(
-            [F.interpolate(deep, like.shape[2:], mode=self.mode), like], 1
-        )
+        def rise(deep, like):
+            return torch.cat([F.interpolate(deep, like.shape[2:], mode=self.mode), like], 1)
+
         a = self.a(x)
         b = self.b(a)
         d = self.d(rise(self.c(b), b))
@@ -53,14 +59,17 @@ class Residual2d(nn.Module):
 
     def __init__(self):
         super().__init__()
-        stage = lambda a, b, s: nn.Sequential(
-            nn.Conv2d(a, b, 3, s, 1, bias=False),
-            nn.BatchNorm2d(b),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(b, b, 3, 1, 1),
-            nn.BatchNorm2d(b),
-            nn.ReLU(inplace=True),
-        )
+
+        def stage(a, b, s):
+            return nn.Sequential(
+                nn.Conv2d(a, b, 3, s, 1, bias=False),
+                nn.BatchNorm2d(b),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(b, b, 3, 1, 1),
+                nn.BatchNorm2d(b),
+                nn.ReLU(inplace=True),
+            )
+
         self.conv1, self.maxpool = stage(1, 16, 2), nn.MaxPool2d(3, 2, 1)
         self.layer1, self.layer2, self.layer3 = stage(16, 16, 1), stage(16, 32, 2), stage(32, 64, 2)
         self.up1, self.up2, self.head = (
@@ -312,6 +321,35 @@ def test_the_found_features_are_those_a_person_would_name():
     )[1].found["entry"][0].startswith("d")
 
 
+@pytest.mark.parametrize("on", [True, False], ids=["kernels", "plain"])
+@pytest.mark.parametrize("shift", [0, 100])
+def test_both_streams_are_those_of_float64(on, shift, monkeypatch):
+    "With the kernels and without them, and for images whose mean is far from zero"
+    monkeypatch.setattr(fast, "enabled", on)
+    seed_everything(0)
+    model = EGCNN(SegNet(1, 3, width=8, levels=3)).eval()
+    exact = copy.deepcopy(model).double()
+    x = shift + torch.randn(1, 1, 16, 24, 16)
+    with torch.no_grad():
+        expected = exact(x.double())
+        for found, true in zip(model(x), expected, strict=True):
+            assert (found - true).norm() < 1e-4 * true.norm()
+
+
+def test_without_kernels_a_model_can_be_traced_and_differentiated_twice(monkeypatch):
+    monkeypatch.setattr(fast, "enabled", False)
+    seed_everything(0)
+    model = EGCNN(SegNet(1, 2, width=4, levels=2)).eval()
+    x = torch.randn(1, 1, 8, 8, 8, requires_grad=True)
+    traced = torch.jit.trace(model, x)
+    for found, true in zip(traced(2 * x), model(2 * x), strict=True):
+        assert torch.allclose(found, true, atol=1e-5)
+    (slope,) = torch.autograd.grad(model(x)[1].square().sum(), x, create_graph=True)
+    slope.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.edge.head.parameters())
+    assert model.edge.head.weight.grad.abs().sum() > 0
+
+
 def test_a_frozen_backbone_stays_and_the_rest_learns():
     net, _, x, y = wrapped("MONAI SegResNet")
     net.requires_grad_(False)
@@ -335,7 +373,7 @@ def test_autocast_and_channels_last():
         last = model.to(memory_format=torch.channels_last_3d)(
             x.contiguous(memory_format=torch.channels_last_3d)
         )
-    for a, b, c in zip(plain, half, last):
+    for a, b, c in zip(plain, half, last, strict=False):
         assert (a - b.float()).abs().max() < 0.1 * a.abs().max() and torch.allclose(a, c, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
         assert train(model.train(), x, y, 3)[1] == []
@@ -356,7 +394,7 @@ def test_compile_gives_the_same(backend):
     with torch.no_grad():
         plain = model.eval()(x)
         fast = torch.compile(model, backend=backend)(x)
-    for a, b in zip(plain, fast):
+    for a, b in zip(plain, fast, strict=False):
         assert torch.allclose(a, b, atol=1e-5)
 
 
@@ -374,7 +412,10 @@ def test_ddp(tmp_path):
 
 def test_memory_is_flat_over_200_steps():
     _, model, x, y = wrapped("2D residual network")
-    tensors = lambda: (gc.collect(), sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))[1]
+
+    def tensors():
+        return (gc.collect(), sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))[1]
+
     train(model, x, y, 10)
     before = tensors()
     train(model, x, y, 200)
@@ -389,7 +430,7 @@ def test_copy_pickle_and_state():
         again = EGCNN(Functional(), x, verbose=False).eval()
         again.load_state_dict(model.state_dict(), strict=True)
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), again):
-            assert all(torch.equal(a, b) for a, b in zip(truth, twin(x)))
+            assert all(torch.equal(a, b) for a, b in zip(truth, twin(x), strict=False))
 
 
 @pytest.mark.parametrize(
@@ -407,12 +448,14 @@ def test_export_and_onnx_give_the_same(make, tmp_path):
     with torch.no_grad():
         truth = model(x)
     exported = torch.export.export(model, (x,)).module()(x)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(truth, exported))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(truth, exported, strict=False))
     torch.onnx.export(
         model, (x,), tmp_path / "model.onnx", input_names=["x"], dynamo=True, verbose=False
     )
     out = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"x": x.numpy()})
-    assert all(torch.allclose(a, torch.tensor(b), atol=1e-3) for a, b in zip(truth, out))
+    assert all(
+        torch.allclose(a, torch.tensor(b), atol=1e-3) for a, b in zip(truth, out, strict=False)
+    )
 
 
 class Vanishing(nn.Module):
@@ -450,20 +493,47 @@ def test_a_network_that_cannot_work_is_told_in_one_sentence(net, what):
     assert what in str(e.value) and "\n" not in str(e.value)
 
 
+COLUMNS = (
+    "network",
+    "gates, deep to fine",
+    "begins with",
+    "parameters",
+    "added",
+    "semantic loss, 20 steps",
+    "edge loss",
+)
+
+
+def parameters_of(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def row_of(name):
+    "What happens when a network is wrapped and trained for twenty steps, as a row of the table"
+    net, model, x, y = wrapped(name)
+    own = parameters_of(net)
+    added = parameters_of(model) - own
+    idle = unreached(net, x, y)
+    curve, missing = train(model.train(), x, y)
+    (semantic_before, edge_before), (semantic_after, edge_after) = curve[0], curve[-1]
+    cells = [
+        name,
+        ", ".join(model.gated),
+        model.entry,
+        f"{own:,}",
+        f"{added:,}",
+        f"{semantic_before:.3f} to {semantic_after:.3f}",
+        f"{edge_before:.3f} to {edge_after:.3f}",
+    ]
+    note = "" if missing == idle else f" no gradient: {missing}"
+    return f"| {' | '.join(cells)} |{note}"
+
+
 def table():
-    print(
-        "| network | gates, deep to fine | begins with | parameters | added | semantic loss, 20 steps | edge loss |\n|---|---|---|---|---|---|---|"
-    )
+    print(f"| {' | '.join(COLUMNS)} |")
+    print("|---" * len(COLUMNS) + "|")
     for name in NETWORKS:
-        net, model, x, y = wrapped(name)
-        own = sum(p.numel() for p in net.parameters())
-        added = sum(p.numel() for p in model.parameters()) - own
-        idle = unreached(net, x, y)
-        curve, missing = train(model.train(), x, y)
-        print(
-            f"| {name} | {', '.join(model.gated)} | {model.entry} | {own:,} | {added:,} | {curve[0][0]:.3f} to {curve[-1][0]:.3f} | {curve[0][1]:.3f} to {curve[-1][1]:.3f} |{'' if missing == idle else f' no gradient: {missing}'}",
-            flush=True,
-        )
+        print(row_of(name), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from egcnn_nb.core import BRATS, COLOURS
-from egcnn_nb.data.prepare import load_case
 from egcnn_nb.data.layouts import find_dataset
+from egcnn_nb.data.prepare import load_case
 from egcnn_nb.method.sobel import edge_target
 from egcnn_nb.show.anatomy import pretrained
 from egcnn_nb.tensors import probabilities, to_target

@@ -1,11 +1,14 @@
-"""Where the notebooks and the modules lie. Every tool and test that goes through them asks here, so that none of them goes through an empty list."""
+"""Where the notebooks and the modules lie.
+
+Every tool and test that goes through them takes the lists from here, so that none goes through an empty list.
+"""
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 NBS = ROOT / "nbs"
-FEWEST_NOTEBOOKS, FEWEST_MODULES = 46, 42
+FEWEST_NOTEBOOKS, FEWEST_MODULES = 53, 48
 
 
 def notebooks():

@@ -1,4 +1,6 @@
-"""Draw the two diagrams of the README from the code itself: what EG-CNN consists of, and which room of the package builds on which.
+"""Draw the two diagrams of the README from the code itself.
+
+One shows what EG-CNN consists of, the other which room of the package builds on which.
 
     python tools/diagrams.py            # writes nbs/images/architecture.svg and nbs/images/rooms.svg
     python tools/diagrams.py --check    # exit 1 if the code has changed since

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Task
-from ..data.prepare import place
 from ..data.layouts import Case
+from ..data.prepare import place
 from .models import best_device
 from .predict import BoxMaps, case_maps, label_map
 from .settings import Settings

@@ -4,6 +4,7 @@
 
 Each folder holds validation_scores.csv and costs.json, as `egcnn_experiment` wrote them. The script prints a table
 for each folder, then the arms that are good enough and safe on all of them, the cheapest first."""
+
 import json
 import re
 import sys
@@ -24,7 +25,7 @@ def arm_of(run: str) -> str:
 
 def read_scores(folder: Path) -> pd.DataFrame:
     "Mean scores of each arm, seed, case and output; a class that a case lacks counts in none of them"
-    rows = pd.read_csv(folder/"validation_scores.csv")
+    rows = pd.read_csv(folder / "validation_scores.csv")
     rows = rows[rows.region == "mean"].copy()
     rows["arm"] = rows.run.map(arm_of)
     return rows
@@ -41,7 +42,9 @@ def to_best(rows: pd.DataFrame, score: str, best: str) -> pd.DataFrame:
     table = rows.pivot(index=["seed", "case"], columns="arm", values=score)
     complete = table.dropna()
     difference = complete.sub(complete[best], axis=0)
-    return pd.DataFrame({"difference": difference.mean(), "error": difference.sem(), "pairs": len(difference)})
+    return pd.DataFrame(
+        {"difference": difference.mean(), "error": difference.sem(), "pairs": len(difference)}
+    )
 
 
 def judge(rows: pd.DataFrame) -> pd.DataFrame:
@@ -50,10 +53,15 @@ def judge(rows: pd.DataFrame) -> pd.DataFrame:
     streams = streams[streams.arm != "bare"]
     best = streams.groupby("arm").edge_f1.mean().idxmax()
     edge, dice = to_best(streams, "edge_f1", best), to_best(streams, "dice", best)
-    found = pd.DataFrame({
-        "edge F1 to best": edge.difference, "± edge": edge.error,
-        "Dice to best": dice.difference, "± Dice": dice.error, "pairs": edge.pairs,
-    })
+    found = pd.DataFrame(
+        {
+            "edge F1 to best": edge.difference,
+            "± edge": edge.error,
+            "Dice to best": dice.difference,
+            "± Dice": dice.error,
+            "pairs": edge.pairs,
+        }
+    )
     found["good enough"] = edge.difference >= -edge.error
     found["safe"] = dice.difference >= -dice.error
     found.loc[best, ["good enough", "safe"]] = True
@@ -62,13 +70,15 @@ def judge(rows: pd.DataFrame) -> pd.DataFrame:
 
 def costs_of(folder: Path) -> dict:
     "arm -> multiply-adds of a patch"
-    costs = json.loads((folder/"costs.json").read_text())["costs"]
+    costs = json.loads((folder / "costs.json").read_text())["costs"]
     return {name.split(" ", 1)[1]: own["multiply-adds"] for name, own in costs.items()}
 
 
 def chosen(judged: list, costs: dict) -> list:
     "Arms that are good enough and safe everywhere, the cheapest first; with equal cost unweighted negatives come first"
-    fit = set.intersection(*(set(table.index[table["good enough"] & table["safe"]]) for table in judged))
+    fit = set.intersection(
+        *(set(table.index[table["good enough"] & table["safe"]]) for table in judged)
+    )
     return sorted(fit, key=lambda arm: (costs[arm], "weight_negatives=False" not in arm))
 
 
@@ -78,14 +88,14 @@ def table_of(rows: pd.DataFrame, costs: dict) -> pd.DataFrame:
     means = rows.groupby("arm")[SHOWN].mean()
     main = rows.groupby("arm").seed.nunique()
     means.insert(0, "seeds", main)
-    means["10⁹ multiply-adds"] = means.index.map(lambda arm: costs[arm]/1e9)
+    means["10⁹ multiply-adds"] = means.index.map(lambda arm: costs[arm] / 1e9)
     return means.sort_values("edge_f1", ascending=False)
 
 
 def main(names: list) -> None:
     judged, costs = [], {}
     for name in names:
-        folder = HERE/name
+        folder = HERE / name
         rows = read_scores(folder)
         costs = costs_of(folder)
         judged.append(judge(rows))
@@ -93,7 +103,11 @@ def main(names: list) -> None:
         print(table_of(rows, costs).to_markdown(floatfmt=".3f"))
         print()
         print(judged[-1].to_markdown(floatfmt=".4f"))
-    print("\nGood enough and safe on all of them, the cheapest first:", *chosen(judged, costs), sep="\n    ")
+    print(
+        "\nGood enough and safe on all of them, the cheapest first:",
+        *chosen(judged, costs),
+        sep="\n    ",
+    )
 
 
 if __name__ == "__main__":
