@@ -248,4 +248,5 @@ def make_backbone(
     **kwargs,  # as for the backbone
 ) -> nn.Module:  # of the three, an `EncoderDecoder`
     "A backbone by name; raises `InputError` on a name that is none"
-    return find("backbone", name)(*args, **kwargs)
+    make = find("backbone", name)
+    return make(*args, **kwargs)
