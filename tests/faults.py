@@ -490,10 +490,10 @@ def poisoned(count):
     real = folders.prepare
 
     def prepare(*args, **options):
-        task, train, val, notes = real(*args, **options)
-        for case in train[:count]:
+        data = real(*args, **options)
+        for case in data.train[:count]:
             case.x = torch.full_like(case.x, float("nan"))
-        return task, train, val, notes
+        return data
 
     return replaced(folders, "prepare", prepare)
 
