@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import ENV, begun, children, command, dataset
+from tiny import ENV, after, begun, children, command, dataset
 
 import egcnn_nb.run.folders as folders
 import egcnn_nb.run.steps as steps
@@ -87,17 +87,6 @@ def settings(tmp, data="data", out="run", cache="cache", **changes):
 def fit(tmp, resume=False, stop=lambda: False, on_step=None, **changes):
     config = settings(tmp, **changes)
     return training.fit(config, resume, quiet=True, stop=stop, on_step=on_step)
-
-
-def after(n):
-    "A function that says stop from this question on"
-    asked = []
-
-    def stop():
-        asked.append(1)
-        return len(asked) > n
-
-    return stop
 
 
 def refused(f, text):

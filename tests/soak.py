@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tiny import dataset
+from tiny import after, dataset
 
 from egcnn_nb.run.predict import predict_all
 from egcnn_nb.run.settings import Settings
@@ -101,13 +101,7 @@ def one_round(tmp, i):
         precision="fp32",
         workers=1 if i % 3 == 0 else 0,
     )
-    asked = []
-
-    def stop():
-        asked.append(1)
-        return len(asked) > 4
-
-    fit(settings, quiet=True, stop=stop)
+    fit(settings, quiet=True, stop=after(4))
     fit(settings, True, quiet=True)
     predict_all([run], [tmp / "data/scan00.nii.gz"], out, ("probabilities", "edges", "attention"))
     shutil.rmtree(run)

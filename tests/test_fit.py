@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))  # torchrun starts this file too
-from tiny import ENV, dataset
+from tiny import ENV, after, dataset
 
 from egcnn_nb.commands.predict import main as predict_main
 from egcnn_nb.commands.train import main as train_main
@@ -117,17 +117,6 @@ def same(a, b):
         if (Path(a) / name).read_bytes() != (Path(b) / name).read_bytes():
             return False
     return True
-
-
-def after(steps):
-    "A function that says stop from this question on"
-    asked = []
-
-    def stop():
-        asked.append(1)
-        return len(asked) > steps
-
-    return stop
 
 
 class Heard:

@@ -80,3 +80,14 @@ def children(pid):
     for thread in Path(f"/proc/{pid}/task").iterdir():
         found += (thread / "children").read_text().split()
     return [int(child) for child in found]
+
+
+def after(n):
+    "A function that says stop from this question on"
+    asked = []
+
+    def stop():
+        asked.append(1)
+        return len(asked) > n
+
+    return stop
