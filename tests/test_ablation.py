@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "results/ablation"))
@@ -61,3 +62,48 @@ def test_with_equal_cost_unweighted_negatives_come_first():
         index=["a+weight_negatives=True", "a+weight_negatives=False"],
     )
     assert choose.chosen([table], dict.fromkeys(table.index, 1.0))[0] == "a+weight_negatives=False"
+
+
+def validation_rows(folder):
+    "A file of one arm and one case that lacks the class B"
+    kinds = {"A": (0.8, 0.6), "B": (0.0, np.nan), "mean": (0.4, 0.6)}
+    rows = []
+    for region, (edge, deep) in kinds.items():
+        scores = dict.fromkeys(choose.EDGE, edge)
+        row = {"run": "segnet-eg-all-0-lr0.002", "seed": 0, "case": "c", "output": "fused"}
+        rows.append(row | {"region": region, "dice": 0.5, "deep_share": deep} | scores)
+    pd.DataFrame(rows).to_csv(folder / "validation_scores.csv", index=False)
+
+
+def test_a_class_that_a_case_lacks_counts_in_no_edge_score(tmp_path):
+    validation_rows(tmp_path)
+    (row,) = choose.read_scores(tmp_path).to_dict("records")
+    assert row["edge_f1"] == row["ods"] == 0.8
+    assert row["dice"] == 0.5
+
+
+def test_without_a_winner_the_safe_arm_that_loses_least_comes_first():
+    first = pd.DataFrame(
+        {"edge F1 to best": [0.0, -0.03, -0.01], "safe": [True, True, False]}, ["a", "b", "c"]
+    )
+    second = pd.DataFrame(
+        {"edge F1 to best": [-0.05, 0.0, -0.01], "safe": [True, True, True]}, ["a", "b", "c"]
+    )
+    assert choose.least_loss([first, second]) == ["b", "a"]
+
+
+def test_the_first_part_has_three_readings():
+    form = "eg+edge_head=norm+gate_residual=none+weight_negatives=True"
+    assert choose.is_of_first_part(form)
+    assert not choose.is_of_first_part(form + "+gate_bias=1")
+    assert not choose.is_of_first_part("bare")
+
+
+@pytest.mark.parametrize("name", ["phantoms", "hippocampus"])
+def test_the_recorded_scores_choose_no_arm(name):
+    rows = choose.read_scores(choose.HERE / name)
+    table = choose.judge(rows[rows.arm.map(choose.is_of_first_part)])
+    assert len(table) == 7
+    good = set(table.index[table["good enough"] & table.safe])
+    weighted = {arm for arm in good if arm.endswith("weight_negatives=True")}
+    assert good and good == (weighted if name == "phantoms" else good - weighted)
