@@ -46,18 +46,13 @@ def step_of(net, x, target, precision):
     loss = EGLoss()
     optimizer = torch.optim.Adam(net.parameters(), 1e-4, fused=True)
     keys = [(0, i) for i in range(len(x))]
-    has_edges = isinstance(net, EGCNN)
 
     def step():
         with autocast(precision, x.device):
-            if has_edges:
-                found = net.streams(x)
-                logits, edge, main = found.logits, found.edge, found.main
-            else:
-                logits, edge, main = net(x), None, None
-        terms = loss(logits, edge, target, main, keys)
+            out = net(x)
+        total = loss(out, target, keys=keys)
         optimizer.zero_grad(set_to_none=True)
-        terms["total"].backward()
+        total.backward()
         optimizer.step()
 
     return step

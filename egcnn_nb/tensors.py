@@ -113,12 +113,13 @@ def to_labels(
 # %% ../nbs/4_inside/tensors.ipynb #fc37daeb
 def keyed_generator(
     *key: int,  # whole numbers ≥ 0 that name the draw, e.g. seed, step, number of the sample
-) -> torch.Generator:  # on the CPU
+    device: torch.device | str = "cpu",  # where it draws; a GPU draws other numbers than a CPU
+) -> torch.Generator:
     "A random generator that depends on `key` alone, in any process and any order (our choice)"
     sequence = np.random.SeedSequence(key)
     [state] = sequence.generate_state(1, np.uint64)
     seed = int(state) >> 1  # torch takes 63 bits
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator(device).manual_seed(seed)
 
 
 def seed_everything(

@@ -12,7 +12,7 @@ from torch import nn
 from egcnn_nb.commands import train
 from egcnn_nb.method.backbones import SegNet
 from egcnn_nb.method.egcnn import EGCNN
-from egcnn_nb.method.losses import EGLoss
+from egcnn_nb.method.losses import EGLoss, gumbel_noise
 from egcnn_nb.run.predict import load_run, predict
 from egcnn_nb.tensors import seed_everything
 
@@ -47,13 +47,13 @@ def computed(form, device):
     "Outputs, losses and gradients on a device, brought back to the CPU"
     net = network(form).to(device)
     x, target = (t.to(device) for t in batch())
-    found = net.streams(x)
-    loss = EGLoss()
-    terms = loss(found.logits, found.edge, target, found.main, [(0, 0), (0, 1)])
+    out = net(x)
+    loss = EGLoss().eval()  # without noise, which a GPU draws on its own
+    terms = loss.terms(out, target)
     terms["total"].backward()
     grads = {name: p.grad.cpu() for name, p in net.named_parameters()}
-    outputs = {"logits": found.logits, "edge": found.edge, "main": found.main}
-    outputs |= {f"alpha {k}": alpha for k, alpha in enumerate(found.attention)}
+    outputs = {"logits": out.logits, "edge": out.edge, "main": out.main}
+    outputs |= {f"alpha {k}": alpha for k, alpha in enumerate(out.attention)}
     outputs |= terms
     return {name: t.detach().cpu() for name, t in outputs.items()}, grads
 
@@ -72,9 +72,20 @@ def test_a_wrapped_network_starts_equal_to_the_bare_one():
     x = batch()[0].float().cuda()
     with torch.no_grad():
         alone = bare(x)
-        found = EGCNN(bare).eval().streams(x)
-    assert torch.equal(found.main, found.logits)
-    torch.testing.assert_close(found.logits, alone, rtol=1e-5, atol=1e-5)
+        out = EGCNN(bare).eval()(x, full=True)
+    assert torch.equal(out.main, out.logits)
+    torch.testing.assert_close(out.logits, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_noise_is_drawn_on_the_gpu_and_depends_on_its_keys():
+    keys = [(0, 1, 5), (0, 1, 6)]
+    noise = gumbel_noise((2, 100_000), keys, "cuda")
+    assert noise.is_cuda
+    assert torch.equal(noise, gumbel_noise((2, 100_000), keys, "cuda"))
+    assert torch.equal(noise[1:], gumbel_noise((1, 100_000), keys[1:], "cuda"))
+    assert not torch.equal(noise[0], noise[1])
+    assert abs(noise.mean().item() - 0.5772) < 0.01
+    assert abs(noise.var().item() - torch.pi**2 / 6) < 0.03
 
 
 def rows(out):

@@ -159,9 +159,10 @@ def edge_loss(
     return lambda1 * dice + lambda2 * bce
 
 # %% ../../nbs/1_method/05_losses.ipynb #204c2c14
-def _exponential(shape, generator=None):
-    "Numbers of the exponential law, float32"
-    return torch.empty(shape).exponential_(generator=generator)
+def _exponential(shape, key, device):
+    "Numbers of the exponential law, float32, by a key or from torch's stream"
+    generator = None if key is None else keyed_generator(*key, device=device)
+    return torch.empty(shape, device=device).exponential_(generator=generator)
 
 
 def gumbel_noise(
@@ -170,14 +171,18 @@ def gumbel_noise(
     | None = None,  # whole numbers for each case, e.g. (seed, step, sample); None: torch's stream
     device: torch.device | str | None = None,  # where the noise is needed
 ) -> Tensor:  # float32, standard Gumbel
-    "Gumbel noise -log E, E exponential; with keys it depends on them alone (eq. 8)"
+    """Gumbel noise -log E, E exponential (eq. 8).
+
+    With keys it depends on them alone, and on the kind of device: a GPU draws other numbers than a CPU."""
+    wanted = torch.device(device or "cpu")
+    # A GPU that waits for numbers of the CPU needs five times as long for a step.
+    source = wanted if wanted.type == "cuda" else torch.device("cpu")
     if keys is None:
-        drawn = _exponential(shape)
+        drawn = _exponential(shape, None, source)
     else:
-        cases = [_exponential(shape[1:], keyed_generator(*key)) for key in keys]
-        drawn = torch.stack(cases)
+        drawn = torch.stack([_exponential(shape[1:], key, source) for key in keys])
     smallest = torch.finfo(torch.float32).tiny
-    return -drawn.clamp_min_(smallest).log_().to(device)
+    return -drawn.clamp_min_(smallest).log_().to(wanted)
 
 # %% ../../nbs/1_method/05_losses.ipynb #72cb610e
 def _noisy_scores(logits, activation, noise):
