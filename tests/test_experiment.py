@@ -482,3 +482,10 @@ def test_every_cell_of_an_experiment_gets_the_preset(tmp_path):
     other = run([*line, "--lr", "1e-4"])  # cells of another recipe are not mixed with these
     assert other.returncode == 2
     assert "semantic=dice" in other.stderr.splitlines()[-1]
+
+
+def test_a_plan_opens_no_test_case(tmp_path, capsys):
+    words = [ROOT / "data_samples/kits2019", "--out", tmp_path / "out", "--plan", "--test"]
+    assert experiments.main(words) == 2
+    assert "--plan starts nothing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -365,6 +365,8 @@ def _score_validation(data, out, args):
 
 def _check_step(out, args):
     "Raise `InputError` on steps that do not go together"
+    problem = "--plan starts nothing, and --test opens the test cases."
+    require(not (args.plan and args.test), f"{problem} Leave out one of them.")
     others = [f"--{name}" for name in ("test", "plan", "quick") if getattr(args, name)]
     require(
         not (args.score_validation and others),
@@ -391,6 +393,7 @@ def run_experiment(
     """Plan, train what is missing, or test, for one dataset; `--quick` trains and tests.
 
     Raises `InputError` where another process is at it."""
+    import_all(args.imports)
     check_arms(args)
     _check_step(out, args)
     Path(out).mkdir(parents=True, exist_ok=True)

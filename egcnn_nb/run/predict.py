@@ -10,6 +10,7 @@ __all__ = ['FLIPS', 'SAVES', 'averaged', 'predict', 'load_run', 'BoxMaps', 'case
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -549,8 +550,8 @@ def _file_cases(files, task):
 
 def _expect_names_once(cases):
     "Raise `InputError` where two cases have one name, in small letters or capitals"
-    folded = [case.name.lower() for case in cases]
-    twice = sorted({case.name for case in cases if folded.count(case.name.lower()) > 1})
+    counts = Counter(case.name.lower() for case in cases)
+    twice = sorted({case.name for case in cases if counts[case.name.lower()] > 1})
     expect(
         not twice,
         "INPUT",

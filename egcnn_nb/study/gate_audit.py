@@ -101,13 +101,15 @@ def _masks(logits, activation):
 
 
 def _mean_f1(edge_logits, masks):
-    "Mean edge F1 over cases and classes that are there"
+    "Mean edge F1 over cases and classes that are there; one edge map is compared with the edges of all classes"
     prob = edge_logits.float().sigmoid().cpu().numpy()
     truth = masks.cpu().numpy().astype(bool)
     scores = []
     for edges, true_masks in zip(prob, truth, strict=True):
         targets = sobel_edges(true_masks)
-        for edge, target in zip(edges, targets, strict=False):  # one edge map: the first class
+        if len(edges) == 1:
+            targets = targets.any(0, keepdims=True)
+        for edge, target in zip(edges, targets, strict=True):
             if target.any():
                 scores.append(edge_f1(edge, target))
     if not scores:
