@@ -159,15 +159,16 @@ def cut_patch(
     if labels.shape == tuple(patch_size):
         return x, labels
     x, _ = fill(x, patch_size)
-    labels, _ = fill(labels[None], patch_size)
-    return x, labels[0]
+    (labels,), _ = fill(labels[None], patch_size)
+    return x, labels
 
 # %% ../../nbs/4_inside/patches.ipynb #7f469c5c
 def _flip(x, labels, generator):
     "Mirror each axis with probability 1/2"
     axes = []
     for axis in range(3):
-        if torch.rand((), generator=generator) < 0.5:
+        drawn = torch.rand((), generator=generator)
+        if drawn < 0.5:
             axes.append(axis)
     image_axes = [axis + 1 for axis in axes]  # behind the channels
     return x.flip(image_axes), labels.flip(axes)

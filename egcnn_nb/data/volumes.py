@@ -134,9 +134,10 @@ _NEAR = 0.05  # labels that are no farther from whole numbers may be rounded by 
 def _check_whole(array, whole, where):
     "Raise `InputError` on values that are not close to whole numbers, with the remedy that fits"
     distance = np.abs(array - whole)
-    odd = np.unique(array[distance > _ROUNDING])
-    if not odd.size:
+    is_odd = distance > _ROUNDING
+    if not is_odd.any():
         return
+    odd = np.unique(array[is_odd])
     examples = [float(f"{value:.6g}") for value in odd[:3]]
     found = f"{where} has label values such as {examples}, which are no whole numbers."
     if distance.max() > _NEAR:
@@ -223,7 +224,8 @@ def _grid_header(array, like):
     found = header.copy()
     for name in _GRID:
         found[name] = own[name]
-    found["pixdim"][:4] = own["pixdim"][:4]
+    sizes = own["pixdim"][:4]
+    found["pixdim"][:4] = sizes
     place: Any = found.get_best_affine()
     same = np.allclose(place, like.affine, rtol=1e-5, atol=1e-4)
     return found if same else header
@@ -567,5 +569,6 @@ def data_samples(
     if folder is None:
         folder = _first_folder(_is_project) or Path.cwd()
         write_data_samples(folder / "data_samples")
-    relative = os.path.relpath(folder / "data_samples" / path)
+    wanted = folder / "data_samples" / path
+    relative = os.path.relpath(wanted)
     return Path(relative)

@@ -69,7 +69,9 @@ def _is_number(value):
     "Whether a value is a number; NaN is none"
     if isinstance(value, bool):
         return False
-    return isinstance(value, (int, float)) and not isnan(value)
+    if not isinstance(value, (int, float)):
+        return False
+    return not isnan(value)
 
 
 def _is_size(value):
@@ -127,8 +129,9 @@ def _check_numbers(settings):
         require(good, f"{name} is {value!r}. Give a number, 0 or more.")
     _check_validation(settings.validation)
     spacing = settings.spacing
+    good = spacing == "median" or _are_three(spacing, _is_length)
     require(
-        spacing == "median" or _are_three(spacing, _is_length),
+        good,
         f"spacing is {spacing!r}. Give three lengths in mm above 0, or the word median.",
     )
 
@@ -232,10 +235,11 @@ def known_names(
     if short in known:
         fix = f"Write {short} without the ending of the file."
     else:
-        fix = f"The cases are called {', '.join(sorted(known)[:3])} and so on."
+        examples = ", ".join(sorted(known)[:3])
+        fix = f"The cases are called {examples} and so on."
+    first = ", ".join(unknown[:3])
     raise InputError(
-        f"{path} names {len(unknown)} cases that the data set does not have: "
-        f"{', '.join(unknown[:3])}. {fix}"
+        f"{path} names {len(unknown)} cases that the data set does not have: {first}. {fix}"
     )
 
 
@@ -459,7 +463,8 @@ def readings_in_force(
     for name, value in defaults.items():
         if name in own or _applies(settings, name, value):
             found[name] = own.get(name, value)
-    found["w_cross_entropy"] = cross_entropy_weight(found["semantic"], found["w_cross_entropy"])
+    weight = found["w_cross_entropy"]
+    found["w_cross_entropy"] = cross_entropy_weight(found["semantic"], weight)
     return found
 
 
@@ -709,7 +714,8 @@ def _same_split(out, old, new):
     "Raise `InputError` that names cases which were lost or added since the run began"
     was = {*old["train"], *old["validation"]}
     now = {*new["train"], *new["validation"]}
-    gone, come = sorted(was - now), sorted(now - was)
+    gone = sorted(was - now)
+    come = sorted(now - was)
     expect(
         old == new,
         out,
@@ -738,11 +744,13 @@ def _new_folder(out, config):
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".part-{uuid4().hex[:8]}-{out.name}")
     part.mkdir()
-    (part / "config.json").write_text(json.dumps(config, indent=1))
+    file = part / "config.json"
+    text = json.dumps(config, indent=1)
+    file.write_text(text)
     try:
         part.rename(out)
     except OSError:
-        (part / "config.json").unlink()
+        file.unlink()
         part.rmdir()
         _expect_new(out, False)
 

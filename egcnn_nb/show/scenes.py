@@ -154,8 +154,9 @@ class Explorer3d(Explorer):
             self.viewer.volumes[number].opacity = values[name]
         if self.tell:
             self.readout.value = self.tell(**values)
+        clip = values["clip"]
         beyond = 2.0  # of the volume: nothing is cut
-        depth = 0.5 - values["clip"] if values["clip"] else beyond
+        depth = 0.5 - clip if clip else beyond
         self.viewer.set_clip_plane(depth, values["turn"], 0.0)
 
     def close(self) -> None:

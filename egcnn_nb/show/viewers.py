@@ -88,7 +88,8 @@ def _turn(a, affine):
     if affine is None:
         return a
     channels_last = np.moveaxis(a, 0, -1)
-    turned = nib.apply_orientation(channels_last, nib.io_orientation(affine))
+    orientation = nib.io_orientation(affine)
+    turned = nib.apply_orientation(channels_last, orientation)
     return np.moveaxis(turned, -1, 0)
 
 
@@ -317,11 +318,12 @@ def _spacing_of(affine, spacing):
 
 def _first_position(overlays, shape):
     "The slices with the most foreground of the label, else of the prediction, else the middle ones"
+    middle = [n // 2 for n in shape]
     for name in ("label", "pred"):
         if name in overlays:
             fullest = _fullest_slices(overlays[name])
-            return fullest or [n // 2 for n in shape]
-    return [n // 2 for n in shape]
+            return fullest or middle
+    return middle
 
 
 def read_scene(
@@ -600,12 +602,14 @@ def _where_wrong(truth, a, b):
     rgb[truth > 0] = 110
     a_wrong = a != truth
     b_wrong = b != truth
-    for where, colour in (
+    kinds = (
         (a_wrong & ~b_wrong, "bare"),
         (b_wrong & ~a_wrong, "prediction"),
         (a_wrong & b_wrong, "attention"),
-    ):
-        rgb[where] = np.array(to_rgb(COLOURS[colour])) * 255
+    )
+    for where, name in kinds:
+        colour = to_rgb(COLOURS[name])
+        rgb[where] = np.array(colour) * 255
     return rgb
 
 
