@@ -47,7 +47,9 @@ def expect(
     if ok:
         return
     problem = f"{where}: found {found}, expected {expected}"
-    raise InputError(f"{problem}; {do}" if do else problem)
+    if do:
+        problem = f"{problem}; {do}"
+    raise InputError(problem)
 
 # %% ../nbs/4_inside/core.ipynb #57bbff12
 _MEMORY_WORDS = (
@@ -315,13 +317,15 @@ def find(
     name: str,  # that was registered
 ) -> Any:  # what was registered
     "What has a name; raises `InputError` where nothing has it"
-    known = isinstance(name, str) and name in REGISTRY[kind]
+    parts = REGISTRY[kind]
+    known = isinstance(name, str) and name in parts
+    names = ", ".join(registered(kind))
     require(
         known,
-        f"The {kind} {name!r} is not known. Choose one of {', '.join(registered(kind))}. "
+        f"The {kind} {name!r} is not known. Choose one of {names}. "
         "If a module of yours registers it, name the module with --import.",
     )
-    return REGISTRY[kind][name].made
+    return parts[name].made
 
 
 def title_of(
@@ -441,10 +445,11 @@ def _allowed_processors():
     else:
         allowed = os.cpu_count() or 1
     quota = _cgroup("cpu.max")  # microseconds of processor time, and the period they are for
-    if len(quota) == 2 and quota[0] != "max":
-        time, period = map(int, quota)
-        allowed = min(allowed, math.ceil(time / period))
-    return allowed
+    if len(quota) != 2 or quota[0] == "max":
+        return allowed
+    time, period = map(int, quota)
+    paid_for = math.ceil(time / period)
+    return min(allowed, paid_for)
 
 
 def processors() -> int:  # at least 1
@@ -472,9 +477,10 @@ def _files_in_memory():
 def _free_on_machine():
     "Bytes that the machine has left; 8 GiB where the system has no such number"
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        counts = dict(line.split(":") for line in lines)
-        kilobytes, _unit = counts["MemAvailable"].split()
+        text = Path("/proc/meminfo").read_text()
+        counts = dict(line.split(":") for line in text.splitlines())
+        available = counts["MemAvailable"]
+        kilobytes, _unit = available.split()
         return int(kilobytes) * 1024
     except (OSError, KeyError, ValueError):
         return 8 << 30

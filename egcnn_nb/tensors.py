@@ -29,7 +29,8 @@ def one_hot(
     space = [1] * (labels.dim() - 1)
     mask = labels.unsqueeze(1) == channels.view(1, -1, *space)
     if check and not mask.any(1).all():
-        others = sorted(set(labels.unique().tolist()) - set(values))
+        found = set(labels.unique().tolist())
+        others = sorted(found - set(values))
         raise InputError(
             f"labels: found the values {others}, expected only {values}; remap or list them"
         )
@@ -44,8 +45,10 @@ def region_masks(
     masks = []
     for values in regions.values():
         region = torch.tensor(values, device=labels.device, dtype=labels.dtype)
-        masks.append(torch.isin(labels, region))
-    return torch.stack(masks, 1).float()
+        mask = torch.isin(labels, region)
+        masks.append(mask)
+    channels = torch.stack(masks, 1)
+    return channels.float()
 
 # %% ../nbs/4_inside/tensors.ipynb #fcd47c0f
 def _innermost(regions):
@@ -71,12 +74,19 @@ def regions_to_labels(
         inside = masks[:, number].bool()
         own = [v for v in values if innermost[v] == number]  # in no smaller region
         if own or prob is None:
-            out[inside] = (own or list(values))[0]
-        else:  # smaller regions fill it: the likeliest of them
-            parts = torch.tensor(values, device=masks.device)
-            likeliest = prob[:, [innermost[v] for v in values]].argmax(1)
-            out[inside] = parts[likeliest[inside]]
+            out[inside] = own[0] if own else values[0]
+        else:  # smaller regions fill it
+            likeliest = _likeliest_part(values, innermost, prob)
+            out[inside] = likeliest[inside]
     return out
+
+
+def _likeliest_part(values, innermost, prob):
+    "For each voxel the label out of `values` whose own region is the likeliest there (B,D,H,W)"
+    channels = [innermost[value] for value in values]
+    labels = torch.tensor(values, device=prob.device)
+    likeliest = prob[:, channels].argmax(1)
+    return labels[likeliest]
 
 # %% ../nbs/4_inside/tensors.ipynb #f599554d
 def probabilities(
@@ -106,9 +116,12 @@ def to_labels(
 ) -> Tensor:  # int64 (B,D,H,W), values of the dataset
     "Label map from probabilities: the likeliest label, or nested regions above one half (our choice)"
     if task.activation == "sigmoid":
-        return regions_to_labels(prob > 0.5, task.regions, prob)
-    values = torch.tensor(list(task.labels), device=prob.device)
-    return values[prob.argmax(1)]
+        masks = prob > 0.5
+        return regions_to_labels(masks, task.regions, prob)
+    labels = list(task.labels)
+    values = torch.tensor(labels, device=prob.device)
+    likeliest = prob.argmax(1)
+    return values[likeliest]
 
 # %% ../nbs/4_inside/tensors.ipynb #fc37daeb
 def keyed_generator(
@@ -119,7 +132,8 @@ def keyed_generator(
     sequence = np.random.SeedSequence(key)
     [state] = sequence.generate_state(1, np.uint64)
     seed = int(state) >> 1  # torch takes 63 bits
-    return torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device)
+    return generator.manual_seed(seed)
 
 
 def seed_everything(
@@ -138,10 +152,12 @@ def bounding_box(
     if not mask.any():
         return tuple(slice(0, n) for n in mask.shape)
     box = []
-    for axis in range(mask.ndim):
-        others = tuple(a for a in range(mask.ndim) if a != axis)
+    axes = range(mask.ndim)
+    for axis in axes:
+        others = tuple(other for other in axes if other != axis)
         hit = np.flatnonzero(mask.any(others))
-        span = slice(int(hit[0]), int(hit[-1]) + 1)
+        first, last = int(hit[0]), int(hit[-1])
+        span = slice(first, last + 1)
         box.append(span)
         # cut this axis before the next one is searched
         before = (slice(None),) * axis
@@ -157,5 +173,6 @@ def resize(
     size = tuple(size)
     if tuple(x.shape[2:]) == size:
         return x
-    mode = {4: "bilinear", 5: "trilinear"}[x.dim()]
+    modes = {4: "bilinear", 5: "trilinear"}
+    mode = modes[x.dim()]
     return F.interpolate(x, size=size, mode=mode, align_corners=False)

@@ -443,15 +443,19 @@ def main(
     argv: list | None = None,  # words of the command line; None: those of this process
 ) -> int:  # exit code
     "The command `egcnn_experiment`; bad input ends with one line and exit code 2"
-    words = sys.argv[1:] if argv is None else argv
-    words = [str(word) for word in words]
+    given = sys.argv[1:] if argv is None else argv
+    words = [str(word) for word in given]
     parser = arguments()
     if "--quick" in words:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(words)
     args.command = shlex.join(["egcnn_experiment", *words])
+
+    def run():
+        return _run_all(args)
+
     with _stopped_by_sigterm():
-        return exit_on_error(lambda: _run_all(args))
+        return exit_on_error(run)
 
 
 if __name__ == "__main__" and "get_ipython" not in globals():

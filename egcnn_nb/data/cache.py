@@ -82,7 +82,11 @@ def _about(case):
 
 def _write_entry(path, case):
     "A prepared case as one file"
-    tensors = {"x": case.x.contiguous(), "labels": case.labels.contiguous(), "spots": case.spots}
+    tensors = {
+        "x": case.x.contiguous(),
+        "labels": case.labels.contiguous(),
+        "spots": case.spots,
+    }
     about = _about(case)
     metadata = {"about": about, "crc": _checksum(tensors, about)}
 

@@ -301,15 +301,17 @@ def read_case(
 ) -> tuple:  # images (list of Volume, one a channel), label (Volume or None)
     "Read and check the files of a case, on its own grid; raises `InputError` that names the file"
     expect_files(case, task, need_label)
-    header = read_header(case.images[0])
-    expect_plausible(header.shape, header.affine, case.images[0], spacing)
+    path = case.images[0]
+    header = read_header(path)
+    expect_plausible(header.shape, header.affine, path, spacing)
     images = read_images(case, task)
-    for image in images[1:]:
-        expect_same_grid(image, images[0])
+    first, *others = images
+    for image in others:
+        expect_same_grid(image, first)
     if case.label is None:
         return images, None
     label = read_labels(case.label)
-    expect_same_grid(label, images[0])
+    expect_same_grid(label, first)
     expect_known_labels(label, task)
     return images, label
 
@@ -596,8 +598,9 @@ def _label_line(value, name, rows):
     voxels = 0
     millilitres = []
     for row in rows:
-        if value in row["labels"]:
-            count, ml = row["labels"][value]
+        found = row["labels"]
+        if value in found:
+            count, ml = found[value]
             voxels += count
             millilitres.append(ml)
     line = f"  label {value:<7} {name}: in {len(millilitres)} cases"

@@ -365,8 +365,9 @@ def _number(value):
         return None
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    if isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,9}\s*", value):
-        return int(value)
+    if isinstance(value, str):
+        written = re.fullmatch(r"\s*-?\d{1,9}\s*", value)
+        return int(value) if written else None
     return value if isinstance(value, int) else None
 
 
@@ -491,9 +492,10 @@ def _ordered_regions(regions, order):
     "Regions, outer ones first; each begins with the label that it is painted with"
     if order is None:
         return outer_first(regions)
+    count = len(regions)
     require(
-        isinstance(order, list) and len(order) == len(regions),
-        f"regions_class_order is {order!r}, but there are {len(regions)} regions. Give one "
+        isinstance(order, list) and len(order) == count,
+        f"regions_class_order is {order!r}, but there are {count} regions. Give one "
         f"label for each of {list(regions)}.",
     )
     painted = {}
@@ -512,11 +514,14 @@ def _label_names(declared):
     "label value -> its name, or its number where only a region has it"
     names = {}
     for values in declared.values():
-        names |= {value: str(value) for value in values}
+        for value in values:
+            names[value] = str(value)
     for name, values in declared.items():
         if len(values) == 1:
-            names[values[0]] = name
-    return dict(sorted(names.items()))
+            [value] = values
+            names[value] = name
+    by_value = sorted(names.items())
+    return dict(by_value)
 
 
 def _task(name, channels, declared, order=None):
@@ -771,8 +776,9 @@ def _numbered(root, files, channels):
         if match is None or int(match[2]) >= channels:
             odd.append(path.name)
             continue
-        name = match[1]
-        found.setdefault(name, {})[int(match[2])] = path
+        name, channel = match.groups()
+        of_case = found.setdefault(name, {})
+        of_case[int(channel)] = path
     if not odd:
         return found, []
     return found, [
@@ -925,9 +931,10 @@ def _expect_files_in(path, rows, channels):
     "Raise `InputError` on a column that names no file at all, such as an age"
     for channel in channels:
         cells = [row[channel] for row in rows]
-        files = any(Path(cell).suffix.lower() in _FILES for cell in cells)
+        endings = {Path(cell).suffix.lower() for cell in cells}
+        has_files = not endings.isdisjoint(_FILES)
         require(
-            files or not cells,
+            has_files or not cells,
             f"{path} has the column {channel!r} with cells such as {cells[:2]}, which are no "
             "files. Remove the column: each one besides case and label is a channel.",
         )
@@ -954,9 +961,11 @@ def _table_task(name, channels, values):
     regions = {}
     for value in sorted(values):
         if value > 0:
-            labels[value] = f"label {value}"
-            regions[labels[value]] = (value,)
-    return Task(name, tuple(channels), labels, regions, "softmax", _intensities(channels))
+            region = f"label {value}"
+            labels[value] = region
+            regions[region] = (value,)
+    intensities = _intensities(channels)
+    return Task(name, tuple(channels), labels, regions, "softmax", intensities)
 
 
 def table(
@@ -1137,10 +1146,12 @@ def _image_hint(root, images):
 
 def _other_hint(files):
     "What other files of an unknown folder are, and what to do with them; None if nobody knows"
+    names = [path.name.lower() for path in files]
     for endings, hint in _HINTS.items():
-        if any(path.name.lower().endswith(endings) for path in files):
+        if any(name.endswith(endings) for name in names):
             return hint
-    if any(_is_dicom(path) for path in files[:20]):
+    few = files[:20]
+    if any(_is_dicom(path) for path in few):
         return _DICOM
     return None
 

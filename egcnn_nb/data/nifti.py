@@ -213,9 +213,10 @@ def _as_the_standard_says(header):
     sizes = found["pixdim"]
     if sizes[0] not in (1, -1):
         sizes[0] = 1  # the standard: 0 means 1
-    axes = int(found["dim"][0])
-    for axis in range(axes + 1, 4):
-        if not sizes[axis] > 0:
+    first_missing = int(found["dim"][0]) + 1
+    for axis in range(first_missing, 4):
+        has_size = sizes[axis] > 0
+        if not has_size:
             sizes[axis] = 1
     return found
 
@@ -225,10 +226,11 @@ def _qform_is_sound(header):
     if int(header["qform_code"]) not in range(6):
         return False
     try:
-        finite = np.isfinite(header.get_qform()).all()
+        affine = header.get_qform()
     except (HeaderDataError, ValueError):
         return False
-    return finite and (header["pixdim"][1:4] > 0).all()
+    sizes = header["pixdim"][1:4]
+    return np.isfinite(affine).all() and (sizes > 0).all()
 
 
 def _mend_qform(header):
@@ -271,9 +273,11 @@ def header_in_mm(
 def _check_sizes(path, header):
     "The voxel sizes of a header without sform"
     axes = min(int(header["dim"][0]), 3)  # a slice (H, W) has no third size
-    sizes = header["pixdim"][1 : axes + 1].astype(float)
+    end = axes + 1
+    sizes = header["pixdim"][1:end].astype(float)
+    good = np.isfinite(sizes) & (sizes > 0)
     expect(
-        np.isfinite(sizes).all() and (sizes > 0).all(),
+        good.all(),
         path,
         f"voxel sizes {sizes.tolist()}",
         "three lengths in mm",

@@ -41,9 +41,10 @@ def _drawn(cases, seed, share):
         count = round(len(cases) * share)
     count = max(count, 1)
     generator = keyed_generator(seed, 80, 20)
-    order = torch.randperm(len(cases), generator=generator).tolist()
+    order = torch.randperm(len(cases), generator=generator)
     # If these are more than there are, `split_cases` raises an error
-    return set(order[:count]), count
+    first = order[:count]
+    return set(first.tolist()), count
 
 
 def split_cases(
@@ -73,7 +74,8 @@ def split_cases(
 # %% ../../nbs/4_inside/patches.ipynb #0dd8c375
 def _repeat_border(x, before, missing):
     "Repeat the border of whole numbers, which torch cannot pad: floats do not hold each of them"
-    for axis, (first, more) in enumerate(zip(before, missing, strict=True), 1):
+    axes = range(1, x.dim())
+    for axis, first, more in zip(axes, before, missing, strict=True):
         if more == 0:
             continue
         voxels = x.shape[axis]
@@ -89,37 +91,60 @@ def fill(
 ) -> tuple:  # x, at least as large as a patch (C,D',H',W'); slices where it lies in there
     "Repeat the border of a volume that is smaller than a patch (our choice)"
     size = x.shape[1:]
-    missing = [max(p - n, 0) for p, n in zip(patch_size, size, strict=True)]
-    before = [more // 2 for more in missing]
-    inside = tuple(slice(b, b + n) for b, n in zip(before, size, strict=True))
+    missing = []
+    before = []
+    inside = []
+    for patch, voxels in zip(patch_size, size, strict=True):
+        more = max(patch - voxels, 0)
+        first = more // 2
+        missing.append(more)
+        before.append(first)
+        inside.append(slice(first, first + voxels))
+    place = tuple(inside)
     if not any(missing):
-        return x, inside
-    if not x.is_floating_point():
-        return _repeat_border(x, before, missing), inside
+        return x, place
+    if x.is_floating_point():
+        return _pad(x, before, missing), place
+    return _repeat_border(x, before, missing), place
+
+
+def _pad(x, before, missing):
+    "Repeat the border of a volume (C,D,H,W) of floats"
     pads = []  # of the last axis first
     for first, more in zip(reversed(before), reversed(missing), strict=True):
         pads += [first, more - first]
-    padded = F.pad(x[None], pads, mode="replicate")[0]
-    return padded, inside
+    batch = F.pad(x[None], pads, mode="replicate")
+    return batch[0]
+
+
+def _anywhere(size, generator):
+    "A random voxel of a volume"
+    centre = []
+    for voxels in size:
+        drawn = torch.randint(voxels, (), generator=generator)
+        centre.append(int(drawn))
+    return centre
 
 
 def _random_centre(labels, generator, foreground, spots):
     "A random voxel, with a probability of `foreground` one that has a label"
     size = labels.shape
-    anywhere = [int(torch.randint(n, (), generator=generator)) for n in size]
+    anywhere = _anywhere(size, generator)
     if spots is None:
         spots = labels.flatten().nonzero()[:, 0]
-    labelled = torch.rand((), generator=generator) < foreground
-    if not labelled or len(spots) == 0:
+    drawn = torch.rand((), generator=generator)
+    if drawn >= foreground or len(spots) == 0:
         return anywhere
-    chosen = torch.randint(len(spots), (), generator=generator)
-    return np.unravel_index(int(spots[chosen]), size)
+    number = torch.randint(len(spots), (), generator=generator)
+    chosen = int(spots[number])
+    return np.unravel_index(chosen, size)
 
 
 def _own_centre(sampling, labels, generator):
     "The voxel that a function of yours returns; raises `InputError` where it is none"
     size = tuple(labels.shape)
-    centre = [int(place) for place in sampling(labels, generator)]
+    returned = sampling(labels, generator)
+    centre = [int(place) for place in returned]
     inside = len(centre) == len(size)
     for place, voxels in zip(centre, size, strict=False):
         inside = inside and 0 <= place < voxels
@@ -132,10 +157,12 @@ def _patch_at(centre, patch_size, size):
     "Slices of a patch around a voxel, shifted so that as much of it as possible lies inside"
     slices = []
     for middle, patch, voxels in zip(centre, patch_size, size, strict=True):
+        half = patch // 2
         last_start = max(voxels - patch, 0)
-        start = max(middle - patch // 2, 0)
+        start = max(middle - half, 0)
         start = min(start, last_start)
-        slices.append(slice(start, start + patch))
+        stop = start + patch
+        slices.append(slice(start, stop))
     return (..., *slices)
 
 
@@ -159,15 +186,16 @@ def cut_patch(
     if labels.shape == tuple(patch_size):
         return x, labels
     x, _ = fill(x, patch_size)
-    labels, _ = fill(labels[None], patch_size)
-    return x, labels[0]
+    (labels,), _ = fill(labels[None], patch_size)
+    return x, labels
 
 # %% ../../nbs/4_inside/patches.ipynb #7f469c5c
 def _flip(x, labels, generator):
     "Mirror each axis with probability 1/2"
     axes = []
     for axis in range(3):
-        if torch.rand((), generator=generator) < 0.5:
+        drawn = torch.rand((), generator=generator)
+        if drawn < 0.5:
             axes.append(axis)
     image_axes = [axis + 1 for axis in axes]  # behind the channels
     return x.flip(image_axes), labels.flip(axes)
@@ -175,10 +203,11 @@ def _flip(x, labels, generator):
 
 def _intensity(x, labels, generator):
     "Shift in ±0.1 and scale in 0.9 to 1.1 per channel (Myronenko 2018)"
-    channels = x.shape[0]
-    drawn = torch.rand(2, channels, 1, 1, 1, generator=generator)
-    shift = 0.2 * drawn[0] - 0.1
-    scale = 0.9 + 0.2 * drawn[1]
+    channels = len(x)
+    for_each_channel = (channels, 1, 1, 1)
+    first, second = torch.rand(2, *for_each_channel, generator=generator)
+    shift = 0.2 * first - 0.1
+    scale = 0.9 + 0.2 * second
     scaled = x * scale
     return scaled.add_(shift), labels
 
@@ -216,7 +245,8 @@ def _apply_on_one_thread(transform, sample):
 
 def _plain(values):
     "A tensor without the memory of transforms that MONAI's have"
-    return torch.as_tensor(values).as_subclass(Tensor)
+    tensor = torch.as_tensor(values)
+    return tensor.as_subclass(Tensor)
 
 
 def _by_monai(name, x, labels, generator):
@@ -339,12 +369,15 @@ class EpochBatches:
     def whole(self) -> list:  # a list of keys (epoch, number of the sample, case) per step
         "The batches of this epoch over all processes; the last may be smaller"
         generator = keyed_generator(self.seed, 2, self.epoch)
-        order = torch.randperm(self.cases, generator=generator).tolist()
-        keys = [(self.epoch, sample, case) for sample, case in enumerate(order)]
+        order = torch.randperm(self.cases, generator=generator)
+        keys = []
+        for sample, case in enumerate(order.tolist()):
+            keys.append((self.epoch, sample, case))
         batches = []
         for start in range(0, self.cases, self.batch_size):
             end = start + self.batch_size
-            batches.append(keys[start:end])
+            batch = keys[start:end]
+            batches.append(batch)
         return batches
 
     def weight(
@@ -352,12 +385,16 @@ class EpochBatches:
         step: int,  # in the epoch
     ) -> float:  # 1 when all processes have as many cases
         "How much this process's mean counts, so that all of them give the mean over the batch"
-        left = self.cases - step * self.batch_size
+        done = step * self.batch_size
+        left = self.cases - done
         in_batch = min(self.batch_size, left)
-        own = len(range(self.rank, in_batch, self.world))
+        numbers = range(self.rank, in_batch, self.world)
+        own = len(numbers)
         return own * self.world / in_batch
 
     def __iter__(self) -> Iterator[list]:
-        for batch in self.whole()[self.first :]:
+        batches = self.whole()
+        for batch in batches[self.first :]:
             own = batch[self.rank :: self.world]
-            yield own or batch[:1]  # a process without a case of its own computes one, weight 0
+            any_case = batch[:1]
+            yield own or any_case  # a process without a case of its own computes one, weight 0

@@ -26,7 +26,8 @@ def random_direction(
 ) -> np.ndarray:  # unit vector (3,)
     "A direction in space, all directions equally likely"
     vector = rng.standard_normal(3)
-    return vector / np.linalg.norm(vector)
+    length = np.linalg.norm(vector)
+    return vector / length
 
 
 def _offsets(
@@ -34,8 +35,17 @@ def _offsets(
     centre: np.ndarray,  # in voxels (3,)
 ) -> np.ndarray:  # (3,D,H,W) in voxels
     "How far each voxel lies from a centre, along each axis"
-    indices = np.indices(size, dtype=float)
-    return indices - np.reshape(centre, (3, 1, 1, 1))
+    voxels = np.indices(size, dtype=float)
+    for_each_axis = (3, 1, 1, 1)
+    return voxels - np.reshape(centre, for_each_axis)
+
+
+def _along(
+    direction: np.ndarray,  # unit vector (3,)
+    offsets: np.ndarray,  # (3,D,H,W) in voxels
+) -> np.ndarray:  # (D,H,W) in voxels
+    "How far each voxel lies in a direction"
+    return np.tensordot(direction, offsets, 1)
 
 
 def round_field(
@@ -45,7 +55,8 @@ def round_field(
     radius: float,  # in voxels
 ) -> np.ndarray:  # (D,H,W): 1 on the surface, less inside
     "An ellipsoid whose axes differ a little"
-    radii = radius * rng.uniform(0.88, 1.14, 3)
+    stretch = rng.uniform(0.88, 1.14, 3)
+    radii = radius * stretch
     return distance_from(centre, size, radii)
 
 
@@ -56,13 +67,15 @@ def lobed_field(
     radius: float,  # in voxels
 ) -> np.ndarray:  # (D,H,W): 1 on the surface, less inside
     "Three balls, joined by a smooth minimum of their fields"
-    lobe_radius = 0.78 * radius
+    shift = 0.42 * radius
+    radii = [0.78 * radius] * 3
+    sharpness = 6  # of the minimum
     total = np.zeros(size)
     for _ in range(3):
-        lobe = centre + 0.42 * radius * random_direction(rng)
-        field = distance_from(lobe, size, [lobe_radius] * 3)
-        total += np.exp(-6 * field)
-    return -np.log(total) / 6
+        lobe = centre + shift * random_direction(rng)
+        field = distance_from(lobe, size, radii)
+        total += np.exp(-sharpness * field)
+    return -np.log(total) / sharpness
 
 
 def bent_field(
@@ -74,10 +87,12 @@ def bent_field(
     "A long ellipsoid, bent along its second axis"
     x, y, z = _offsets(size, centre)
     side = rng.choice([-1, 1])
-    x = x + side * 0.3 * y**2 / radius
-    squares = (x / 0.85) ** 2
-    squares += (y / 1.25) ** 2
-    squares += (z / 0.95) ** 2
+    bend = side * 0.3
+    x = x + bend * y**2 / radius
+    axes = ((x, 0.85), (y, 1.25), (z, 0.95))  # and their lengths, in radii
+    squares = np.zeros(size)
+    for offset, length in axes:
+        squares += (offset / length) ** 2
     return np.sqrt(squares) / radius
 
 
@@ -87,8 +102,48 @@ FIELDS = {"round": round_field, "lobed": lobed_field, "bent": bent_field}
 def _tilt(rng, size, centre, radius):
     "A field that grows in a random direction, so that the core lies off the tumor's centre"
     direction = random_direction(rng)
-    distance = np.tensordot(direction, _offsets(size, centre), 1)
-    return 0.3 / radius * distance
+    offsets = _offsets(size, centre)
+    slope = 0.3 / radius
+    return slope * _along(direction, offsets)
+
+
+def _place(rng, size):
+    "Centre and radius of a tumor, in voxels"
+    half = np.array(size) / 2
+    radius = rng.uniform(0.56, 0.66) * half.min()
+    shift = rng.uniform(-0.16, 0.16, 3)
+    return half + shift * half, radius
+
+
+def _tumor_field(rng, size, centre, radius):
+    "A field of a random shape, whose surface has bumps"
+    number = rng.integers(len(SHAPES))
+    make = FIELDS[SHAPES[number]]
+    smooth = make(rng, size, centre, radius)
+    bumps = smooth_noise(rng, size, 3.5)
+    return smooth + 0.07 * bumps
+
+
+def _core_field(rng, size, centre, radius, tumor):
+    "The tumor's field, tilted, with bumps of its own"
+    tilted = tumor + _tilt(rng, size, centre, radius)
+    bumps = smooth_noise(rng, size, 3)
+    return tilted + 0.04 * bumps
+
+
+def _necrosis_field(rng, size, centre, radius):
+    "A bumpy ball beside the centre of a tumor"
+    shift = 0.45 * radius
+    place = centre + shift * random_direction(rng)
+    radii = [0.38 * radius] * 3
+    return bumpy_distance(rng, size, place, radii, 0.06, 3)
+
+
+def _skull_field(size):
+    "An ellipsoid that fills the volume"
+    half = np.array(size) / 2
+    centre = half - 0.5
+    return distance_from(centre, size, half * 0.97)
 
 
 def tumor_labels(
@@ -97,25 +152,17 @@ def tumor_labels(
     enhancing: bool = True,  # high grade: the core enhances
 ) -> tuple:  # head (D,H,W) bool, labels (D,H,W) int16 with the values 0 1 2 4
     "Head and tumor of a large brain phantom"
-    half = np.array(size) / 2
-    skull = distance_from(half - 0.5, size, half * 0.97)
-    bumps = 0.02 * smooth_noise(rng, size, 7)
-    head = skull + bumps < 1
+    skull = _skull_field(size)
+    bumps = smooth_noise(rng, size, 7)
+    head = skull + 0.02 * bumps < 1
 
-    radius = rng.uniform(0.56, 0.66) * half.min()
-    centre = half + rng.uniform(-0.16, 0.16, 3) * half
-    shape = SHAPES[rng.integers(len(SHAPES))]
-    tumor = FIELDS[shape](rng, size, centre, radius)
-    tumor = tumor + 0.07 * smooth_noise(rng, size, 3.5)
-    inside = (tumor < 1) & (skull < 0.94)
-
-    depth = tumor + _tilt(rng, size, centre, radius)
-    depth = depth + 0.04 * smooth_noise(rng, size, 3)
+    centre, radius = _place(rng, size)
+    tumor = _tumor_field(rng, size, centre, radius)
+    within_skull = skull < 0.94
+    inside = within_skull & (tumor < 1)
+    depth = _core_field(rng, size, centre, radius, tumor)
     core = inside & (depth < 0.82)
-
-    side = centre + 0.45 * radius * random_direction(rng)
-    necrosis_radius = 0.38 * radius
-    field = bumpy_distance(rng, size, side, [necrosis_radius] * 3, 0.06, 3)
+    field = _necrosis_field(rng, size, centre, radius)
     necrosis = core & (field < 1)
 
     labels = np.zeros(size, np.int16)
@@ -125,6 +172,13 @@ def tumor_labels(
     return head, labels
 
 # %% ../../nbs/4_inside/phantoms.ipynb #a75a74d6
+def _any_place(rng, mask):
+    "A random voxel of a mask (3,)"
+    places = np.argwhere(mask)
+    number = rng.integers(len(places))
+    return places[number]
+
+
 def twin_and_wall(
     rng: np.random.Generator,  # source of randomness
     head: np.ndarray,  # (D,H,W) bool
@@ -133,16 +187,16 @@ def twin_and_wall(
 ) -> tuple:  # twin (D,H,W) bool, wall (D,H,W) bool
     "A body outside the tumor, and the thin wall that separates it from the tumor"
     outside = labels == 0
+    tissue = head & outside
     distance = np.asarray(distance_transform_edt(outside))  # from the tumor, in voxels
-    beside = head & (distance > 2) & (distance < 5)
-    places = np.argwhere(beside)
-    centre = places[rng.integers(len(places))]
+    beside = (distance > 2) & (distance < 5)
+    centre = _any_place(rng, head & beside)
     radii = rng.uniform(11, 16, 3)
     field = bumpy_distance(rng, labels.shape, centre, radii, 0.08, 3)
-    tissue = head & outside
-    twin = tissue & (field < 1) & (distance > thickness)
-    wall = tissue & (field < 1.15) & (distance <= thickness)
-    return twin, wall
+    near = distance <= thickness
+    body = tissue & (field < 1)
+    larger_body = tissue & (field < 1.15)
+    return body & ~near, larger_body & near
 
 # %% ../../nbs/4_inside/phantoms.ipynb #6bc73349
 TEXTURES = ("smooth", "grainy", "striped")
@@ -159,11 +213,16 @@ def texture(
         return smooth_noise(rng, size, 4)
     if kind == "grainy":
         return smooth_noise(rng, size, 0.9)
+    return _stripes(rng, size)
+
+
+def _stripes(rng, size, period=6):
+    "Bent stripes across a random direction, `period` voxels apart"
     direction = random_direction(rng)
-    way = np.tensordot(direction, np.indices(size, dtype=float), 1)
-    period = 6  # voxels
-    phase = 2 * np.pi * way / period
-    phase += 1.5 * smooth_noise(rng, size, 5)  # bent stripes
+    voxels = np.indices(size, dtype=float)
+    phase = 2 * np.pi * _along(direction, voxels) / period
+    bend = smooth_noise(rng, size, 5)
+    phase += 1.5 * bend
     return np.sqrt(2) * np.sin(phase)
 
 # %% ../../nbs/4_inside/phantoms.ipynb #9b859c5f
@@ -193,7 +252,8 @@ def phantom_tissues(
 
 def _any_texture(rng, size):
     "A pattern of a kind that is drawn first"
-    kind = TEXTURES[rng.integers(len(TEXTURES))]
+    number = rng.integers(len(TEXTURES))
+    kind = TEXTURES[number]
     return texture(rng, size, kind)
 
 
@@ -214,12 +274,18 @@ def phantom_scans(
     for name, means in BRIGHTNESS.items():
         sharp = np.take(means, tissue) + 30 * pattern
         clean = gaussian_filter(sharp, 0.6)
-        scan = clean * bias + noise * rng.standard_normal(size)
-        scan = scan.clip(8)
-        scan[~head] = 0
-        eighths = np.rint(scan / 8)  # fewer values: smaller files
-        scans[name] = eighths.astype(np.int16) * 8
+        grain = rng.standard_normal(size)
+        scan = clean * bias + noise * grain
+        scans[name] = _stored(scan, head)
     return scans
+
+
+def _stored(scan, head):
+    "A scan as it is written: int16, above 0 in the head alone, in steps of 8 for smaller files"
+    scan = scan.clip(8)
+    scan[~head] = 0
+    steps = np.rint(scan / 8)
+    return steps.astype(np.int16) * 8
 
 
 def phantom(

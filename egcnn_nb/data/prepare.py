@@ -73,8 +73,7 @@ def label_dtype(
     lowest, highest = min(values), max(values)
     for kind in (np.uint8, np.int16, np.int32):
         limits = np.iinfo(kind)
-        fits = limits.min <= lowest and highest <= limits.max
-        if fits:
+        if limits.min <= lowest and highest <= limits.max:
             return np.dtype(kind)
     raise InputError(
         f"{task.name} has labels from {lowest} to {highest}. Remap them to whole numbers of 32 bits."
@@ -343,7 +342,8 @@ def place(
 ) -> np.ndarray:  # the file's own shape and axes, dtype of `array`
     "From the box of a case to the scan's own grid"
     affine = case.grid.affine
-    whole = np.full(_turned(case.shape, affine), outside, array.dtype)
+    size = _turned(case.shape, affine)
+    whole = np.full(size, outside, array.dtype)
     whole[case.box] = array
     file_axes = io_orientation(affine)
     way_back = ornt_transform(RAS, file_axes)

@@ -111,9 +111,8 @@ _MERGE = "merge the masks of a case into one label map, with a number for each c
 def _read_three_axes(path, scaled, fix=_SPLIT):
     "A volume of three axes, its voxels as `read_array` gives them"
     array, affine, header = read_array(path, scaled)
-    expect(
-        array.ndim == 3 and array.size, path, f"shape {array.shape}", "three axes (D, H, W)", fix
-    )
+    good = array.ndim == 3 and array.size > 0
+    expect(good, path, f"shape {array.shape}", "three axes (D, H, W)", fix)
     expect_finite(array, path)
     return Volume(array, affine, header, Path(path))
 
@@ -134,9 +133,10 @@ _NEAR = 0.05  # labels that are no farther from whole numbers may be rounded by 
 def _check_whole(array, whole, where):
     "Raise `InputError` on values that are not close to whole numbers, with the remedy that fits"
     distance = np.abs(array - whole)
-    odd = np.unique(array[distance > _ROUNDING])
-    if not odd.size:
+    is_odd = distance > _ROUNDING
+    if not is_odd.any():
         return
+    odd = np.unique(array[is_odd])
     examples = [float(f"{value:.6g}") for value in odd[:3]]
     found = f"{where} has label values such as {examples}, which are no whole numbers."
     if distance.max() > _NEAR:
@@ -181,7 +181,9 @@ def read_labels(
 ) -> Volume:  # array int32 (D,H,W), and in `rounded` how many voxels were not exactly whole
     "Read one label map; raises `InputError` as `read_volume` does, and as `whole_numbers` on its values"
     volume = _read_three_axes(path, np.float64, _MERGE)
-    volume.array, volume.rounded = whole_numbers(volume.array, path)
+    labels, rounded = whole_numbers(volume.array, path)
+    volume.array = labels
+    volume.rounded = rounded
     return volume
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #03be9c6c
@@ -223,7 +225,8 @@ def _grid_header(array, like):
     found = header.copy()
     for name in _GRID:
         found[name] = own[name]
-    found["pixdim"][:4] = own["pixdim"][:4]
+    sizes = own["pixdim"][:4]
+    found["pixdim"][:4] = sizes
     place: Any = found.get_best_affine()
     same = np.allclose(place, like.affine, rtol=1e-5, atol=1e-4)
     return found if same else header
@@ -280,7 +283,8 @@ def smooth_noise(
     "White noise blurred to structures of about `sigma` voxels"
     white = rng.standard_normal(shape)
     blurred = gaussian_filter(white, sigma, mode="wrap")
-    return (blurred - blurred.mean()) / blurred.std()
+    deviations = blurred - blurred.mean()
+    return deviations / blurred.std()
 
 
 def distance_from(
@@ -311,6 +315,21 @@ def bumpy_distance(
     return smooth + bumps * noise
 
 
+def _tumor_place(rng, half):
+    "Centre and size of a tumor, in voxels"
+    shift = rng.uniform(-0.35, 0.35, 3)
+    size = rng.uniform(0.32, 0.46) * half.min()
+    return half + shift * half, size
+
+
+def _core_field(rng, shape, tumor_centre, size):
+    "Distance from the centre of a tumor's core, which lies beside that of the tumor"
+    shift = rng.uniform(-0.12, 0.12, 3)
+    centre = tumor_centre + shift * size
+    radii = [0.62 * size] * 3
+    return bumpy_distance(rng, shape, centre, radii, 0.14, 2.5)
+
+
 def brain_labels(
     rng: np.random.Generator,  # source of randomness
     shape: tuple,  # (D,H,W)
@@ -318,16 +337,13 @@ def brain_labels(
 ) -> tuple:  # head (D,H,W) bool, labels (D,H,W) int16 with the values 0 1 2 4
     "Head and tumor of a brain phantom"
     half = np.array(shape) / 2
-    head = bumpy_distance(rng, shape, half - 0.5, half * 0.92, 0.03, 6) < 1
+    skull = bumpy_distance(rng, shape, half - 0.5, half * 0.92, 0.03, 6)
+    head = skull < 1
 
-    centre = half + rng.uniform(-0.35, 0.35, 3) * half
-    size = rng.uniform(0.32, 0.46) * half.min()
+    centre, size = _tumor_place(rng, half)
     radii = size * rng.uniform(0.8, 1.25, 3)
     tumor = bumpy_distance(rng, shape, centre, radii, 0.16, 3)
-
-    shift = rng.uniform(-0.12, 0.12, 3) * size
-    radius = 0.62 * size
-    core = bumpy_distance(rng, shape, centre + shift, [radius] * 3, 0.14, 2.5)
+    core = _core_field(rng, shape, centre, size)
 
     inside = head & (tumor < 1)
     labels = np.zeros(shape, np.int16)
@@ -351,11 +367,12 @@ _COLUMN_OF_LABEL = np.array([0, 2, 3, 3, 4])
 def _look_alike(rng, labels):
     "A soft bright ball outside of the tumor, which is no tumor (D,H,W)"
     shape = labels.shape
-    centre = rng.uniform(0.3, 0.7, 3) * shape
-    radius = 0.4 * min(shape)
-    distance = distance_from(centre, shape, [radius] * 3)
+    place = rng.uniform(0.3, 0.7, 3)
+    radii = [0.4 * min(shape)] * 3
+    distance = distance_from(place * shape, shape, radii)
     ball = np.exp(-3 * distance**2)
-    ball[labels != 0] = 0
+    is_tumor = labels != 0
+    ball[is_tumor] = 0
     return ball
 
 
@@ -375,20 +392,31 @@ def brain_images(
     strength = np.where(tissue == _HEALTHY, 1 - swap, swap)
     images = {}
     for name, means in _CONTRAST.items():
-        gray, white = means[:2]
-        average = (gray + white) / 2
-        flat = np.take(means, tissue).astype(float)
-        flat[tissue == _HEALTHY] = average
-        texture = (white - gray) * (blobs - 0.5)  # gray and white in blobs
-        image = gaussian_filter(flat + texture * strength, 0.7)
+        image = _blurred_tissue(means, tissue, blobs, strength)
+        gray = means[0]
         bright = look_alike * (means[_EDEMA] - gray) * 1.3
         noise = 30 * rng.standard_normal(shape)
         image += bright + 28 * grain + noise
-        image = (image * bias).clip(1)
-        image[~head] = 0
-        eighths = np.rint(image / 8)  # fewer values: smaller files
-        images[name] = eighths.astype(np.int16) * 8
+        images[name] = _stored(image * bias, head)
     return images
+
+
+def _blurred_tissue(means, tissue, blobs, strength):
+    "The brightness of each voxel's tissue, with gray and white in blobs, blurred"
+    gray, white = means[:2]
+    flat = np.take(means, tissue).astype(float)
+    flat[tissue == _HEALTHY] = (gray + white) / 2
+    contrast = white - gray
+    texture = contrast * (blobs - 0.5)
+    return gaussian_filter(flat + texture * strength, 0.7)
+
+
+def _stored(image, head):
+    "An image as it is written: int16, above 0 in the head alone, in steps of 8 for smaller files"
+    image = image.clip(1)
+    image[~head] = 0
+    steps = np.rint(image / 8)
+    return steps.astype(np.int16) * 8
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #1b4d754f
 @dataclass
@@ -427,9 +455,9 @@ def _body(noise):
 
 def _kidney_centre(rng, side):
     "Where a kidney lies, whose column is `side`"
-    slice_at = 0.5 + rng.uniform(-0.05, 0.05)
-    column_at = side + rng.uniform(-0.02, 0.02)
-    return np.array((slice_at, 0.57, column_at))
+    up = rng.uniform(-0.05, 0.05)
+    sideways = rng.uniform(-0.02, 0.02)
+    return np.array((0.5 + up, 0.57, side + sideways))
 
 
 def _kidneys(rng, noise):
@@ -439,13 +467,19 @@ def _kidneys(rng, noise):
     for centre in centres:
         kidney = _Organ(centre, (0.36, 0.14, 0.1), 0.08)
         labels[kidney.mask(noise)] = 1
-    chosen = centres[rng.integers(2)]
-    shift = rng.uniform(-1, 1, 3) * (0.12, 0.07, 0.05)
-    size = rng.uniform(0.8, 1.2)
-    tumor = _Organ(chosen + shift, size * np.array((0.22, 0.1, 0.09)), 0.15)
+    number = rng.integers(2)
+    tumor = _kidney_tumor(rng, centres[number])
     own_noise = smooth_noise(rng, noise.shape, (1.5, 3, 3))
     labels[tumor.mask(own_noise)] = 2
     return labels
+
+
+def _kidney_tumor(rng, kidney_centre):
+    "A tumor beside the centre of a kidney"
+    shift = rng.uniform(-1, 1, 3) * (0.12, 0.07, 0.05)
+    size = rng.uniform(0.8, 1.2)
+    radii = size * np.array((0.22, 0.1, 0.09))
+    return _Organ(kidney_centre + shift, radii, 0.15)
 
 
 def abdomen(
@@ -476,7 +510,8 @@ def brain(
     rng = np.random.default_rng(number)
     high_grade = number % 3 != 0
     head, labels = brain_labels(rng, shape, high_grade)
-    return brain_images(rng, head, labels, swap), labels
+    images = brain_images(rng, head, labels, swap)
+    return images, labels
 
 
 _LPS_AFFINE = np.diag([-1.0, -1, 1, 1])
@@ -493,9 +528,11 @@ def write_brats_case(
     grade = "HGG" if number % 3 else "LGG"
     folder = Path(root) / grade / name
     grid = Volume(labels, _LPS_AFFINE)
-    arrays = {**images, "seg": labels.astype(np.uint8)}
+    arrays = dict(images)
+    arrays["seg"] = labels.astype(np.uint8)
     for kind, array in arrays.items():
-        write_volume(folder / f"{name}_{kind}.nii.gz", array, grid)
+        file = folder / f"{name}_{kind}.nii.gz"
+        write_volume(file, array, grid)
     return folder
 
 
@@ -567,5 +604,6 @@ def data_samples(
     if folder is None:
         folder = _first_folder(_is_project) or Path.cwd()
         write_data_samples(folder / "data_samples")
-    relative = os.path.relpath(folder / "data_samples" / path)
+    wanted = folder / "data_samples" / path
+    relative = os.path.relpath(wanted)
     return Path(relative)

@@ -10,8 +10,8 @@ __all__ = ['channels_last', 'mix_channels', 'Conv3d', 'Conv2d', 'ConvTranspose3d
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from math import gcd
-from typing import Any, cast
+from math import gcd, prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,10 @@ def _kernels_apply(x: Tensor) -> bool:
     "Whether the kernels compute x now: a volume on a CPU in float32 or bfloat16, and the switch is on"
     if not fast.enabled or torch.compiler.is_compiling():
         return False
-    return x.device.type == "cpu" and x.dim() == 5 and x.dtype in (torch.float32, torch.bfloat16)
+    on_cpu = x.device.type == "cpu"
+    is_volume = x.dim() == 5
+    has_kernel = x.dtype in (torch.float32, torch.bfloat16)
+    return on_cpu and is_volume and has_kernel
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -66,11 +69,21 @@ def _first_derivative_only(backward):
             found = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return found
-        made = [t for t in found if t is not None]
-        tied = iter(_FirstDerivative.apply(len(made), *made, *grads, *ctx.saved_tensors))
-        return tuple(None if t is None else next(tied) for t in found)
+        return _tie(found, [*grads, *ctx.saved_tensors])
 
     return wrapped
+
+
+def _tie(found, sources):
+    "Gradients, or None for each that was not asked for, tied to the tensors they were made of"
+    made = [gradient for gradient in found if gradient is not None]
+    remaining = list(_FirstDerivative.apply(len(made), *made, *sources))
+    tied = []
+    for gradient in found:
+        if gradient is not None:
+            gradient = remaining.pop(0)
+        tied.append(gradient)
+    return tuple(tied)
 
 # %% ../../nbs/4_inside/layers.ipynb #44c4c790
 # Numbers in float32 that are multiplied at once
@@ -81,32 +94,51 @@ def _pair_kernel(w):
     "(K,C,3,3,3) -> (2K,C,3,3,4), which makes two neighbours along W"
     first = F.pad(w, (0, 1))
     second = F.pad(w, (1, 0))
-    return channels_last(torch.cat([first, second]))
+    both = torch.cat([first, second])
+    return channels_last(both)
+
+
+def _channels_to_end(x):
+    "(B,C,D,H,W) -> (B,D,H,W,C), a view"
+    return x.movedim(1, -1)
+
+
+def _channels_to_front(x):
+    "(B,D,H,W,C) -> (B,C,D,H,W), a view"
+    return x.movedim(-1, 1)
 
 
 def _conv_pairs(x, w):
     "3×3×3 convolution of a channels-last volume whose W is even, two neighbours at a time"
-    pairs = F.conv3d(x, _pair_kernel(w), stride=(1, 1, 2), padding=1)
-    pairs = pairs.movedim(1, -1).unflatten(-1, (2, -1))  # (B,D,H,W/2,2,K)
-    return pairs.flatten(3, 4).movedim(-1, 1)
+    kernel = _pair_kernel(w)
+    made = F.conv3d(x, kernel, stride=(1, 1, 2), padding=1)  # (B,2K,D,H,W/2)
+    voxels = _channels_to_end(made)
+    pairs = voxels.unflatten(-1, (2, -1))  # (B,D,H,W/2,2,K)
+    neighbours = pairs.flatten(3, 4)
+    return _channels_to_front(neighbours)
 
 
 def _pairs_input_gradient(x, w, grad):
     "Derivative of `_conv_pairs` with respect to x"
-    if 2 * w.shape[1] > _LANES:
+    in_pairs = 2 * w.shape[1]
+    if in_pairs > _LANES:
         return conv3d_input(x.shape, w, grad, padding=1)
-    turned = w.flip(2, 3, 4).transpose(0, 1)
+    mirrored = w.flip(2, 3, 4)
+    turned = mirrored.transpose(0, 1)
     return _conv_pairs(grad, turned)
 
 
 def _pairs_weight_gradient(x, w, grad):
     "Derivative of `_conv_pairs` with respect to w"
-    channels = len(w)
-    pairs = grad.movedim(1, -1).unflatten(3, (-1, 2))  # (B,D,H,W/2,2,K)
-    pairs = pairs.flatten(4).movedim(-1, 1)
-    shape = [2 * channels, *w.shape[1:4], 4]
-    of_pairs = conv3d_weight(x, shape, pairs, cast(Any, (1, 1, 2)), 1)
-    return of_pairs[:channels, ..., :3] + of_pairs[channels:, ..., 1:]
+    made, read, *_ = w.shape
+    voxels = _channels_to_end(grad)
+    pairs = voxels.unflatten(3, (-1, 2))  # (B,D,H,W/2,2,K)
+    stacked = pairs.flatten(4)
+    shape = [2 * made, read, 3, 3, 4]
+    stride: Any = (1, 1, 2)
+    of_pairs = conv3d_weight(x, shape, _channels_to_front(stacked), stride, padding=1)
+    first, second = of_pairs.split(made)
+    return first[..., :3] + second[..., 1:]
 
 
 class _Pairs(torch.autograd.Function):
@@ -134,17 +166,22 @@ _HALF_TYPES = (torch.bfloat16, torch.float16)
 
 def _type_now(x):
     "The type in which a CPU computes x now, with autocast or without"
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu")
+    return x.dtype
 
 
 def _half_type(x, weight):
     "The half type in which a CPU would compute x with weight now, or None"
-    if x.device.type != "cpu" or _type_now(x) not in _HALF_TYPES:
+    kind = _type_now(x)
+    if x.device.type != "cpu" or kind not in _HALF_TYPES:
         return None
+    types = {x.dtype, weight.dtype}
     if torch.is_autocast_enabled("cpu"):
-        cast_down = torch.float64 not in (x.dtype, weight.dtype)
-        return _type_now(x) if cast_down else None
-    return x.dtype if x.dtype == weight.dtype else None
+        taken = torch.float64 not in types
+    else:
+        taken = len(types) == 1
+    return kind if taken else None
 
 
 def _never_thin(
@@ -156,42 +193,60 @@ def _never_thin(
 ) -> Tensor:  # output
     "compute(x, weight, bias), in float32 where a CPU would take a thin map, or make one, in a half type"
     half = _half_type(x, weight)
-    spatial = x.shape[2 - weight.dim() :]
-    if half is None or min(*spatial, *made) >= _THIN:
+    dims = weight.dim() - 2
+    taken = x.shape[-dims:]
+    if half is None or min(*taken, *made) >= _THIN:
         return compute(x, weight, bias)
-    bias = None if bias is None else bias.float()
+    exact_bias = None if bias is None else bias.float()
     with torch.autocast("cpu", enabled=False):
-        return compute(x.float(), weight.float(), bias).to(half)
+        exact = compute(x.float(), weight.float(), exact_bias)
+        return exact.to(half)
 
 
 def _padding(layer):
     "Voxels that a convolution adds at either end of each axis; a half where one end gets one more"
     if layer.padding == "valid":
         return [0] * len(layer.kernel_size)
-    if layer.padding == "same":
-        kernels = zip(layer.kernel_size, layer.dilation, strict=True)
-        return [(k - 1) * d / 2 for k, d in kernels]
-    return layer.padding
+    if layer.padding != "same":
+        return layer.padding
+    added = []
+    for kernel, dilation in zip(layer.kernel_size, layer.dilation, strict=True):
+        missing = _reach(kernel, dilation) - 1
+        added.append(missing / 2)
+    return added
+
+
+def _reach(kernel, dilation):
+    "Voxels from the first one under a kernel to the last, both counted"
+    gaps = kernel - 1
+    return dilation * gaps + 1
+
+
+def _steps(size, padding, kernel, stride, dilation):
+    "Voxels that a convolution makes along one axis"
+    padded = size + 2 * padding
+    room = padded - _reach(kernel, dilation)
+    return int(room) // stride + 1
+
+
+def _steps_of_transposed(size, padding, kernel, stride, dilation):
+    "Voxels that a transposed convolution makes along one axis"
+    last = (size - 1) * stride
+    return last + _reach(kernel, dilation) - 2 * padding
 
 
 def _made(layer, sizes):
     "Voxels along each axis that a convolution makes of `sizes`"
-    made = []
-    axes = zip(sizes, _padding(layer), layer.dilation, layer.kernel_size, layer.stride, strict=True)
-    for n, padding, dilation, kernel, stride in axes:
-        room = n + 2 * padding - dilation * (kernel - 1) - 1
-        made.append(int(room) // stride + 1)
-    return made
+    settings = (_padding(layer), layer.kernel_size, layer.stride, layer.dilation)
+    axes = zip(sizes, *settings, strict=True)
+    return [_steps(*axis) for axis in axes]
 
 
 def _made_by_transposed(layer, sizes):
     "Voxels along each axis that a transposed convolution makes of `sizes`, without any that its caller adds"
-    made = []
-    axes = zip(sizes, layer.padding, layer.dilation, layer.kernel_size, layer.stride, strict=True)
-    for n, padding, dilation, kernel, stride in axes:
-        reach = dilation * (kernel - 1) + 1
-        made.append((n - 1) * stride - 2 * padding + reach)
-    return made
+    settings = (layer.padding, layer.kernel_size, layer.stride, layer.dilation)
+    axes = zip(sizes, *settings, strict=True)
+    return [_steps_of_transposed(*axis) for axis in axes]
 
 # %% ../../nbs/4_inside/layers.ipynb #5w17c403
 def mix_channels(
@@ -203,29 +258,39 @@ def mix_channels(
     return _never_thin(_mix, x, weight, bias)
 
 
+_FEW = 8  # channels, below which each is better one piece of memory
+
+
 def _mix(x, weight, bias):
     "`mix_channels` in whatever type it is given"
     if not _kernels_apply(x):
         operation = F.conv3d if x.dim() == 5 else F.conv2d
         return operation(x, weight, bias)
     matrix = weight.flatten(1)
-    if len(matrix) >= 8:
-        voxels = channels_last(x).movedim(1, -1)
-        return F.linear(voxels, matrix, bias).movedim(-1, 1)
-    return _mix_into_maps(x, matrix, bias)
+    if len(matrix) < _FEW:
+        return _mix_into_maps(x, matrix, bias)
+    voxels = _channels_to_end(channels_last(x))
+    mixed = F.linear(voxels, matrix, bias)
+    return _channels_to_front(mixed)
 
 
 def _mix_into_maps(x, matrix, bias):
     "`_mix` where a few channels are made; each of them is one piece of memory"
-    first = x.movedim(1, 0)
-    if x.shape[1] < 8 and first.is_contiguous():
-        columns = first.flatten(1)
-    else:
-        columns = channels_last(x).movedim(1, -1).flatten(0, -2).t()
-    maps = matrix @ columns
+    cases, _, *size = x.shape
+    maps = matrix @ _columns(x)
     if bias is not None:
         maps.add_(bias[:, None])
-    return maps.unflatten(1, (len(x), *x.shape[2:])).movedim(0, 1)
+    of_channels = maps.unflatten(1, (cases, *size))
+    return of_channels.movedim(0, 1)
+
+
+def _columns(x):
+    "Each voxel of a volume as a column of its channels (C,B·D·H·W), without a copy where few channels allow it"
+    of_channels = x.movedim(1, 0)
+    if len(of_channels) < _FEW and of_channels.is_contiguous():
+        return of_channels.flatten(1)
+    voxels = _channels_to_end(channels_last(x))
+    return voxels.flatten(0, -2).t()
 
 
 class Conv3d(nn.Conv3d):
@@ -261,21 +326,34 @@ class Conv3d(nn.Conv3d):
         for values in (self.kernel_size, self.stride, self.padding, self.dilation):
             if isinstance(values, str) or len(set(values)) > 1:
                 return False
-        return self.dilation[0] == self.groups == 1 and self.padding_mode == "zeros"
+        is_plain = self.dilation[0] == self.groups == 1
+        return is_plain and self.padding_mode == "zeros"
+
+    def _geometry(self):
+        "Kernel, stride and padding of a convolution that is the same along each axis"
+        kernel, *_ = self.kernel_size
+        stride, *_ = self.stride
+        padding, *_ = self.padding
+        return kernel, stride, int(padding)
 
     def _is_one_voxel(self):
         "Whether it mixes the channels of each voxel"
         if not self._is_usual():
             return False
-        return (self.kernel_size[0], self.stride[0], self.padding[0]) == (1, 1, 0)
+        return self._geometry() == (1, 1, 0)
 
     def _misses_onednn(self, x):
         "Whether torch would compute x without oneDNN: a single small volume in float32"
-        if not self._is_usual() or self.kernel_size[0] == 1:
+        if not self._is_usual() or self._is_one_voxel_wide():
             return False
         if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return False
-        return len(x) == 1 and x.shape[:4].numel() <= 20480
+        is_small = x.shape[:4].numel() <= 20480
+        return len(x) == 1 and is_small
+
+    def _is_one_voxel_wide(self):
+        "Whether its kernel has one voxel along the first axis"
+        return self.kernel_size[0] == 1
 
     def _leaves_lanes(self, x, weight):
         "Whether pairs of voxels would be faster: 3×3×3, no more than half as many channels as lanes"
@@ -283,36 +361,50 @@ class Conv3d(nn.Conv3d):
         cast_already = torch.is_autocast_enabled("cpu") or x.dtype == weight.dtype
         if kind not in (torch.float32, torch.bfloat16) or not cast_already:
             return False
-        settings = (self.kernel_size[0], self.stride[0], self.padding[0], self.bias)
-        if not self._is_usual() or settings != (3, 1, 1, None):
+        if not self._is_usual() or self._geometry() != (3, 1, 1):
             return False
-        width = x.shape[4]
-        # Pairs along W must not be thin either.
-        least = 3 if kind == torch.float32 else 2 * _THIN
-        return 2 * self.out_channels <= _LANES and width % 2 == 0 and width >= least
+        fits_twice = 2 * self.out_channels <= _LANES
+        return fits_twice and self.bias is None and _has_pairs(x, kind)
 
     def _by_halves(self, x, weight, bias):
         "A batch of two: the first and second half of the planes to make, from the planes they need"
-        kernel, stride, padding = self.kernel_size[0], self.stride[0], int(self.padding[0])
+        kernel, stride, padding = self._geometry()
         made = _made(self, x.shape[2:])[0]
         half = (made + 1) // 2
         needed = (half - 1) * stride + kernel
-        planes = x.movedim(1, -1)
-        first = _planes(planes, -padding, needed)
-        second = _planes(planes, half * stride - padding, needed)
-        pair = torch.cat([first, second], 1).unflatten(1, (2, -1))[0]  # (2,needed,H,W,C)
-        both = F.conv3d(pair.movedim(-1, 1), weight, bias, self.stride, (0, padding, padding))
-        joined = both.movedim(1, -1).flatten(0, 1)
-        return joined[None, :made].movedim(-1, 1)
+        first = -padding  # plane at which the first half begins
+        second = half * stride + first
+        planes = _channels_to_end(x)
+        halves = [_planes(planes, start, needed) for start in (first, second)]
+        pair = _as_batch_of_two(halves)
+        both = F.conv3d(pair, weight, bias, self.stride, (0, padding, padding))
+        joined = _channels_to_end(both).flatten(0, 1)
+        return _channels_to_front(joined[None, :made])
+
+
+def _has_pairs(x, kind):
+    "Whether the voxels along W form pairs, which must not be thin either"
+    width = x.shape[4]
+    least = 3 if kind == torch.float32 else 2 * _THIN
+    return width % 2 == 0 and width >= least
+
+
+def _as_batch_of_two(halves):
+    "Two volumes (1,D,H,W,C) as a batch (2,C,D,H,W), each of them next to the other in memory"
+    joined = torch.cat(halves, 1)
+    pair = joined.unflatten(1, (2, -1))[0]
+    return _channels_to_front(pair)
 
 
 def _planes(x, start, count):
     "`count` planes of (1,D,H,W,C) from `start` on, zeros where there are none"
     stop = start + count
-    before = min(max(-start, 0), count)
-    after = min(max(stop - x.shape[1], 0), count)
-    inside = x[:, max(start, 0) : max(stop - after, 0)]
-    return F.pad(inside, (0, 0, 0, 0, 0, 0, before, after))
+    missing_before = min(max(-start, 0), count)
+    missing_after = min(max(stop - x.shape[1], 0), count)
+    first = max(start, 0)
+    end = max(stop - missing_after, 0)
+    nothing_else = (0, 0, 0, 0, 0, 0)  # C, W and H stay
+    return F.pad(x[:, first:end], (*nothing_else, missing_before, missing_after))
 
 # %% ../../nbs/4_inside/layers.ipynb #5w17c404
 class Conv2d(nn.Conv2d):
@@ -329,17 +421,7 @@ class Conv2d(nn.Conv2d):
 def _transposed(layer, x, output_size):
     "A transposed convolution, on a CPU with thin maps in float32"
     dims = len(layer.kernel_size)
-    extra = layer.output_padding
-    if output_size is not None:
-        extra = layer._output_padding(
-            x,
-            output_size,
-            layer.stride,
-            layer.padding,
-            layer.kernel_size,
-            dims,
-            layer.dilation,
-        )
+    extra = _extra_voxels(layer, x, output_size)
     operation = {2: F.conv_transpose2d, 3: F.conv_transpose3d}[dims]
     settings = (layer.stride, layer.padding, extra, layer.groups, layer.dilation)
 
@@ -348,6 +430,21 @@ def _transposed(layer, x, output_size):
 
     made = _made_by_transposed(layer, x.shape[-dims:])
     return _never_thin(compute, x, layer.weight, layer.bias, made)
+
+
+def _extra_voxels(layer, x, output_size):
+    "Voxels to add at the end of each axis, so that a transposed convolution reaches `output_size`"
+    if output_size is None:
+        return layer.output_padding
+    return layer._output_padding(
+        x,
+        output_size,
+        layer.stride,
+        layer.padding,
+        layer.kernel_size,
+        len(layer.kernel_size),
+        layer.dilation,
+    )
 
 
 class ConvTranspose3d(nn.ConvTranspose3d):
@@ -380,7 +477,9 @@ def conv(
     **kwargs,  # as for torch's Conv3d
 ) -> Conv2d | Conv3d:  # of the package
     "A convolution over `dims` spatial axes"
-    return {2: Conv2d, 3: Conv3d}[dims](*args, **kwargs)
+    kinds = {2: Conv2d, 3: Conv3d}
+    make = kinds[dims]
+    return make(*args, **kwargs)
 
 
 def conv_transpose(
@@ -389,7 +488,9 @@ def conv_transpose(
     **kwargs,  # as for torch's ConvTranspose3d
 ) -> ConvTranspose2d | ConvTranspose3d:  # of the package
     "A transposed convolution over `dims` spatial axes"
-    return {2: ConvTranspose2d, 3: ConvTranspose3d}[dims](*args, **kwargs)
+    kinds = {2: ConvTranspose2d, 3: ConvTranspose3d}
+    make = kinds[dims]
+    return make(*args, **kwargs)
 
 # %% ../../nbs/4_inside/layers.ipynb #2d18ff88
 _SLAB = 1 << 18  # numbers that are worked on at a time
@@ -407,13 +508,17 @@ class _Rows:
         "Case and rows of one slab after the other"
         cases, rows, width = self.numbers.shape
         step = max(_SLAB // width, 1)
-        starts = range(0, rows, step)
-        return [(case, slice(start, start + step)) for case in range(cases) for start in starts]
+        for case in range(cases):
+            for start in range(0, rows, step):
+                yield case, slice(start, start + step)
 
     def slab(self, case, at):
         "The numbers of a slab in float32, less the centre"
-        numbers = self.numbers[case, at].float()
-        return numbers if self.centre is None else numbers - self.centre[case]
+        slab = self.numbers[case, at]
+        numbers = slab.float()
+        if self.centre is None:
+            return numbers
+        return numbers - self.centre[case]
 
     def widen(self, values):
         "A number for each case and channel (B,C), once for each voxel of a row: float32 (B,k*C)"
@@ -425,9 +530,11 @@ def _rows(
     centre: Tensor | None = None,  # a number for each case and channel (B,C); None: 0
 ) -> _Rows:  # without a copy
     "A volume as rows of up to 64 voxels"
-    voxels = x[0, 0].numel()
+    cases, channels, *size = x.shape
+    voxels = prod(size)
     per_row = gcd(voxels, 64)
-    numbers = x.movedim(1, -1).view(len(x), voxels // per_row, per_row * x.shape[1])
+    shape = (cases, voxels // per_row, per_row * channels)
+    numbers = _channels_to_end(x).view(shape)
     rows = _Rows(numbers, per_row)
     if centre is not None:
         rows.centre = rows.widen(centre)
@@ -437,35 +544,49 @@ def _rows(
 def _channel_means(rows, factor):
     "Means over the voxels, of `rows` and of their product with `factor`: float64 (2,B,C)"
     cases, count, width = rows.numbers.shape
-    sums = torch.zeros(2, cases, width, dtype=torch.float64)
+    sums = torch.zeros(cases, width, dtype=torch.float64)
+    products = torch.zeros_like(sums)
     for case, at in rows.slabs():
         values = rows.slab(case, at)
         others = values if factor is rows else factor.slab(case, at)
-        sums[0, case] += values.sum(0)
-        sums[1, case] += (values * others).sum(0)
-    of_channels = sums.view(2, cases, rows.per_row, -1).sum(2)
-    return of_channels / (rows.per_row * count)
+        sums[case] += values.sum(0)
+        products[case] += (values * others).sum(0)
+    both = torch.stack([sums, products])
+    of_channels = both.view(2, cases, rows.per_row, -1).sum(2)
+    voxels = rows.per_row * count
+    return of_channels / voxels
 
 
 def _mean_and_variance(x, groups, centre=None):
     "Mean and variance of each group, float64 (B,groups), from sums of deviations from `centre` (B,C)"
     rows = _rows(x, centre)
-    of_channels = _channel_means(rows, rows)
-    mean, square = of_channels.unflatten(2, (groups, -1)).mean(3)
-    variance = (square - mean**2).clamp(min=0)
+    mean, square = _group_means(_channel_means(rows, rows), groups)
+    variance = square - mean**2
     if centre is not None:
-        mean = mean + centre.view(len(x), groups, -1)[:, :, 0]
-    return mean, variance
+        # All channels of a group have one centre.
+        of_groups = centre.view(*mean.shape, -1)[..., 0]
+        mean = mean + of_groups
+    return mean, variance.clamp(min=0)
 
 
-def _for_channels(of_groups, x):
+def _group_means(values, groups):
+    "The mean of (...,C) over the channels of each group: (...,groups)"
+    members = values.unflatten(-1, (groups, -1))
+    return members.mean(-1)
+
+
+def _for_channels(of_groups, channels):
     "A number for each group (B,groups), once for each of its channels (B,C)"
-    return of_groups.repeat_interleave(x.shape[1] // of_groups.shape[1], 1)
+    groups = of_groups.shape[1]
+    members = channels // groups
+    return of_groups.repeat_interleave(members, 1)
 
 
 def _over_groups(values, groups):
     "The mean over each group of (B,C), for each of its channels"
-    return _for_channels(values.unflatten(1, (groups, -1)).mean(2), values)
+    means = _group_means(values, groups)
+    channels = values.shape[1]
+    return _for_channels(means, channels)
 
 
 @dataclass
@@ -479,16 +600,23 @@ class _Statistics:
 
 def _statistics(x, groups, eps):
     "Statistics of each group of a channels-last volume, for each of its channels"
+    channels = x.shape[1]
     centre = None
     mean, variance = _mean_and_variance(x, groups)
-    if bool((mean**2 > 16 * variance).any()):
-        # Sums about 0 have lost digits, so they are taken once more about the mean.
-        centre = _for_channels(mean.float(), x)
+    if _have_lost_digits(mean, variance):
+        centre = _for_channels(mean.float(), channels)
         mean, variance = _mean_and_variance(x, groups, centre)
-    mean = _for_channels(mean, x)
+    mean = _for_channels(mean, channels)
     rest = mean if centre is None else mean - centre
-    rstd = _for_channels((variance + eps).rsqrt(), x)
+    of_groups = (variance + eps).rsqrt()
+    rstd = _for_channels(of_groups, channels)
     return _Statistics(centre, rest, rstd)
+
+
+def _have_lost_digits(mean, variance):
+    "Whether sums about 0 are too coarse somewhere, so that they are taken once more about the mean"
+    far_from_zero = mean**2 > 16 * variance
+    return bool(far_from_zero.any())
 
 
 def _normalise(x, weight, bias, found):
@@ -497,11 +625,13 @@ def _normalise(x, weight, bias, found):
     rows = _rows(x, found.centre)
     made = _rows(out)
     scale = found.rstd * weight
-    shift = rows.widen(bias - found.rest * scale)
+    shift = bias - found.rest * scale
     scale = rows.widen(scale)
+    shift = rows.widen(shift)
     for case, at in rows.slabs():
         deviations = rows.slab(case, at)
-        torch.addcmul(shift[case], deviations, scale[case], out=made.numbers[case, at])
+        target = made.numbers[case, at]
+        torch.addcmul(shift[case], deviations, scale[case], out=target)
     return out
 
 
@@ -514,20 +644,30 @@ def _norm_gradients(x, weight, found, groups, grad):
     mean_product = rstd * (mean_product - rest * mean_grad)  # with x normalised
     g = _over_groups(mean_grad * weight, groups)
     gx = _over_groups(mean_product * weight, groups)
-    of_grad = rows.widen(rstd * weight)
-    of_x = rows.widen(-(rstd**2) * gx)
-    shift = rows.widen(rstd * (rstd * rest * gx - g))
+    of_grad = rstd * weight
+    of_x = -(rstd**2) * gx
+    shift = rstd * (rstd * rest * gx - g)
+    dx = _weighted_sum(rows, of_x, grads, of_grad, shift, out=torch.empty_like(x))
 
-    dx = torch.empty_like(x)
-    made = _rows(dx)
-    for case, at in rows.slabs():
-        through_mean = torch.addcmul(shift[case], rows.slab(case, at), of_x[case])
-        slab_grad = grads.slab(case, at)
-        torch.addcmul(through_mean, slab_grad, of_grad[case], out=made.numbers[case, at])
     voxels = x[0, 0].numel()
-    dweight = mean_product.sum(0).mul(voxels).to(weight.dtype)
-    dbias = mean_grad.sum(0).mul(voxels).to(weight.dtype)
-    return dx, dweight, dbias
+    dweight = mean_product.sum(0) * voxels
+    dbias = mean_grad.sum(0) * voxels
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+def _weighted_sum(first, of_first, second, of_second, shift, out):
+    "Write shift + of_first·first + of_second·second into `out`; the factors are numbers (B,C)"
+    made = _rows(out)
+    shift = first.widen(shift)
+    of_first = first.widen(of_first)
+    of_second = first.widen(of_second)
+    for case, at in first.slabs():
+        values = first.slab(case, at)
+        partial = torch.addcmul(shift[case], values, of_first[case])
+        others = second.slab(case, at)
+        target = made.numbers[case, at]
+        torch.addcmul(partial, others, of_second[case], out=target)
+    return out
 
 
 class _Norm(torch.autograd.Function):
@@ -552,18 +692,22 @@ class _Norm(torch.autograd.Function):
 def _norm_of_deviations(x, weight, bias, groups, eps):
     "torch's GroupNorm of deviations from each group's mean, in the order of memory in which torch is exact"
     x = x.float().contiguous()
-    of_groups = x.view(len(x), groups, -1)
+    cases = len(x)
+    of_groups = x.view(cases, groups, -1)
     # A shift changes neither the output nor its derivative, so the mean may be a constant.
     mean = of_groups.detach().mean(2, keepdim=True)
-    deviations = (of_groups - mean).view(x.shape)
-    return F.group_norm(deviations, groups, weight.float(), bias.float(), eps)
+    deviations = of_groups - mean
+    volume = deviations.view(x.shape)
+    return F.group_norm(volume, groups, weight.float(), bias.float(), eps)
 
 
 def _in_order_of(y, x):
     "y in the order of memory that x has"
     if x.is_contiguous() or x.dim() not in (4, 5):
         return y
-    return channels_last(y) if x.dim() == 5 else y.contiguous(memory_format=torch.channels_last)
+    if x.dim() == 5:
+        return channels_last(y)
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -578,26 +722,38 @@ class GroupNorm(nn.GroupNorm):
     ) -> Tensor:  # same shape
         if torch.compiler.is_compiling() or not self._needs_care(x):
             return super().forward(x)
-        weight = x.new_ones((self.num_channels,)) if self.weight is None else self.weight
-        bias = x.new_zeros((self.num_channels,)) if self.bias is None else self.bias
+        weight, bias = self._affine(x)
         if _kernels_apply(x) and x.numel() > _SLAB // 2:
             return _Norm.apply(channels_last(x), weight, bias, self.num_groups, self.eps)
-        y = _norm_of_deviations(x, weight, bias, self.num_groups, self.eps).to(x.dtype)
+        exact = _norm_of_deviations(x, weight, bias, self.num_groups, self.eps)
+        y = exact.to(x.dtype)
         return _in_order_of(y, x) if fast.enabled else y
+
+    def _affine(self, x):
+        "Weight and bias; ones and zeros where it has none"
+        shape = (self.num_channels,)
+        weight = x.new_ones(shape) if self.weight is None else self.weight
+        bias = x.new_zeros(shape) if self.bias is None else self.bias
+        return weight, bias
 
     def _needs_care(self, x):
         "Whether torch would compute x on a CPU with fewer digits than float64 has"
-        if x.device.type != "cpu" or not x.is_floating_point() or x.dtype == torch.float64:
+        if x.device.type != "cpu" or x.numel() == 0:
             return False
-        return x.numel() > 0 and x.dim() > 2 and x.shape[1] == self.num_channels
+        if not x.is_floating_point() or x.dtype == torch.float64:
+            return False
+        has_space = x.dim() > 2
+        return has_space and x.shape[1] == self.num_channels
 
 
 def norm(
     channels: int,  # number of channels
 ) -> nn.GroupNorm:  # `GroupNorm`
     "GroupNorm with 8 groups, or the largest number below that divides `channels` (section 4)"
-    divisors = [groups for groups in range(1, 9) if channels % groups == 0]
-    return GroupNorm(max(divisors), channels)
+    groups = 8
+    while channels % groups != 0:
+        groups -= 1
+    return GroupNorm(groups, channels)
 
 # %% ../../nbs/4_inside/layers.ipynb #bcfdb805
 class PReLU(nn.PReLU):
@@ -611,7 +767,9 @@ class PReLU(nn.PReLU):
         if not slope_each or not _kernels_apply(x):
             return super().forward(x)
         rows = _rows(channels_last(x))
-        slopes = rows.widen(self.weight[None]).to(x.dtype)
-        numbers = rows.numbers
-        y = torch.addcmul(F.relu(numbers), F.relu(-numbers), -slopes)
-        return y.view(len(x), *x.shape[2:], -1).movedim(-1, 1)
+        slopes = rows.widen(self.weight[None])
+        positive = F.relu(rows.numbers)
+        negative = F.relu(-rows.numbers)
+        y = torch.addcmul(positive, negative, -slopes.to(x.dtype))
+        cases, _, *size = x.shape
+        return _channels_to_front(y.view(cases, *size, -1))

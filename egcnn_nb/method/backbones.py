@@ -23,10 +23,14 @@ def pad_to_multiple(
     multiple: int,  # every spatial size becomes a multiple of this
 ) -> Tensor:  # (B,C,D',H',W'), x at the start
     "Repeat the last voxels until each size is a multiple (our choice: the paper's inputs all divide)"
+    _, _, *sizes = x.shape
     pads = []
-    for size in reversed(x.shape[2:]):  # torch begins with the last axis
-        pads += [0, -size % multiple]
-    return F.pad(x, pads, mode="replicate") if any(pads) else x
+    for size in reversed(sizes):  # torch begins with the last axis
+        missing = -size % multiple
+        pads += [0, missing]
+    if not any(pads):
+        return x
+    return F.pad(x, pads, mode="replicate")
 
 
 def crop(
@@ -34,7 +38,8 @@ def crop(
     size: Sequence[int],  # spatial size to keep
 ) -> Tensor:  # (B,C,*size), from the start
     "Undo `pad_to_multiple`"
-    if tuple(x.shape[2:]) == tuple(size):
+    size = tuple(size)
+    if tuple(x.shape[2:]) == size:
         return x
     kept = [slice(n) for n in size]
     return x[(..., *kept)]
@@ -66,50 +71,69 @@ class EncoderDecoder(nn.Module):
         self.dims = dims
         self.channels = [width * 2**i for i in range(levels)]
         self.stem = conv(dims, in_channels, width, 3, padding=1, bias=False)
-        self.encoder = nn.ModuleList()
-        before = width
-        for i, channels in enumerate(self.channels):
-            depth = (1, 2, 2)[i] if i < 3 else 4  # of Myronenko's encoder
-            self.encoder.append(self.down(before, channels, depth, i == 0))
-            before = channels
+        self.encoder = self._encoder()
         fine = self.channels[:-1]
         deep = self.channels[1:]
-        self.up = nn.ModuleList([self.rise(d, f) for d, f in zip(deep, fine, strict=True)])
+        steps = zip(deep, fine, strict=True)
+        self.up = nn.ModuleList([self.rise(*step) for step in steps])
         self.decoder = nn.ModuleList([self.join(channels) for channels in fine])
         self.head = self.output(width, out_channels)
+
+    def _encoder(self):
+        "The levels of the encoder, from fine to deep"
+        levels = nn.ModuleList()
+        before = self.channels[0]
+        for i, channels in enumerate(self.channels):
+            depth = (1, 2, 2)[i] if i < 3 else 4  # of Myronenko's encoder
+            level = self.down(before, channels, depth, i == 0)
+            levels.append(level)
+            before = channels
+        return levels
 
     @property
     def features(self) -> dict:
         "Names and channels of the features: encoder fine to deep, entry, head"
-        encoder = [(f"encoder.{i}", c) for i, c in enumerate(self.channels)]
+        encoder = []
+        for i, channels in enumerate(self.channels):
+            encoder.append((f"encoder.{i}", channels))
+        finest, *_ = self.channels
+        *_, beside_deepest, _deepest = self.channels
         return {
             "encoder": encoder,
-            "entry": (f"up.{self.levels - 2}", self.channels[-2]),
-            "head": ("head", self.channels[0]),
+            "entry": (f"up.{self.levels - 2}", beside_deepest),
+            "head": ("head", finest),
         }
 
     def forward(
         self,
         x: Tensor,  # (B,C,D,H,W), any size
     ) -> Tensor:  # logits (B,K,D,H,W)
-        expect(
-            x.dim() == self.dims + 2 and x.shape[1] == self.in_channels,
-            "x",
-            f"shape {tuple(x.shape)}",
-            f"{self.dims + 2} axes with {self.in_channels} channels",
-            "build the network for this input",
-        )
-        padded = pad_to_multiple(x, 2 ** (self.levels - 1))
+        self._check(x)
+        size = x.shape[2:]
+        halvings = self.levels - 1
+        padded = pad_to_multiple(x, 2**halvings)
         h = self.stem(padded)
         skips = []
         for level in self.encoder:
             h = level(h)
             skips.append(h)
-        for i in reversed(range(self.levels - 1)):
+        for i in reversed(range(halvings)):
             up = self.up[i](h)
             merged = self.merge(up, skips[i])
             h = self.decoder[i](merged)
-        return crop(self.head(h), x.shape[2:])
+        logits = self.head(h)
+        return crop(logits, size)
+
+    def _check(self, x):
+        "Refuse an input that the network is not built for"
+        axes = self.dims + 2
+        expect(
+            x.dim() == axes and x.shape[1] == self.in_channels,
+            "x",
+            f"shape {tuple(x.shape)}",
+            f"{axes} axes with {self.in_channels} channels",
+            "build the network for this input",
+        )
 
 # %% ../../nbs/1_method/06_backbones.ipynb #cef64979
 class SegNet(EncoderDecoder):
@@ -127,13 +151,16 @@ class SegNet(EncoderDecoder):
     def down(self, before, channels, depth, first):
         layers = []
         if not first:
-            layers.append(conv(self.dims, before, channels, 3, stride=2, padding=1, bias=False))
+            half = conv(self.dims, before, channels, 3, stride=2, padding=1, bias=False)
+            layers.append(half)
         for _ in range(depth):
-            layers.append(ResidualBlock(channels, self.dims))
+            block = ResidualBlock(channels, self.dims)
+            layers.append(block)
         return nn.Sequential(*layers)
 
     def rise(self, deep, channels):
-        mode = {2: "bilinear", 3: "trilinear"}[self.dims]
+        modes = {2: "bilinear", 3: "trilinear"}
+        mode = modes[self.dims]
         fewer = conv(self.dims, deep, channels, 1, bias=False)
         up = nn.Upsample(scale_factor=2, mode=mode, align_corners=False)
         return nn.Sequential(fewer, up)
@@ -148,16 +175,17 @@ class SegNet(EncoderDecoder):
         last = conv(self.dims, channels, out, 1)
         if not self.norm_head:
             return last
-        return nn.Sequential(norm(channels), nn.ReLU(inplace=True), last)
+        normalise = norm(channels)
+        rectify = nn.ReLU(inplace=True)
+        return nn.Sequential(normalise, rectify, last)
 
 # %% ../../nbs/1_method/06_backbones.ipynb #11cd2443
 def _layers(dims, before, channels, depth, activation):
     "`depth` times convolution, GroupNorm, activation"
     layers = []
     for _ in range(depth):
-        layers.append(conv(dims, before, channels, 3, padding=1, bias=False))
-        layers.append(norm(channels))
-        layers.append(activation(channels))
+        mix = conv(dims, before, channels, 3, padding=1, bias=False)
+        layers += [mix, norm(channels), activation(channels)]
         before = channels
     return nn.Sequential(*layers)
 
@@ -171,9 +199,11 @@ class UNet3d(EncoderDecoder):
     "U-Net: plain convolutions, max pooling, transposed convolutions, concatenated skips (Ronneberger 2015)"
 
     def down(self, before, channels, depth, first):
-        pool = {2: nn.MaxPool2d, 3: nn.MaxPool3d}[self.dims]
+        pools = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+        pool = pools[self.dims]
         half = nn.Identity() if first else pool(2)
-        layers = _layers(self.dims, before, channels, 2 * depth, _relu)
+        convolutions = 2 * depth
+        layers = _layers(self.dims, before, channels, convolutions, _relu)
         return nn.Sequential(half, layers)
 
     def rise(self, deep, channels):
@@ -183,7 +213,8 @@ class UNet3d(EncoderDecoder):
         return torch.cat([up, skip], 1)
 
     def join(self, channels):
-        return _layers(self.dims, 2 * channels, channels, 2, _relu)
+        joined = 2 * channels  # of the deeper level and of the skip
+        return _layers(self.dims, joined, channels, 2, _relu)
 
     def output(self, channels, out):
         return conv(self.dims, channels, out, 1)
@@ -211,25 +242,32 @@ class ResidualStage(nn.Module):
         return self.layers(x) + added
 
 # %% ../../nbs/1_method/06_backbones.ipynb #739dcae3
+def _normalised(channels):
+    "What follows a convolution of V-Net between two levels"
+    return [norm(channels), PReLU(channels)]
+
+
 class VNet(EncoderDecoder):
     "V-Net: residual stages, strided convolutions down, transposed up, concatenated skips (Milletari 2016)"
 
     def down(self, before, channels, depth, first):
-        stage = ResidualStage(channels, channels, 2 * depth, self.dims)
+        convolutions = 2 * depth
+        stage = ResidualStage(channels, channels, convolutions, self.dims)
         if first:
             return stage
         half = conv(self.dims, before, channels, 2, stride=2)
-        return nn.Sequential(half, norm(channels), PReLU(channels), stage)
+        return nn.Sequential(half, *_normalised(channels), stage)
 
     def rise(self, deep, channels):
         up = conv_transpose(self.dims, deep, channels, 2, stride=2)
-        return nn.Sequential(up, norm(channels), PReLU(channels))
+        return nn.Sequential(up, *_normalised(channels))
 
     def merge(self, up, skip):
         return torch.cat([skip, up], 1)
 
     def join(self, channels):
-        return ResidualStage(2 * channels, channels, 2, self.dims)
+        joined = 2 * channels  # of the skip and of the deeper level
+        return ResidualStage(joined, channels, 2, self.dims)
 
     def output(self, channels, out):
         return conv(self.dims, channels, out, 1)

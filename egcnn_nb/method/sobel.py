@@ -39,17 +39,19 @@ def _smooth(x, axis):
 def _derivative(padded, axis):
     "Difference along `axis`, smoothing along the other spatial axes"
     g = padded
-    for other in range(2, padded.dim()):
-        g = _difference(g, other) if other == axis else _smooth(g, other)
+    for along in range(2, padded.dim()):
+        step = _difference if along == axis else _smooth
+        g = step(g, along)
     return g
 
 
 def _derivatives(x, spacing):
     "The derivative along each spatial axis"
     _check(x, spacing)
-    dims = x.dim() - 2
-    padded = F.pad(x, (1, 1) * dims, mode="replicate")
-    found = [_derivative(padded, axis) for axis in range(2, x.dim())]
+    axes = range(2, x.dim())
+    one_voxel = (1, 1) * len(axes)  # at both ends of each axis
+    padded = F.pad(x, one_voxel, mode="replicate")
+    found = [_derivative(padded, axis) for axis in axes]
     if spacing is None:
         return found
     return [g / size for g, size in zip(found, spacing, strict=True)]
@@ -57,11 +59,11 @@ def _derivatives(x, spacing):
 
 def sobel_gradient(
     x: Tensor,  # (B,C,D,H,W) or (B,C,H,W), floating point
-    spacing: Sequence[float]
-    | None = None,  # voxel size along each axis in mm; None counts in voxels, as the paper
+    spacing: Sequence[float] | None = None,  # voxel size in mm; None counts in voxels, as the paper
 ) -> Tensor:  # (B,C,3,D,H,W) or (B,C,2,H,W)
     "Sobel derivative along each spatial axis, scaled like `scipy.ndimage.sobel`, borders repeated (section 2.1)"
-    return torch.stack(_derivatives(x, spacing), 2)
+    along_axes = _derivatives(x, spacing)
+    return torch.stack(along_axes, 2)
 
 # %% ../../nbs/1_method/03_sobel_edges.ipynb #12f0a588
 def _check(x, spacing):
@@ -74,21 +76,23 @@ def _check(x, spacing):
         "add axes for batch and channel",
     )
     expect(x.is_floating_point(), "x", str(x.dtype), "a floating-point type", "call .float()")
+    if spacing is None:
+        return
     dims = x.dim() - 2
-    ok = spacing is None or (len(spacing) == dims and min(spacing) > 0)
-    expect(ok, "spacing", spacing, f"{dims} positive numbers in mm")
+    good = len(spacing) == dims and min(spacing) > 0
+    expect(good, "spacing", spacing, f"{dims} positive numbers in mm")
 
 # %% ../../nbs/1_method/03_sobel_edges.ipynb #e173e9ed
 def sobel_magnitude(
     x: Tensor,  # (B,C,D,H,W) or (B,C,H,W), floating point
-    spacing: Sequence[float]
-    | None = None,  # voxel size along each axis in mm; None counts in voxels, as the paper
+    spacing: Sequence[float] | None = None,  # voxel size in mm; None counts in voxels, as the paper
     eps: float = 1e-8,  # inside the root: keeps the derivative finite where x is flat
 ) -> Tensor:  # same shape as x
     "Length of the Sobel gradient, differentiable everywhere (section 2.1, used by eq. 7)"
     squares = [g.square() for g in _derivatives(x, spacing)]
     total = torch.stack(squares).sum(0)
-    return (total + eps).sqrt()
+    positive = total + eps
+    return positive.sqrt()
 
 
 def flat_face(
@@ -102,20 +106,32 @@ def _grow(edge, layers):
     "Dilate by `layers` voxels"
     if layers == 0:
         return edge
+    width = 2 * layers + 1
     pool = F.max_pool3d if edge.dim() == 5 else F.max_pool2d
-    return pool(edge, 2 * layers + 1, stride=1, padding=layers)
+    return pool(edge, width, stride=1, padding=layers)
 
 
 def _thicken(edge, mask, thickness):
     "An edge of two layers, made as thick as it should be: even layers on both sides, an odd one inside the mask"
     layers, odd = divmod(int(thickness), 2)
-    both_sides = _grow(edge, layers - 1) if layers else torch.zeros_like(edge)
+    both_sides = torch.zeros_like(edge)
+    if layers:
+        both_sides = _grow(edge, layers - 1)
     if not odd:
         return both_sides
     inside = _grow(edge, layers) * mask
     return torch.maximum(both_sides, inside)
 
 # %% ../../nbs/1_method/03_sobel_edges.ipynb #db135988
+def _least_magnitude(threshold, dims, spacing):
+    "Magnitude above which a voxel is edge: a fraction of that of the weakest flat face"
+    longest = 1 if spacing is None else max(spacing)
+    weakest_face = flat_face(dims) / longest
+    least = max(threshold * weakest_face, 1e-3)
+    # A tie is no edge, in float32 as in float64.
+    return least * (1 + 1e-4)
+
+
 @torch.no_grad()
 def edge_target(
     mask: Tensor,  # one-hot or region mask {0,1}, (B,C,D,H,W) or (B,C,H,W), without background
@@ -132,10 +148,9 @@ def edge_target(
     mask = mask.float()
     if magnitude is None:
         magnitude = sobel_magnitude(mask, spacing)
-    longest = 1 if spacing is None else max(spacing)
-    weakest_face = flat_face(mask.dim() - 2) / longest
-    least = max(threshold * weakest_face, 1e-3)
-    # A tie is no edge, in float32 as in float64.
-    edge = (magnitude > least * (1 + 1e-4)).float()
-    thick = _thicken(edge, mask, thickness)
-    return thick.amax(1, keepdim=True) if edge_classes == "any" else thick
+    least = _least_magnitude(threshold, mask.dim() - 2, spacing)
+    is_edge = magnitude > least
+    thick = _thicken(is_edge.float(), mask, thickness)
+    if edge_classes == "any":
+        return thick.amax(1, keepdim=True)
+    return thick

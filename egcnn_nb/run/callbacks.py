@@ -82,10 +82,8 @@ class EarlyStopping:
         min_delta: float = 0.0,  # what counts as an improvement
     ):
         whole = isinstance(patience, int) and not isinstance(patience, bool)
-        require(
-            whole and patience >= 1,
-            f"patience is {patience!r}. Give a whole number of epochs, 1 or more.",
-        )
+        good = whole and patience >= 1
+        require(good, f"patience is {patience!r}. Give a whole number of epochs, 1 or more.")
         require(mode in ("max", "min"), f"mode is {mode!r}. Choose max or min.")
         require(min_delta >= 0, f"min_delta is {min_delta!r}. Give a number, 0 or more.")
         self.patience = patience

@@ -10,6 +10,7 @@ __all__ = ['THRESHOLDS', 'DEEP', 'edge_counts', 'precision_recall', 'edge_f1', '
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))  # 0.05 to 0.95
 
 def _part(length, step):
     "Where a shifted array lands along an axis: the slice that is written, and the one that is read"
-    ahead, back = max(step, 0), max(-step, 0)
+    ahead = max(step, 0)
+    back = max(-step, 0)
     here = slice(back, length - ahead)
     there = slice(ahead, length - back)
     return here, there
@@ -33,25 +35,31 @@ def _part(length, step):
 
 def _raise_to_neighbours(out, values, shift):
     "Raise each voxel of `out` to the voxel of `values` that lies `shift` voxels further"
-    here, there = [], []
-    for length, step in zip(values.shape, shift, strict=True):
-        written, read = _part(length, step)
-        here.append(written)
-        there.append(read)
-    place = out[tuple(here)]
-    np.maximum(place, values[tuple(there)], out=place)
+    axes = zip(values.shape, shift, strict=True)
+    parts = [_part(length, step) for length, step in axes]
+    here, there = zip(*parts, strict=True)
+    place = out[here]
+    further = values[there]
+    np.maximum(place, further, out=place)
 
 
 def _largest_near(values, tolerance):
     "The largest value within `tolerance` voxels of each voxel"
     reach = int(tolerance)
     steps = range(-reach, reach + 1)
+    farthest = tolerance**2
     out = values.copy()
     for shift in product(steps, repeat=values.ndim):
         squared = sum(step**2 for step in shift)
-        if 0 < squared <= tolerance**2:
+        if 0 < squared <= farthest:
             _raise_to_neighbours(out, values, shift)
     return out
+
+
+def _above(values, threshold):
+    "How many of the values lie above a threshold"
+    above = values > threshold
+    return int(above.sum())
 
 
 def edge_counts(
@@ -72,10 +80,10 @@ def edge_counts(
     near_prob = _largest_near(prob, tolerance)[truth]
     rows = []
     for threshold in thresholds:
-        right = (near_truth > threshold).sum()
-        predicted = (prob > threshold).sum()
-        found = (near_prob > threshold).sum()
-        rows.append((int(right), int(predicted), int(found), len(near_prob)))
+        right = _above(near_truth, threshold)
+        predicted = _above(prob, threshold)
+        found = _above(near_prob, threshold)
+        rows.append([right, predicted, found, len(near_prob)])
     return np.array(rows)
 
 
@@ -85,18 +93,23 @@ def precision_recall(
     "Precision and recall; 1 where nothing is predicted, and where nothing is there"
     columns = np.moveaxis(np.asarray(counts, float), -1, 0)
     right, predicted, found, true = columns
-    precision = right / np.maximum(predicted, 1)
-    recall = found / np.maximum(true, 1)
-    precision = np.where(predicted > 0, precision, 1.0)
-    recall = np.where(true > 0, recall, 1.0)
+    precision = _ratio_or_one(right, predicted)
+    recall = _ratio_or_one(found, true)
     return precision, recall
+
+
+def _ratio_or_one(part, whole):
+    "part / whole for each of some numbers of voxels; 1 where the whole is 0"
+    ratio = part / np.maximum(whole, 1)
+    return np.where(whole > 0, ratio, 1.0)
 
 
 def _f1(counts):
     "Harmonic mean of precision and recall, 0 where both are 0"
     precision, recall = precision_recall(counts)
-    total = np.maximum(precision + recall, 1e-12)
-    return 2 * precision * recall / total
+    total = precision + recall
+    divisor = np.maximum(total, 1e-12)
+    return 2 * precision * recall / divisor
 
 
 def edge_f1(
@@ -107,7 +120,8 @@ def edge_f1(
 ) -> float:  # in [0,1]; 1 where both are empty, 0 where only one is
     "F1 of a predicted edge within `tolerance` voxels"
     counts = edge_counts(prob, truth, [threshold], tolerance)
-    return float(_f1(counts)[0])
+    [f1] = _f1(counts)
+    return float(f1)
 
 
 def best_f1(
@@ -115,10 +129,12 @@ def best_f1(
     thresholds: Sequence[float] = THRESHOLDS,  # those of the counts
 ) -> tuple:  # best F1 and its threshold
     "The best F1 that one threshold for all cases reaches: ODS, as edge detectors are judged"
-    of_all = np.sum(list(counts), 0)
+    cases = list(counts)
+    of_all = np.sum(cases, 0)
     f1 = _f1(of_all)
     best = int(f1.argmax())
-    return float(f1[best]), thresholds[best]
+    highest = float(f1[best])
+    return highest, thresholds[best]
 
 # %% ../../nbs/2_practice/edge_metrics.ipynb #8c17a355
 DEEP = 2.5  # voxels from the border
@@ -134,14 +150,17 @@ def deep_voxels(
         return mask
     if mask.all():
         return np.ones_like(mask)
-    return mask & (border_distance(mask) > depth)
+    is_far = border_distance(mask) > depth
+    return mask & is_far
 
 
 def _share(part, whole):
-    "A number of voxels as a share of another; NaN where that is 0"
-    if not whole:
+    "Voxels of a mask as a share of those of another; NaN where that is empty"
+    voxels = whole.sum()
+    if not voxels:
         return float("nan")
-    return float(part / whole)
+    share = part.sum() / voxels
+    return float(share)
 
 
 def deep_share(
@@ -150,7 +169,7 @@ def deep_share(
 ) -> float:  # in [0,1]; NaN for an empty mask
     "Share of a mask's voxels that lie deeper than `depth` inside it"
     deep = deep_voxels(mask, depth)
-    return _share(deep.sum(), mask.astype(bool).sum())
+    return _share(deep, mask.astype(bool))
 
 
 def _filled(edge, deep):
@@ -176,8 +195,9 @@ def sobel_edges(
     thickness: int = 2,  # layers of voxels, as in training
 ) -> np.ndarray:  # bool (K,D,H,W)
     "The edges that Sobel finds in masks (section 2.1)"
-    batch = torch.from_numpy(masks.astype(np.float32))[None]
-    found = edge_target(batch, thickness=thickness)[0]
+    numbers = masks.astype(np.float32)
+    batch = torch.from_numpy(numbers)[None]
+    [found] = edge_target(batch, thickness=thickness)
     return found.numpy() > 0
 
 
@@ -189,7 +209,8 @@ def _around(masks):
     box = []
     for axis in bounding_box(masks.any(0)):
         start = max(axis.start - _MARGIN, 0)
-        box.append(slice(start, axis.stop + _MARGIN))
+        stop = axis.stop + _MARGIN
+        box.append(slice(start, stop))
     return tuple(box)
 
 
@@ -199,7 +220,9 @@ def _deep_in(masks):
         return deep_voxels(masks[0])
     deep = masks.any(0)
     for mask in masks:
-        deep &= deep_voxels(mask) | deep_voxels(~mask)
+        deep_inside = deep_voxels(mask)
+        deep_outside = deep_voxels(~mask)
+        deep &= deep_inside | deep_outside
     return deep
 
 
@@ -215,10 +238,18 @@ class _Truth:
 
 def _truth_of(masks, thickness):
     "The true edge, the box and the deep voxels of masks (K,D,H,W)"
-    edge = np.asarray(sobel_edges(masks, thickness).any(0))
+    edge = _edge_of_any(masks, thickness)
     box = _around(masks)
-    near = masks[(slice(None), *box)]
-    return _Truth(edge, box, near, _deep_in(near))
+    every_mask = slice(None)
+    near = masks[(every_mask, *box)]
+    deep = _deep_in(near)
+    return _Truth(edge, box, near, deep)
+
+
+def _edge_of_any(masks, thickness):
+    "Where one of the masks (K,D,H,W) has an edge"
+    edges = sobel_edges(masks, thickness)
+    return np.asarray(edges.any(0))
 
 
 def _width(edge, masks):
@@ -246,15 +277,32 @@ _NOTHING = {"f1": float("nan"), "width": float("nan"), "filled": float("nan"), "
 def _expect_maps(prob, masks, predicted):
     "Raise `InputError` unless there is an edge map for each mask, or one for all"
     fits = masks.shape == predicted.shape
+    found = None
     if prob is not None:
-        on_one_grid = prob.shape[1:] == masks.shape[1:]
-        fits = fits and on_one_grid and len(prob) in (1, len(masks))
-    shapes = f"{None if prob is None else prob.shape}, {masks.shape} and {predicted.shape}"
+        found = prob.shape
+        maps, *size = found
+        on_one_grid = tuple(size) == masks.shape[1:]
+        fits = fits and on_one_grid and maps in (1, len(masks))
     require(
         fits,
-        f"Edges, masks and predicted masks have the shapes {shapes}. "
+        "Edges, masks and predicted masks have the shapes "
+        f"{found}, {masks.shape} and {predicted.shape}. "
         "Give one edge map for each mask, or one for all.",
     )
+
+
+def _score_map(prob, masks, predicted, thickness):
+    "Numbers of one edge map, and of the Sobel edges of the predicted masks"
+    truth = _truth_of(masks, thickness)
+    row = dict(_NOTHING)
+    if prob is not None:
+        row = _judge(prob, truth, THRESHOLDS)
+    mask_edge = _edge_of_any(predicted, thickness)
+    of_mask = _judge(mask_edge, truth, [0.5])
+    for name, value in of_mask.items():
+        row[f"mask_{name}"] = value
+    row["deep"] = _share(truth.deep, truth.masks.any(0))
+    return row
 
 
 def score_edges(
@@ -271,16 +319,10 @@ def score_edges(
     """
     _expect_maps(prob, masks, predicted)
     masks = masks.astype(bool)
-    maps = len(masks) if prob is None else len(prob)
-    # numbers of the masks whose edges a map holds
-    groups = np.array_split(np.arange(len(masks)), maps)
+    numbers = np.arange(len(masks))
+    maps: Any = [None] * len(masks) if prob is None else prob
     rows = []
-    for i, group in enumerate(groups):
-        truth = _truth_of(masks[group], thickness)
-        of_stream = _NOTHING if prob is None else _judge(prob[i], truth, THRESHOLDS)
-        mask_edge = sobel_edges(predicted[group], thickness).any(0)
-        of_mask = _judge(mask_edge, truth, [0.5])
-        row = {**of_stream, **{f"mask_{name}": value for name, value in of_mask.items()}}
-        row["deep"] = _share(truth.deep.sum(), truth.masks.any(0).sum())
+    for edge, group in zip(maps, np.array_split(numbers, len(maps)), strict=True):
+        row = _score_map(edge, masks[group], predicted[group], thickness)
         rows.append(row)
     return rows

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
-from math import inf, isnan
+from math import ceil, inf, isnan
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
@@ -69,7 +69,9 @@ def _is_number(value):
     "Whether a value is a number; NaN is none"
     if isinstance(value, bool):
         return False
-    return isinstance(value, (int, float)) and not isnan(value)
+    if not isinstance(value, (int, float)):
+        return False
+    return not isnan(value)
 
 
 def _is_size(value):
@@ -96,9 +98,11 @@ def _check_count(settings, name):
         return
     least = _LEAST.get(name, 1)
     most = _MOST.get(name, inf)
-    bounds = f"from {least} to {most}" if name in _MOST else f"of {least} or more"
-    inside = _is_whole(value) and least <= cast(int, value) <= most
-    require(inside, f"{name} is {value!r}. Give a whole number {bounds}.")
+    bounds = f"of {least} or more"
+    if name in _MOST:
+        bounds = f"from {least} to {most}"
+    good = _is_whole(value) and least <= cast(int, value) <= most
+    require(good, f"{name} is {value!r}. Give a whole number {bounds}.")
 
 
 def _check_counts(settings):
@@ -127,8 +131,9 @@ def _check_numbers(settings):
         require(good, f"{name} is {value!r}. Give a number, 0 or more.")
     _check_validation(settings.validation)
     spacing = settings.spacing
+    good = spacing == "median" or _are_three(spacing, _is_length)
     require(
-        spacing == "median" or _are_three(spacing, _is_length),
+        good,
         f"spacing is {spacing!r}. Give three lengths in mm above 0, or the word median.",
     )
 
@@ -167,7 +172,8 @@ def _check_reading(name, value, default):
     "A reading of the network: its value"
     if name in CHOICES:
         words = CHOICES[name]
-        require(value in words, f"{name} is {value!r}. Choose one of {', '.join(words)}.")
+        offered = ", ".join(words)
+        require(value in words, f"{name} is {value!r}. Choose one of {offered}.")
     elif isinstance(default, bool):
         require(isinstance(value, bool), f"{name} is {value!r}. Give True or False.")
 
@@ -185,8 +191,10 @@ def _check_readings(settings):
         parameters = inspect.signature(cls).parameters
         for name, value in reading_for(cls, settings).items():
             _check_reading(name, value, parameters[name].default)
+    readings = given or {}
     of_gate = ("fixed_attention", "gate_norm", "gate_bias")
-    expect_gate(**{name: value for name, value in (given or {}).items() if name in of_gate})
+    gate = {name: readings[name] for name in of_gate if name in readings}
+    expect_gate(**gate)
 
 
 def check_settings(
@@ -232,10 +240,11 @@ def known_names(
     if short in known:
         fix = f"Write {short} without the ending of the file."
     else:
-        fix = f"The cases are called {', '.join(sorted(known)[:3])} and so on."
+        examples = ", ".join(sorted(known)[:3])
+        fix = f"The cases are called {examples} and so on."
+    first = ", ".join(unknown[:3])
     raise InputError(
-        f"{path} names {len(unknown)} cases that the data set does not have: "
-        f"{', '.join(unknown[:3])}. {fix}"
+        f"{path} names {len(unknown)} cases that the data set does not have: {first}. {fix}"
     )
 
 
@@ -276,11 +285,15 @@ def _split(dataset, settings):
 
 def _choose(train, settings):
     "The `train_cases` of the training cases, drawn by seed; None: all"
-    number = len(train) if settings.train_cases is None else settings.train_cases
-    expect(0 < number <= len(train), "train_cases", number, f"1 to {len(train)} cases")
-    if number == len(train):
+    count = len(train)
+    wanted = settings.train_cases
+    if wanted is None:
+        wanted = count
+    expect(0 < wanted <= count, "train_cases", wanted, f"1 to {count} cases")
+    if wanted == count:
         return train
-    return random.Random(settings.seed).sample(train, number)
+    draw = random.Random(settings.seed)
+    return draw.sample(train, wanted)
 
 
 def _load(cases, task, settings, quiet):
@@ -308,10 +321,14 @@ def _load(cases, task, settings, quiet):
 
 def _fill_in_patch_size(settings, shapes):
     "The median size of the training volumes in steps of 8 voxels, at most 128, where none is given"
-    if settings.patch_size is None:
-        middle = shapes.median(0).values.tolist()
-        rounded_up = [-(-n // 8) * 8 for n in middle]
-        settings.patch_size = tuple(min(128, n) for n in rounded_up)
+    if settings.patch_size is not None:
+        return
+    size = []
+    for voxels in shapes.median(0).values.tolist():
+        steps = ceil(voxels / 8)
+        side = min(128, 8 * steps)
+        size.append(side)
+    settings.patch_size = tuple(size)
 
 
 def _size_notes(settings, shapes):
@@ -423,8 +440,10 @@ def defaults_of_0_1(
     readings: dict | None,  # that a run of 0.1 names
 ) -> dict:  # name -> value
     "Readings of a run of 0.1 that it does not name"
+    found = dict(READINGS_0_1)
     weight = (readings or {}).get("w_cross_entropy")
-    return {**READINGS_0_1, "semantic": "dice_ce" if weight else "dice"}
+    found["semantic"] = "dice_ce" if weight else "dice"
+    return found
 
 
 def _defaults(settings):
@@ -459,7 +478,8 @@ def readings_in_force(
     for name, value in defaults.items():
         if name in own or _applies(settings, name, value):
             found[name] = own.get(name, value)
-    found["w_cross_entropy"] = cross_entropy_weight(found["semantic"], found["w_cross_entropy"])
+    weight = found["w_cross_entropy"]
+    found["w_cross_entropy"] = cross_entropy_weight(found["semantic"], weight)
     return found
 
 
@@ -487,9 +507,12 @@ def _settings_of(values, is_of_0_1):
     "Settings with every reading written out, from the values in config.json"
     if is_of_0_1:
         values = {**SETTINGS_0_1, **values}
-    lists = {name: values.get(name) for name in _TUPLES}
-    tuples = {name: tuple(value) for name, value in lists.items() if isinstance(value, list)}
-    settings = Settings(**{**values, **tuples})
+    values = dict(values)
+    for name in _TUPLES:
+        value = values.get(name)
+        if isinstance(value, list):
+            values[name] = tuple(value)
+    settings = Settings(**values)
     defaults = defaults_of_0_1(settings.readings) if is_of_0_1 else None
     settings.readings = readings_in_force(settings, defaults)
     return settings
@@ -497,11 +520,13 @@ def _settings_of(values, is_of_0_1):
 
 def _task_of(values):
     "The task, from its values in config.json, where every key is a string"
-    own = {
-        "channels": tuple(values["channels"]),
-        "labels": {int(number): name for number, name in values["labels"].items()},
-        "regions": {name: tuple(labels) for name, labels in values["regions"].items()},
-    }
+    labels = {}
+    for number, name in values["labels"].items():
+        labels[int(number)] = name
+    regions = {}
+    for name, members in values["regions"].items():
+        regions[name] = tuple(members)
+    own = {"channels": tuple(values["channels"]), "labels": labels, "regions": regions}
     return Task(**{**values, **own})
 
 
@@ -529,14 +554,23 @@ _MAIN = "main."  # begins the names of the main stream's weights in EG-CNN
 
 def _renamed(weights, model):
     "Trained weights under the names of `model`: a bare backbone is the main stream of EG-CNN"
-    has_edge = any(name.startswith(_MAIN) for name, _ in model.named_parameters())
-    had_edge = any(name.startswith(_MAIN) for name in weights)
+    has_edge = _has_main(name for name, _ in model.named_parameters())
+    had_edge = _has_main(weights)
     if has_edge == had_edge:
         return weights
-    if has_edge:
-        return {_MAIN + name: weight for name, weight in weights.items()}
-    main = {name: weight for name, weight in weights.items() if name.startswith(_MAIN)}
-    return {name.removeprefix(_MAIN): weight for name, weight in main.items()}
+    renamed = {}
+    for name, weight in weights.items():
+        if has_edge:
+            renamed[_MAIN + name] = weight
+        elif name.startswith(_MAIN):
+            short = name.removeprefix(_MAIN)
+            renamed[short] = weight
+    return renamed
+
+
+def _has_main(names):
+    "Whether one of the names is that of a weight of EG-CNN's main stream"
+    return any(name.startswith(_MAIN) for name in names)
 
 
 def _trained_weights(run):
@@ -564,12 +598,14 @@ def start_from(
     "Copy the trained weights that fit; raises `InputError` where fewer than half of them do"
     run = Path(run)
     trained = _renamed(_trained_weights(run), model)
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    own = dict(model.named_parameters())
+    own |= dict(model.named_buffers())
     shared = [name for name in own if name in trained]
     taken = [name for name in shared if trained[name].shape == own[name].shape]
     fewer = min(len(own), len(trained))  # weights of the smaller of the two networks
+    enough = 2 * len(taken) >= fewer
     require(
-        taken and 2 * len(taken) >= fewer,
+        taken and enough,
         f"Only {len(taken)} of {len(trained)} weights of {run} fit this network. "
         "Give a run with the same backbone, width and levels.",
     )
@@ -668,14 +704,24 @@ def _kind(values):
 def _differences(old, new):
     "Settings and readings that differ: name -> (value of the run, value of the command)"
     compared = [name for name in new if name not in _FREE and name != "readings"]
-    pairs = {name: (old.get(name), new[name]) for name in compared}
-    was, now = old["readings"], new["readings"]
+    differ = _differ_in(compared, old, new)
+    was = old["readings"]
+    now = new["readings"]
     names = was.keys() & now.keys()
     if _kind(old) == _kind(new):  # else the readings of one alone differ because of the network
         names = was.keys() | now.keys()
-    for name in sorted(names):
-        pairs[name] = (was.get(name), now.get(name))
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    return differ | _differ_in(sorted(names), was, now)
+
+
+def _differ_in(names, old, new):
+    "Those of the names whose values differ: name -> (old value, new value)"
+    differ = {}
+    for name in names:
+        was = old.get(name)
+        now = new.get(name)
+        if was != now:
+            differ[name] = (was, now)
+    return differ
 
 
 def _same_parts(out, old, new):
@@ -700,16 +746,21 @@ def _same_parts(out, old, new):
 def _same_settings(out, begun, now):
     "Raise `InputError` that lists the settings and readings which differ from those of the run"
     differ = _differences(begun, now)
-    found = ", ".join(f"{name} {was}" for name, (was, _) in differ.items())
-    expected = ", ".join(f"{name} {given}" for name, (_, given) in differ.items())
-    expect(not differ, out, found, expected, "resume with the run's own settings")
+    found = []
+    expected = []
+    for name, (was, given) in differ.items():
+        found.append(f"{name} {was}")
+        expected.append(f"{name} {given}")
+    fix = "resume with the run's own settings"
+    expect(not differ, out, ", ".join(found), ", ".join(expected), fix)
 
 
 def _same_split(out, old, new):
     "Raise `InputError` that names cases which were lost or added since the run began"
     was = {*old["train"], *old["validation"]}
     now = {*new["train"], *new["validation"]}
-    gone, come = sorted(was - now), sorted(now - was)
+    gone = sorted(was - now)
+    come = sorted(now - was)
     expect(
         old == new,
         out,
@@ -721,15 +772,19 @@ def _same_split(out, old, new):
 
 def _through_json(values):
     "Values as they are once they were written to a file and read back: lists in place of tuples"
-    return json.loads(json.dumps(values))
+    text = json.dumps(values)
+    return json.loads(text)
 
 
 def _same(out, config):
     "Raise `InputError` unless the run in `out` began with the parts, settings and cases of `config`"
-    old, new = read_config(out), _through_json(config)
+    old = read_config(out)
+    new = _through_json(config)
     settings, _ = settings_of_config(old, out / "config.json")
+    begun = _through_json(asdict(settings))
+    now = {"network": None, **new["settings"]}
     _same_parts(out, old.get("parts", {}), new.get("parts", {}))
-    _same_settings(out, _through_json(asdict(settings)), {"network": None, **new["settings"]})
+    _same_settings(out, begun, now)
     _same_split(out, old["split"], new["split"])
 
 # %% ../../nbs/4_inside/folders.ipynb #91731aa3
@@ -738,11 +793,13 @@ def _new_folder(out, config):
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".part-{uuid4().hex[:8]}-{out.name}")
     part.mkdir()
-    (part / "config.json").write_text(json.dumps(config, indent=1))
+    file = part / "config.json"
+    text = json.dumps(config, indent=1)
+    file.write_text(text)
     try:
         part.rename(out)
     except OSError:
-        (part / "config.json").unlink()
+        file.unlink()
         part.rmdir()
         _expect_new(out, False)
 

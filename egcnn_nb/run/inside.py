@@ -105,11 +105,11 @@ def region_ml(
 # %% ../../nbs/4_inside/inside.ipynb #2a02081b
 def _strongest_edge(maps, outputs):
     "The largest of the edge maps in each voxel (D,H,W), of which two are in memory at a time"
-    edge = maps[outputs]
-    last = len(maps) - 1
-    for i in range(outputs + 1, last):
-        edge = torch.maximum(edge, maps[i])
-    return edge
+    attention = len(maps) - 1
+    strongest = maps[outputs]
+    for i in range(outputs + 1, attention):
+        strongest = torch.maximum(strongest, maps[i])
+    return strongest
 
 
 def _image_of(loaded, task):

@@ -8,6 +8,7 @@ __all__ = ['dice_score', 'surface_distances', 'distances', 'hd95', 'surface_dice
 
 # %% ../../nbs/2_practice/metrics.ipynb #fffb0650
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +22,9 @@ from ..tensors import bounding_box, region_masks
 # %% ../../nbs/2_practice/metrics.ipynb #0d3ea1fb
 def _expect_one_shape(where, pred, truth):
     "Raise `InputError` unless both masks have the same shape"
-    found = f"shapes {tuple(pred.shape)} and {tuple(truth.shape)}"
-    expect(pred.shape == truth.shape, where, found, "one shape")
+    found = tuple(pred.shape)
+    true = tuple(truth.shape)
+    expect(found == true, where, f"shapes {found} and {true}", "one shape")
 
 
 def _volume(masks):
@@ -37,21 +39,32 @@ def dice_score(
 ) -> Tensor:  # (B,C) in [0,1]; 1 where both are empty
     "Dice of decided masks per case and class (section 3.3)"
     _expect_one_shape("dice_score", pred, truth)
-    pred, truth = pred.bool(), truth.bool()
-    in_both = _volume(pred & truth)
-    size = (_volume(pred) + _volume(truth)).double()
-    dice = 2 * in_both / size.clamp_min(1)
-    return torch.where(size > 0, dice, 1.0).float()
+    found = pred.bool()
+    true = truth.bool()
+    in_both = _volume(found & true)
+    size = _volume(found) + _volume(true)
+    at_least_one = size.double().clamp_min(1)
+    dice = 2 * in_both / at_least_one
+    scores = torch.where(size > 0, dice, 1.0)
+    return scores.float()
 
 # %% ../../nbs/2_practice/metrics.ipynb #5ab64b16
 def _surface(mask, spacing):
     "Surface voxels of a mask (D,H,W) that is not empty, as points in mm"
     box = bounding_box(mask)
-    mask = mask[box]
-    inside = binary_erosion(mask)
+    cut = mask[box]
+    inside = binary_erosion(cut)
+    surface = cut & np.logical_not(inside)
     corner = [axis.start for axis in box]
-    voxels = np.argwhere(mask & np.logical_not(inside)) + corner
+    voxels = np.argwhere(surface) + corner
     return voxels * np.asarray(spacing)
+
+
+def _to_nearest(points, others):
+    "Distance from each point (N,3) to the nearest of the others (M,3)"
+    tree = KDTree(others)
+    found, _numbers = tree.query(points)
+    return found
 
 
 def surface_distances(
@@ -62,8 +75,8 @@ def surface_distances(
     "Distances between two surfaces, both ways"
     of_pred = _surface(pred, spacing)
     of_truth = _surface(truth, spacing)
-    there, _ = KDTree(of_truth).query(of_pred)
-    back, _ = KDTree(of_pred).query(of_truth)
+    there = _to_nearest(of_pred, of_truth)
+    back = _to_nearest(of_truth, of_pred)
     return there, back
 
 
@@ -76,16 +89,25 @@ def _hd95(there, back):
 
 def _within(there, back, tolerance):
     "Share of the voxels of both surfaces that are close to the other"
-    near_there = (there <= tolerance).sum()
-    near_back = (back <= tolerance).sum()
-    voxels = len(there) + len(back)
-    return float((near_there + near_back) / voxels)
+    near = 0
+    voxels = 0
+    for found in (there, back):
+        near += (found <= tolerance).sum()
+        voxels += len(found)
+    return float(near / voxels)
 
 
 def _as_array(mask):
     "A mask as a bool array in the memory of the CPU"
     here = mask.bool().cpu()
     return here.numpy()
+
+
+def _diagonal(size, spacing):
+    "Length of a volume's diagonal in mm"
+    lengths = np.array(size) * np.array(spacing)
+    diagonal = np.linalg.norm(lengths)
+    return float(diagonal)
 
 
 def distances(
@@ -96,19 +118,19 @@ def distances(
 ) -> tuple:  # HD95 in mm (B,C), surface Dice in [0,1] (B,C)
     "Both measures from one set of distances; empty masks as in BraTS"
     _expect_one_shape("distances", pred, truth)
+    cases, classes, *size = pred.shape
     # both empty: perfect
-    hausdorff = torch.zeros(pred.shape[:2])
-    surface = torch.ones(pred.shape[:2])
-    lengths = np.array(pred.shape[2:]) * np.array(spacing)
-    diagonal = float(np.linalg.norm(lengths))
-    for at in np.ndindex(*pred.shape[:2]):
-        found, true = _as_array(pred[at]), _as_array(truth[at])
+    hausdorff = torch.zeros(cases, classes)
+    surface = torch.ones(cases, classes)
+    for at in np.ndindex(cases, classes):
+        found = _as_array(pred[at])
+        true = _as_array(truth[at])
         if found.any() and true.any():
             there, back = surface_distances(found, true, spacing)
             hausdorff[at] = _hd95(there, back)
             surface[at] = _within(there, back, tolerance)
         elif found.any() or true.any():
-            hausdorff[at] = diagonal
+            hausdorff[at] = _diagonal(size, spacing)
             surface[at] = 0.0
     return hausdorff, surface
 
@@ -136,15 +158,17 @@ def surface_dice(
 # %% ../../nbs/2_practice/metrics.ipynb #a6f9e3a9
 def _has_border(mask):
     "Whether a mask is neither empty nor full"
-    return mask.any() and not mask.all()
+    is_empty = not mask.any()
+    is_full = mask.all()
+    return not is_empty and not is_full
 
 
 def border_distance(
     mask: np.ndarray,  # bool (D,H,W), neither empty nor full
 ) -> np.ndarray:  # in voxels; the voxels on either side of the border have 1/2
     "Distance of each voxel's centre to the border of a mask"
-    inside = np.asarray(distance_transform_edt(mask))
-    outside = np.asarray(distance_transform_edt(~mask))
+    inside: Any = distance_transform_edt(mask)
+    outside: Any = distance_transform_edt(~mask)
     to_other_side = np.maximum(inside, outside)
     return to_other_side - 0.5
 
@@ -157,13 +181,16 @@ def boundary_dice(
 ) -> Tensor:  # (B,C) in [0,1]; 1 where both are empty, 0 where only one is
     "Dice among the voxels near the true border (our choice)"
     _expect_one_shape("boundary_dice", pred, truth)
-    pred, truth = pred.bool(), truth.bool()
-    near = torch.ones_like(truth)
-    for at in np.ndindex(*truth.shape[:2]):
-        mask = _as_array(truth[at])
+    found = pred.bool()
+    true = truth.bool()
+    near = torch.ones_like(true)
+    cases, classes, *_size = true.shape
+    for at in np.ndindex(cases, classes):
+        mask = _as_array(true[at])
         if _has_border(mask):
-            near[at] = torch.from_numpy(border_distance(mask) < width)
-    return dice_score(pred & near, truth & near)
+            is_near = border_distance(mask) < width
+            near[at] = torch.from_numpy(is_near)
+    return dice_score(found & near, true & near)
 
 # %% ../../nbs/2_practice/metrics.ipynb #760f07f3
 def edge_width(
@@ -185,12 +212,14 @@ def edge_width(
         "a mask without a border",
         "one that is neither empty nor full",
     )
-    to_nearest = np.min([border_distance(mask) for mask in masks], 0)
+    to_each = [border_distance(mask) for mask in masks]
+    to_nearest = np.min(to_each, 0)
     of_edge = to_nearest[edge.astype(bool)]
     in_reach = of_edge[of_edge < reach]
     if len(in_reach) == 0:
         return float("nan")
-    return float(4 * in_reach.mean())
+    width = 4 * in_reach.mean()
+    return float(width)
 
 # %% ../../nbs/2_practice/metrics.ipynb #494878e2
 @register("metric", "volume_error")
@@ -202,20 +231,30 @@ def volume_error(
     _expect_one_shape("volume_error", pred, truth)
     found = _volume(pred.bool()).double()
     true = _volume(truth.bool()).double()
-    error = (found - true).abs() / true
+    difference = (found - true).abs()
+    share = difference / true
     without_truth = torch.where(found > 0, torch.nan, 0.0)
-    return torch.where(true > 0, error, without_truth).float()
+    error = torch.where(true > 0, share, without_truth)
+    return error.float()
 
 # %% ../../nbs/2_practice/metrics.ipynb #b95ab73b
 def _measures(found, true, spacing):
     "Measures of one case by region: name -> tensor (regions); without a spacing Dice alone"
     measures = {"dice": dice_score(found, true)}
     if spacing is not None:
-        measures["hd95"], measures["surface_dice"] = distances(found, true, spacing)
+        hausdorff, surface = distances(found, true, spacing)
+        measures["hd95"] = hausdorff
+        measures["surface_dice"] = surface
         for name in registered("metric"):
             measure = find("metric", name)
             measures[name] = measure(found, true)
-    return {name: values[0] for name, values in measures.items()}
+    return {name: of_cases[0] for name, of_cases in measures.items()}
+
+
+def _masks_of(labels, task):
+    "The regions of a label map (D,H,W), as masks (1,R,D,H,W)"
+    case = torch.as_tensor(labels)[None]
+    return region_masks(case, task.regions)
 
 
 def score_case(
@@ -230,11 +269,12 @@ def score_case(
     registered: boundary_dice, volume_error and yours.
     For KiTS the mean of Dice is the composite.
     """
-    found = region_masks(torch.as_tensor(pred)[None], task.regions)
-    true = region_masks(torch.as_tensor(truth)[None], task.regions)
-    measures = _measures(found, true, spacing)
-    scores = {}
-    for number, region in enumerate(task.regions):
-        scores[region] = {name: float(values[number]) for name, values in measures.items()}
-    scores["mean"] = {name: float(values.nanmean()) for name, values in measures.items()}
+    found = _masks_of(pred, task)
+    true = _masks_of(truth, task)
+    scores = {region: {} for region in [*task.regions, "mean"]}
+    for name, values in _measures(found, true, spacing).items():
+        for region, value in zip(task.regions, values, strict=True):
+            scores[region][name] = float(value)
+        mean = values.nanmean()
+        scores["mean"][name] = float(mean)
     return scores

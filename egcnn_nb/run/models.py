@@ -213,7 +213,8 @@ def _expect_used_without_edges(readings, settings):
     "Raise `InputError` unless a bare backbone, or its loss, uses each of the readings"
     used = set(_OF_BARE_LOSS)
     if not settings.network:
-        used |= _arguments(maker_of(settings.backbone))
+        make = maker_of(settings.backbone)
+        used |= _arguments(make)
     if readings.get("consistency_alone"):
         used |= _OF_CONSISTENCY
     idle = sorted(set(readings) - used)
@@ -275,12 +276,14 @@ def build_network(
     name: str,  # for messages
 ) -> nn.Module:
     "The network of a function of yours; raises `InputError` where it returns something else"
-    net = build if isinstance(build, nn.Module) else _call_build(build, task, name)
+    net: Any = build
+    if not isinstance(build, nn.Module):
+        net = _call_build(build, task, name)
     kind = type(net).__name__
     require(isinstance(net, nn.Module), f"{name} returns {kind}. Return a torch.nn.Module.")
-    learned = any(p.requires_grad for p in net.parameters())
+    learned = [p for p in net.parameters() if p.requires_grad]
     require(
-        learned,
+        bool(learned),
         f"The network of {name} has no weights to train. "
         "Return one with parameters that require a gradient.",
     )
@@ -310,7 +313,8 @@ def _logit_shape(net, shape):
     "Shape of the logits for an input of this shape, or None where the network refuses it"
     try:
         with torch.no_grad(), evaluating(net):
-            logits = logits_of(net(_zeros_for(net, shape)), 3)
+            outputs = net(_zeros_for(net, shape))
+            logits = logits_of(outputs, 3)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError):
         return None
     return None if logits is None else tuple(logits.shape)
@@ -325,9 +329,11 @@ def _up_to(size, multiple):
 def _keeps_multiples(net, channels, outputs, multiple):
     "Whether a network keeps the size of two inputs whose sides are multiples of this number"
     first = _up_to(64, multiple)
-    for side in (first, first + multiple):
+    next_one = first + multiple
+    for side in (first, next_one):
         size = (side, side, side)
-        if _logit_shape(net, (1, channels, *size)) != (1, outputs, *size):
+        made = _logit_shape(net, (1, channels, *size))
+        if made != (1, outputs, *size):
             return False
     return True
 
@@ -435,7 +441,8 @@ def _make_named(settings, task):
     if not settings.edge:
         return net
     example = _example_for(net, len(task.channels), multiple)
-    return EGCNN(net, example, task.activation, verbose=False, **reading_for(EGCNN, settings))
+    readings = reading_for(EGCNN, settings)
+    return EGCNN(net, example, task.activation, verbose=False, **readings)
 
 
 def _expect_own_egcnn(net, settings, task):

@@ -140,7 +140,8 @@ def expect_weights(
     "Raise `InputError` that names the weights which differ, unless all names and shapes agree"
     differences = _weight_differences(model, found)
     shown = "; ".join(differences[:3])
-    more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
+    left = len(differences) - 3
+    more = f", and {left} more" if left > 0 else ""
     require(
         not differences,
         f"The network does not have the weights of {where}: {shown}{more}. "
@@ -307,11 +308,13 @@ def make_loss(
     task: Task,  # of the dataset
 ) -> EGLoss | UserLoss:  # with the call of `EGLoss`
     "The loss of a run; raises `InputError` where an `EGLoss` of yours does not fit"
-    if parts.loss is not None and not isinstance(parts.loss, EGLoss):
-        return UserLoss(parts.loss)
-    ours = parts.loss
+    given = parts.loss
+    if given is not None and not isinstance(given, EGLoss):
+        return UserLoss(given)
+    ours = given
     if ours is None:
-        ours = EGLoss(task.activation, **reading_for(EGLoss, settings))
+        readings = reading_for(EGLoss, settings)
+        ours = EGLoss(task.activation, **readings)
     _expect_fitting(ours, settings, task)
     if parts.has_own_network(settings) and not settings.edge:
         return UserLoss(None, ours)
@@ -440,12 +443,14 @@ def _by_monai(transforms, x, labels, seed):
     if hasattr(transforms, "set_random_state"):
         transforms.set_random_state(seed)
     out = transforms({"image": x, "label": labels[None]})
+    kind = type(out).__name__
     require(
         isinstance(out, dict),
-        f"transforms={name_of_part(transforms)} returns {type(out).__name__}, not one patch. "
+        f"transforms={name_of_part(transforms)} returns {kind}, not one patch. "
         "Leave out what makes several.",
     )
-    return out["image"], torch.as_tensor(out["label"])[0]
+    [label] = torch.as_tensor(out["label"])
+    return out["image"], label
 
 
 class Transformed(torch.utils.data.Dataset):

@@ -495,15 +495,17 @@ def _expect_channels(folder, name, found, task):
     for number, channel in enumerate(task.channels):
         if number not in found:
             missing.append(f"{name}_{number:04d} ({channel})")
+    absent = ", ".join(missing)
     require(
         not missing,
-        f"{folder}: the case {name} lacks {', '.join(missing)}. Add the file, or leave out "
-        "the case.",
+        f"{folder}: the case {name} lacks {absent}. Add the file, or leave out the case.",
     )
-    extra = [found[n].name for n in sorted(found) if n >= len(task.channels)]
+    known = len(task.channels)
+    extra = [found[number].name for number in sorted(found) if number >= known]
+    more = ", ".join(extra)
     require(
         not extra,
-        f"{folder}: {', '.join(extra)} is by its name a further channel of {name}, and the run "
+        f"{folder}: {more} is by its name a further channel of {name}, and the run "
         f"knows {list(task.channels)} alone. Choose another run, or rename the file.",
     )
 
@@ -836,7 +838,8 @@ def _saved_array(job, name, maps, loaded):
 def _surface(mask):
     "Voxels of a mask (D,H,W) that touch its outside"
     inner = binary_erosion(mask, border_value=0)
-    return mask & np.logical_not(inner)
+    outer = np.logical_not(inner)
+    return mask & outer
 
 
 def surface_distance(

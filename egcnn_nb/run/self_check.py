@@ -264,7 +264,8 @@ def _layer_errors(model, loss, batch, settings, kind):
     for name, of_layer in done.items():
         found = [call.error for call in of_layer]
         for call in of_layer:
-            found += [weight_errors[w] for w in call.weights if w in weight_errors]
+            known = [weight for weight in call.weights if weight in weight_errors]
+            found += [weight_errors[weight] for weight in known]
         errors[name] = max(found)
     return errors
 
@@ -293,7 +294,8 @@ def _of_all_processes(found):
     dist.all_gather_object(parts, found)
     worst = {}
     for layer in chain.from_iterable(parts):
-        if layer.name not in worst or layer.error > worst[layer.name].error:
+        seen = worst.get(layer.name)
+        if seen is None or layer.error > seen.error:
             worst[layer.name] = layer
     return [worst[name] for name in sorted(worst)]
 

@@ -201,7 +201,10 @@ def preset_note(
         if have != want:
             other.append(f"{setting} {have} in place of {want}")
     note = f"preset {name}"
-    return f"{note}, but {', '.join(other)}" if other else note
+    if other:
+        changes = ", ".join(other)
+        note = f"{note}, but {changes}"
+    return note
 
 # %% ../../nbs/4_inside/settings.ipynb #5e7700a9
 def add_import_flag(

@@ -178,7 +178,8 @@ def loss_terms(
     columns = rows[0]
     if set(TERMS) <= set(columns):
         return TERMS
-    return tuple(name for name in columns if is_term(name))
+    names = filter(is_term, columns)
+    return tuple(names)
 
 
 def _draw_columns(ax, rows, labels, title):

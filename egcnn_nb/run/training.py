@@ -69,7 +69,8 @@ def poly_lr(
 ) -> float:  # learning rate of this epoch
     "Polynomial decay (eq. 9)"
     left = 1 - epoch / epochs
-    return lr * left**power
+    share = left**power
+    return lr * share
 
 # %% ../../nbs/2_practice/train.ipynb #477ad09c
 _BAD = 10  # steps in a row that may be skipped
@@ -370,7 +371,8 @@ class Run:
             return None
         keys = next(iter(batches))
         samples = [self.patches[key] for key in keys]
-        return self._on_device(*torch.utils.data.default_collate(samples))
+        batch = torch.utils.data.default_collate(samples)
+        return self._on_device(*batch)
 
     # --- position, saving and loading
 
@@ -565,8 +567,9 @@ class Run:
             step, read = unread.popleft()
             values = read()
             save_now, end_now = self.note(step, values)
-            terms = values[: len(self.names)]
-            tick(dict(zip(self.names, terms, strict=True)))
+            values = values[: len(self.names)]
+            terms = dict(zip(self.names, values, strict=True))
+            tick(terms)
             save = save or save_now
             end = end or end_now
         return save, end

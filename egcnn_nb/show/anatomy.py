@@ -9,6 +9,7 @@ __all__ = ['PRETRAINED', 'costs_by_part', 'drawing', 'pretrained']
 import copy
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,36 +31,48 @@ _LAST_PART = "edge head, fusion"
 
 def _multiply_adds(model, x):
     "Multiply-adds of every module that is called for this input: dotted name -> number"
-    twin = copy.deepcopy(model).to("meta")
+    twin = copy.deepcopy(model)
+    twin.to("meta")
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         twin(x.to("meta"))
-    counts = counter.get_flop_counts()
-    return {name: sum(operations.values()) // 2 for name, operations in counts.items()}
+    adds = {}
+    for name, operations in counter.get_flop_counts().items():
+        flops = sum(operations.values())
+        adds[name] = flops // 2
+    return adds
 
 
 def _adds_of(model, adds, name):
     "Multiply-adds of a module; a list of modules is not called itself, so its members are added"
-    key = f"{type(model).__name__}.{name}"
+    kind = type(model).__name__
+    key = f"{kind}.{name}"
     if key in adds:
         return adds[key]
-    children = model.get_submodule(name).named_children()
-    return sum(_adds_of(model, adds, f"{name}.{child}") for child, _ in children)
+    count = 0
+    for child, _ in model.get_submodule(name).named_children():
+        count += _adds_of(model, adds, f"{name}.{child}")
+    return count
 
 
 def _parameters(model, names):
     "Number of parameters in the named modules"
     count = 0
     for name in names:
-        count += sum(p.numel() for p in model.get_submodule(name).parameters())
+        module = model.get_submodule(name)
+        for parameter in module.parameters():
+            count += parameter.numel()
     return count
 
 
 def _parts(model):
     "Part of the network -> names of its modules"
-    parts = {name: [f"main.{name}"] for name, _ in model.main.named_children()}
+    parts = {}
+    for name, _ in model.main.named_children():
+        parts[name] = [f"main.{name}"]
+    lists = ("edge.blocks", "edge.halves", "edge.gates")
     for i, _ in enumerate(model.edge.gates):
-        parts[f"gate {i}"] = [f"edge.blocks.{i}", f"edge.halves.{i}", f"edge.gates.{i}"]
+        parts[f"gate {i}"] = [f"{modules}.{i}" for modules in lists]
     parts[_LAST_PART] = ["edge.last", "edge.head", "fusion"]
     return parts
 
@@ -71,14 +84,14 @@ def costs_by_part(
     "What each part of the network costs for this input (our choice: convolutions are counted)"
     adds = _multiply_adds(model, x)
     costs = {}
+    counted = 0
     for part, names in _parts(model).items():
-        costs[part] = {
-            "parameters": _parameters(model, names),
-            "multiply_adds": sum(_adds_of(model, adds, name) for name in names),
-        }
+        own = sum(_adds_of(model, adds, name) for name in names)
+        costs[part] = {"parameters": _parameters(model, names), "multiply_adds": own}
+        counted += own
     # edge head and fusion are computed in one convolution, outside of any module: the rest is theirs
-    counted = sum(cost["multiply_adds"] for cost in costs.values())
-    costs[_LAST_PART]["multiply_adds"] += adds[type(model).__name__] - counted
+    total = adds[type(model).__name__]
+    costs[_LAST_PART]["multiply_adds"] += total - counted
     return costs
 
 # %% ../../nbs/4_inside/anatomy.ipynb #f77fb8ca
@@ -91,7 +104,11 @@ def _shapes(model, x):
     twin.to("meta")
     with torch.no_grad(), listen(twin, names) as seen:
         twin(x.to("meta"))
-    return {name: tuple(feature.shape[1:]) for name, feature in seen.items()}
+    shapes = {}
+    for name, feature in seen.items():
+        _cases, *shape = feature.shape
+        shapes[name] = tuple(shape)
+    return shapes
 
 
 def _box(ax, place, text, colour):
@@ -115,11 +132,9 @@ def _feature_text(name, shape):
 
 def _arrow(ax, start, end, colour, bend=0.0):
     "An arrow from box to box: sideways where they stand side by side, else up or down"
-    (x0, y0), (x1, y1) = start, end
-    if abs(x1 - x0) > 1:
-        dx, dy = 0.42, 0
-    else:
-        dx, dy = 0, 0.27 if y1 > y0 else -0.27
+    x0, y0 = start
+    x1, y1 = end
+    dx, dy = _half_box(x1 - x0, y1 - y0)
     style = dict(
         arrowstyle="-|>",
         color=colour,
@@ -127,7 +142,16 @@ def _arrow(ax, start, end, colour, bend=0.0):
         shrinkB=0,
         connectionstyle=f"arc3,rad={bend}",
     )
-    ax.annotate("", (x1 - dx, y1 - dy), (x0 + dx, y0 + dy), arrowprops=style)
+    tip = (x1 - dx, y1 - dy)
+    tail = (x0 + dx, y0 + dy)
+    ax.annotate("", tip, tail, arrowprops=style)
+
+
+def _half_box(right, up):
+    "From the centre of a box to the side at which an arrow that goes so far leaves it"
+    if abs(right) > 1:
+        return 0.42, 0
+    return 0, 0.27 if up > 0 else -0.27
 
 # %% ../../nbs/4_inside/anatomy.ipynb #1bc11f8d
 _MAIN = COLOURS["prediction"]
@@ -173,46 +197,62 @@ class _Diagram:
 
     def chain(self, places, colour):
         "Arrows from each place to the next"
-        for start, end in zip(places, places[1:], strict=False):
+        for start, end in pairwise(places):
             _arrow(self.ax, start, end, colour)
 
     def draw_encoder(self):
-        "The encoder from fine to coarse"
-        places = [(_ENCODER, self.row(name)) for name in self.encoder]
-        for place, name in zip(places, self.encoder, strict=True):
+        "The encoder from fine to coarse; the place of the deepest feature"
+        places = []
+        for name in self.encoder:
+            place = (_ENCODER, self.row(name))
             self.feature(place, name, _MAIN)
+            places.append(place)
         self.chain(places, _MAIN)
         return places[-1]
 
+    def entry_row(self):
+        "Height at which the feature stands where the edge stream begins"
+        size = self.size(self.entry)
+        beside_encoder = self.rows.get(size)
+        return self.bottom + 1 if beside_encoder is None else beside_encoder
+
+    def draw_logits(self, place, stream, channels, colour):
+        "The box of a stream's logits"
+        text = f"{stream} logits\n{channels} channels"
+        _box(self.ax, place, text, colour)
+
     def draw_decoder(self, deepest):
         "From the deepest feature by the one where the edge stream begins to the main logits"
-        ax = self.ax
-        entry = (_DECODER, self.rows.get(self.size(self.entry), self.bottom + 1))
+        entry = (_DECODER, self.entry_row())
         logits = (_DECODER, _LOGITS)
         self.feature(entry, self.entry, _MAIN)
-        _arrow(ax, deepest, entry, _MAIN)
-        text = f"main logits\n{self.model.found['out_channels']} channels"
-        _box(ax, logits, text, _MAIN)
-        _arrow(ax, entry, logits, _MAIN)
+        channels = self.model.found["out_channels"]
+        self.draw_logits(logits, "main", channels, _MAIN)
+        self.chain([deepest, entry, logits], _MAIN)
         return entry, logits
+
+    def draw_gate(self, i, name, place):
+        "The box of a gate, and the arrow from the feature of the encoder that feeds it"
+        gate: Any = self.model.edge.gates[i]
+        channels = gate.conv_e.in_channels
+        shape = (channels, *self.size(name))
+        text = _feature_text(f"gate {i}", shape)
+        _box(self.ax, place, text, _EDGE)
+        _column, row = place
+        feature = (_ENCODER, row)
+        _arrow(self.ax, feature, place, _MAIN, bend=-0.12)
 
     def draw_gates(self, start):
         "The gates from coarse to fine, each fed by the encoder, and the edge logits"
-        ax = self.ax
-        names = self.model.gated
-        places = [(_GATES, self.row(name)) for name in names]
+        places = []
+        for i, name in enumerate(self.model.gated):
+            place = (_GATES, self.row(name))
+            self.draw_gate(i, name, place)
+            places.append(place)
         logits = (_GATES, _LOGITS)
-        _arrow(ax, start, places[0], _EDGE)
-        for i, (name, place) in enumerate(zip(names, places, strict=True)):
-            gate: Any = self.model.edge.gates[i]
-            shape = (gate.conv_e.in_channels, *self.size(name))
-            text = _feature_text(f"gate {i}", shape)
-            _box(ax, place, text, _EDGE)
-            _arrow(ax, (_ENCODER, place[1]), place, _MAIN, bend=-0.12)
-        self.chain(places, _EDGE)
-        text = f"edge logits\n{self.model.edge.head.out_channels} channels"
-        _box(ax, logits, text, _EDGE)
-        _arrow(ax, places[-1], logits, _EDGE)
+        channels = self.model.edge.head.out_channels
+        self.draw_logits(logits, "edge", channels, _EDGE)
+        self.chain([start, *places, logits], _EDGE)
         return logits
 
     def draw_fusion(self, main_logits, edge_logits):
@@ -231,18 +271,21 @@ class _Diagram:
             (_GATES, "edge stream", _EDGE),
         )
         style: dict = dict(ha="center", fontsize=9, weight="bold")
+        below = self.bottom - 0.55
         for column, title, colour in columns:
-            self.ax.text(column, self.bottom - 0.55, title, color=colour, **style)
+            self.ax.text(column, below, title, color=colour, **style)
 
     def draw(self):
         "All of it"
         deepest = self.draw_encoder()
         entry, main_logits = self.draw_decoder(deepest)
         from_encoder = self.model.entry == self.encoder[-1]
-        edge_logits = self.draw_gates(deepest if from_encoder else entry)
+        start = deepest if from_encoder else entry
+        edge_logits = self.draw_gates(start)
         self.draw_fusion(main_logits, edge_logits)
         self.draw_titles()
-        self.ax.set(xlim=(-0.6, 3.6), ylim=(self.bottom - 0.7, 2.3))
+        lowest = self.bottom - 0.7
+        self.ax.set(xlim=(-0.6, 3.6), ylim=(lowest, 2.3))
         self.ax.axis("off")
 
 
@@ -253,14 +296,20 @@ def _part_colour(part):
     return COLOURS["truth"] if part == "fusion" else _MAIN
 
 
+def _is_added(part):
+    "Whether EG-CNN adds a part to the network"
+    return part.startswith(("gate", "edge", "fusion"))
+
+
 def _draw_bars(ax, costs, what, unit):
     "One kind of cost as a bar for each part, and the share of edge stream and fusion"
-    values = {part: cost[what] for part, cost in costs.items()}
-    total = sum(values.values())
-    added = [v for part, v in values.items() if part.startswith(("gate", "edge", "fusion"))]
-    share = sum(added) / total
-    colours = [_part_colour(part) for part in values]
-    ax.barh(list(values), list(values.values()), color=colours)
+    parts = list(costs)
+    values = [cost[what] for cost in costs.values()]
+    colours = [_part_colour(part) for part in parts]
+    added = sum(costs[part][what] for part in parts if _is_added(part))
+    total = sum(values)
+    share = added / total
+    ax.barh(parts, values, color=colours)
     ax.set_title(f"{unit}: {total:.3g}\nedge stream and fusion {share:.1%}", fontsize=9)
     ax.invert_yaxis()
     ax.tick_params(labelsize=8)
@@ -273,10 +322,13 @@ def drawing(
     x: Tensor,  # an input (B,C,D,H,W); only its shape is used
 ) -> Figure:
     "The network as it is: what feeds what, the live shapes, and what each part costs"
-    height = 1.6 + 0.95 * len(model.found["encoder"])
+    rows = len(model.found["encoder"])
+    height = 1.6 + 0.95 * rows
     fig = Figure(figsize=(11, height), layout="constrained")
-    diagram, parameters, adds = fig.subplots(1, 3, width_ratios=(3, 1, 1))
-    _Diagram(diagram, model, _shapes(model, x)).draw()
+    left, parameters, adds = fig.subplots(1, 3, width_ratios=(3, 1, 1))
+    shapes = _shapes(model, x)
+    diagram = _Diagram(left, model, shapes)
+    diagram.draw()
     costs = costs_by_part(model, x)
     _draw_bars(parameters, costs, "parameters", "parameters")
     _draw_bars(adds, costs, "multiply_adds", "multiply-adds")
@@ -295,7 +347,9 @@ def pretrained(
     expect(name in ("eg", "eg_no_relu", "bare"), "name", repr(name), "'eg', 'eg_no_relu' or 'bare'")
     net = SegNet(4, 3, width=8, levels=3)
     if name != "bare":
-        net = EGCNN(net, activation="sigmoid", attention_relu=name == "eg")
-    weights = (PRETRAINED / name / "model.safetensors").read_bytes()
-    net.load_state_dict(load(weights))
+        relu = name == "eg"
+        net = EGCNN(net, activation="sigmoid", attention_relu=relu)
+    file = PRETRAINED / name / "model.safetensors"
+    weights = load(file.read_bytes())
+    net.load_state_dict(weights)
     return net.eval()

@@ -96,7 +96,8 @@ def _draw_map(ax, name, maps):
     if name == "edge":
         ax.imshow(maps["edge"], cmap="inferno", **from_0_to_1)
     elif name == "attention":
-        computed = np.ma.masked_equal(maps["attention"], 0)
+        attention = maps["attention"]
+        computed = np.ma.masked_equal(attention, 0)
         ax.imshow(computed, cmap="magma", **from_0_to_1)
     else:
         ax.imshow(maps["image"], cmap="gray", origin="lower")
@@ -114,8 +115,9 @@ def draw_snapshot(
     outline: str = "truth",  # what the green outline is
 ) -> None:
     "One slice of a snapshot; an axes stays empty without its map, white is where α is unknown"
-    k = round(at * (shown["image"].shape[-1] - 1))
-    maps = {name: a[..., k].T for name, a in shown.items()}
+    last = shown["image"].shape[-1] - 1
+    k = round(at * last)
+    maps = {name: volume[..., k].T for name, volume in shown.items()}
     titles = {
         "image": f"image, {outline}",
         "prediction": "prediction",
@@ -200,7 +202,8 @@ class Dashboard(Explorer):
         at: float,  # slice along k, 0 to 1
     ) -> Figure:
         "Curves above, the slice below"
-        fig = Figure(figsize=(11, 5.6 if self.rows else 0.5), layout="constrained")
+        height = 5.6 if self.rows else 0.5
+        fig = Figure(figsize=(11, height), layout="constrained")
         if not self.rows:
             fig.text(0.01, 0.4, "curves and pictures appear after the first epoch")
             return fig
@@ -231,10 +234,10 @@ class Dashboard(Explorer):
         "Begin, go on after a pause, or resume a stopped run"
         self.paused.clear()
         self.stopped.clear()
-        running = self.thread is not None and self.thread.is_alive()
-        if not running:
-            self.thread = threading.Thread(target=self._train, daemon=True)
-            self.thread.start()
+        if self.thread is not None and self.thread.is_alive():
+            return
+        self.thread = threading.Thread(target=self._train, daemon=True)
+        self.thread.start()
 
     def pause(self) -> None:
         "Hold the run between two steps"

@@ -43,9 +43,11 @@ def _light(depth):
     down = _slope(depth, 0)
     right = _slope(depth, 1)
     facing = 1 + 0.5 * right - 0.35 * down
-    length = np.sqrt(1.4 * (1 + right**2 + down**2))
-    light = np.nan_to_num(facing / length, nan=0.35)
-    return light.clip(0.15, 1)
+    squares = 1 + right**2 + down**2
+    length = np.sqrt(1.4 * squares)
+    light = facing / length
+    without_holes = np.nan_to_num(light, nan=0.35)
+    return without_holes.clip(0.15, 1)
 
 
 def _values_at(values, index, axis):
@@ -90,9 +92,10 @@ def surface_picture(
 # %% ../../nbs/4_inside/scenes.ipynb #d8ba683b
 def _nifti(array, mm):
     "NIfTI file in memory, which is how the browser's viewer receives a volume"
-    whole_numbers = array.dtype.kind in "iu"
-    small = whole_numbers and array.min() >= 0 and array.max() < 256
-    kind = np.uint8 if small else np.float32
+    kind = np.float32
+    if array.dtype.kind in "iu":
+        fits = array.min() >= 0 and array.max() < 256
+        kind = np.uint8 if fits else np.float32
     values = np.ascontiguousarray(array, kind)
     affine = np.diag([*mm, 1.0])
     image = nib.Nifti1Image(values, affine)
@@ -115,13 +118,14 @@ def _numbered(label, names):
 
 def _lut(colours):
     "Colour table of niivue for label values 0, 1, 2, ...: transparent where there is none"
-    largest = max(colours, default=1)
-    table = {name: [0] * (largest + 1) for name in "RGBA"}
+    count = max(colours, default=1) + 1
+    table = {name: [0] * count for name in "RGBA"}
     for value, colour in colours.items():
-        for name, share in zip("RGB", to_rgb(colour), strict=True):
-            table[name][value] = int(255 * share)
-        table["A"][value] = 255
-    table["I"] = list(range(largest + 1))
+        opaque = (*to_rgb(colour), 1)
+        for name, share in zip("RGBA", opaque, strict=True):
+            of_values = table[name]
+            of_values[value] = int(255 * share)
+    table["I"] = list(range(count))
     return table
 
 
@@ -154,8 +158,9 @@ class Explorer3d(Explorer):
             self.viewer.volumes[number].opacity = values[name]
         if self.tell:
             self.readout.value = self.tell(**values)
+        clip = values["clip"]
         beyond = 2.0  # of the volume: nothing is cut
-        depth = 0.5 - values["clip"] if values["clip"] else beyond
+        depth = 0.5 - clip if clip else beyond
         self.viewer.set_clip_plane(depth, values["turn"], 0.0)
 
     def close(self) -> None:
@@ -194,8 +199,9 @@ HEAT = "plasma"  # colours of numbers, here and in niivue
 
 def _top(a):
     "Largest finite number of `a`, at least a little above 0"
-    largest = np.nan_to_num(a, posinf=0).max()
-    return max(float(largest), 1e-6)
+    finite = np.nan_to_num(a, posinf=0)
+    largest = float(finite.max())
+    return max(largest, 1e-6)
 
 
 def view3d(
@@ -386,21 +392,26 @@ class _Still:
         overlays = self.scene.overlays
         found = []
         if "label" in overlays:
+            label = overlays["label"]
             for value in self.scene.names:
-                found.append(_Surface(overlays["label"] == value, colour_of(value)))
+                found.append(_Surface(label == value, colour_of(value)))
         if "edge" in overlays:
-            found.append(_Surface(overlays["edge"] > 0, COLOURS["edge"]))
+            mask = overlays["edge"] > 0
+            found.append(_Surface(mask, COLOURS["edge"]))
         if "heat" in overlays:
             heat = overlays["heat"]
             top = _top(heat)
-            found.append(_Surface(heat > 1e-3 * top, values=heat / top))
+            warm = heat > 1e-3 * top
+            found.append(_Surface(warm, values=heat / top))
         return found
 
     def side_name(self, axis):
         "From where the scene is seen along an axis"
         if self.scene.affine is None:
-            return f"along axis {'ijk'[axis]}"
-        return f"from {('the left', 'behind', 'below')[axis]}"
+            letter = "ijk"[axis]
+            return f"along axis {letter}"
+        sides = ("the left", "behind", "below")
+        return f"from {sides[axis]}"
 
     def draw(self, **_):
         "The scene as a figure"
@@ -425,9 +436,10 @@ class _Still:
 
     def add_colour_bar(self, fig, axes):
         "The meaning of the heat's colours, if there is heat"
-        if "heat" not in self.scene.overlays:
+        heat = self.scene.overlays.get("heat")
+        if heat is None:
             return
-        span = Normalize(0, _top(self.scene.overlays["heat"]))
+        span = Normalize(0, _top(heat))
         colours = plt.cm.ScalarMappable(span, HEAT)
         fig.colorbar(colours, ax=axes, shrink=0.7, label=self.heat_name)
 

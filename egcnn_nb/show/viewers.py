@@ -30,9 +30,11 @@ from .explorers import Explorer, cut_plane, slice_rgb, swatches
 def _read_image(image):
     "Array and affine in mm of a nibabel image, its axes as `read_array` has them"
     mm = mm_per_unit(image.header)
-    affine = np.diag([mm, mm, mm, 1]) @ image.affine
-    spatial = (*image.shape, 1, 1)[:3]
-    channels = [n for n in image.shape[3:] if n > 1]
+    to_mm = np.diag([mm, mm, mm, 1])
+    affine = to_mm @ image.affine
+    size = image.shape
+    spatial = (*size, 1, 1)[:3]
+    channels = [n for n in size[3:] if n > 1]
     array = np.asanyarray(image.dataobj)
     shape = (*spatial, *channels)
     return array.reshape(shape), affine
@@ -54,8 +56,10 @@ def _as_array(a):
     "A NumPy array of an array or a tensor; bool becomes uint8"
     if hasattr(a, "detach"):
         a = a.detach().cpu()
-    a = np.asarray(a)
-    return a.view(np.uint8) if a.dtype == bool else a
+    array = np.asarray(a)
+    if array.dtype == bool:
+        return array.view(np.uint8)
+    return array
 
 
 def _read(source: Any, name):
@@ -88,7 +92,8 @@ def _turn(a, affine):
     if affine is None:
         return a
     channels_last = np.moveaxis(a, 0, -1)
-    turned = nib.apply_orientation(channels_last, nib.io_orientation(affine))
+    orientation = nib.io_orientation(affine)
+    turned = nib.apply_orientation(channels_last, orientation)
     return np.moveaxis(turned, -1, 0)
 
 
@@ -139,19 +144,24 @@ def _label_values(label):
     "Values above 0 of a label map; it is read plane by plane, which needs little memory"
     values = set()
     for plane in label:
-        values.update(np.unique(plane[plane > 0]).tolist())
-    return {int(v) for v in values}
+        foreground = plane[plane > 0]
+        for value in np.unique(foreground):
+            values.add(int(value))
+    return values
 
 
 def _fullest_slices(label):
     "Number of the slice with the most voxels above 0, for each axis; None where there is no voxel"
     counts = [np.zeros(n, np.int64) for n in label.shape]
+    of_planes, of_rows, of_columns = counts
     for i, plane in enumerate(label):
         foreground = plane > 0
-        counts[0][i] = foreground.sum()
-        counts[1] += foreground.sum(1)
-        counts[2] += foreground.sum(0)
-    return [int(c.argmax()) for c in counts] if counts[0].any() else None
+        of_planes[i] = foreground.sum()
+        of_rows += foreground.sum(1)
+        of_columns += foreground.sum(0)
+    if not of_planes.any():
+        return None
+    return [int(count.argmax()) for count in counts]
 
 
 _FONT = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 13)
@@ -188,11 +198,12 @@ def plane_layout(
     "Size of each plane in pixels, and the column where it begins"
     sides = [n * size for n, size in zip(shape, mm, strict=True)]
     scale = height / max(sides[1], sides[2])
+    pixels = [max(int(side * scale), 1) for side in sides]
     layout = []
     x = 0
     for right, up in _SHOWN:
-        rows = max(int(sides[up] * scale), 1)
-        columns = max(int(sides[right] * scale), 1)
+        rows = pixels[up]
+        columns = pixels[right]
         layout.append(PlaneBox(rows, columns, x))
         x += columns + _GAP
     return layout
@@ -200,8 +211,16 @@ def plane_layout(
 
 def _canvas_size(layout):
     "Height and width of the picture that holds all planes"
+    height = max(box.height for box in layout)
     last = layout[-1]
-    return max(box.height for box in layout), last.x + last.width
+    width = last.x + last.width
+    return height, width
+
+
+def _pixel_of(index, voxels, pixels):
+    "Pixel at the middle of a voxel, along a side of a plane"
+    middle = (index + 0.5) * pixels
+    return int(middle / voxels)
 
 
 def _draw_crosshair(cut, column, row):
@@ -233,10 +252,13 @@ def _join_planes(cuts, layout, letters):
     texts = []
     for plane, (cut, box) in enumerate(zip(cuts, layout, strict=True)):
         y = tall - box.height
-        canvas[y:, box.x : box.x + box.width] = cut
+        end = box.x + box.width
+        canvas[y:, box.x : end] = cut
         if letters:
             texts += _letter_texts(plane, box, y)
-    return _write(canvas, texts) if texts else canvas
+    if not texts:
+        return canvas
+    return _write(canvas, texts)
 
 
 _LABEL_WIDTH = {"description_width": "7em"}
@@ -317,11 +339,12 @@ def _spacing_of(affine, spacing):
 
 def _first_position(overlays, shape):
     "The slices with the most foreground of the label, else of the prediction, else the middle ones"
+    middle = [n // 2 for n in shape]
     for name in ("label", "pred"):
         if name in overlays:
             fullest = _fullest_slices(overlays[name])
-            return fullest or [n // 2 for n in shape]
-    return [n // 2 for n in shape]
+            return fullest or middle
+    return middle
 
 
 def read_scene(
@@ -366,22 +389,26 @@ def colour_of(
     value: int,  # label value
 ) -> str:  # of COLOURS
     "Colour of a label value"
-    return COLOURS.get(value, COLOURS["truth"])
+    usual = COLOURS["truth"]
+    return COLOURS.get(value, usual)
 
 
 def label_colours(
     scene: Scene,  # whose labels are shown
 ) -> dict:  # name -> colour
     "The legend of a scene's labels"
-    return {name: colour_of(value) for value, name in scene.names.items()}
+    colours = {}
+    for value, name in scene.names.items():
+        colours[name] = colour_of(value)
+    return colours
 
 # %% ../../nbs/2_practice/look_at_data.ipynb #fc4afbd3
 def _usual_window(values):
     "Level and window from the 2nd to the 99.5th percentile"
     low, high = np.percentile(values, (2, 99.5))
     level = float(low + high) / 2
-    window = float(high - low) or 1.0
-    return level, window
+    window = float(high - low)
+    return level, window or 1.0
 
 
 @dataclass
@@ -442,54 +469,65 @@ class _ThreePlanes:
     def draw(self, i, j, k, crosshair, **look):
         "The picture of the three planes through voxel (i, j, k)"
         at = (i, j, k)
-        cuts = [self.cut(axis, index, **look) for axis, index in enumerate(at)]
-        if crosshair:
-            for plane, cut in enumerate(cuts):
-                _draw_crosshair(cut, *self.pixel(plane, at))
-        return _join_planes(cuts, self.layout, letters=self.scene.affine is not None)
+        cuts = []
+        for plane, index in enumerate(at):
+            cut = self.cut(plane, index, **look)
+            if crosshair:
+                column, row = self.pixel(plane, at)
+                _draw_crosshair(cut, column, row)
+            cuts.append(cut)
+        is_oriented = self.scene.affine is not None
+        return _join_planes(cuts, self.layout, letters=is_oriented)
 
     def pixel(self, plane, at):
         "Column and row of a voxel in a plane"
         box = self.layout[plane]
         right, up = _SHOWN[plane]
         shape = self.scene.shape
-        column = int((at[right] + 0.5) * box.width / shape[right])
-        above_bottom = int((at[up] + 0.5) * box.height / shape[up])
-        return column, box.height - 1 - above_bottom
+        column = _pixel_of(at[right], shape[right], box.width)
+        above_bottom = _pixel_of(at[up], shape[up], box.height)
+        last = box.height - 1
+        return column, last - above_bottom
 
     def describe(self, i, j, k, channel, **_):
         "The line below: voxel of the file, millimetres, intensity, label, prediction"
         at = (i, j, k)
-        intensity = self.scene.volume[channel][at]
-        parts = [*self.place(at), f"{self.channels[channel]} {intensity:.4g}"]
+        scene = self.scene
+        intensity = scene.volume[channel][at]
+        parts = self.place(at)
+        parts.append(f"{self.channels[channel]} {intensity:.4g}")
         for overlay, word in (("label", "label"), ("pred", "prediction")):
-            labels = self.scene.overlays.get(overlay)
-            if labels is not None:
-                name = self.scene.names.get(int(labels[at]), "none")
-                parts.append(f"{word} {name}")
+            labels = scene.overlays.get(overlay)
+            if labels is None:
+                continue
+            value = int(labels[at])
+            name = scene.names.get(value, "none")
+            parts.append(f"{word} {name}")
         return " &middot; ".join(parts)
 
     def place(self, at):
         "Where a shown voxel lies in the file, and in millimetres if they are known"
         affine = self.scene.affine
-        *voxel, _one = np.rint(self.scene.back @ (*at, 1)).astype(int)
-        words = [f"voxel ({', '.join(map(str, voxel))})"]
+        *place, _one = self.scene.back @ (*at, 1)
+        voxel = np.rint(place).astype(int)
+        numbers = ", ".join(str(n) for n in voxel)
+        words = [f"voxel ({numbers})"]
         if affine is not None:
             *millimetres, _one = affine @ (*voxel, 1)
-            numbers = [f"{c:.1f}" for c in millimetres]
-            words.append(f"({', '.join(numbers)}) mm")
+            lengths = ", ".join(f"{length:.1f}" for length in millimetres)
+            words.append(f"({lengths}) mm")
         return words
 
 
 def _position_sliders(scene):
     "A slider for each axis, from the start of the scene"
-    words = [f"slice {axis}" for axis in "ijk"]
-    if scene.affine is not None:
-        words = [f"{plane} {axis}" for plane, axis in zip(PLANES, "ijk", strict=True)]
-    return {
-        axis: labelled_slider(word, at, 0, size - 1)
-        for axis, word, at, size in zip("ijk", words, scene.start, scene.shape, strict=True)
-    }
+    planes = ["slice"] * 3 if scene.affine is None else PLANES
+    axes = zip("ijk", planes, scene.start, scene.shape, strict=True)
+    sliders = {}
+    for axis, plane, at, size in axes:
+        last = size - 1
+        sliders[axis] = labelled_slider(f"{plane} {axis}", at, 0, last)
+    return sliders
 
 
 def _window_sliders(planes):
@@ -523,12 +561,18 @@ def _boxes(scene):
 def _clicked(layout, shape, x, y):
     "Axis -> index of the voxel at the fractions `x`, `y` of the picture; empty between the planes"
     tall, wide = _canvas_size(layout)
-    for plane, box in enumerate(layout):
-        rightwards = (x * wide - box.x) / box.width
-        upwards = tall * (1 - y) / box.height
-        if 0 <= rightwards < 1 and 0 <= upwards < 1:
-            right, up = _SHOWN[plane]
-            return {right: int(rightwards * shape[right]), up: int(upwards * shape[up])}
+    column = x * wide
+    above_bottom = tall * (1 - y)
+    for axes, box in zip(_SHOWN, layout, strict=True):
+        rightwards = (column - box.x) / box.width
+        upwards = above_bottom / box.height
+        if not (0 <= rightwards < 1 and 0 <= upwards < 1):
+            continue
+        voxel = {}
+        for axis, share in zip(axes, (rightwards, upwards), strict=True):
+            place = share * shape[axis]
+            voxel[axis] = int(place)
+        return voxel
     return {}
 
 
@@ -600,21 +644,25 @@ def _where_wrong(truth, a, b):
     rgb[truth > 0] = 110
     a_wrong = a != truth
     b_wrong = b != truth
-    for where, colour in (
+    kinds = (
         (a_wrong & ~b_wrong, "bare"),
         (b_wrong & ~a_wrong, "prediction"),
         (a_wrong & b_wrong, "attention"),
-    ):
-        rgb[where] = np.array(to_rgb(COLOURS[colour])) * 255
+    )
+    for where, name in kinds:
+        colour = to_rgb(COLOURS[name])
+        rgb[where] = np.array(colour) * 255
     return rgb
 
 
 def _beside(pictures):
     "Pictures with their titles in one row: title -> RGB array"
     row = []
+    gap = ((0, 0), (0, _GAP), (0, 0))  # on the right
     for title, picture in pictures.items():
-        titled = _write(picture, [(4, 4, title, "lt")])
-        row.append(np.pad(titled, ((0, 0), (0, _GAP), (0, 0)), constant_values=255))
+        text = (4, 4, title, "lt")
+        titled = _write(picture, [text])
+        row.append(np.pad(titled, gap, constant_values=255))
     return np.hstack(row)
 
 
@@ -676,11 +724,12 @@ class _Comparison:
         index = self.index(plane, slice)
         truth = self.truth.take(index, plane)
         scores = []
-        for name, p, whole in zip(self.names, self.predictions, self.whole, strict=True):
-            score = self.score(p.take(index, plane), truth)
-            here = float(score)
+        for name, prediction, whole in zip(self.names, self.predictions, self.whole, strict=True):
+            found = prediction.take(index, plane)
+            here = float(self.score(found, truth))
             scores.append(f"{name}: slice {here:.3f}, whole {whole:.3f}")
-        return f"{line}<br>{' &middot; '.join(scores)}"
+        joined = " &middot; ".join(scores)
+        return f"{line}<br>{joined}"
 
 
 def _swiped(first, second, swipe):
@@ -689,22 +738,26 @@ def _swiped(first, second, swipe):
     left = first[:, :at]
     right = second[:, at:]
     both = np.hstack([left, right])
-    line = slice(max(at - 1, 0), at + 1)
-    both[:, line] = 255
+    start = max(at - 1, 0)
+    stop = at + 1
+    both[:, start:stop] = 255
     return both
 
 
 def _comparison_controls(scene, truth):
     "Plane, slice, style and swipe"
     depth = scene.shape[2]
+    start = depth // 2
     fullest = _fullest_slices(truth)
-    start = fullest[2] if fullest else depth // 2
-    step = 1 / max(max(scene.shape) - 1, 1)
+    if fullest:
+        start = fullest[2]
+    last = max(depth - 1, 1)
+    steps = max(max(scene.shape) - 1, 1)
     words = [f"axis {axis}" for axis in "ijk"] if scene.affine is None else PLANES
     planes = [(word, n) for n, word in enumerate(words)]
     return {
         "plane": _choice("plane", planes, 2),
-        "slice": labelled_slider("slice", start / max(depth - 1, 1), 0.0, 1.0, step),
+        "slice": labelled_slider("slice", start / last, 0.0, 1.0, 1 / steps),
         "style": widgets.ToggleButtons(options=["side by side", "swipe"]),
         "swipe": labelled_slider("swipe", 0.5, 0.0, 1.0, 0.02),
     }

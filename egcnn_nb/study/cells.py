@@ -256,8 +256,11 @@ def _epochs_in(log):
     "The epochs in a log.txt; none where there is no such file"
     if not log.is_file():
         return []
-    lines = log.read_text().splitlines()
-    return [_read_epoch(line) for line in lines if line.startswith("epoch ")]
+    epochs = []
+    for line in log.read_text().splitlines():
+        if line.startswith("epoch "):
+            epochs.append(_read_epoch(line))
+    return epochs
 
 
 def state(

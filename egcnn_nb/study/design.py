@@ -233,7 +233,8 @@ def make_design(
     )
     networks = list(product(args.backbones, args.arms))
     threads = max(1, processors() // args.jobs)
-    design.costs = _costs(Path(out) / "costs.json", networks, design, threads)
+    file = Path(out) / "costs.json"
+    design.costs = _costs(file, networks, design, threads)
     return design
 
 
@@ -245,7 +246,9 @@ def _kept_costs(path, of):
     if not path.is_file():
         return {}
     kept = json.loads(path.read_text())
-    return kept["costs"] if kept["of"] == of else {}
+    if kept["of"] != of:
+        return {}
+    return kept["costs"]
 
 
 def _costs(path, networks, design, threads):

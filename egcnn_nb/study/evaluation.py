@@ -203,7 +203,8 @@ def score_run(
 ):  # of dicts: "case", "region" ("mean" too), SCORES, EDGE_SCORES; NaN for what is not there
     "Scores of every case and region, with those of its edges; ODS is that of the run in every row"
     model, settings, task = run
-    run = model.to(best_device()), settings, task
+    device = best_device()
+    run = (model.to(device), settings, task)
     scored = []
     for case in cases:
         maps, loaded = case_maps([run], case, inside=settings.edge, change=change)
@@ -467,8 +468,11 @@ def score_finished(
 ) -> Path:  # validation_scores.csv
     "Score every run that has ended on its own validation cases, but for those in the file already"
     path = Path(out) / "validation_scores.csv"
-    each_once = list(dict.fromkeys(cells))
-    ended = [cell for cell in each_once if state(cell, out, epochs)["state"] == "done"]
+    ended = []
+    for cell in dict.fromkeys(cells):  # each once
+        now = state(cell, out, epochs)
+        if now["state"] == "done":
+            ended.append(cell)
     require(
         ended,
         f"{out} has no run that has ended. "

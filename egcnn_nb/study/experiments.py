@@ -201,8 +201,9 @@ def curves_of(
 def _first_runs(cells, backbone, train_cases):
     "The first cell with EG-CNN and the first bare one, of a backbone and a training set"
     first = {}
+    wanted = (backbone, train_cases)
     for cell in cells:
-        if (cell.backbone, cell.train_cases) == (backbone, train_cases):
+        if (cell.backbone, cell.train_cases) == wanted:
             first.setdefault(cell.arm, cell)
     return first["eg"], first["bare"]
 

@@ -179,8 +179,10 @@ def score_table(
             text = ""
             if score != "edge_width" or has_edges:
                 scores = table_of(rows, score, backbone=backbone, arm=arm)
-                text = number(np.nanmean(scores, 1), digits)
-            line[score.replace("_", " ")] = text
+                of_seeds = np.nanmean(scores, 1)
+                text = number(of_seeds, digits)
+            column = score.replace("_", " ")
+            line[column] = text
         table.append(line)
     return table
 
@@ -276,16 +278,17 @@ def _compared(rows, key, primary):
 
 def _corrected(found):
     "The primary comparison first; the p of all others after Holm's correction"
-    primary, others = [], []
-    for c in found:
-        if c["primary"]:
-            primary.append({"corrected": c["p"], **c})
+    rows = []
+    others = []
+    for comparison in found:
+        if comparison["primary"]:
+            rows.append({"corrected": comparison["p"], **comparison})
         else:
-            others.append(c)
-    corrected = holm([c["p"] for c in others])
-    for c, p in zip(others, corrected, strict=True):
-        primary.append({"corrected": float(p), **c})
-    return primary
+            others.append(comparison)
+    uncorrected = [comparison["p"] for comparison in others]
+    for comparison, p in zip(others, holm(uncorrected), strict=True):
+        rows.append({"corrected": float(p), **comparison})
+    return rows
 
 
 def _arms_of_settings(rows):
@@ -520,8 +523,9 @@ def pick_cases(
     eg = table_of(rows, "dice", backbone=backbone, arm="eg")
     bare = table_of(rows, "dice", backbone=backbone, arm="bare")
     gain = eg.mean(0) - bare.mean(0)
-    cases = sorted({r["case"] for r in rows})
-    best_first = np.argsort(gain, kind="stable")[::-1]
+    cases = sorted({row["case"] for row in rows})
+    worst_first = np.argsort(gain, kind="stable")
+    best_first = worst_first[::-1]
     places = {
         "best": 0,
         "median": len(cases) // 2,
