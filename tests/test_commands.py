@@ -32,13 +32,16 @@ QUICK = ["--epochs", "10", *SMALL.split()]
 def started(words, **kw):
     "A command that has ended"
     line = [str(word) for word in words]
-    return subprocess.run(line, capture_output=True, text=True, timeout=600, **kw)
+    options = dict(capture_output=True, text=True, timeout=600)
+    return subprocess.run(line, **options, **kw)
 
 
 def train(data, out, *words):
     "egcnn_train, ended"
-    script = [sys.executable, "-m", "egcnn_nb.train"]
-    return started([*script, data, "--out", out, *words])
+    line = [sys.executable, "-m", "egcnn_nb.train"]
+    line += [data, "--out", out]
+    line += words
+    return started(line)
 
 
 def quick(out, *words, data=KITS):
@@ -54,7 +57,8 @@ def tiny_run(data, out, *words, processes=1):
 
 def succeed(done):
     "Raise unless a command has ended well"
-    assert done.returncode == 0, done.stderr[-3000:]
+    error = done.stderr
+    assert done.returncode == 0, error
 
 
 def fail(done, *texts):
@@ -84,8 +88,9 @@ def totals(run):
 
 def expect_same_file(name, run, other):
     "Raise unless two runs have the same file, byte for byte"
-    found = (run / name).read_bytes()
-    expected = (other / name).read_bytes()
+    ours, theirs = run / name, other / name
+    found = ours.read_bytes()
+    expected = theirs.read_bytes()
     assert found == expected, name
 
 
@@ -104,8 +109,9 @@ TWO_PROCESSES = "torch.distributed.run --standalone --nproc_per_node=2".split()
 
 def test_two_processes_give_the_losses_of_one(run, tmp_path):
     two = tmp_path / "two"
-    script = ["-m", "egcnn_nb.train", KITS, "--out", two]
-    line = [sys.executable, "-m", *TWO_PROCESSES, *script, *QUICK]
+    line = [sys.executable, "-m", *TWO_PROCESSES]
+    line += ["-m", "egcnn_nb.train", KITS]
+    line += ["--out", two, *QUICK]
     done = started(line, env=tiny.ENV)
     succeed(done)
     of_one = totals(run)
@@ -161,7 +167,8 @@ def test_prediction_keeps_grid_and_values(run, tmp_path):
     succeed(done)
     source = nib.load(scan)
     for name in ("case_00003", "imaging"):
-        image = nib.load(tmp_path / f"{name}.nii.gz")
+        path = tmp_path / f"{name}.nii.gz"
+        image = nib.load(path)
         assert image.shape == source.shape
         assert np.array_equal(image.affine, source.affine)
         values = np.unique(image.dataobj)
@@ -215,8 +222,9 @@ def one_plane_less(voxels, affine):
 
 
 def stretched(voxels, affine):
-    longer = np.diag([1, 1, 2, 1])
-    return voxels, affine @ longer
+    longer = affine.copy()
+    longer[:, 2] *= 2
+    return voxels, longer
 
 
 def strange_label(voxels, affine):
@@ -284,12 +292,15 @@ def test_a_bad_case_is_refused(name, tmp_path):
 
 def test_a_missing_modality_is_refused(tmp_path):
     case = "BraTS19_PHANTOM_006_1"
-    data, out = tmp_path / "data", tmp_path / "run"
-    shutil.copytree(SAMPLES / "brats2019/LGG", data / "LGG")
-    scan = data / f"LGG/{case}/{case}_t2.nii.gz"
+    data = tmp_path / "data"
+    out = tmp_path / "run"
+    low_grade = data / "LGG"
+    shutil.copytree(SAMPLES / "brats2019/LGG", low_grade)
+    scan = low_grade / case / f"{case}_t2.nii.gz"
     scan.unlink()
     done = quick(out, data=data)
-    refused(done, f"no file for the channel t2 of {case}", out)
+    text = f"no file for the channel t2 of {case}"
+    refused(done, text, out)
 
 
 def test_bad_folders_and_splits_are_refused(tmp_path):
@@ -351,15 +362,20 @@ def test_networks_of_monai_train_and_predict(peer, edge, tmp_path):
     DynUNet holds its weights under two names.
     """
     data = tiny.dataset(tmp_path / "data", 6)
-    out, predicted = tmp_path / "run", tmp_path / "predicted"
-    words = ["--backbone", peer, "--levels", 3, "--cache", tmp_path / "cache"]
+    out = tmp_path / "run"
+    predicted = tmp_path / "predicted"
+    cache = tmp_path / "cache"
+    words = ["--backbone", peer, "--levels", 3, "--cache", cache]
     done = tiny_run(data, out, *words, "--edge", edge, "--epochs", 2)
     succeed(done)
-    done = predict(out, data / "scan00.nii.gz", "--out", predicted)
+    scan = data / "scan00.nii.gz"
+    done = predict(out, scan, "--out", predicted)
     succeed(done)
-    (label,) = predicted.rglob("*.nii.gz")
-    assert nib.load(label).shape == (18, 17, 16)
-    done = tiny_run(data, tmp_path / "other", *words, "--patch_size", 16, 16, 18)
+    (path,) = predicted.rglob("*.nii.gz")
+    label_map = nib.load(path)
+    assert label_map.shape == (18, 17, 16)
+    other = tmp_path / "other"
+    done = tiny_run(data, other, *words, "--patch_size", 16, 16, 18)
     fail(done, "Choose multiples of 4")
 
 
@@ -499,14 +515,17 @@ def test_a_reading_that_is_given_wins_over_the_preset(words, readings):
 def paper(tmp_path_factory):
     "An epoch by the preset on the tiny data set, and the words that began it"
     folder = tmp_path_factory.mktemp("paper")
-    data = tiny.dataset(folder / "data")
+    data = folder / "data"
+    tiny.dataset(data)
     run = PaperRun(data, folder / "run", folder / "cache")
     run.done = run.train("--preset", "paper")
     succeed(run.done)
     return run
 
 
-SMALL_PAPER = "--epochs 1 --width 4 --levels 2 --patch_size 16 16 16 --precision fp32"
+SMALL_PAPER = (
+    "--epochs 1 --width 4 --levels 2 --patch_size 16 16 16 --precision fp32 --validation 2"
+)
 
 
 @dataclass
@@ -520,9 +539,10 @@ class PaperRun:
 
     def train(self, *words, out=None):
         "Train it, or another run on its data"
-        small = [*SMALL_PAPER.split(), "--validation", 2]
-        line = [*small, "--cache", self.cache, *words]
-        return train(self.data, out or self.out, *line)
+        small = SMALL_PAPER.split()
+        small += ["--cache", self.cache]
+        out = out or self.out
+        return train(self.data, out, *small, *words)
 
 
 def config_of(run):
@@ -592,15 +612,21 @@ def adam(weights, gradients, rates):
     for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), 1):
         first = 0.9 * first + 0.1 * gradient
         second = 0.999 * second + 0.001 * gradient**2
-        mean = first / (1 - 0.9**step)
-        square = second / (1 - 0.999**step)
-        weights = weights - rate * mean / (np.sqrt(square) + 1e-8)
+        first_bias = 1 - 0.9**step
+        second_bias = 1 - 0.999**step
+        mean = first / first_bias
+        deviation = np.sqrt(second / second_bias)
+        change = mean / (deviation + 1e-8)
+        weights = weights - rate * change
     return weights
 
 
 def flat(tensors):
     "Numbers of all tensors in one array"
-    parts = [tensor.detach().flatten() for tensor in tensors]
+    parts = []
+    for tensor in tensors:
+        numbers = tensor.detach()
+        parts.append(numbers.flatten())
     whole = torch.cat(parts)
     return whole.numpy()
 
@@ -628,7 +654,8 @@ def begin_by_the_preset(folder):
 
 def differ(weights, others):
     "Largest difference of two arrays"
-    return np.abs(weights - others).max()
+    gap = np.abs(weights - others)
+    return gap.max()
 
 
 def test_the_preset_steps_as_adam_with_polynomial_decay(tmp_path):
