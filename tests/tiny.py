@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import nibabel as nib
 import numpy as np
@@ -118,6 +119,39 @@ def children(pid):
         listed = (thread / "children").read_text()
         found += listed.split()
     return [int(child) for child in found]
+
+
+class Writer:
+    "Stands for the writer of TensorBoard: the names and numbers that it was given"
+
+    made = []  # all of them
+
+    def __init__(self, folder, purge_step=None):
+        self.folder = Path(folder)
+        self.purge_step = purge_step
+        self.scalars = []
+        self.closed = False
+        Writer.made.append(self)
+
+    def add_scalar(self, name, value, step):
+        "Note a number"
+        self.scalars.append((name, value, step))
+
+    def flush(self):
+        "Nothing waits"
+
+    def close(self):
+        "Note that it is closed"
+        self.closed = True
+
+
+def replace_tensorboard(monkeypatch):
+    "Let a `Writer` stand for TensorBoard; the list of those that are made"
+    board = ModuleType("torch.utils.tensorboard")
+    board.SummaryWriter = Writer
+    Writer.made = []
+    monkeypatch.setitem(sys.modules, board.__name__, board)
+    return Writer.made
 
 
 def after(n):
