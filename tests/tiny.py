@@ -137,6 +137,10 @@ class Writer:
         "Note a number"
         self.scalars.append((name, value, step))
 
+    def names(self):
+        "The names that were written"
+        return {name for name, *_ in self.scalars}
+
     def flush(self):
         "Nothing waits"
 
