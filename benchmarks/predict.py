@@ -43,8 +43,10 @@ def enlarge(array, shape):
 
 def save(array, diagonal, path):
     "Write an array as NIfTI; `diagonal`: that of its affine"
-    affine = np.diag(diagonal)
-    image = nib.Nifti1Image(array, affine)
+    image = nib.Nifti1Image(
+        array,
+        affine=np.diag(diagonal),
+    )
     nib.save(image, path)
 
 

@@ -35,10 +35,10 @@ def steps(count):
     "Milliseconds of each of some steps through the three sliders in turn"
     size = (240, 240, 155)
     rng = np.random.default_rng(0)
-    volume = rng.integers(0, 1000, (4, *size))
+    volume = rng.integers(0, 1000, (4, *size), np.int16)
     label = boxes(size)
     predicted = np.roll(label, 3, 0)
-    viewer = view(volume.astype(np.int16), label, pred=predicted)
+    viewer = view(volume, label, pred=predicted)
     names = itertools.cycle("ijk")
     milliseconds = []
     for _ in range(count):

@@ -14,6 +14,7 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -240,8 +241,9 @@ def nnunet(
     for i in range(cases):
         x, y = scan(i)
         name = f"scan_{i:03d}"
-        for c in range(len(channels)):
-            save(root / "imagesTr", f"{name}_{c:04d}{ending}", x * (c + 1))
+        for c, _ in enumerate(channels):
+            brighter = x * (c + 1)
+            save(root / "imagesTr", f"{name}_{c:04d}{ending}", brighter)
         save(root / "labelsTr", f"{name}{ending}", y)
     whole = {
         "channel_names": numbered(channels),
@@ -463,8 +465,9 @@ def config_of(tmp):
 def not_trained(tmp, *texts):
     "Training on the folder `data` is refused in one line with these texts, and leaves no folder"
     code, err = train(tmp)
-    assert code == 2, (code, err)
-    assert not (tmp / "run").exists(), err
+    assert code == 2, err
+    run = tmp / "run"
+    assert not run.exists(), err
     expect_texts(err, texts)
     return err[:TOLD]
 
@@ -737,8 +740,9 @@ def names_that_differ_in_case(tmp):
 @row("one case in HGG/ and in LGG/", "refused")
 @reading_refused("BraTS19_A_1")
 def brats_case_in_both_grades(tmp):
-    brats(tmp / "HGG", "BraTS19_A_1", new=False)
-    brats(tmp / "LGG", "BraTS19_A_1", new=False)
+    for grade in ("HGG", "LGG"):
+        folder = tmp / grade
+        brats(folder, "BraTS19_A_1", new=False)
 
 
 @row("a case called ../a", "refused: names are names of files")
@@ -794,10 +798,10 @@ def csv_latin_1(tmp):
 @check_says(SOUND, "0 problems")
 def csv_with_spaces(tmp):
     table(tmp)
+    replace(tmp, "cases.csv", (",", ", "))
     path = tmp / "cases.csv"
     text = path.read_text()
-    spaced = text.replace(",", ", ")
-    path.write_text("\ufeff" + spaced + ",,\n", encoding="utf-8")
+    path.write_text(f"\ufeff{text},,\n", encoding="utf-8")
     expect_cases(tmp, "case0", "case1", "case2", "case3")
 
 
@@ -886,7 +890,8 @@ def nnunet_label_missing(tmp):
 @row("the same, trained", "refused: the pair is told, never just left out")
 @training_refused("scan_3.nii.gz has no image")
 def nnunet_label_missing_trained(tmp):
-    root = nnunet(tmp / "data")
+    root = tmp / "data"
+    nnunet(root)
     rename(root, "labelsTr/scan_003.nii.gz", "labelsTr/scan_3.nii.gz")
 
 
@@ -953,7 +958,8 @@ SENSELESS_LABELS = (
 )
 def labels_without_sense(tmp):
     for i, labels in enumerate(SENSELESS_LABELS):
-        root = nnunet(tmp / str(i), cases=1)
+        root = tmp / str(i)
+        nnunet(root, cases=1)
         redescribe(root, labels=labels)
         told = unreadable(root, "dataset.json", "label")
     one_name_twice = {"0": "background", "1": "a", "2": "a"}
@@ -1010,7 +1016,8 @@ def channel_too_many(tmp):
 def channel_names_wrong(tmp):
     wrong = (["T1"], {"1": "T1"}, {"0": "T1", "2": "T2"}, {})
     for i, names in enumerate(wrong):
-        root = nnunet(tmp / str(i), cases=1)
+        root = tmp / str(i)
+        nnunet(root, cases=1)
         redescribe(root, channel_names=names)
         told = unreadable(root, "channel_names", "from 0")
     return told
@@ -1164,7 +1171,8 @@ def brats_ped(tmp):
 def brats_men(tmp):
     names = []
     for kind in ("MEN", "SSA", "MET"):
-        root = brats(tmp / kind, f"BraTS-{kind}-00000-000")
+        root = tmp / kind
+        brats(root, f"BraTS-{kind}-00000-000")
         task = task_of(root)
         assert task.regions["ET"] == (3,)
         names.append(task.name)
@@ -1174,7 +1182,8 @@ def brats_men(tmp):
 @row("BraTS-MEN-RT and a challenge that nobody knows", "refused")
 def brats_unknown(tmp):
     for kind in ("MEN-RT", "XYZ"):
-        root = brats(tmp / kind, f"BraTS-{kind}-0000-1")
+        root = tmp / kind
+        brats(root, f"BraTS-{kind}-0000-1")
         told = unreadable(root, kind, "not known")
     return told
 
@@ -1225,7 +1234,8 @@ def not_annotated(y):
 @row("-1 for what is not annotated", "a problem with what to do; training is refused")
 @check_says(PROBLEM, "[-1]", "below 0", "not supported", folder="data")
 def labels_minus_1(tmp):
-    root = table(tmp / "data", label=not_annotated)
+    root = tmp / "data"
+    table(root, label=not_annotated)
     task = task_of(root)
     assert min(task.labels) == 0
     not_trained(tmp, "[-1]", "below 0")
@@ -1342,7 +1352,8 @@ def region_task(tmp, labels, **info):
 )
 def regions_disjoint_inside(tmp):
     labels = {"background": 0, "whole": [1, 2], "penumbra": 1, "core": 2}
-    root = nnunet(tmp / "data", labels=labels, regions_class_order=[1, 1, 2])
+    root = tmp / "data"
+    nnunet(root, labels=labels, regions_class_order=[1, 1, 2])
     task = task_of(root)
     prob = torch.tensor([0.9, 0.1, 0.3])
     label = to_labels(prob.view(1, 3, 1, 1, 1), task)
@@ -1433,7 +1444,8 @@ def nested_regions(rng, labels):
         name = f"r{len(regions)}"
         regions[name] = tuple(values)
         if len(values) > 1:
-            for part in parts_of(values, rng):
+            parts = parts_of(values, rng)
+            for part in parts:
                 split(part)
 
     whole = rng.permutation(labels)
@@ -1504,7 +1516,9 @@ def regions_there_and_back(tmp):
 )
 @check_says(PROBLEM, "field of view of 7 m", folder="data")
 def spacing_in_microns(tmp):
-    table(tmp / "data", affine=cube(500.0))
+    root = tmp / "data"
+    affine = cube(500.0)
+    table(root, affine=affine)
     not_trained(tmp, "field of view of 7 m")
 
 
@@ -1517,7 +1531,9 @@ MICRO = "1 mm is 50 voxels of this scan; 14x13x12 voxels become 1x1x1"
 )
 @check_says(PROBLEM, MICRO, "--spacing", folder="data")
 def micro_ct(tmp):
-    root = table(tmp / "data", affine=cube(0.02))
+    root = tmp / "data"
+    affine = cube(0.02)
+    table(root, affine=affine)
     not_trained(tmp, MICRO)
     fine = ("--spacing", ".02")
     says(root, SOUND, "0 problems", words=fine)
@@ -1551,7 +1567,8 @@ def too_many_voxels(tmp):
 @row("voxels of 0.4 mm: 6 voxels at 1 mm", "a warning, none with --spacing 0.4")
 @check_says(SOUND, "1 mm is 2.5 voxels of this scan", "6x5x5")
 def few_voxels(tmp):
-    table(tmp, affine=cube(0.4))
+    affine = cube(0.4)
+    table(tmp, affine=affine)
     fine = ("--spacing", ".4")
     says(tmp, SOUND, "0 problems", words=fine)
 
@@ -1754,8 +1771,9 @@ def predict_imagesTs(tmp):
     files = ("imagesTs/scan_006_0000.nii.gz", "imagesTs/scan_006_0001.nii.gz")
     one = predicted(tmp, *files, out="files")
     assert sorted(one) == ["scan_006"]
-    of_folder = voxels(maps["scan_006"])
-    of_files = voxels(one["scan_006"])
+    name = "scan_006"
+    of_folder = voxels(maps[name])
+    of_files = voxels(one[name])
     assert np.array_equal(of_files, of_folder)
     return "two label maps"
 
@@ -1843,7 +1861,8 @@ def train_without_home(words, cache):
     "Run egcnn_train as a user without a home"
     code = NO_HOME.format(words=words)
     done = python(code, HOME=None, EGCNN_CACHE=cache)
-    assert done.returncode == 0, done.stderr[-500:]
+    error = done.stderr
+    assert done.returncode == 0, error
     return done
 
 
@@ -1977,7 +1996,8 @@ def csv_age(tmp):
     lines = [header + ",age"]
     for case in cases:
         lines.append(case + ",41")
-    path.write_text("\n".join(lines))
+    text = "\n".join(lines)
+    path.write_text(text)
 
 
 def mask_each(y):
@@ -2041,7 +2061,8 @@ def to_whole_numbers(x):
 )
 @training_refused("seems to name the images")
 def csv_exchanged(tmp):
-    root = table(tmp / "data", image=to_whole_numbers)
+    root = tmp / "data"
+    table(root, image=to_whole_numbers)
     replace(root, "cases.csv", ("case,t1,label", "case,label,t1"))
     says(root, PROBLEM, "seems to name the images")
 
@@ -2050,8 +2071,8 @@ def csv_exchanged(tmp):
 @check_says(REFUSED, "--readers", words=("--readers", "0"))
 def check_with_wrong_words(tmp):
     table(tmp)
-    for spacing in (["0"], ["1", "2"]):
-        words = ["--spacing", *spacing]
+    for spacing in ("--spacing 0", "--spacing 1 2"):
+        words = spacing.split()
         says(tmp, REFUSED, "--spacing", words=words)
 
 
@@ -2059,14 +2080,14 @@ def check_with_wrong_words(tmp):
 def check_as_json(tmp):
     table(tmp, affine=FAR_APART)
     code, text = checked(tmp, "--json", "--readers", "1")
-    first, last = text.index("{"), text.rindex("}")
-    found = json.loads(text[first : last + 1])
+    found = re.search(r"\{.*\}", text, re.S)
+    report = json.loads(found[0])
+    (warning,) = report["warnings"]
     assert code == SOUND
-    assert len(found["warnings"]) == 1
-    assert found["problems"] == []
+    assert report["problems"] == []
     same = check_dataset(tmp, (1.0, 1.0, 1.0), 1)
-    assert same["warnings"] == found["warnings"]
-    return found["warnings"][0]
+    assert same["warnings"] == [warning]
+    return warning
 
 
 def run_row(name):

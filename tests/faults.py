@@ -95,7 +95,11 @@ def refused(f, text):
 
 def fit_refused(tmp, text, **changes):
     "The message with which a run is refused"
-    run = functools.partial(fit, tmp, **changes)
+    run = functools.partial(
+        fit,
+        tmp,
+        **changes,
+    )
     return refused(run, text)
 
 
@@ -133,7 +137,8 @@ def said(main, words):
     err = io.StringIO()
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
         code = main(words)
-    return code, err.getvalue()
+    told = err.getvalue()
+    return code, told
 
 
 def last_line(text):
@@ -146,7 +151,8 @@ def predicted(tmp, out=None):
     "Exit code and stderr of `egcnn_predict` of one scan"
     run = tmp / "run"
     scan = tmp / "data/scan00.nii.gz"
-    words = [run, scan, "--out", out or tmp / "out"]
+    out = out or tmp / "out"
+    words = [run, scan, "--out", out]
     return said(predict_main, words)
 
 
@@ -188,7 +194,8 @@ def small_disk(path, size):
     mount = f"mount -t tmpfs -o size={size} tmpfs".split()
     done = subprocess.run([*mount, str(path)], capture_output=True, text=True)
     if done.returncode:
-        raise Skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        told = done.stderr.strip()
+        raise Skip(f"no file system can be mounted here: {told}")
     try:
         yield path
     finally:
@@ -269,7 +276,8 @@ def disk_full_while_a_prediction_is_written(tmp):
     "a disk of 8 kB for the label map -> one line, exit code 2, no half file"
     fit(tmp)
     with small_disk(tmp / "disk", "8k") as disk:
-        filler, out = disk / "filler", disk / "out"
+        filler = disk / "filler"
+        out = disk / "out"
         filler.write_bytes(bytes(4096))
         code, err = predicted(tmp, out)
         told = expect_no_space(code, err)
@@ -440,7 +448,8 @@ def a_case_deleted_during_training(tmp):
 def a_case_more_when_resumed(tmp):
     "a case is added before a run is resumed -> refused, since the split would change"
     fit(tmp, stop=after(2))
-    with open(tmp / "data/cases.csv", "a") as f:
+    path = tmp / "data/cases.csv"
+    with path.open("a") as f:
         f.write("case99,scan00.nii.gz,label00.nii.gz\n")
     return fit_refused(tmp, "another split", resume=True)
 
@@ -517,7 +526,8 @@ def image_and_label_differ_only_in_sform(tmp):
     "the label has the image's qform and another sform -> refused, since the sform counts"
     path = tmp / "data/label04.nii.gz"
     image = nib.load(path)
-    image.set_qform(np.eye(4), 1)
+    same = np.eye(4)
+    image.set_qform(same, 1)
     stretched = np.diag([1, 1, 1.5, 1])
     image.set_sform(stretched, 1)
     nib.save(image, path)
@@ -676,11 +686,12 @@ def settings_that_cannot_work(tmp):
 
 def expect_refused_setting(tmp, code, err):
     "A command ended with one line that says nothing of data, and wrote nothing"
+    run = tmp / "run"
     lines = err.strip().splitlines()
     assert code == 2, err
     assert len(lines) == 1, err
     assert "data" not in err, err
-    assert not (tmp / "run").exists(), err
+    assert not run.exists(), err
 
 
 @row()
@@ -707,8 +718,9 @@ def an_infinite_gradient(tmp):
 
 def stopped(tmp):
     "The newest checkpoint of a run that was stopped"
+    run = tmp / "run"
     fit(tmp, stop=after(8), epochs=4)
-    found = list_checkpoints(tmp / "run")
+    found = list_checkpoints(run)
     return found[0]
 
 
@@ -760,8 +772,9 @@ def every_checkpoint_broken(tmp):
 def a_checkpoint_of_a_newer_version(tmp):
     "the checkpoint has a newer format -> refused"
     newest = stopped(tmp)
+    newer = FORMAT + 1
     state = torch.load(newest, weights_only=True)
-    state["format"] = FORMAT + 1
+    state["format"] = newer
     torch.save(state, newest)
     return fit_refused(tmp, "format", resume=True, epochs=4)
 
@@ -773,7 +786,8 @@ class _Evil:
         self.path = path
 
     def __reduce__(self):
-        run_this = f"touch {self.path}"
+        path = self.path
+        run_this = f"touch {path}"
         return os.system, (run_this,)
 
 
@@ -807,7 +821,9 @@ def weights_of_another_network(tmp):
     "model.safetensors comes from a wider network -> refused"
     fit(tmp)
     fit(tmp, out="wide", width=6)
-    shutil.copy(tmp / "wide/model.safetensors", tmp / "run/model.safetensors")
+    weights = "model.safetensors"
+    wide, run = tmp / "wide", tmp / "run"
+    shutil.copy(wide / weights, run / weights)
     code, err = predicted(tmp)
     assert code == 2
     assert "another network" in err
@@ -1053,7 +1069,7 @@ def one_rank_dead(tmp):
     _, err = process.communicate(timeout=100)
     seconds = time.time() - start
     assert process.returncode
-    ours, *_ = err.split("torch/distributed/elastic")
+    ours, _, _ = err.partition("torch/distributed/elastic")
     assert "Traceback" not in ours
     expect_verified(tmp / "run")
     return f"all gone after {seconds:.0f} s"
@@ -1067,12 +1083,13 @@ def rendezvous_port_taken(tmp):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         s.listen()
-        port = s.getsockname()[1]
+        _, port = s.getsockname()
         launch = f"--nnodes=2 --node_rank=0 --master_addr=127.0.0.1 --master_port={port}".split()
         line = command(tmp / "data", tmp / "run", launch=launch)
         done = subprocess.run(line, capture_output=True, text=True, timeout=200, env=ENV)
     assert done.returncode
-    assert "EADDRINUSE" in done.stderr + done.stdout
+    printed = done.stderr + done.stdout
+    assert "EADDRINUSE" in printed
     assert not (tmp / "run").exists()
     return "EADDRINUSE, exit code 1"
 
@@ -1108,7 +1125,8 @@ def put(at, kind, value):
 
 def with_zeros(data):
     "A file that unpacks to a thousand times its size"
-    zeros = bytes(1 << 28)
+    size = 1 << 28
+    zeros = bytes(size)
     return pack(data + zeros)
 
 

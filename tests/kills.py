@@ -71,8 +71,9 @@ def attempt(data, out, seconds=None, hunt=False):
 def expect_same_files(run, alone, kills):
     "The files of a run are those of the run left alone"
     for name in ("metrics.csv", "model.safetensors"):
-        found = (run / name).read_bytes()
-        expected = (alone / name).read_bytes()
+        ours, theirs = run / name, alone / name
+        found = ours.read_bytes()
+        expected = theirs.read_bytes()
         assert found == expected, f"{name} differs after {kills} kills"
 
 
@@ -105,10 +106,11 @@ def kills(n, seed=0):
     count = Count()
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
+        alone = tmp / "alone"
         data = dataset(tmp / "data")
         attempt(data, tmp / "warm")
         start = time.time()
-        assert attempt(data, tmp / "alone") == 0
+        assert attempt(data, alone) == 0
         latest = (time.time() - start) / 3
 
         def moment():
@@ -117,7 +119,7 @@ def kills(n, seed=0):
         while count.kills < n or count.ended == 0:
             out = tmp / f"run{count.ended}"
             run_to_its_end(data, out, count, n, moment)
-            expect_same_files(out, tmp / "alone", count.kills)
+            expect_same_files(out, alone, count.kills)
     return count
 
 

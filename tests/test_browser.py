@@ -64,7 +64,8 @@ def front_end_settings(folder):
 
 def wait_for_port(process, port, log):
     "Wait until a server answers"
-    deadline = time.time() + 240  # a busy machine needs more than a minute
+    patience = 240  # seconds; a busy machine needs more than a minute
+    deadline = time.time() + patience
     while not answers(port):
         written = Path(log).read_text()
         assert process.poll() is None, written
@@ -130,7 +131,8 @@ def end(process):
 @pytest.fixture(scope="session")
 def lab(work):
     "The address of a JupyterLab"
-    folder, log = work / "nbs", work / "lab.log"
+    folder = work / "nbs"
+    log = work / "lab.log"
     process, address = serve("lab", folder, log)
     yield address
     end(process)
@@ -159,7 +161,8 @@ def note_request(page, request):
 def note_error(page, error):
     "Remember an error of a page"
     text = str(error)
-    page.errors.append(text[:300])
+    first = text[:300]
+    page.errors.append(first)
 
 
 def note_message(page, message):
@@ -229,7 +232,8 @@ def tick(page, view):
     before = box.is_checked()
     box.focus()
     page.keyboard.press("Space")
-    return before, box.is_checked()
+    after = box.is_checked()
+    return before, after
 
 
 READOUT_OF = "h => h.closest('.jupyter-widgets').querySelector('.widget-readout')"
@@ -252,8 +256,9 @@ def move(page, view):
 
 def press(page, key, times):
     "Press a key a few times"
+    keyboard = page.keyboard
     for _ in range(times):
-        page.keyboard.press(key)
+        keyboard.press(key)
 
 
 def has_changed(before, after):
@@ -421,7 +426,8 @@ class Board:
 
     def has_begun(self):
         "Whether the run is in its first or second epoch"
-        return re.search(r"[12] of 400", self.text())
+        text = self.text()
+        return re.search(r"[12] of 400", text)
 
     def stands_still(self, milliseconds):
         "Wait; the step at which the run stood all the time"

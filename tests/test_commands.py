@@ -116,7 +116,8 @@ def test_two_processes_give_the_losses_of_one(run, tmp_path):
     succeed(done)
     of_one = totals(run)
     of_two = totals(two)
-    assert len(of_one) == 10  # 10 epochs of 2 steps
+    epochs = len(of_one)
+    assert epochs == 10  # of 2 steps
     np.testing.assert_allclose(of_two, of_one, rtol=1e-4)
 
 
@@ -171,8 +172,8 @@ def test_prediction_keeps_grid_and_values(run, tmp_path):
         image = nib.load(path)
         assert image.shape == source.shape
         assert np.array_equal(image.affine, source.affine)
-        values = np.unique(image.dataobj)
-        assert set(values) <= {0, 1, 2}
+        values = set(np.unique(image.dataobj))
+        assert values <= {0, 1, 2}
     again = predict(run, case, "--out", tmp_path)
     assert again.returncode == 2  # never overwritten
 
@@ -209,9 +210,10 @@ def poke(value):
     "One voxel gets another value"
 
     def new(voxels, affine):
-        voxels = voxels.astype(np.float32)
-        voxels[3, 3, 3] = value
-        return voxels, affine
+        changed = voxels.astype(np.float32)
+        place = (3, 3, 3)
+        changed[place] = value
+        return changed, affine
 
     return new
 
@@ -275,7 +277,8 @@ def refused(done, text, out):
     error = done.stderr
     assert done.returncode == 2, error
     lines = error.strip().splitlines()
-    *_, shown = lines[-1].split("\r")
+    last = lines[-1]
+    *_, shown = last.split("\r")
     assert text in shown, shown
     assert "Traceback" not in error
     assert not out.exists()
@@ -337,7 +340,8 @@ def test_bad_runs_are_refused(run, tmp_path):
 def test_an_unknown_option_is_refused(tmp_path):
     out = tmp_path / "run"
     done = train(KITS, out, "--colour", "red")
-    refused(done, "unrecognized arguments: --colour red", out)
+    text = "unrecognized arguments: --colour red"
+    refused(done, text, out)
 
 
 def text_of_log(run):
@@ -421,7 +425,8 @@ def test_a_dead_gate_is_named_once(tmp_path, processes):
 def test_the_demo_runs_to_its_picture(tmp_path):
     out = tmp_path / "demo"
     script = ROOT / "tools/demo.py"
-    done = started([sys.executable, script, "--epochs", 1, "--out", out])
+    line = [sys.executable, script, "--epochs", 1, "--out", out]
+    done = started(line)
     succeed(done)
     assert "bare   EG-CNN" in done.stdout
     picture = out / "demo.png"
@@ -486,10 +491,9 @@ def test_a_flag_that_is_given_wins_over_the_preset(words, name, value):
     given = {name: value}
     expected = Settings.from_preset("paper", "DATA", "RUN", **given)
     assert getattr(expected, name) == value
-    before = flags(f"--preset paper {words}")
-    behind = flags(f"{words} --preset=paper")
-    assert before == expected
-    assert behind == expected
+    for line in (f"--preset paper {words}", f"{words} --preset=paper"):
+        found = flags(line)
+        assert found == expected
 
 
 @pytest.mark.parametrize(
@@ -595,7 +599,8 @@ def test_a_run_is_resumed_with_its_own_preset(paper):
 def test_an_unknown_preset_is_refused(tmp_path):
     out = tmp_path / "run"
     done = train(KITS, out, "--preset", "papers")
-    refused(done, "argument --preset: invalid choice: 'papers'", out)
+    text = "argument --preset: invalid choice: 'papers'"
+    refused(done, text, out)
     sentence = "The preset 'papers' is not known. Choose one of default, paper."
     with pytest.raises(InputError, match=sentence):
         Settings.from_preset("papers", "DATA", str(out))
@@ -652,6 +657,16 @@ def begin_by_the_preset(folder):
     return Run(settings, cases.task, cases.train, cases.val, device)
 
 
+def polynomial_rates(epochs, steps):
+    "The learning rate of each step by eq. 9"
+    rates = []
+    for epoch in range(epochs):
+        left = 1 - epoch / epochs
+        rate = 1e-4 * left**0.9
+        rates += steps * [rate]
+    return rates
+
+
 def differ(weights, others):
     "Largest difference of two arrays"
     gap = np.abs(weights - others)
@@ -666,7 +681,8 @@ def test_the_preset_steps_as_adam_with_polynomial_decay(tmp_path):
 
     def note(*_):
         own = [parameter.grad for parameter in parameters]
-        gradients.append(flat(own))
+        whole = flat(own)
+        gradients.append(whole)
 
     run.optimizer.register_step_pre_hook(note)
     begun = flat(parameters)
@@ -676,7 +692,7 @@ def test_the_preset_steps_as_adam_with_polynomial_decay(tmp_path):
         run.rows.append({})
         run.begin_epoch()
     assert len(gradients) == 6  # 10 cases in batches of 8 and 2
-    rates = [1e-4 * (1 - epoch / 3) ** 0.9 for epoch in (0, 0, 1, 1, 2, 2)]  # eq. 9
+    rates = polynomial_rates(epochs=3, steps=2)
     ended = flat(parameters)
     expected = adam(begun, gradients, rates)
     np.testing.assert_allclose(ended, expected, rtol=0, atol=1e-12)

@@ -95,7 +95,8 @@ def place(phantoms, tmp_path, monkeypatch):
     data = tmp_path / "DATA"
     data.symlink_to(phantoms)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = list(sys.path)
+    monkeypatch.setattr(sys, "path", path)
     before = {kind: dict(entries) for kind, entries in REGISTRY.items()}
     yield tmp_path
     restore(before)
@@ -145,8 +146,8 @@ def follow(number, settings=None, size=SIZE):
 
 def run_python(lines, names):
     "Run the lines of a block of Python, as where Python is started in this folder"
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
+    here = Path.cwd()
+    sys.path.insert(0, str(here))
     code = compile(lines, "CONTRIBUTING.md", "exec")
     exec(code, names)
 
@@ -159,18 +160,21 @@ def run(lines, size):
             words += [*TINY, *size]
         sys.modules.pop("my_module", None)
         main = COMMANDS[command]
-        assert main(words) == 0, line
+        code = main(words)
+        assert code == 0, line
 
 
 def config_of(run):
     "What a run keeps of itself"
-    text = Path(run, "config.json").read_text()
+    path = Path(run, "config.json")
+    text = path.read_text()
     return json.loads(text)
 
 
 def test_the_page_has_ten_things_and_each_says_where_it_belongs():
     found = sections()
-    assert list(found) == list(range(1, 11))
+    numbers = list(found)
+    assert numbers == list(range(1, 11))
     for number, text in found.items():
         assert "**Test it:**" in text, number
         assert "**In the package:**" in text, number
@@ -183,7 +187,8 @@ def test_every_notebook_and_file_that_the_page_names_is_there():
     assert len(named) > 10
     for name in named:
         path = root / name
-        assert path.is_file() or "ROOM" in name, name
+        there = path.is_file() or "ROOM" in name
+        assert there, name
 
 
 def test_the_first_lines_give_the_names_of_the_others():
@@ -348,7 +353,8 @@ def test_7_the_augmentation(place, torchio):
     follow(7)
     for run in ("RUN0", "RUN1"):
         written = config_of(run)
-        assert written["settings"]["augment"] == []
+        settings = written["settings"]
+        assert settings["augment"] == []
         assert list(written["parts"]) == ["transforms"]
 
 

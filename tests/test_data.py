@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -35,8 +34,11 @@ def fill(cache):
 
 def begin_to_fill(cache):
     "Such a process"
-    line = fill(cache)
-    return subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        fill(cache),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def filled(cache):
@@ -125,7 +127,7 @@ def kill_after(folder, words, count):
     while len(label_maps(folder)) < count:
         assert process.poll() is None
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
 
 

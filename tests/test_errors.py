@@ -25,8 +25,9 @@ browser = importlib.import_module("browser")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     "A tiny data set"
-    folder = tmp_path_factory.mktemp("tiny")
-    return dataset(folder / "data", 6)
+    tmp = tmp_path_factory.mktemp("tiny")
+    folder = tmp / "data"
+    return dataset(folder, 6)
 
 
 @pytest.fixture
@@ -282,10 +283,9 @@ def test_help_for_a_user_without_a_home(module):
     other_user = "setpriv --reuid 12345 --regid 12345 --clear-groups".split()
     words = [*no_home, *other_user, sys.executable, "-c", code, "--help"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=100)
-    error = done.stderr
+    error, printed = done.stderr, done.stdout
     if "Permission denied" in error:
         pytest.skip("another user may not read this environment")
-    printed = done.stdout
     assert done.returncode == 0, error
     assert "usage:" in printed, error
     if module == "train":
@@ -325,12 +325,14 @@ def test_without_a_browser_to_be_had_there_is_one_sentence(monkeypatch, capfd):
     monkeypatch.setattr(browser, "find", nothing)
     monkeypatch.setenv("PLAYWRIGHT_DOWNLOAD_HOST", "http://127.0.0.1:9")  # nothing answers there
     monkeypatch.setattr(browser, "is_root", nothing)
-    assert browser.main() == 1
+    code = browser.main()
+    assert code == 1
     printed = capfd.readouterr()
     assert browser.SENTENCE in printed.err
 
 
 def test_a_download_that_hangs_is_ended():
-    code, text = browser.run("sleep", "60", seconds=0.5, quiet=True)
+    words = ["sleep", "60"]
+    code, text = browser.run(*words, seconds=0.5, quiet=True)
     assert code == 1
     assert "more than 0.5 s" in text

@@ -119,9 +119,10 @@ def arm_of(name):
 def network_of(line):
     "Backbone and arm of a line of a table"
     name = line["network"]
+    arm = arm_of(name)
     found = re.match("[A-Za-z-]*Net", name)
     backbone = BACKBONES[found[0]]
-    return backbone, arm_of(name)
+    return backbone, arm
 
 
 @dataclass
@@ -161,7 +162,8 @@ def quick(tmp_path_factory):
     out = tmp_path_factory.mktemp("experiment")
     line = quick_line(out, "--credit", CREDIT)
     done = succeeded(line, timeout=1500, env=None)
-    return out, done.stdout
+    printed = done.stdout
+    return out, printed
 
 
 def quick_line(out, *more):
@@ -281,7 +283,8 @@ def test_quick_shows_edges_beside_those_of_the_mask(quick, name, regions):
     folder = quick[0] / name
     scores = scores_in(folder)
     table = cells_of(folder / "tables/edges.md")
-    assert [line["edges of"] for line in table] == regions * 9
+    shown = [line["edges of"] for line in table]
+    assert shown == regions * 9
     for line in table:
         check_edges(line, scores)
 
@@ -381,7 +384,8 @@ def make_unreadable(data, out):
     for name in names.split():
         number = name.removeprefix("case")
         for kind in ("scan", "label"):
-            path = data / f"{kind}{number}.nii.gz"
+            file = f"{kind}{number}.nii.gz"
+            path = data / file
             path.write_bytes(b"nobody opens this")
 
 

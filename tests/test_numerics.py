@@ -87,9 +87,9 @@ def numbers(*shape, kind=BF16):
 
 def off(found, truth):
     "Error as a share of the truth, over all numbers"
-    found = found.double()
     truth = truth.double()
-    error = (found - truth).norm()
+    difference = found.double() - truth
+    error = difference.norm()
     size = truth.norm().clamp(min=1e-30)
     return float(error / size)
 
@@ -182,7 +182,8 @@ SIZES = [*CUBES, *thin_sizes(), *PLATES]
 def fits(size, kernel, padding):
     "Whether a kernel fits into a padded volume"
     smallest = min(size)
-    return smallest + 2 * padding >= kernel
+    padded = smallest + 2 * padding
+    return padded >= kernel
 
 
 @both_ways
@@ -206,9 +207,9 @@ CHANNELS = ((8, 16), (16, 32), (3, 8), (8, 4))
 
 def check_numbered(layer, size, number):
     "A check with one case or two, every fifth with weights in bfloat16"
-    batch = 1 + number % 2
-    pure = number % 5 == 0
-    check(layer, size, batch, pure)
+    is_odd = number % 2
+    is_fifth = number % 5 == 0
+    check(layer, size, batch=1 + is_odd, pure=is_fifth)
 
 
 @both_ways
@@ -407,10 +408,11 @@ def test_no_thin_map_is_convolved_in_a_half_type(monkeypatch):
     for kind in (BF16, torch.float16):
         for size in SIZES:
             expect_kind(kind, size)
-    halves = [small for dtype, small in seen if dtype != torch.float32]
+    single = torch.float32
+    halves = [small for dtype, small in seen if dtype != single]
     assert halves
     assert min(halves) >= 8
-    assert (torch.float32, 1) in seen
+    assert (single, 1) in seen
 
 
 def expect_kind(kind, size):
@@ -438,7 +440,10 @@ def normalised(layer, x):
 
 def passed_exactly(layer, x, grad):
     "The same of GroupNorm in float64"
-    function = partial(normalised, layer)
+    function = partial(
+        normalised,
+        layer,
+    )
     return with_derivatives(function, layer, x, grad)
 
 
@@ -600,7 +605,8 @@ def test_no_layer_of_ours_or_of_monai_is_found_wrong(backbone):
     fewest = 3 if backbone == "dynunet" else 2
     for edge in (True, False):
         run = small_run(backbone, edge, levels=fewest)
-        assert run.wrong() == []
+        wrong = run.wrong()
+        assert wrong == []
 
 
 def copied(model):
@@ -685,7 +691,8 @@ def test_a_layer_in_float32_trains_with_ddp(group):
     assert run.wrong() == []
     with torch.autocast("cpu", BF16):
         out = network(run.x, return_main=True)
-    terms = run.loss(out[0], out[1], run.target, out[2])
+    logits, edge, main = out
+    terms = run.loss(logits, edge, run.target, main)
     terms["total"].backward()
     for gradient in gradients(model):
         assert gradient.isfinite().all()
@@ -738,11 +745,13 @@ def test_a_trained_run_predicts_with_the_float32_layers_of_its_training(tmp_path
     settings = Settings("", "", width=4, levels=2, precision="bf16", patch_size=(16, 16, 16))
     model = make_model(settings, KITS)
     name = "main.encoder.0.0.conv1"
-    config = json.dumps(describe(settings, KITS, [], []))
-    (tmp_path / "config.json").write_text(config)
+    config = describe(settings, KITS, [], [])
+    text = json.dumps(config)
+    (tmp_path / "config.json").write_text(text)
+    weights = tmp_path / "model.safetensors"
     for names in ([name], []):
         about = {"float32": json.dumps(names)} if names else None
-        save_file(model.state_dict(), tmp_path / "model.safetensors", about)
+        save_file(model.state_dict(), weights, about)
         loaded, *_ = load_run(tmp_path)
         assert computed_in_float32(loaded) == names
         layer = loaded.get_submodule(name)

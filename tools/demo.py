@@ -31,9 +31,10 @@ CLASSES = {2: "edema", 4: "enhancing", 1: "necrosis"}  # label -> name, the oute
 def train(out, edge, epochs):
     "One run of the command egcnn_train, its progress bar in this terminal"
     name = "EG-CNN" if edge == "on" else "bare Seg-Net"
-    words = [str(DATA), "--out", str(out)]
-    words += ["--edge", edge, "--epochs", str(epochs)]
-    words += FLAGS
+    words = ["--out", str(out)]
+    words += ["--edge", edge]
+    words += ["--epochs", str(epochs)]
+    words = [str(DATA), *words, *FLAGS]
     line = " ".join(words)
     print(f"\n{name}: egcnn_train {line}", flush=True)
     script = [sys.executable, "-m", "egcnn_nb.train"]
@@ -42,7 +43,8 @@ def train(out, edge, epochs):
 
 def held_out(run):
     "The cases that a run did not train on"
-    config = json.loads((run / "config.json").read_text())
+    text = (run / "config.json").read_text()
+    config = json.loads(text)
     names = config["split"]["validation"]
     data = find_dataset(DATA)
     return [case for case in data.cases if case.name in names]
@@ -104,7 +106,7 @@ def table(scores):
     cases = sorted({case for _, case in scores})
     names = ", ".join(cases)
     print(f"\nHeld-out phantoms: {names}")
-    print(f"{'Dice':22} {'bare':>8} {'EG-CNN':>8}")
+    print_columns("Dice", "bare", "EG-CNN")
     for region in scores["eg", cases[0]]:
         print_region(f"{region} ", scores, region, "dice")
     for metric in ("surface_dice", "hd95"):
@@ -115,14 +117,19 @@ def print_region(title, scores, region, metric):
     "Print a line of the table"
     bare = average(scores, "bare", region, metric)
     eg = average(scores, "eg", region, metric)
-    print(f"{title:22} {bare:8.3f} {eg:8.3f}")
+    print_columns(title, f"{bare:.3f}", f"{eg:.3f}")
+
+
+def print_columns(title, bare, eg):
+    "Print three columns of a table"
+    print(f"{title:22} {bare:>8} {eg:>8}")
 
 
 def slices(shown):
     "The axial slice of each map with most tumour, with the front of the head up"
     tumour = shown["truth"] > 0
     sizes = tumour.sum((0, 1))
-    k = int(sizes.argmax())
+    k = sizes.argmax()
     cut = {}
     for name, array in shown.items():
         plane = array[:, ::-1, k]  # the phantoms' second axis runs to the back

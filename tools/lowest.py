@@ -102,7 +102,7 @@ def main():
     parser.add_argument("--torch")
     args = parser.parse_args()
     config = settings()
-    requirements = f"{config['requirements']} {config['monai_requirements']}"
+    requirements = " ".join([config["requirements"], config["monai_requirements"]])
     wanted = lowest(requirements, args.torch)
     testers = bounded_testers(config["dev_requirements"])
     install(args.folder, wanted, testers)

@@ -178,12 +178,13 @@ def sweep(path):
         text = (folder / "views.json").read_text()
         views = json.loads(text)
         pictures = read_pictures(folder, views)
-    write_pictures(path.stem, pictures)
+    name = path.stem
+    write_pictures(name, pictures)
     sliders = {}
     for i, view in enumerate(views):
-        first = pictures[i, view["start"]]
-        alt = view["alt"]
-        prefix = f"views/{path.stem}_{i}_"
+        start, alt = view["start"], view["alt"]
+        first = pictures[i, start]
+        prefix = f"views/{name}_{i}_"
         sliders[alt] = slider(prefix, view, first.size)
     return sliders
 
@@ -309,7 +310,8 @@ def picture(out, name, images, views):
 
 def file_of(module):
     "The file of a module by its name, such as method.sobel"
-    path = module.replace(".", "/")
+    rooms = module.split(".")
+    path = "/".join(rooms)
     return f"egcnn_nb/{path}.py"
 
 
@@ -337,7 +339,8 @@ def notebook(path, views=None):
     module = module_of(path) or ""
     text = []
     images = []
-    for cell in json.loads(path.read_text())["cells"]:
+    whole = json.loads(path.read_text())
+    for cell in whole["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             formulas = math(source)
@@ -439,7 +442,9 @@ def reference(module, page):
 
 def escaped_doc(thing):
     "A docstring for a page"
-    doc = inspect.getdoc(thing) or ""
+    doc = inspect.getdoc(thing)
+    if doc is None:
+        return ""
     return html.escape(doc)
 
 

@@ -90,7 +90,8 @@ def mutants(source):
 
 def run(nb, folder):
     "A notebook in this process, which ends with exit code 0 if every cell runs"
-    os._exit(run_cells(nb, folder))
+    code = run_cells(nb, folder)
+    os._exit(code)
 
 
 def exit_code(cells, limit, folder):

@@ -218,7 +218,8 @@ def density_of(function: ast.FunctionDef, lines: set[int]) -> float:
     numbers = range(first, last + 1)
     inside = lines.intersection(numbers)
     nodes = nodes_of(function)
-    return density(nodes, len(inside))
+    count = len(inside)
+    return density(nodes, count)
 
 
 def is_too_long(line: str) -> bool:
@@ -297,7 +298,8 @@ def high_density(group: Group) -> float:
 def complex_share(group: Group) -> float:
     "Share of the functions that are too complex, in percent"
     count = len(group.complex)
-    share = count / max(group.functions, 1)
+    functions = max(group.functions, 1)
+    share = count / functions
     return 100 * share
 
 
@@ -352,7 +354,9 @@ def missed_goals(groups: dict[str, Group]) -> list[str]:
 
 def row(name: str, values: list, goal: str) -> str:
     "One row of the table"
-    words = [name, *values, goal]
+    words = [name]
+    words += values
+    words.append(goal)
     cells = " | ".join(words)
     return f"| {cells} |"
 
