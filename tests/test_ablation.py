@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.testing import assert_allclose
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "results/ablation"))
