@@ -28,7 +28,7 @@ from egcnn_nb.fast.layers import (
     mix_channels,
     norm,
 )
-from egcnn_nb.method.losses import EGLoss
+from egcnn_nb.method.losses import EGLoss, EGOutput
 from egcnn_nb.run.models import make_model
 from egcnn_nb.run.self_check import WrongLayer, compute_in_float32, describe_check, wrong_layers
 from egcnn_nb.run.settings import Settings
@@ -690,10 +690,9 @@ def test_a_layer_in_float32_trains_with_ddp(group):
     compute_in_float32(network, [name])
     assert run.wrong() == []
     with torch.autocast("cpu", BF16):
-        out = network(run.x, return_main=True)
-    logits, edge, main = out
-    terms = run.loss(logits, edge, run.target, main)
-    terms["total"].backward()
+        out = network(run.x)
+    total = run.loss(out, run.target)
+    total.backward()
     for gradient in gradients(model):
         assert gradient.isfinite().all()
     twin = copy.deepcopy(model)
@@ -708,8 +707,9 @@ def test_large_logits_in_half_do_not_make_the_loss_infinite():
     logits = torch.zeros(1, 2, 8, 8, 8, requires_grad=True)
     main = torch.full((1, 2, 64, 64, 64), 3.0, dtype=torch.float16, requires_grad=True)
     loss = EGLoss(supervise="fused")
+    out = EGOutput(logits, logits, main)
     terms = {"total": logits.sum() + 1.5}
-    total = _total(terms, loss, logits, main)
+    total = _total(terms, loss, out)
     total.backward()
     assert total.item() == 1.5
     assert total.dtype == torch.float32
