@@ -32,10 +32,14 @@ from egcnn_nb.data.patches import EpochBatches, Patches
 
 def ours(cases, task, patch, workers, cache):
     "Patches of cases that lie in the cache, mapped into memory"
-    patches = Patches(prepared_cases(cases, task, cache, quiet=True), patch)
+    prepared = prepared_cases(cases, task, cache, quiet=True)
+    patches = Patches(prepared, patch)
     batches = EpochBatches(len(cases), 2)
     loader = DataLoader(
-        patches, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0
+        patches,
+        batch_sampler=batches,
+        num_workers=workers,
+        persistent_workers=workers > 0,
     )
 
     def epoch():
@@ -82,43 +86,71 @@ def monai_files(cases):
 
 def by_monai(cases, patch, workers, dataset, **options):
     "An epoch of one of MONAI's datasets"
-    data = dataset(monai_files(cases), monai_transforms(cases, patch), **options)
-    loader = DataLoader(data, 2, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
-    return lambda: [len(batch["x"]) for batch in loader]
+    files = monai_files(cases)
+    transforms = monai_transforms(cases, patch)
+    loader = DataLoader(
+        dataset(files, transforms, **options),
+        2,
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+
+    def epoch():
+        return [len(batch["x"]) for batch in loader]
+
+    return epoch
 
 
 def cached(cases, task, patch, workers, cache):
+    "MONAI's CacheDataset"
     from monai.data import CacheDataset
 
     return by_monai(cases, patch, workers, CacheDataset, progress=False)
 
 
 def cached_uncopied(cases, task, patch, workers, cache):
+    "MONAI's CacheDataset, which hands out its cases without a copy"
     from monai.data import CacheDataset
 
-    return by_monai(cases, patch, workers, CacheDataset, progress=False, copy_cache=False)
+    options = dict(progress=False, copy_cache=False)
+    return by_monai(cases, patch, workers, CacheDataset, **options)
 
 
 def persistent(cases, task, patch, workers, cache):
+    "MONAI's PersistentDataset"
     from monai.data import PersistentDataset
 
-    return by_monai(cases, patch, workers, PersistentDataset, cache_dir=cache / "monai")
+    folder = cache / "monai"
+    return by_monai(cases, patch, workers, PersistentDataset, cache_dir=folder)
 
 
 def same(x):
+    "A volume as it is"
     return x
 
 
+def uniform(lowest, highest):
+    "A number that is drawn between two numbers"
+    share = torch.rand(1)
+    return torch.lerp(torch.tensor(lowest), torch.tensor(highest), share)
+
+
 def shift_and_scale(x):
-    scale = 0.9 + 0.2 * torch.rand(1)
-    shift = 0.2 * torch.rand(1) - 0.1
+    "A volume, a little brighter or darker"
+    scale = uniform(0.9, 1.1)
+    shift = uniform(-0.1, 0.1)
     return x * scale + shift
 
 
 def largest_shape(cases, patch):
     "A shape that holds every case and a patch"
-    shapes = [nib.load(case.images[0]).shape for case in cases]
-    return np.max([*shapes, patch], 0).tolist()
+    shapes = [patch]
+    for case in cases:
+        image = nib.load(case.images[0])
+        shapes.append(image.shape)
+    largest = np.max(shapes, 0)
+    return largest.tolist()
 
 
 def torchio_subjects(cases):
@@ -127,8 +159,11 @@ def torchio_subjects(cases):
 
     subjects = []
     for case in cases:
-        image = case.images if len(case.images) > 1 else case.images[0]
-        subjects.append(tio.Subject(x=tio.ScalarImage(image), y=tio.LabelMap(case.label)))
+        channels = case.images
+        x = tio.ScalarImage(channels if len(channels) > 1 else channels[0])
+        y = tio.LabelMap(case.label)
+        subject = tio.Subject(x=x, y=y)
+        subjects.append(subject)
     return subjects
 
 
@@ -154,7 +189,11 @@ def queue(cases, task, patch, workers, cache):
         num_workers=workers,
     )
     loader = tio.SubjectsLoader(patches, batch_size=2)
-    return lambda: [len(batch["x"]["data"]) for batch in loader]
+
+    def epoch():
+        return [len(batch["x"]["data"]) for batch in loader]
+
+    return epoch
 
 
 SIDES = {
@@ -171,8 +210,22 @@ SIDES = {
 def children(process):
     "Numbers of the processes that a process has started"
     found = []
-    for thread in Path(f"/proc/{process}/task").iterdir():
-        found += (thread / "children").read_text().split()
+    tasks = Path(f"/proc/{process}/task")
+    for thread in tasks.iterdir():
+        listed = (thread / "children").read_text()
+        found += listed.split()
+    return found
+
+
+def pages_of(process):
+    "What the kernel tells of the memory of a process: name -> kilobytes"
+    text = Path(f"/proc/{process}/smaps_rollup").read_text()
+    _, *lines = text.splitlines()
+    found = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        kilobytes, _ = value.split()
+        found[name] = int(kilobytes)
     return found
 
 
@@ -182,15 +235,14 @@ def memory():
     family = [str(os.getpid())]
     for process in family:  # it grows on the way
         family += children(process)
-    kilobytes = {"Pss": 0, "Pss_File": 0}
+    kilobytes = 0
+    mapped = 0
     for process in family:
-        for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name in kilobytes:
-                kilobytes[name] += int(value.split()[0])
-    gib = kilobytes["Pss"] / 2**20
-    mapped = kilobytes["Pss_File"] / 2**20
-    return gib, gib - mapped
+        pages = pages_of(process)
+        kilobytes += pages["Pss"]
+        mapped += pages["Pss_File"]
+    gib = 2**20
+    return kilobytes / gib, (kilobytes - mapped) / gib
 
 
 # ---- what is measured
@@ -209,8 +261,10 @@ def small_cases(dataset, exclude):
     "At most a hundred cases with labels, without those that are left out"
     left_out = set()
     if exclude:
-        left_out = set(Path(exclude).read_text().split())
-    cases = [case for case in dataset.cases if case.label and case.name not in left_out]
+        text = Path(exclude).read_text()
+        left_out = set(text.split())
+    labelled = [case for case in dataset.cases if case.label]
+    cases = [case for case in labelled if case.name not in left_out]
     return cases[:100]
 
 
@@ -220,32 +274,43 @@ def small(data, exclude, again=5):
     dataset = find_dataset(data)
     cases = small_cases(dataset, exclude)
     patch = (40, 56, 40)
-    seconds = {name: [] for name in SIDES}
     with tempfile.TemporaryDirectory() as folder:
         epochs = {}
         for name, make in SIDES.items():
             epochs[name] = make(cases, dataset.task, patch, 0, Path(folder))
-        for turn in range(again + 1):
-            for name, epoch in epochs.items():
-                spent = seconds_of(epoch, cases)
-                if turn > 0:
-                    seconds[name].append(spent)
-    rates = {name: len(cases) / statistics.median(spent) for name, spent in seconds.items()}
-    print(f"{len(cases)} cases, patch {patch}, one thread, no worker")
+        seconds = in_turn(epochs, cases, again)
+    count = len(cases)
+    print(f"{count} cases, patch {patch}, one thread, no worker")
     print("\n| loader | cases a second | ours is times as fast |\n|---|---|---|")
-    for name, rate in rates.items():
-        print(f"| {name} | {rate:.0f} | {rates['ours'] / rate:.1f} |")
+    for name, median in seconds.items():
+        rate = count / median
+        faster = median / seconds["ours"]
+        print(f"| {name} | {rate:.0f} | {faster:.1f} |")
+
+
+def in_turn(epochs, cases, again):
+    "Median seconds of an epoch of each side, which run in turn; the first of each is not counted"
+    seconds = {name: [] for name in epochs}
+    for turn in range(again + 1):
+        for name, epoch in epochs.items():
+            spent = seconds_of(epoch, cases)
+            if turn > 0:
+                seconds[name].append(spent)
+    return {name: statistics.median(spent) for name, spent in seconds.items()}
 
 
 def one_large(name, folder, again=3):
     "One side on the large phantoms: print seconds of each warm epoch, and memory"
     torch.set_num_threads(1)
     dataset = find_dataset(folder / "data")
+    cases = dataset.cases
     patch = (128, 128, 128)
-    epoch = SIDES[name](dataset.cases, dataset.task, patch, 2, folder / "cache")
+    make = SIDES[name]
+    epoch = make(cases, dataset.task, patch, 2, folder / "cache")
     epoch()
-    seconds = [seconds_of(epoch, dataset.cases) for _ in range(again)]
-    print(json.dumps({"seconds": seconds, "memory": memory()}))
+    seconds = [seconds_of(epoch, cases) for _ in range(again)]
+    found = {"seconds": seconds, "memory": memory()}
+    print(json.dumps(found))
 
 
 def write_large(folder, number):
@@ -255,20 +320,24 @@ def write_large(folder, number):
     from egcnn_nb.data.volumes import brain
 
     case = brats_case(folder)
+    old = case.name
     _, labels, *_ = brain(1)
-    labels = brats_volume(labels).astype(np.uint8)
-    save(labels, [-1.0, -1, 1, 1], case / f"{case.name}_seg.nii.gz")
+    whole = brats_volume(labels)
+    path = case / f"{old}_seg.nii.gz"
+    save(whole.astype(np.uint8), [-1.0, -1, 1, 1], path)
     new = case.with_name(f"BraTS19_LARGE_{number}_1")
     case.rename(new)
     for file in new.iterdir():
-        file.rename(new / file.name.replace(case.name, new.name))
+        name = file.name.replace(old, new.name)
+        file.rename(new / name)
 
 
 def run_large(name, folder):
     "One side on the large phantoms in a process of its own"
     words = [sys.executable, __file__, "--one", name, str(folder)]
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    lines = done.stdout.splitlines()
+    return json.loads(lines[-1])
 
 
 def large(rounds=3, count=6):
@@ -277,7 +346,8 @@ def large(rounds=3, count=6):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part in ("data/HGG", "data/LGG", "cache"):
-            (folder / part).mkdir(parents=True)
+            place = folder / part
+            place.mkdir(parents=True)
         for number in range(count):
             write_large(folder / "data/HGG", number)
         for _ in range(rounds):
@@ -296,10 +366,15 @@ def print_large(name, runs):
     unmapped = []
     for run in runs:
         seconds += run["seconds"]
-        everything.append(run["memory"][0])
-        unmapped.append(run["memory"][1])
-    words = [f"{statistics.median(values):.2f}" for values in (seconds, everything, unmapped)]
-    print(f"| {name} | {' | '.join(words)} |")
+        gib, without_files = run["memory"]
+        everything.append(gib)
+        unmapped.append(without_files)
+    words = [name]
+    for values in (seconds, everything, unmapped):
+        median = statistics.median(values)
+        words.append(f"{median:.2f}")
+    cells = " | ".join(words)
+    print(f"| {cells} |")
 
 
 def main():

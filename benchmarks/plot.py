@@ -24,7 +24,16 @@ class Row:
 
 def number(text):
     "The first number in a cell of the table"
-    return float(re.search(r"\d+(\.\d+)?", text.replace("**", ""))[0])
+    plain = text.replace("**", "")
+    found = re.search(r"\d+(\.\d+)?", plain)
+    return float(found[0])
+
+
+def is_compared(ratio, goal):
+    "Whether a row has a goal and a ratio, no time"
+    if "ms" in ratio or not re.search(r"\d", ratio):
+        return False
+    return re.search(r"[≤≥]", goal) is not None
 
 
 def row_of(line):
@@ -33,12 +42,14 @@ def row_of(line):
     if len(cells) != 6:
         return None
     work, _, peer, _, ratio, goal = cells
-    if not re.search(r"[≤≥]", goal) or not re.search(r"\d", ratio) or "ms" in ratio:
+    if not is_compared(ratio, goal):
         return None
     peer, *_ = peer.split(" (")
-    label = f"{work}\nagainst {peer}".replace("`", "")
+    label = f"{work}\nagainst {peer}"
     met = number(ratio) / number(goal)
-    return Row(label, met if "≥" in goal else 1 / met)
+    if "≤" in goal:
+        met = 1 / met
+    return Row(label.replace("`", ""), met)
 
 
 def rows():
@@ -67,19 +78,23 @@ def write_number(ax, place, met):
 
 def main():
     found = rows()
-    fig = Figure(figsize=(8, 0.42 * len(found) + 0.9), layout="constrained")
+    count = len(found)
+    height = 0.42 * count + 0.9
+    fig = Figure(figsize=(8, height), layout="constrained")
     ax = fig.subplots()
     for place, row in enumerate(found):
-        colour = MET if row.met >= 1 else MISSED
-        ax.barh(place, row.met - 1, left=1, color=colour)
-        write_number(ax, place, row.met)
+        met = row.met
+        colour = MET if met >= 1 else MISSED
+        ax.barh(place, met - 1, left=1, color=colour)
+        write_number(ax, place, met)
     ax.set_xscale("log")
     ax.set_xlim(0.4, 16)
-    ax.set_ylim(-0.7, len(found) - 0.3)
+    ax.set_ylim(-0.7, count - 0.3)
     ax.axvline(1, color="k", lw=0.8)
     labels = [row.label for row in found]
-    ax.set_yticks(range(len(found)), labels, fontsize=7)
-    ax.set_xticks(list(TICKS), list(TICKS.values()), fontsize=8)
+    ax.set_yticks(range(count), labels, fontsize=7)
+    names = TICKS.values()
+    ax.set_xticks(list(TICKS), list(names), fontsize=8)
     ax.minorticks_off()
     ax.set_title("how well each goal of speed is met (benchmarks/README.md)", fontsize=9)
     fig.savefig(HERE.parent / "nbs/images/speed.png", dpi=90)

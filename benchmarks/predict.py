@@ -34,20 +34,29 @@ PREDICT = "import sys; from egcnn_nb.commands.predict import main; sys.exit(main
 
 def enlarge(array, shape):
     "A phantom at the size of a real scan, by repeating voxels"
-    for axis, (n, m) in enumerate(zip(shape, array.shape, strict=True)):
+    for axis, n in enumerate(shape):
+        m = array.shape[axis]
         source = np.arange(n) * m // n
         array = array.take(source, axis)
     return array
 
 
-def save(array, affine, path):
-    "Write an array as NIfTI; `affine`: its diagonal"
-    nib.save(nib.Nifti1Image(array, np.diag(affine)), path)
+def save(array, diagonal, path):
+    "Write an array as NIfTI; `diagonal`: that of its affine"
+    image = nib.Nifti1Image(
+        array,
+        affine=np.diag(diagonal),
+    )
+    nib.save(image, path)
 
 
 def brats_volume(array):
     "A phantom's head in a volume of 240x240x155"
-    return np.pad(enlarge(array, HEAD), AROUND)
+    head = enlarge(array, HEAD)
+    return np.pad(head, AROUND)
+
+
+LPS = (-1.0, -1, 1, 1)  # 1 mm
 
 
 def brats_case(folder):
@@ -57,7 +66,8 @@ def brats_case(folder):
     images, _ = brain(1)
     for name, array in images.items():
         path = folder / f"BraTS19_LARGE_1_{name}.nii.gz"
-        save(brats_volume(array), [-1.0, -1, 1, 1], path)
+        volume = brats_volume(array)
+        save(volume, LPS, path)
     return folder
 
 
@@ -65,21 +75,30 @@ def kits_case(folder):
     "A CT of 512x512x300"
     folder = folder / "case_00000"
     folder.mkdir()
-    image, *_ = abdomen(np.random.default_rng(0))
-    hu = enlarge(np.moveaxis(image, 0, -1), (512, 512, 300))
-    save(hu, [0.8, 0.8, 1, 1], folder / "imaging.nii.gz")
+    rng = np.random.default_rng(0)
+    image, *_ = abdomen(rng)
+    turned = np.moveaxis(image, 0, -1)
+    hu = enlarge(turned, (512, 512, 300))
+    path = folder / "imaging.nii.gz"
+    save(hu, [0.8, 0.8, 1, 1], path)
     return folder
 
 
 def run_folder(folder, task, precision, edge):
     "A run as egcnn_train writes it, never trained"
-    patch = (128, 128, 128)
-    settings = Settings("", str(folder), edge=edge, precision=precision, patch_size=patch)
+    settings = Settings(
+        "",
+        str(folder),
+        edge=edge,
+        precision=precision,
+        patch_size=(128, 128, 128),
+    )
     folder.mkdir()
     config = describe(settings, task, [], [])
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = make_model(settings, task).state_dict()
-    save_file(weights, folder / "model.safetensors")
+    text = json.dumps(config)
+    (folder / "config.json").write_text(text)
+    model = make_model(settings, task)
+    save_file(model.state_dict(), folder / "model.safetensors")
     return folder
 
 
@@ -88,19 +107,29 @@ def measured(words):
     start = time.time()
     process = subprocess.Popen(words)
     _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.time() - start
     assert status == 0, words
-    return time.time() - start, usage.ru_maxrss / 2**20
+    gib = usage.ru_maxrss / 2**20
+    return seconds, gib
 
 
 def predict(folder, task, make_case, precision, edge):
     "Seconds and peak memory of egcnn_predict on one case"
     folder.mkdir()
+    out = folder / "out"
     run = run_folder(folder / "run", task, precision, edge)
     case = make_case(folder)
-    words = [sys.executable, "-c", PREDICT, str(run), str(case), "--out", str(folder / "out")]
+    words = [sys.executable, "-c", PREDICT]
+    words += [str(run), str(case), "--out", str(out)]
     if edge:
         words += ["--save", "edges", "attention"]
     return measured(words)
+
+
+VOLUMES = (
+    ("240×240×155×4", BRATS, brats_case),
+    ("512×512×300 CT", KITS, kits_case),
+)
 
 
 def main():
@@ -117,10 +146,7 @@ def main():
     print("\n| volume | seconds | peak memory, GiB |\n|---|---|---|")
     edge = args.edge == "on"
     with tempfile.TemporaryDirectory() as folder:
-        for name, task, make_case in (
-            ("240×240×155×4", BRATS, brats_case),
-            ("512×512×300 CT", KITS, kits_case),
-        ):
+        for name, task, make_case in VOLUMES:
             place = Path(folder) / task.name
             seconds, gib = predict(place, task, make_case, args.precision, edge)
             print(f"| {name} | {seconds:.0f} | {gib:.2f} |", flush=True)

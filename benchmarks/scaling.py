@@ -25,7 +25,16 @@ from egcnn_nb.method.egcnn import EGCNN
 SHAPE = (1, 48, 64, 48)  # of a patch
 
 
-def timed(train, again, between=lambda: None):
+def network():
+    "The network that is trained"
+    return EGCNN(SegNet(1, 3, 8, 3))
+
+
+def nothing():
+    "What happens between the steps of one process"
+
+
+def timed(train, again, between=nothing):
     "Median seconds of a step; one before, which finds memory, is not counted"
     train()
     seconds = []
@@ -34,7 +43,8 @@ def timed(train, again, between=lambda: None):
         start = time.perf_counter()
         train()
         between()
-        seconds.append(time.perf_counter() - start)
+        spent = time.perf_counter() - start
+        seconds.append(spent)
     return statistics.median(seconds)
 
 
@@ -43,14 +53,16 @@ def one_rank(out, again):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    net = EGCNN(SegNet(1, 3, 8, 3))
+    net = network()
     parameters = sum(weight.numel() for weight in net.parameters())
     shared = torch.nn.parallel.DistributedDataParallel(net)
-    train = step(shared, *problem((2, *SHAPE)), eg=True)
+    batch = problem((2, *SHAPE))
+    train = step(shared, *batch, eg=True)
     seconds = timed(train, again, between=dist.barrier)
     if dist.get_rank() == 0:
         found = {"seconds": seconds, "gradient_bytes": 4 * parameters}
-        Path(out).write_text(json.dumps(found))
+        text = json.dumps(found)
+        Path(out).write_text(text)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -58,18 +70,22 @@ def one_rank(out, again):
 def alone(processes, again):
     "Median seconds of a step of one process that has all of it"
     torch.set_num_threads(1)
-    net = EGCNN(SegNet(1, 3, 8, 3))
-    train = step(net, *problem((2 * processes, *SHAPE)))
+    net = network()
+    patches = 2 * processes
+    batch = problem((patches, *SHAPE))
+    train = step(net, *batch)
     return timed(train, again)
 
 
 def together(processes, again, out):
     "Median seconds of a step of several processes, and the bytes of a gradient"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    share = [f"--nproc_per_node={processes}", __file__, "--rank_out", out, "--again", str(again)]
+    line = [sys.executable, "-m", "torch.distributed.run"]
+    line += ["--standalone", f"--nproc_per_node={processes}"]
+    line += [__file__, "--rank_out", out, "--again", str(again)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*torchrun, *share], check=True, capture_output=True, env=env)
-    return json.loads(Path(out).read_text())
+    subprocess.run(line, check=True, capture_output=True, env=env)
+    text = Path(out).read_text()
+    return json.loads(text)
 
 
 def measure(processes, again=5, rounds=3):
@@ -100,16 +116,16 @@ def main():
     if args.rank_out:
         return one_rank(args.rank_out, args.again)
     found = measure(args.processes, args.again)
-    one = found["one_s"]
-    many = found["many_s"]
+    one = 1e3 * found["one_s"]
+    many = 1e3 * found["many_s"]
+    faster = one / many
     megabytes = found["gradient_bytes"] / 1e6
-    print(
-        f"one process {one * 1e3:.0f} ms, {args.processes} processes {many * 1e3:.0f} ms: "
-        f"{one / many:.2f} times as fast; a gradient has {megabytes:.2f} MB"
-    )
+    print(f"one process {one:.0f} ms, {args.processes} processes {many:.0f} ms:", end=" ")
+    print(f"{faster:.2f} times as fast; a gradient has {megabytes:.2f} MB")
     found["cpu"] = processor()
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1))
+        text = json.dumps(found, indent=1)
+        Path(args.json).write_text(text)
 
 
 if __name__ == "__main__":

@@ -96,9 +96,11 @@ def split(args):
     from egcnn_nb.data.layouts import find_dataset
     from egcnn_nb.data.patches import split_cases
 
-    left_out = set(Path(args.exclude).read_text().split())
-    cases = find_dataset(args.data).cases
-    cases = [case for case in cases if case.label and case.name not in left_out]
+    text = Path(args.exclude).read_text()
+    left_out = set(text.split())
+    dataset = find_dataset(args.data)
+    labelled = [case for case in dataset.cases if case.label]
+    cases = [case for case in labelled if case.name not in left_out]
     return split_cases(cases, 0, VALIDATION)
 
 
@@ -132,13 +134,18 @@ def monai_loaders(args):
     from monai.data import CacheDataset, DataLoader
 
     def dataset(cases, transforms):
-        files = [{"x": str(case.images[0]), "y": str(case.label)} for case in cases]
-        return CacheDataset(files, T.Compose(transforms), progress=False)
+        files = []
+        for case in cases:
+            image = str(case.images[0])
+            files.append({"x": image, "y": str(case.label)})
+        transform = T.Compose(transforms)
+        return CacheDataset(files, transform, progress=False)
 
     train, validation = split(args)
     steady, chance = monai_transforms(args.mirror)
-    loader = DataLoader(dataset(train, [*steady, *chance]), 2, shuffle=True)
-    return loader, DataLoader(dataset(validation, steady), 1)
+    seen = dataset(train, [*steady, *chance])
+    held_out = dataset(validation, steady)
+    return DataLoader(seen, 2, shuffle=True), DataLoader(held_out, 1)
 
 
 def monai_network(side):
@@ -146,8 +153,11 @@ def monai_network(side):
     from monai.networks.nets import SegResNet, UNet
 
     if side == "MONAI SegResNet":
-        return SegResNet(3, 8, 1, 3, blocks_down=(1, 2, 2), blocks_up=(1, 1))
-    return UNet(3, 1, 3, (16, 32, 64, 128), (2, 2, 2), num_res_units=2)
+        down, up = (1, 2, 2), (1, 1)
+        return SegResNet(3, 8, 1, 3, blocks_down=down, blocks_up=up)
+    channels = (16, 32, 64, 128)
+    strides = (2, 2, 2)
+    return UNet(3, 1, 3, channels, strides, num_res_units=2)
 
 
 def monai_dice(net, loader):
@@ -203,10 +213,12 @@ def monai(args):
 
 def words(trial, args, folder):
     "The command of a side"
-    shared = [args.data, "--exclude", args.exclude, "--seed", str(trial.seed)]
-    shared += ["--lr", str(trial.lr), "--epochs", str(trial.epochs)]
+    shared = [args.data, "--exclude", args.exclude]
+    shared += ["--seed", str(trial.seed), "--lr", str(trial.lr)]
+    shared += ["--epochs", str(trial.epochs)]
     if trial.side in OURS:
-        return [sys.executable, "-m", "egcnn_nb.train", *shared, *our_words(trial, args, folder)]
+        own = our_words(trial, args, folder)
+        return [sys.executable, "-m", "egcnn_nb.train", *shared, *own]
     command = [sys.executable, __file__, *shared, "--one", trial.side]
     if args.fp32:
         command.append("--fp32")
@@ -219,11 +231,18 @@ def our_words(trial, args, folder):
     "The flags of egcnn_train that MONAI's side does not have"
     found = ["--out", f"{folder}/run", "--cache", f"{folder}/cache"]
     found += ["--validation", f"{folder}/validation.txt", *OURS[trial.side]]
-    found += ["--width", "8", "--levels", "3", "--patch_size", *map(str, PATCH)]
-    found += ["--precision", "fp32" if args.fp32 else "auto", "--augment"]
+    found += ["--width", "8", "--levels", "3"]
+    found += ["--patch_size", *[str(n) for n in PATCH]]
+    found += ["--precision", precision_of(args)]
+    found += ["--augment", "intensity"]
     if args.mirror:
         found.append("flip")
-    return [*found, "intensity"]
+    return found
+
+
+def precision_of(args):
+    "The precision of our side"
+    return "fp32" if args.fp32 else "auto"
 
 
 def reach(trial, args):
@@ -232,7 +251,8 @@ def reach(trial, args):
         folder = Path(name)
         _, validation = split(args)
         names = [case.name for case in validation]
-        (folder / "validation.txt").write_text("\n".join(names))
+        text = "\n".join(names)
+        (folder / "validation.txt").write_text(text)
         # files and not pipes: a pipe that nobody reads fills, and the run waits for ever
         with open(folder / "errors.txt", "w+") as errors:
             found = validations(trial, args, folder, errors)
@@ -292,14 +312,14 @@ def told(trial, args):
     last = found[-1]
     best = max(validation.dice for validation in found)
     reached = last.dice >= GOAL
-    seconds = f"{last.seconds:.0f}" if reached else f"not within {last.seconds:.0f}"
-    print(
-        f"| {trial.side} | {trial.seed} | {trial.lr:g} | {trial.epochs} | {seconds} "
-        f"| {last.epoch} | {best:.4f} |",
-        flush=True,
-    )
+    seconds = f"{last.seconds:.0f}"
+    if not reached:
+        seconds = f"not within {seconds}"
+    about = f"{trial.side} | {trial.seed} | {trial.lr:g} | {trial.epochs}"
+    print(f"| {about} | {seconds} | {last.epoch} | {best:.4f} |", flush=True)
     if args.csv:
-        keep(args.csv, row_of(trial, args, found))
+        row = row_of(trial, args, found)
+        keep(args.csv, row)
     return last.seconds if reached else float("inf")
 
 
@@ -313,7 +333,7 @@ def row_of(trial, args, found):
         trial.lr,
         trial.epochs,
         args.mirror,
-        "fp32" if args.fp32 else "auto",
+        precision_of(args),
         os.environ.get("OMP_NUM_THREADS", os.cpu_count()),
         last.seconds,
         last.epoch,
@@ -359,27 +379,34 @@ def arguments():
 def expect_columns(path):
     "Fail unless a file of runs, if there is one, has the columns of today"
     if path and Path(path).exists():
-        first, _, _ = Path(path).read_text().partition("\n")
+        text = Path(path).read_text()
+        first, _, _ = text.partition("\n")
+        columns = first.split(",")
         message = f"{path}: found other columns, expected {COLUMNS}: choose another file"
-        assert first.split(",") == COLUMNS, message
+        assert columns == COLUMNS, message
 
 
 def tune(args):
     "Try every learning rate and length on every side"
-    for lr, epochs, side in product(RATES, EPOCHS[args.mirror], args.sides):
-        told(Trial(side, 100, lr, epochs), args)
+    lengths = EPOCHS[args.mirror]
+    for lr, epochs, side in product(RATES, lengths, args.sides):
+        trial = Trial(side, 100, lr, epochs)
+        told(trial, args)
 
 
 def compare(args):
     "Run every side with every seed, and print the medians"
     seconds = {side: [] for side in args.sides}
-    for seed, side in product(range(args.seeds), args.sides):
+    seeds = range(args.seeds)
+    for seed, side in product(seeds, args.sides):
         lr, epochs = BEST[side]
         trial = Trial(side, seed, args.lr or lr, args.epochs or epochs)
-        seconds[side].append(told(trial, args))
+        spent = told(trial, args)
+        seconds[side].append(spent)
     print("\n| side | median seconds |\n|---|---|")
     for side, spent in seconds.items():
-        print(f"| {side} | {statistics.median(spent):.0f} |")
+        median = statistics.median(spent)
+        print(f"| {side} | {median:.0f} |")
 
 
 def main():

@@ -8,6 +8,7 @@ volume's own."""
 
 import argparse
 import gc
+import itertools
 import json
 import platform
 import resource
@@ -25,44 +26,58 @@ def boxes(size):
     label = np.zeros(size, np.uint8)
     for value, half in ((2, 50), (1, 35), (4, 20)):
         across = slice(120 - half, 120 + half)
-        label[across, across, 80 - half : 80 + half] = value
+        along = slice(80 - half, 80 + half)
+        label[across, across, along] = value
     return label
 
 
 def steps(count):
     "Milliseconds of each of some steps through the three sliders in turn"
+    size = (240, 240, 155)
     rng = np.random.default_rng(0)
-    volume = rng.integers(0, 1000, (4, 240, 240, 155)).astype(np.int16)
-    label = boxes(volume.shape[1:])
-    viewer = view(volume, label, pred=np.roll(label, 3, 0))
+    volume = rng.integers(0, 1000, (4, *size), np.int16)
+    label = boxes(size)
+    predicted = np.roll(label, 3, 0)
+    viewer = view(volume, label, pred=predicted)
+    names = itertools.cycle("ijk")
     milliseconds = []
-    for i in range(count):
-        slider = viewer.controls["ijk"[i % 3]]
-        start = time.perf_counter()
-        slider.value = 20 + (slider.value + 7) % (slider.max - 40)
-        seconds = time.perf_counter() - start
+    for _ in range(count):
+        name = next(names)
+        slider = viewer.controls[name]
+        seconds = move(slider)
         milliseconds.append(1e3 * seconds)
     return milliseconds
 
 
+def move(slider):
+    "Seconds of a step of a slider, which stays away from its ends"
+    places = slider.max - 40
+    start = time.perf_counter()
+    slider.value = 20 + (slider.value + 7) % places
+    return time.perf_counter() - start
+
+
 def peak_memory():
     "The most memory in bytes that this process has had"
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_maxrss * 1024
 
 
 def opening():
     "Seconds to open 512×512×400, and peak memory over the volume's own"
     volume = np.zeros((512, 512, 400), np.int16)
     volume[100:400, 100:400, 100:300] = 700
-    label = (volume > 0).astype(np.uint8)
+    inside = volume > 0
+    label = inside.astype(np.uint8)
     own = volume.nbytes + label.nbytes
     gc.collect()
     before = peak_memory()
     start = time.perf_counter()
     view(volume, label)
     seconds = time.perf_counter() - start
-    added = max(0, peak_memory() - before)
-    return seconds, 1 + added / own
+    added = peak_memory() - before
+    ratio = max(0, added) / own
+    return seconds, 1 + ratio
 
 
 def main():
@@ -86,7 +101,8 @@ def main():
         shown = f"{value:.3g}" if isinstance(value, float) else value
         print(f"| {name} | {shown} |")
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+        text = json.dumps(result, indent=1)
+        args.json.write_text(text)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ FLAGS = [
 def shots(tmp_path_factory):
     "The folder for screenshots"
     named = os.environ.get("EGCNN_SCREENSHOTS")
-    folder = Path(named) if named else tmp_path_factory.mktemp("screenshots")
+    if named is None:
+        return tmp_path_factory.mktemp("screenshots")
+    folder = Path(named)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -41,7 +43,8 @@ def work(tmp_path_factory):
     "A copy of the notebooks and their data, since the front end saves into it"
     folder = tmp_path_factory.mktemp("work")
     for name in ("nbs", "data_samples", "egcnn_nb"):
-        shutil.copytree(ROOT / name, folder / name)
+        source = ROOT / name
+        shutil.copytree(source, folder / name)
     shutil.copy(ROOT / "settings.ini", folder)  # the last cell of each notebook exports
     return folder
 

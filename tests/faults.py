@@ -8,7 +8,7 @@ so."""
 
 import argparse
 import contextlib
-import csv
+import functools
 import gzip
 import io
 import itertools
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import tiny
 from tiny import ENV, after, begun, children, command, dataset
 
 import egcnn_nb.run.folders as folders
@@ -39,7 +40,7 @@ from egcnn_nb.commands.train import main as train_main
 from egcnn_nb.core import InputError
 from egcnn_nb.data.layouts import find_dataset
 from egcnn_nb.run.checkpoints import FORMAT, list_checkpoints, newest_checkpoint
-from egcnn_nb.run.settings import Settings
+from egcnn_nb.run.steps import read_metrics
 
 ROWS = {}
 
@@ -59,34 +60,26 @@ class Skip(Exception):
     "Cannot be tried on this machine"
 
 
-QUICK = dict(
-    epochs=2,
-    width=4,
-    levels=2,
-    patch_size=(16, 16, 16),
-    batch_size=4,
-    lr=1e-3,
-    validation=2,
-    precision="fp32",
-)
-
-
-WORDS = (
-    "--epochs 2 --width 4 --levels 2 --patch_size 16 16 16 --batch_size 4 --lr 1e-3 "
-    "--validation 2 --precision fp32"
-).split()
-
-
 def settings(tmp, data="data", out="run", cache="cache", **changes):
     "Settings of a quick run; the folders are relative to `tmp`, or absolute"
-    folders = [str(tmp / name) for name in (data, out, cache)]
-    given = QUICK | changes
-    return Settings(folders[0], folders[1], cache=folders[2], **given)
+    return tiny.settings(
+        tmp / data,
+        tmp / out,
+        tmp / cache,
+        **changes,
+    )
 
 
-def fit(tmp, resume=False, stop=lambda: False, on_step=None, **changes):
+def never():
+    "A run that is not stopped"
+    return False
+
+
+def fit(tmp, resume=False, stop=never, on_step=None, **changes):
+    "Train a quick run"
     config = settings(tmp, **changes)
-    return training.fit(config, resume, quiet=True, stop=stop, on_step=on_step)
+    options = dict(quiet=True, stop=stop, on_step=on_step)
+    return training.fit(config, resume, **options)
 
 
 def refused(f, text):
@@ -100,42 +93,83 @@ def refused(f, text):
     raise AssertionError("nothing was refused")
 
 
+def fit_refused(tmp, text, **changes):
+    "The message with which a run is refused"
+    run = functools.partial(
+        fit,
+        tmp,
+        **changes,
+    )
+    return refused(run, text)
+
+
+def text_of_log(tmp, run="run"):
+    "The log of a run"
+    path = tmp / run / "log.txt"
+    return path.read_text()
+
+
 def flip_a_bit(path, bit):
     "Flip a bit in the middle of a file"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= bit
+    content = path.read_bytes()
+    data = bytearray(content)
+    middle = len(data) // 2
+    data[middle] ^= bit
     path.write_bytes(data)
+
+
+def cut(path, length):
+    "Keep so many bytes of a file, from its beginning"
+    content = path.read_bytes()
+    path.write_bytes(content[:length])
 
 
 def half_files(folder):
     "Temporary files in a folder"
-    return list(folder.glob(".part-*"))
+    found = folder.glob(".part-*")
+    return list(found)
 
 
 def said(main, words):
     "Exit code and stderr of a command, in this process"
+    words = [str(word) for word in words]
+    out = io.StringIO()
     err = io.StringIO()
-    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-        code = main([str(word) for word in words])
-    return code, err.getvalue()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
+        code = main(words)
+    told = err.getvalue()
+    return code, told
+
+
+def last_line(text):
+    "The last line of an output"
+    lines = text.strip().splitlines()
+    return lines[-1]
 
 
 def predicted(tmp, out=None):
     "Exit code and stderr of `egcnn_predict` of one scan"
+    run = tmp / "run"
     scan = tmp / "data/scan00.nii.gz"
-    words = [tmp / "run", scan, "--out", out or tmp / "out"]
+    out = out or tmp / "out"
+    words = [run, scan, "--out", out]
     return said(predict_main, words)
 
 
 def words(tmp, *more, out=None):
     "The command line of a quick run"
-    folders = [tmp / "data", "--out", out or tmp / "run", "--cache", tmp / "cache"]
-    return folders + WORDS + list(more)
+    run = out or tmp / "run"
+    line = [tmp / "data", "--out", run]
+    line += ["--cache", tmp / "cache"]
+    line += ["--epochs", 2, *tiny.SMALL]
+    line += more
+    return line
 
 
 def take_ctrl_c():
     "Ctrl-C raises KeyboardInterrupt in this process, whatever its parent ignores"
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    handler = signal.default_int_handler
+    signal.signal(signal.SIGINT, handler)
 
 
 def started(tmp, *more, epochs=400):
@@ -157,10 +191,11 @@ def started(tmp, *more, epochs=400):
 def small_disk(path, size):
     "A file system of `size` bytes"
     path.mkdir(exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
-    done = subprocess.run(mount, capture_output=True, text=True)
+    mount = f"mount -t tmpfs -o size={size} tmpfs".split()
+    done = subprocess.run([*mount, str(path)], capture_output=True, text=True)
     if done.returncode:
-        raise Skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        told = done.stderr.strip()
+        raise Skip(f"no file system can be mounted here: {told}")
     try:
         yield path
     finally:
@@ -177,14 +212,30 @@ def same(a, b):
 
 def alone(tmp, **changes):
     "The run that nothing happens to"
-    training.fit(settings(tmp, out="alone", **changes), quiet=True)
+    fit(tmp, out="alone", **changes)
     return tmp / "alone"
 
 
 def same_as_alone(tmp, **changes):
     "Whether the run has the files of one that nothing happened to"
+    run = tmp / "run"
     other = alone(tmp, **changes)
-    return same(tmp / "run", other)
+    return same(run, other)
+
+
+def expect_verified(run):
+    "The newest checkpoint of a run can be read; its contents"
+    state, _ = newest_checkpoint(run)
+    assert state
+    return state
+
+
+def expect_no_space(code, err):
+    "A command ended because the disk was full; its last line"
+    line = last_line(err)
+    assert code == 2, (code, err)
+    assert "No space left" in line, err
+    return line
 
 
 def checkpoint(run):
@@ -207,18 +258,17 @@ def disk_full_while_a_checkpoint_is_written(tmp):
     size = sum(file.stat().st_size for file in files)
     with small_disk(tmp / "disk", size + 60_000) as disk:
         run = disk / "run"
-        code, err = said(train_main, words(tmp, "--epochs", 6, "--width", 8, out=run))
-        last_line = err.splitlines()[-1]
-        assert code == 2, (code, err)
-        assert "No space left on device" in last_line, err
-        state, _ = newest_checkpoint(run)
-        assert state
+        line = words(tmp, "--epochs", 6, "--width", 8, out=run)
+        code, err = said(train_main, line)
+        told = expect_no_space(code, err)
+        state = expect_verified(run)
         assert not half_files(run)
         shutil.copytree(run, tmp / "run")
     rows = fit(tmp, resume=True, epochs=6, width=8)
     assert len(rows) == 6
     assert same(tmp / "run", one)
-    return f"{last_line[-95:]}; went on after epoch {len(state['rows'])}, same files"
+    epochs = len(state["rows"])
+    return f"{told[-95:]}; went on after epoch {epochs}, same files"
 
 
 @row()
@@ -226,13 +276,15 @@ def disk_full_while_a_prediction_is_written(tmp):
     "a disk of 8 kB for the label map -> one line, exit code 2, no half file"
     fit(tmp)
     with small_disk(tmp / "disk", "8k") as disk:
-        (disk / "filler").write_bytes(bytes(4096))
-        code, err = predicted(tmp, disk / "out")
-        assert code == 2, err
-        assert "No space left" in err, err
-        assert not list((disk / "out").glob("*.nii.gz"))
-        assert not half_files(disk / "out")
-    return err.strip().splitlines()[-1][-90:]
+        filler = disk / "filler"
+        out = disk / "out"
+        filler.write_bytes(bytes(4096))
+        code, err = predicted(tmp, out)
+        told = expect_no_space(code, err)
+        written = list(out.glob("*.nii.gz"))
+        assert not written
+        assert not half_files(out)
+    return told[-90:]
 
 
 @row()
@@ -252,11 +304,12 @@ def read_only_output(tmp):
     "--out on a read-only file system -> one line, exit code 2"
     with small_disk(tmp / "disk", "1m") as disk:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        code, err = said(train_main, words(tmp, out=disk / "run"))
+        line = words(tmp, out=disk / "run")
+        code, err = said(train_main, line)
         assert code == 2, err
         assert "Read-only file system" in err, err
-    last_line = err.splitlines()[-1]
-    return last_line[-90:]
+    told = last_line(err)
+    return told[-90:]
 
 
 # --- the cache
@@ -276,12 +329,12 @@ def spoil(tmp, change):
 def cache_entry_truncated(tmp):
     "an entry is cut in half -> prepared anew"
 
-    def cut(entries):
-        whole = entries[0].read_bytes()
-        half = len(whole) // 2
-        entries[0].write_bytes(whole[:half])
+    def cut_first(entries):
+        first = entries[0]
+        size = first.stat().st_size
+        cut(first, size // 2)
 
-    return spoil(tmp, cut)
+    return spoil(tmp, cut_first)
 
 
 @row()
@@ -340,9 +393,11 @@ print(sum(float(case.x.sum()) for case in cases))
 @row()
 def two_processes_fill_one_cache(tmp):
     "two processes prepare the same cases at once -> both see every case, no half file"
-    line = [sys.executable, "-c", PREPARE, str(tmp / "data"), str(tmp / "cache")]
-    one = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=ENV)
-    two = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=ENV)
+    data, cache = str(tmp / "data"), str(tmp / "cache")
+    line = [sys.executable, "-c", PREPARE, data, cache]
+    options = dict(stdout=subprocess.PIPE, text=True, env=ENV)
+    one = subprocess.Popen(line, **options)
+    two = subprocess.Popen(line, **options)
     first_sum, _ = one.communicate(timeout=120)
     second_sum, _ = two.communicate(timeout=120)
     assert first_sum.strip()
@@ -380,20 +435,23 @@ def a_case_deleted_during_training(tmp):
     with the name of the file"""
 
     def delete(terms):
-        (tmp / "data/scan03.nii.gz").unlink(missing_ok=True)
+        scan = tmp / "data/scan03.nii.gz"
+        scan.unlink(missing_ok=True)
 
     rows = fit(tmp, on_step=delete)
     assert len(rows) == 2
-    return "ended; then " + refused(lambda: fit(tmp, resume=True), "scan03.nii.gz")
+    told = fit_refused(tmp, "scan03.nii.gz", resume=True)
+    return f"ended; then {told}"
 
 
 @row()
 def a_case_more_when_resumed(tmp):
     "a case is added before a run is resumed -> refused, since the split would change"
     fit(tmp, stop=after(2))
-    with open(tmp / "data/cases.csv", "a") as f:
+    path = tmp / "data/cases.csv"
+    with path.open("a") as f:
         f.write("case99,scan00.nii.gz,label00.nii.gz\n")
-    return refused(lambda: fit(tmp, resume=True), "another split")
+    return fit_refused(tmp, "another split", resume=True)
 
 
 @row()
@@ -402,30 +460,38 @@ def paths_with_spaces_and_unicode(tmp):
     run = alone(tmp)
     new = tmp / "my dåta 数据"
     shutil.copytree(tmp / "data", new)
-    text = (new / "cases.csv").read_text().replace("scan05.nii.gz", "скан 05.nii.gz")
-    (new / "cases.csv").write_text(text)
-    (new / "scan05.nii.gz").rename(new / "скан 05.nii.gz")
+    replace(new / "cases.csv", "scan05.nii.gz", "скан 05.nii.gz")
+    scan = new / "scan05.nii.gz"
+    scan.rename(new / "скан 05.nii.gz")
     fit(tmp, data=new)
     assert same(tmp / "run", run)
     return "same files"
+
+
+def replace(path, old, new):
+    "Change a text file"
+    text = path.read_text()
+    path.write_text(text.replace(old, new))
 
 
 @row()
 def a_case_called_dot_dot(tmp):
     "cases.csv calls a case ../../evil, after which files would be called -> refused"
     path = tmp / "data/cases.csv"
-    path.write_text(path.read_text().replace("case01", "../../evil"))
-    return refused(lambda: fit(tmp), "../../evil")
+    replace(path, "case01", "../../evil")
+    return fit_refused(tmp, "../../evil")
 
 
 @row()
 def links_out_of_the_folder(tmp):
     "scans are symbolic links to another disk -> read right"
     run = alone(tmp)
-    (tmp / "elsewhere").mkdir()
+    elsewhere = tmp / "elsewhere"
+    elsewhere.mkdir()
     for f in (tmp / "data").glob("*.nii.gz"):
-        f.rename(tmp / "elsewhere" / f.name)
-        f.symlink_to(tmp / "elsewhere" / f.name)
+        moved = elsewhere / f.name
+        f.rename(moved)
+        f.symlink_to(moved)
     fit(tmp)
     assert same(tmp / "run", run)
     return "same files"
@@ -437,16 +503,18 @@ def a_link_that_leads_nowhere(tmp):
     f = tmp / "data/scan02.nii.gz"
     f.unlink()
     f.symlink_to(tmp / "gone")
-    return refused(lambda: fit(tmp), "scan02.nii.gz")
+    return fit_refused(tmp, "scan02.nii.gz")
 
 
 @row()
 def a_hundred_thousand_files_in_the_folder(tmp):
     "100,000 other files lie beside the cases -> found within 10 s"
+    data = tmp / "data"
     for i in range(100_000):
-        (tmp / f"data/{i}.txt").touch()
+        other = data / f"{i}.txt"
+        other.touch()
     start = time.perf_counter()
-    found = find_dataset(tmp / "data")
+    found = find_dataset(data)
     seconds = time.perf_counter() - start
     assert len(found.cases) == 12
     assert seconds < 10
@@ -456,11 +524,14 @@ def a_hundred_thousand_files_in_the_folder(tmp):
 @row()
 def image_and_label_differ_only_in_sform(tmp):
     "the label has the image's qform and another sform -> refused, since the sform counts"
-    image = nib.load(tmp / "data/label04.nii.gz")
-    image.set_qform(np.eye(4), 1)
-    image.set_sform(np.diag([1, 1, 1.5, 1]), 1)
-    nib.save(image, tmp / "data/label04.nii.gz")
-    return refused(lambda: fit(tmp), "has another affine")
+    path = tmp / "data/label04.nii.gz"
+    image = nib.load(path)
+    same = np.eye(4)
+    image.set_qform(same, 1)
+    stretched = np.diag([1, 1, 1.5, 1])
+    image.set_sform(stretched, 1)
+    nib.save(image, path)
+    return fit_refused(tmp, "has another affine")
 
 
 @contextlib.contextmanager
@@ -493,9 +564,11 @@ def a_poisoned_case(tmp):
     weights stay finite"""
     with poisoned(1):
         rows = fit(tmp, epochs=3)
-    state, _ = newest_checkpoint(tmp / "run")
-    assert [row["skipped"] for row in rows] == [1, 1, 1]
-    assert all(np.isfinite(row["total"]) for row in rows)
+    state = expect_verified(tmp / "run")
+    for row in rows:
+        assert row["skipped"] == 1
+        assert np.isfinite(row["total"])
+    assert len(rows) == 3
     for weight in state["model"].values():
         assert weight.isfinite().all()
     return "1 of 3 steps of each epoch skipped, weights finite"
@@ -506,23 +579,25 @@ def nothing_but_nan(tmp):
     "every step is NaN -> the run stops after ten, the cases named"
     named = "10 steps in a row that are not finite, the last of case"
     with poisoned(None):
-        return refused(lambda: fit(tmp, epochs=9), named)
+        return fit_refused(tmp, named, epochs=9)
 
 
 def relabelled(tmp, change):
     "Change every label map of the data set"
-    for path in sorted((tmp / "data").glob("label*.nii.gz")):
+    paths = (tmp / "data").glob("label*.nii.gz")
+    for path in sorted(paths):
         image = nib.load(path)
-        labels = change(np.asarray(image.dataobj))
-        labels = labels.astype(np.uint8)
-        nib.save(nib.Nifti1Image(labels, image.affine), path)
+        labels = np.asarray(image.dataobj)
+        changed = change(labels).astype(np.uint8)
+        new = nib.Nifti1Image(changed, image.affine)
+        nib.save(new, path)
 
 
 @row()
 def label_maps_without_foreground(tmp):
     "every label map is empty -> refused before anything is written"
     relabelled(tmp, np.zeros_like)
-    told = refused(lambda: fit(tmp), "no label map of 10 cases has a voxel above 0")
+    told = fit_refused(tmp, "no label map of 10 cases has a voxel above 0")
     assert not (tmp / "run").exists()
     return told
 
@@ -540,13 +615,13 @@ def a_class_that_is_not_learned(tmp):
     relabelled(tmp, shrunk)
     fit(tmp, epochs=10, stop=after(17))
     fit(tmp, epochs=10, resume=True)
-    log = (tmp / "run/log.txt").read_text().splitlines()
+    log = text_of_log(tmp).splitlines()
     lines = [line for line in log if line.startswith("label 2 is not learned")]
     assert len(lines) == 1, lines
     remedy = "below 0.1 for 2 epochs, and 10 of 10 training cases have it. Try a lower --lr"
     assert remedy in lines[0], lines
     fit(tmp, out="dice", readings={"semantic": "dice"})
-    told = (tmp / "dice/log.txt").read_text()
+    told = text_of_log(tmp, "dice")
     assert "label 2 is not learned" in told
     assert "Train with --reading semantic=dice_ce" in told
     return lines[0]
@@ -563,9 +638,9 @@ def a_name_to_leave_out_that_is_misspelt(tmp):
     }
     for text, why in misspelt.items():
         path.write_text(text)
-        told = refused(lambda: fit(tmp, exclude=str(path)), why)
-    path.write_bytes("case03".encode("utf-16"))
-    refused(lambda: fit(tmp, exclude=str(path)), "no text in UTF-8")
+        told = fit_refused(tmp, why, exclude=str(path))
+    path.write_text("case03", encoding="utf-16")
+    fit_refused(tmp, "no text in UTF-8", exclude=str(path))
     assert not (tmp / "run").exists()
     path.write_text("case03\n", encoding="utf-8-sig")
     fit(tmp, exclude=str(path))
@@ -602,13 +677,21 @@ def settings_that_cannot_work(tmp):
     err = ""
     for flag, values in WRONG.items():
         for value in values.split(","):
-            code, err = said(train_main, words(tmp, flag, *value.split()))
-            lines = err.strip().splitlines()
-            assert code == 2, (flag, value, err)
-            assert len(lines) == 1, (flag, value, err)
-            assert "data" not in err, (flag, value, err)
-            assert not (tmp / "run").exists(), (flag, value, err)
+            given = value.split()
+            line = words(tmp, flag, *given)
+            code, err = said(train_main, line)
+            expect_refused_setting(tmp, code, err)
     return err.strip()
+
+
+def expect_refused_setting(tmp, code, err):
+    "A command ended with one line that says nothing of data, and wrote nothing"
+    run = tmp / "run"
+    lines = err.strip().splitlines()
+    assert code == 2, err
+    assert len(lines) == 1, err
+    assert "data" not in err, err
+    assert not run.exists(), err
 
 
 @row()
@@ -634,9 +717,11 @@ def an_infinite_gradient(tmp):
 
 
 def stopped(tmp):
-    "The checkpoints of a run that was stopped, the newest first"
+    "The newest checkpoint of a run that was stopped"
+    run = tmp / "run"
     fit(tmp, stop=after(8), epochs=4)
-    return list_checkpoints(tmp / "run")
+    found = list_checkpoints(run)
+    return found[0]
 
 
 def ends_as_alone(tmp):
@@ -649,15 +734,15 @@ def ends_as_alone(tmp):
 @row()
 def the_newest_checkpoint_truncated(tmp):
     "the newest checkpoint is cut short -> the one before it is used"
-    path = stopped(tmp)[0]
-    path.write_bytes(path.read_bytes()[:2000])
+    newest = stopped(tmp)
+    cut(newest, 2000)
     return ends_as_alone(tmp)
 
 
 @row()
 def the_newest_checkpoint_with_a_flipped_bit(tmp):
     "one bit of the newest checkpoint flips -> the one before it is used"
-    newest, *_ = stopped(tmp)
+    newest = stopped(tmp)
     flip_a_bit(newest, 1)
     return ends_as_alone(tmp)
 
@@ -665,17 +750,19 @@ def the_newest_checkpoint_with_a_flipped_bit(tmp):
 @row()
 def the_newest_checkpoint_empty(tmp):
     "the newest checkpoint has no bytes, as after a power cut -> the one before it is used"
-    stopped(tmp)[0].write_bytes(b"")
+    newest = stopped(tmp)
+    newest.write_bytes(b"")
     return ends_as_alone(tmp)
 
 
 @row()
 def every_checkpoint_broken(tmp):
     "both checkpoints are broken -> refused, nothing is overwritten"
-    found = stopped(tmp)
+    stopped(tmp)
+    found = list_checkpoints(tmp / "run")
     for path in found:
         path.write_bytes(b"x")
-    told = refused(lambda: fit(tmp, resume=True, epochs=4), "none that verifies")
+    told = fit_refused(tmp, "none that verifies", resume=True, epochs=4)
     for path in found:
         assert path.read_bytes() == b"x"
     return told
@@ -684,10 +771,12 @@ def every_checkpoint_broken(tmp):
 @row()
 def a_checkpoint_of_a_newer_version(tmp):
     "the checkpoint has a newer format -> refused"
-    path = stopped(tmp)[0]
-    state = torch.load(path, weights_only=True)
-    torch.save({**state, "format": FORMAT + 1}, path)
-    return refused(lambda: fit(tmp, resume=True, epochs=4), "format")
+    newest = stopped(tmp)
+    newer = FORMAT + 1
+    state = torch.load(newest, weights_only=True)
+    state["format"] = newer
+    torch.save(state, newest)
+    return fit_refused(tmp, "format", resume=True, epochs=4)
 
 
 class _Evil:
@@ -697,17 +786,20 @@ class _Evil:
         self.path = path
 
     def __reduce__(self):
-        run_this = f"touch {self.path}"
+        path = self.path
+        run_this = f"touch {path}"
         return os.system, (run_this,)
 
 
 @row()
 def a_checkpoint_that_is_a_malicious_pickle(tmp):
     "the newest checkpoint would run a command when unpickled -> not run, the one before it is used"
-    newest, *_ = stopped(tmp)
-    torch.save({"format": FORMAT, "model": _Evil(tmp / "executed")}, newest)
+    executed = tmp / "executed"
+    newest = stopped(tmp)
+    state = {"format": FORMAT, "model": _Evil(executed)}
+    torch.save(state, newest)
     told = ends_as_alone(tmp)
-    assert not (tmp / "executed").exists()
+    assert not executed.exists()
     return told
 
 
@@ -715,11 +807,12 @@ def a_checkpoint_that_is_a_malicious_pickle(tmp):
 def a_model_file_that_is_a_malicious_pickle(tmp):
     "model.safetensors is a pickle that would run a command -> refused, not run"
     fit(tmp)
-    torch.save(_Evil(tmp / "executed"), tmp / "run/model.safetensors")
+    executed = tmp / "executed"
+    torch.save(_Evil(executed), tmp / "run/model.safetensors")
     code, err = predicted(tmp)
     assert code == 2
     assert "weights that are broken" in err
-    assert not (tmp / "executed").exists()
+    assert not executed.exists()
     return err.strip()[-100:]
 
 
@@ -728,7 +821,9 @@ def weights_of_another_network(tmp):
     "model.safetensors comes from a wider network -> refused"
     fit(tmp)
     fit(tmp, out="wide", width=6)
-    shutil.copy(tmp / "wide/model.safetensors", tmp / "run/model.safetensors")
+    weights = "model.safetensors"
+    wide, run = tmp / "wide", tmp / "run"
+    shutil.copy(wide / weights, run / weights)
     code, err = predicted(tmp)
     assert code == 2
     assert "another network" in err
@@ -740,9 +835,7 @@ def weights_of_another_network(tmp):
 def half_a_line_in_metrics_csv(tmp):
     "metrics.csv ends in the middle of a line -> written anew from the checkpoint"
     stopped(tmp)
-    path = tmp / "run/metrics.csv"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-20])
+    cut(tmp / "run/metrics.csv", -20)
     fit(tmp, resume=True, epochs=4)
     assert same_as_alone(tmp, epochs=4)
     return "same files"
@@ -752,7 +845,7 @@ def half_a_line_in_metrics_csv(tmp):
 def resumed_with_changed_settings(tmp):
     "resumed with another learning rate and width -> refused, both listed"
     stopped(tmp)
-    told = refused(lambda: fit(tmp, resume=True, epochs=4, lr=0.1, width=8), "lr 0.001")
+    told = fit_refused(tmp, "lr 0.001", resume=True, epochs=4, lr=0.1, width=8)
     assert "width 4" in told
     return told
 
@@ -761,9 +854,8 @@ def resumed_with_changed_settings(tmp):
 def config_json_garbage(tmp):
     "config.json is cut short -> refused by training and prediction"
     stopped(tmp)
-    path = tmp / "run/config.json"
-    path.write_text(path.read_text()[:100])
-    told = refused(lambda: fit(tmp, resume=True, epochs=4), "something else")
+    cut(tmp / "run/config.json", 100)
+    told = fit_refused(tmp, "something else", resume=True, epochs=4)
     code, err = predicted(tmp)
     assert code == 2
     assert "config.json" in err
@@ -777,7 +869,7 @@ def two_runs_on_one_folder(tmp):
 
     def second(terms):
         if not told:
-            message = refused(lambda: fit(tmp, True), "another egcnn_train that is writing")
+            message = fit_refused(tmp, "another egcnn_train that is writing", resume=True)
             told.append(message)
 
     fit(tmp, on_step=second)
@@ -789,10 +881,10 @@ def two_runs_on_one_folder(tmp):
 def the_clock_goes_backwards(tmp):
     "the system's clock runs backwards during the run -> the same run"
     run = alone(tmp)
-    hours = itertools.count()
+    hours = itertools.count(2e9, step=-3600)
 
     def backwards():
-        return 2e9 - 3600 * next(hours)
+        return next(hours)
 
     with replaced(time, "time", backwards):
         fit(tmp)
@@ -814,11 +906,12 @@ def sigterm(tmp):
     seconds = time.time() - start
     assert process.returncode == 0
     assert seconds < 10
-    log = (tmp / "run/log.txt").read_text()
+    log = text_of_log(tmp)
     assert "all of it is safe" in log
     state = checkpoint(tmp / "run")
     epoch = len(state["rows"]) + 1
-    assert f"epoch {epoch} after step {state['step']}" in log
+    step = state["step"]
+    assert f"epoch {epoch} after step {step}" in log
     return f"exit code 0 after {seconds:.1f} s"
 
 
@@ -829,7 +922,7 @@ def ctrl_c_once(tmp):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 130
-    log = (tmp / "run/log.txt").read_text()
+    log = text_of_log(tmp)
     assert "all of it is safe" in log
     return "exit code 130, saved"
 
@@ -894,7 +987,7 @@ def ctrl_c_twice(tmp):
 def a_loader_worker_killed(tmp):
     "SIGKILL to a loader's process -> one line, exit code 1, the last checkpoint verifies"
     process = started(tmp, "--workers", 1)
-    worker, *_ = children(process.pid)
+    worker = children(process.pid)[0]
     os.kill(worker, signal.SIGKILL)
     return expect_worker_died(process, tmp)
 
@@ -902,11 +995,11 @@ def a_loader_worker_killed(tmp):
 def expect_worker_died(process, tmp):
     "The last line of a run whose loader died; its last checkpoint verifies"
     _, err = process.communicate(timeout=120)
-    last_line = err.strip().splitlines()[-1]
+    told = last_line(err)
     assert process.returncode == 1, err
-    assert last_line.startswith("error: A data-loader worker died"), err
-    assert newest_checkpoint(tmp / "run")[0]
-    return last_line[:110]
+    assert told.startswith("error: A data-loader worker died"), err
+    expect_verified(tmp / "run")
+    return told[:110]
 
 
 @row()
@@ -914,8 +1007,9 @@ def a_loader_worker_out_of_memory(tmp):
     """a loader's process may have no more memory -> one line, exit code 1, the last checkpoint
     verifies"""
     process = started(tmp, "--workers", 1, "--augment", "flip", "noise")
-    worker, *_ = children(process.pid)
-    resource.prlimit(worker, resource.RLIMIT_AS, (1 << 20, 1 << 20))
+    worker = children(process.pid)[0]
+    mib = 1 << 20
+    resource.prlimit(worker, resource.RLIMIT_AS, (mib, mib))
     return expect_worker_died(process, tmp)
 
 
@@ -940,9 +1034,8 @@ def last_rank(process, tmp):
 
 def totals(run):
     "The column total of metrics.csv"
-    with open(run / "metrics.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
-    values = [float(row["total"]) for row in rows]
+    rows = read_metrics(run)
+    values = [row["total"] for row in rows]
     return np.array(values)
 
 
@@ -957,9 +1050,10 @@ def one_rank_slow(tmp):
     os.kill(rank, signal.SIGCONT)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err[-2000:]
+    one = alone(tmp, epochs=30)
     of_two = totals(tmp / "run")
-    of_one = totals(alone(tmp, epochs=30))
-    gap = np.abs(of_two / of_one - 1).max()
+    ratio = of_two / totals(one)
+    gap = np.abs(ratio - 1).max()
     assert gap < 1e-4
     return f"losses differ by {gap:.0e}"
 
@@ -969,14 +1063,16 @@ def one_rank_dead(tmp):
     """SIGKILL to one of two processes -> the other leaves with one line, the last checkpoint
     verifies"""
     process = two_ranks(tmp, epochs=400)
-    os.kill(last_rank(process, tmp), signal.SIGKILL)
+    rank = last_rank(process, tmp)
+    os.kill(rank, signal.SIGKILL)
     start = time.time()
     _, err = process.communicate(timeout=100)
+    seconds = time.time() - start
     assert process.returncode
-    ours, *_ = err.split("torch/distributed/elastic")
+    ours, _, _ = err.partition("torch/distributed/elastic")
     assert "Traceback" not in ours
-    assert newest_checkpoint(tmp / "run")[0]
-    return f"all gone after {time.time() - start:.0f} s"
+    expect_verified(tmp / "run")
+    return f"all gone after {seconds:.0f} s"
 
 
 @row(slow=True)
@@ -987,12 +1083,13 @@ def rendezvous_port_taken(tmp):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         s.listen()
-        port = s.getsockname()[1]
+        _, port = s.getsockname()
         launch = f"--nnodes=2 --node_rank=0 --master_addr=127.0.0.1 --master_port={port}".split()
         line = command(tmp / "data", tmp / "run", launch=launch)
         done = subprocess.run(line, capture_output=True, text=True, timeout=200, env=ENV)
     assert done.returncode
-    assert "EADDRINUSE" in done.stderr + done.stdout
+    printed = done.stderr + done.stdout
+    assert "EADDRINUSE" in printed
     assert not (tmp / "run").exists()
     return "EADDRINUSE, exit code 1"
 
@@ -1003,9 +1100,15 @@ def rendezvous_port_taken(tmp):
 def bad_scan(tmp, change, text):
     "What is told of a scan whose bytes are changed"
     path = tmp / "data/scan01.nii.gz"
-    raw = gzip.decompress(path.read_bytes())
-    path.write_bytes(change(bytearray(raw)))
-    return refused(lambda: fit(tmp), text)
+    packed = path.read_bytes()
+    raw = bytearray(gzip.decompress(packed))
+    path.write_bytes(change(raw))
+    return fit_refused(tmp, text)
+
+
+def pack(data):
+    "Bytes, packed as gzip packs them"
+    return gzip.compress(bytes(data))
 
 
 def put(at, kind, value):
@@ -1015,27 +1118,28 @@ def put(at, kind, value):
         field = np.array(value, kind).tobytes()
         end = at + len(field)
         data[at:end] = field
-        return gzip.compress(bytes(data))
+        return pack(data)
 
     return change
 
 
 def with_zeros(data):
     "A file that unpacks to a thousand times its size"
-    zeros = bytes(1 << 28)
-    return gzip.compress(bytes(data) + zeros)
+    size = 1 << 28
+    zeros = bytes(size)
+    return pack(data + zeros)
 
 
 def wrong_checksum(data):
     "A file whose checksum has a bit that is flipped"
-    packed = bytearray(gzip.compress(bytes(data)))
+    packed = bytearray(pack(data))
     packed[-8] ^= 1
     return bytes(packed)
 
 
 def without_end(data):
     "A file that is cut off"
-    packed = gzip.compress(bytes(data))
+    packed = pack(data)
     return packed[:-200]
 
 
@@ -1132,13 +1236,15 @@ def in_one_line(text):
 
 def table_row(name, ok, text):
     "A row of the table in Markdown"
-    done, must = in_one_line(ROWS[name].__doc__).split(" -> ")
+    about = in_one_line(ROWS[name].__doc__)
+    done, must = about.split(" -> ")
+    title = name.replace("_", " ")
     happened = in_one_line(text)
     if ok is None:
         happened = f"skipped: {happened}"
     elif not ok:
         happened = f"FAILED: {text}"
-    row = f"| {name.replace('_', ' ')} | {done} | {must} | {happened} |"
+    row = f"| {title} | {done} | {must} | {happened} |"
     return row.replace(tempfile.gettempdir(), "TMP")
 
 

@@ -80,15 +80,19 @@ _MARK = rb"[\[\]{}:,]"
 
 def replace_word(data, rng, pattern):
     "Write a word that hurts in place of one that fits a pattern"
-    spots = [match.span() for match in re.finditer(pattern, bytes(data))]
+    found = re.finditer(pattern, bytes(data))
+    spots = [match.span() for match in found]
     first, last = rng.choice(spots or [(0, 0)])
-    data[first:last] = rng.choice(WORDS).encode()
+    word = rng.choice(WORDS)
+    data[first:last] = word.encode()
 
 
 def flip_bit(data, rng, at):
     "Flip a bit of a byte; behind the end a byte is added"
-    old = data[at] if at < len(data) else 0
-    data[at : at + 1] = bytes([old ^ (1 << rng.randrange(8))])
+    if at == len(data):
+        data.append(0)
+    bit = rng.randrange(8)
+    data[at] ^= 1 << bit
 
 
 def change_bytes(data, rng, at, what):
@@ -136,7 +140,9 @@ def hurting_bytes(rng, size):
     "Random bytes, or a word that hurts, repeated"
     if rng.random() < 0.5:
         return rng.randbytes(size)
-    return (rng.choice(HURT) * 8)[:size]
+    word = rng.choice(HURT)
+    repeated = word * 8
+    return repeated[:size]
 
 
 def header_mutated(data, rng):
@@ -146,7 +152,8 @@ def header_mutated(data, rng):
     data = bytearray(data)
     template = nib.Nifti1Header.template_dtype
     for _ in range(rng.randint(1, 2)):
-        kind, at = template.fields[rng.choice(template.names)][:2]
+        name = rng.choice(template.names)
+        kind, at, *_ = template.fields[name]
         size = kind.base.itemsize
         numbers = max(kind.itemsize // size, 1)
         at += size * rng.randrange(numbers)
@@ -156,7 +163,8 @@ def header_mutated(data, rng):
 
 def packed_header_mutated(data, rng):
     "The same, packed by gzip"
-    return gzip.compress(header_mutated(data, rng), 1)
+    changed = header_mutated(data, rng)
+    return gzip.compress(changed, 1)
 
 
 def nifti(path):
@@ -182,7 +190,8 @@ def nifti(path):
 def description(path):
     "Find the data set of a description, and look for the files of two cases"
     found = find_dataset(path.parent)
-    for case in found.cases[:2]:
+    first_two = found.cases[:2]
+    for case in first_two:
         expect_files(case, found.task)
 
 
@@ -206,15 +215,21 @@ def honest_volumes(path):
     found = []
     for dtype, slope, form, unit in kinds_of_volumes():
         per_mm = UNITS[unit]
-        voxels = rng.integers(0, 3, (3, 4, 5)).astype(dtype)
-        image = nib.Nifti1Image(voxels, np.diag([per_mm, per_mm, 2 * per_mm, 1]))
-        image.set_qform(image.affine, 1 if form in ("both", "qform") else 0)
-        image.set_sform(image.affine, 2 if form == "both" else 0)
-        image.header.set_xyzt_units(unit)
-        image.header.set_slope_inter(slope, 0)
+        voxels = rng.integers(0, 3, (3, 4, 5))
+        affine = np.diag([per_mm, per_mm, 2 * per_mm, 1])
+        image = nib.Nifti1Image(voxels.astype(dtype), affine)
+        qform, sform = CODES[form]
+        image.set_qform(affine, qform)
+        image.set_sform(affine, sform)
+        header = image.header
+        header.set_xyzt_units(unit)
+        header.set_slope_inter(slope, 0)
         nib.save(image, path)
         found.append(path.read_bytes())
     return found
+
+
+CODES = {"both": (1, 2), "qform": (1, 0), "neither": (0, 0)}  # of qform and sform
 
 
 DECATHLON = {
@@ -329,9 +344,11 @@ class Inputs:
     def checkpoint(self, path):
         "Read a checkpoint, and compare it with the one that it was made from"
         found = read_checkpoint(path)
-        weights = torch.equal(found["model"]["w"], self.whole["model"]["w"])
-        assert weights, "other weights"
-        assert found["rows"] == self.whole["rows"], "other rows"
+        whole = self.whole
+        ours = found["model"]["w"]
+        theirs = whole["model"]["w"]
+        assert torch.equal(ours, theirs), "other weights"
+        assert found["rows"] == whole["rows"], "other rows"
         assert found["best"] == 0.5, "another state"
 
 
@@ -346,14 +363,16 @@ def hang(*_):
 def one(kinds, kind, number, seed):
     "Try one input: 'read', 'refused', or a finding"
     tried = kinds[kind]
+    path = tried.path
     rng = random.Random(f"{seed} {kind} {number}")
-    changed = tried.change(rng.choice(tried.honest), rng)
-    tried.path.write_bytes(changed)
+    honest = rng.choice(tried.honest)
+    changed = tried.change(honest, rng)
+    path.write_bytes(changed)
     signal.alarm(5)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tried.read(tried.path)
+            tried.read(path)
         return "read"
     except InputError:
         return "refused"
@@ -368,8 +387,9 @@ def one(kinds, kind, number, seed):
 def limit_memory(more):
     "Let this process take so many bytes more than it has"
     status = Path("/proc/self/status").read_text()
-    now = int(re.search(r"VmSize:\s+(\d+)", status)[1]) * 1024
-    limit = now + more
+    found = re.search(r"VmSize:\s+(\d+)", status)
+    kilobytes = int(found[1])
+    limit = 1024 * kilobytes + more
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
@@ -377,8 +397,10 @@ def read_honest(kinds):
     "Read every honest file"
     for kind in kinds.values():
         for data in kind.honest:
-            kind.path.write_bytes(gzip.compress(data) if kind.packed else data)
-            kind.read(kind.path)
+            path = kind.path
+            content = gzip.compress(data) if kind.packed else data
+            path.write_bytes(content)
+            kind.read(path)
 
 
 def fuzz(count, seed=0, show=None):
@@ -393,7 +415,8 @@ def fuzz(count, seed=0, show=None):
         read_honest(kinds)
         if show:
             name, number = show
-            return [one(kinds, name, int(number), seed)], []
+            end = one(kinds, name, int(number), seed)
+            return [end], []
         for name, kind in kinds.items():
             start = time.time()
             inputs = round(kind.share * count)
@@ -402,7 +425,8 @@ def fuzz(count, seed=0, show=None):
                 if end not in ("read", "refused"):
                     findings.append((name, number, end))
             seconds = time.time() - start
-            rows.append((name, inputs, ends.count("read"), ends.count("refused"), seconds))
+            read, refused = ends.count("read"), ends.count("refused")
+            rows.append((name, inputs, read, refused, seconds))
     return findings, rows
 
 

@@ -17,14 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tiny import dataset
+from tiny import SMALL, dataset
 
 from egcnn_nb.commands.train import main as train
 
-RECIPE = (
-    "--epochs 24 --width 4 --levels 2 --patch_size 16 16 16 --batch_size 4 --lr 1e-3 "
-    "--validation 2 --precision fp32 --save_minutes 0 --resume if_there"
-).split()
+RECIPE = [*SMALL, *"--epochs 24 --save_minutes 0 --resume if_there".split()]
 
 
 def train_quietly(data, out):
@@ -33,8 +30,10 @@ def train_quietly(data, out):
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    words = [data, "--out", out, "--cache", data / "cache", *RECIPE]
-    return train([str(word) for word in words])
+    cache = data / "cache"
+    words = [data, "--out", out, "--cache", cache, *RECIPE]
+    words = [str(word) for word in words]
+    return train(words)
 
 
 def is_writing(out):
@@ -64,14 +63,17 @@ def attempt(data, out, seconds=None, hunt=False):
             pass
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
-    return None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    if os.WIFSIGNALED(status):
+        return None
+    return os.WEXITSTATUS(status)
 
 
 def expect_same_files(run, alone, kills):
     "The files of a run are those of the run left alone"
     for name in ("metrics.csv", "model.safetensors"):
-        found = (run / name).read_bytes()
-        expected = (alone / name).read_bytes()
+        ours, theirs = run / name, alone / name
+        found = ours.read_bytes()
+        expected = theirs.read_bytes()
         assert found == expected, f"{name} differs after {kills} kills"
 
 
@@ -88,7 +90,8 @@ def run_to_its_end(data, out, count, most, moment):
     "Train and be killed after `moment()` seconds, again and again, until it ends"
     while True:
         seconds = moment() if count.kills < most else None
-        code = attempt(data, out, seconds, hunt=count.kills % 2 == 1)
+        every_second = count.kills % 2 == 1
+        code = attempt(data, out, seconds, hunt=every_second)
         if code is not None:
             break
         count.kills += 1
@@ -103,10 +106,11 @@ def kills(n, seed=0):
     count = Count()
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
+        alone = tmp / "alone"
         data = dataset(tmp / "data")
         attempt(data, tmp / "warm")
         start = time.time()
-        assert attempt(data, tmp / "alone") == 0
+        assert attempt(data, alone) == 0
         latest = (time.time() - start) / 3
 
         def moment():
@@ -115,7 +119,7 @@ def kills(n, seed=0):
         while count.kills < n or count.ended == 0:
             out = tmp / f"run{count.ended}"
             run_to_its_end(data, out, count, n, moment)
-            expect_same_files(out, tmp / "alone", count.kills)
+            expect_same_files(out, alone, count.kills)
     return count
 
 

@@ -23,29 +23,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tiny import after, dataset
+from tiny import after, dataset, settings
 
 from egcnn_nb.run.predict import predict_all
-from egcnn_nb.run.settings import Settings
 from egcnn_nb.run.training import fit
+
+MALLINFO = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
 
 
 class _Mallinfo(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        )
-    ]
+    "What mallinfo2 of glibc returns"
+
+    _fields_ = [(name, ctypes.c_size_t) for name in MALLINFO.split()]
 
 
 def in_use():
@@ -70,58 +59,77 @@ class Held:
     threads: int
 
 
+def status(name):
+    "A number that the kernel tells of this process"
+    text = Path("/proc/self/status").read_text()
+    found = re.search(rf"{name}:\s+(\d+)", text)
+    return int(found[1])
+
+
 def held(minutes):
     "What the process holds now"
-    status = Path("/proc/self/status").read_text()
+    open_files = os.listdir("/proc/self/fd")
+    return Held(
+        minutes,
+        resident=status("VmRSS") / 1024,
+        in_use=in_use(),
+        files=len(open_files),
+        threads=status("Threads"),
+    )
 
-    def number(name):
-        found = re.search(rf"{name}:\s+(\d+)", status)
-        return int(found[1])
 
-    resident = number("VmRSS") / 1024
-    files = len(os.listdir("/proc/self/fd"))
-    return Held(minutes, resident, in_use(), files, number("Threads"))
+ALL_MAPS = ("probabilities", "edges", "attention")
 
 
 def one_round(tmp, i):
     "Train, stop in the middle, resume, predict; nothing is left behind"
     run = tmp / f"run{i}"
     out = tmp / f"out{i}"
-    settings = Settings(
-        str(tmp / "data"),
-        str(run),
-        cache=str(tmp / "cache"),
-        epochs=2,
-        width=4,
-        levels=2,
-        patch_size=(16, 16, 16),
-        batch_size=4,
-        lr=1e-3,
-        validation=2,
-        precision="fp32",
-        workers=1 if i % 3 == 0 else 0,
-    )
-    fit(settings, quiet=True, stop=after(4))
-    fit(settings, True, quiet=True)
-    predict_all([run], [tmp / "data/scan00.nii.gz"], out, ("probabilities", "edges", "attention"))
+    data = tmp / "data"
+    workers = 1 if i % 3 == 0 else 0
+    config = settings(data, run, tmp / "cache", workers=workers)
+    fit(config, quiet=True, stop=after(4))
+    fit(config, True, quiet=True)
+    scan = data / "scan00.nii.gz"
+    predict_all([run], [scan], out, ALL_MAPS)
     shutil.rmtree(run)
     shutil.rmtree(out)
 
 
 def print_row(rounds, now, minutes):
     "A row of the table"
-    print(
-        f"| {minutes:.1f} | {rounds} | {now.resident:.0f} | {now.in_use:.2f} | {now.files} "
-        f"| {now.threads} |",
-        flush=True,
-    )
+    cells = [
+        f"{minutes:.1f}",
+        f"{rounds}",
+        f"{now.resident:.0f}",
+        f"{now.in_use:.2f}",
+        f"{now.files}",
+        f"{now.threads}",
+    ]
+    row = " | ".join(cells)
+    print(f"| {row} |", flush=True)
 
 
 def slope(rows, name):
     "How fast a number grows an hour, by least squares"
     hours = [row.minutes / 60 for row in rows]
     values = [getattr(row, name) for row in rows]
-    return np.polyfit(hours, values, 1)[0]
+    slope, _ = np.polyfit(hours, values, 1)
+    return slope
+
+
+def print_slopes(rounds, rows):
+    "Print how fast what the process holds grew over the second half"
+    middle = len(rows) // 2
+    late = rows[middle:]
+    resident = slope(late, "resident")
+    used = slope(late, "in_use")
+    files = slope(late, "files")
+    threads = slope(late, "threads")
+    print(
+        f"\n{rounds} rounds; slope over the second half: {resident:+.2f} MiB resident, "
+        f"{used:+.2f} MiB in use, {files:+.2f} files, {threads:+.2f} threads an hour"
+    )
 
 
 def rounds_for(minutes, tmp):
@@ -155,14 +163,10 @@ def main():
     print("| minutes | rounds | MiB resident | MiB in use | open files | threads |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as tmp:
-        dataset(Path(tmp) / "data")
-        rounds, rows = rounds_for(args.minutes, Path(tmp))
-    late = rows[len(rows) // 2 :]
-    print(
-        f"\n{rounds} rounds; slope over the second half: {slope(late, 'resident'):+.2f} MiB "
-        f"resident, {slope(late, 'in_use'):+.2f} MiB in use, {slope(late, 'files'):+.2f} files, "
-        f"{slope(late, 'threads'):+.2f} threads an hour"
-    )
+        folder = Path(tmp)
+        dataset(folder / "data")
+        rounds, rows = rounds_for(args.minutes, folder)
+    print_slopes(rounds, rows)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from numpy.testing import assert_allclose
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "results/ablation"))
@@ -46,12 +47,15 @@ def test_the_rule_by_hand():
         unsafe=([0.90, 0.92, 0.93, 0.96], [0.80, 0.81, 0.80, 0.81]),
     )
     found = choose.judge(rows)
+    near = found.loc["near"]
     difference = np.array([0.01, -0.02, 0.01, -0.02])
     error = difference.std(ddof=1) / 2
-    np.testing.assert_allclose(found.loc["near", "edge F1 to best"], difference.mean(), atol=1e-12)
-    np.testing.assert_allclose(found.loc["near", "± edge"], error, atol=1e-12)
-    assert dict(found["good enough"]) == {"best": True, "near": True, "far": False, "unsafe": True}
-    assert dict(found["safe"]) == {"best": True, "near": True, "far": True, "unsafe": False}
+    assert_allclose(near["edge F1 to best"], difference.mean(), atol=1e-12)
+    assert_allclose(near["± edge"], error, atol=1e-12)
+    good = found["good enough"]
+    assert dict(good) == {"best": True, "near": True, "far": False, "unsafe": True}
+    safe = found["safe"]
+    assert dict(safe) == {"best": True, "near": True, "far": True, "unsafe": False}
     costs = {"best": 3, "near": 2, "far": 1, "unsafe": 1}
     assert choose.chosen([found], costs) == ["near", "best"]
 
@@ -61,7 +65,9 @@ def test_with_equal_cost_unweighted_negatives_come_first():
         {"good enough": True, "safe": True},
         index=["a+weight_negatives=True", "a+weight_negatives=False"],
     )
-    assert choose.chosen([table], dict.fromkeys(table.index, 1.0))[0] == "a+weight_negatives=False"
+    costs = dict.fromkeys(table.index, 1.0)
+    first, *_ = choose.chosen([table], costs)
+    assert first == "a+weight_negatives=False"
 
 
 def validation_rows(folder):

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
@@ -30,22 +31,40 @@ QUICK = ["--epochs", "10", *SMALL.split()]
 
 def started(words, **kw):
     "A command that has ended"
-    return subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=600, **kw)
+    line = [str(word) for word in words]
+    options = dict(capture_output=True, text=True, timeout=600)
+    return subprocess.run(line, **options, **kw)
 
 
-def command(module, *words, **kw):
-    "A command of the package, by the name of its module"
-    return started([sys.executable, "-m", f"egcnn_nb.{module}", *words], **kw)
+def train(data, out, *words):
+    "egcnn_train, ended"
+    line = [sys.executable, "-m", "egcnn_nb.train"]
+    line += [data, "--out", out]
+    line += words
+    return started(line)
 
 
 def quick(out, *words, data=KITS):
     "The small run"
-    return command("train", data, "--out", out, *QUICK, *words)
+    return train(data, out, *QUICK, *words)
+
+
+def tiny_run(data, out, *words, processes=1):
+    "A run on the tiny data set, ended"
+    line = tiny.command(data, out, *words, processes=processes)
+    return started(line, env=tiny.ENV)
 
 
 def succeed(done):
     "Raise unless a command has ended well"
-    assert done.returncode == 0, done.stderr[-3000:]
+    error = done.stderr
+    assert done.returncode == 0, error
+
+
+def fail(done, *texts):
+    "Raise unless a command was refused with these texts"
+    assert done.returncode == 2
+    expect_words(done.stderr, *texts)
 
 
 def expect_words(text, *words):
@@ -55,47 +74,75 @@ def expect_words(text, *words):
 
 
 def predict(*words):
+    "egcnn_predict, ended"
     code = "import sys; from egcnn_nb.commands.predict import main; sys.exit(main())"
-    return started([sys.executable, "-c", code, *words])
+    script = [sys.executable, "-c", code]
+    return started([*script, *words])
 
 
 def totals(run):
     "The total loss of each epoch"
-    return [row["total"] for row in read_metrics(run)]
+    rows = read_metrics(run)
+    return [row["total"] for row in rows]
+
+
+def expect_same_file(name, run, other):
+    "Raise unless two runs have the same file, byte for byte"
+    ours, theirs = run / name, other / name
+    found = ours.read_bytes()
+    expected = theirs.read_bytes()
+    assert found == expected, name
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     "A small run on the CT phantoms, 20 steps in one process"
-    out = tmp_path_factory.mktemp("runs") / "one"
-    succeed(quick(out))
+    folder = tmp_path_factory.mktemp("runs")
+    out = folder / "one"
+    done = quick(out)
+    succeed(done)
     return out
 
 
+TWO_PROCESSES = "torch.distributed.run --standalone --nproc_per_node=2".split()
+
+
 def test_two_processes_give_the_losses_of_one(run, tmp_path):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = ["-m", "egcnn_nb.train", KITS, "--out", tmp_path / "two", *QUICK]
-    succeed(started([sys.executable, *torchrun, *words], env=tiny.ENV))
-    assert len(totals(run)) == 10  # 10 epochs of 2 steps
-    np.testing.assert_allclose(totals(tmp_path / "two"), totals(run), rtol=1e-4)
+    two = tmp_path / "two"
+    line = [sys.executable, "-m", *TWO_PROCESSES]
+    line += ["-m", "egcnn_nb.train", KITS]
+    line += ["--out", two, *QUICK]
+    done = started(line, env=tiny.ENV)
+    succeed(done)
+    of_one = totals(run)
+    of_two = totals(two)
+    epochs = len(of_one)
+    assert epochs == 10  # of 2 steps
+    np.testing.assert_allclose(of_two, of_one, rtol=1e-4)
 
 
 def test_equal_runs_give_equal_files_whatever_the_workers(run, tmp_path):
     again = tmp_path / "again"
-    succeed(quick(again, "--workers", 2))
-    assert (again / "metrics.csv").read_bytes() == (run / "metrics.csv").read_bytes()
+    done = quick(again, "--workers", 2)
+    succeed(done)
+    expect_same_file("metrics.csv", again, run)
+
+
+def listen_to_ctrl_c():
+    "A shell's background job ignores Ctrl-C, and so do its children"
+    handler = signal.default_int_handler
+    signal.signal(signal.SIGINT, handler)
 
 
 def interrupted(out, sig):
     "Start the small run and send `sig` once two epochs are in its log"
-    words = [sys.executable, "-m", "egcnn_nb.train", str(KITS), "--out", str(out), *QUICK]
-
-    def listen_to_ctrl_c():
-        "A shell's background job ignores Ctrl-C, and so do its children"
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
+    script = [sys.executable, "-m", "egcnn_nb.train"]
+    words = [*script, str(KITS), "--out", str(out), *QUICK]
     process = subprocess.Popen(
-        words, stderr=subprocess.PIPE, text=True, preexec_fn=listen_to_ctrl_c
+        words,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=listen_to_ctrl_c,
     )
     tiny.begun(process, out)
     process.send_signal(sig)
@@ -106,22 +153,29 @@ def interrupted(out, sig):
 def test_a_run_that_was_stopped_goes_on_exactly(run, tmp_path, sig, code):
     out = tmp_path / "run"
     assert interrupted(out, sig) == code
-    assert 2 <= len(totals(out)) < 10
-    succeed(quick(out, "--resume"))
-    for name in ("metrics.csv", "model.safetensors"):
-        assert (out / name).read_bytes() == (run / name).read_bytes()
+    epochs = len(totals(out))
+    assert 2 <= epochs < 10
+    done = quick(out, "--resume")
+    succeed(done)
+    expect_same_file("metrics.csv", out, run)
+    expect_same_file("model.safetensors", out, run)
 
 
 def test_prediction_keeps_grid_and_values(run, tmp_path):
     case = KITS / "case_00003"
-    succeed(predict(run, case, case / "imaging.nii.gz", "--out", tmp_path))
-    source = nib.load(case / "imaging.nii.gz")
+    scan = case / "imaging.nii.gz"
+    done = predict(run, case, scan, "--out", tmp_path)
+    succeed(done)
+    source = nib.load(scan)
     for name in ("case_00003", "imaging"):
-        image = nib.load(tmp_path / f"{name}.nii.gz")
+        path = tmp_path / f"{name}.nii.gz"
+        image = nib.load(path)
         assert image.shape == source.shape
         assert np.array_equal(image.affine, source.affine)
-        assert set(np.unique(np.asarray(image.dataobj))) <= {0, 1, 2}
-    assert predict(run, case, "--out", tmp_path).returncode == 2  # never overwritten
+        values = set(np.unique(image.dataobj))
+        assert values <= {0, 1, 2}
+    again = predict(run, case, "--out", tmp_path)
+    assert again.returncode == 2  # never overwritten
 
 
 # --- bad input: one line, exit code 2, nothing written
@@ -129,9 +183,10 @@ def test_prediction_keeps_grid_and_values(run, tmp_path):
 
 def kits(tmp, change):
     "A copy of the CT phantoms, the first case changed"
-    shutil.copytree(KITS, tmp / "data")
-    change(tmp / "data/case_00000")
-    return tmp / "data"
+    data = tmp / "data"
+    shutil.copytree(KITS, data)
+    change(data / "case_00000")
+    return data
 
 
 IMAGE, LABEL = "imaging.nii.gz", "segmentation.nii.gz"
@@ -141,9 +196,12 @@ def edit(name, new):
     "A change of one file of a case: `new` gives voxels and affine in place of the old ones"
 
     def change(folder):
-        image = nib.load(folder / name)
-        voxels, affine = new(np.asarray(image.dataobj).copy(), image.affine)
-        nib.save(nib.Nifti1Image(voxels, affine), folder / name)
+        path = folder / name
+        image = nib.load(path)
+        old = np.array(image.dataobj)
+        voxels, affine = new(old, image.affine)
+        changed = nib.Nifti1Image(voxels, affine)
+        nib.save(changed, path)
 
     return change
 
@@ -152,40 +210,50 @@ def poke(value):
     "One voxel gets another value"
 
     def new(voxels, affine):
-        voxels = voxels.astype(np.float32)
-        voxels[3, 3, 3] = value
-        return voxels, affine
+        changed = voxels.astype(np.float32)
+        place = (3, 3, 3)
+        changed[place] = value
+        return changed, affine
 
     return new
 
 
 def one_plane_less(voxels, affine):
-    return voxels[:-1], affine
+    fewer = voxels[:-1]
+    return fewer, affine
 
 
 def stretched(voxels, affine):
-    return voxels, affine @ np.diag([1, 1, 2, 1])
+    longer = affine.copy()
+    longer[:, 2] *= 2
+    return voxels, longer
 
 
 def strange_label(voxels, affine):
-    return np.where(voxels == 2, 9, voxels).astype(np.uint8), affine
+    is_two = voxels == 2
+    changed = np.where(is_two, 9, voxels)
+    return changed.astype(np.uint8), affine
 
 
 def four_axes(voxels, affine):
-    return np.stack([voxels, voxels], -1), affine
+    twice = [voxels, voxels]
+    return np.stack(twice, -1), affine
 
 
 def missing(folder):
-    (folder / IMAGE).unlink()
+    path = folder / IMAGE
+    path.unlink()
 
 
 def empty(folder):
-    (folder / IMAGE).write_bytes(b"")
+    path = folder / IMAGE
+    path.write_bytes(b"")
 
 
 def truncated(folder):
-    content = (folder / IMAGE).read_bytes()
-    (folder / IMAGE).write_bytes(content[:9000])
+    path = folder / IMAGE
+    content = path.read_bytes()
+    path.write_bytes(content[:9000])
 
 
 BAD_CASES = {
@@ -206,10 +274,13 @@ BAD_CASES = {
 
 def refused(done, text, out):
     "Raise unless a command ended with one line that has a text, and wrote nothing"
-    assert done.returncode == 2, done.stderr
-    line = done.stderr.strip().splitlines()[-1].split("\r")[-1]
-    assert text in line, line
-    assert "Traceback" not in done.stderr
+    error = done.stderr
+    assert done.returncode == 2, error
+    lines = error.strip().splitlines()
+    last = lines[-1]
+    *_, shown = last.split("\r")
+    assert text in shown, shown
+    assert "Traceback" not in error
     assert not out.exists()
 
 
@@ -217,57 +288,75 @@ def refused(done, text, out):
 def test_a_bad_case_is_refused(name, tmp_path):
     change, text = BAD_CASES[name]
     out = tmp_path / "run"
-    refused(quick(out, data=kits(tmp_path, change)), text, out)
+    data = kits(tmp_path, change)
+    done = quick(out, data=data)
+    refused(done, text, out)
 
 
 def test_a_missing_modality_is_refused(tmp_path):
-    shutil.copytree(SAMPLES / "brats2019/LGG", tmp_path / "data/LGG")
-    (tmp_path / "data/LGG/BraTS19_PHANTOM_006_1/BraTS19_PHANTOM_006_1_t2.nii.gz").unlink()
+    case = "BraTS19_PHANTOM_006_1"
+    data = tmp_path / "data"
     out = tmp_path / "run"
-    text = "no file for the channel t2 of BraTS19_PHANTOM_006_1"
-    refused(quick(out, data=tmp_path / "data"), text, out)
+    low_grade = data / "LGG"
+    shutil.copytree(SAMPLES / "brats2019/LGG", low_grade)
+    scan = low_grade / case / f"{case}_t2.nii.gz"
+    scan.unlink()
+    done = quick(out, data=data)
+    text = f"no file for the channel t2 of {case}"
+    refused(done, text, out)
 
 
 def test_bad_folders_and_splits_are_refused(tmp_path):
     out = tmp_path / "run"
-    (tmp_path / "other").mkdir()
+    none, other = tmp_path / "none", tmp_path / "other"
+    other.mkdir()
     bad = (
-        (tmp_path / "none", [], "no such folder"),
-        (tmp_path / "other", [], "no known layout"),
+        (none, [], "no such folder"),
+        (other, [], "no known layout"),
         (SAMPLES, [], "kits2019"),
         (KITS, ["--validation", 5], "so that some train"),
-        (KITS, ["--exclude", tmp_path / "no.txt"], "no such file"),
+        (KITS, ["--exclude", none], "no such file"),
     )
     for data, words, text in bad:
-        refused(command("train", data, "--out", out, *words), text, out)
+        done = train(data, out, *words)
+        refused(done, text, out)
 
 
 def test_bad_runs_are_refused(run, tmp_path):
-    before = (run / "metrics.csv").read_bytes()
+    metrics = run / "metrics.csv"
+    before = metrics.read_bytes()
     done = quick(run)
-    assert done.returncode == 2
-    assert "a folder that exists" in done.stderr
+    fail(done, "a folder that exists")
     done = quick(run, "--backbone", "vnet", "--resume")
-    assert done.returncode == 2
-    assert "found backbone segnet, expected backbone vnet" in done.stderr
-    assert (run / "metrics.csv").read_bytes() == before
+    fail(done, "found backbone segnet, expected backbone vnet")
+    assert metrics.read_bytes() == before
     out = tmp_path / "x"
-    refused(command("train", KITS, "--out", out, "--resume"), "no config.json", out)
-    refused(predict(tmp_path, KITS, "--out", out), "no config.json", out)
+    done = train(KITS, out, "--resume")
+    refused(done, "no config.json", out)
+    done = predict(tmp_path, KITS, "--out", out)
+    refused(done, "no config.json", out)
 
 
 def test_an_unknown_option_is_refused(tmp_path):
     out = tmp_path / "run"
-    done = command("train", KITS, "--out", out, "--colour", "red")
-    refused(done, "unrecognized arguments: --colour red", out)
+    done = train(KITS, out, "--colour", "red")
+    text = "unrecognized arguments: --colour red"
+    refused(done, text, out)
+
+
+def text_of_log(run):
+    "The log of a run"
+    path = run / "log.txt"
+    return path.read_text()
 
 
 def test_a_patch_larger_than_the_volume_pads_and_says_so(tmp_path):
     out = tmp_path / "run"
-    words = ["--epochs", 1, "--width", 4, "--levels", 2, "--patch_size", 96, 64, 64]
-    succeed(command("train", KITS, "--out", out, *words))
+    words = "--epochs 1 --width 4 --levels 2 --patch_size 96 64 64".split()
+    done = train(KITS, out, *words)
+    succeed(done)
     line = "patch (96, 64, 64) is larger than 4 of 4 training volumes: their borders are repeated"
-    assert line in (out / "log.txt").read_text()
+    assert line in text_of_log(out)
 
 
 @pytest.mark.parametrize("peer, edge", [("segresnet", "off"), ("dynunet", "on")])
@@ -276,30 +365,37 @@ def test_networks_of_monai_train_and_predict(peer, edge, tmp_path):
 
     DynUNet holds its weights under two names.
     """
-    data, out = tiny.dataset(tmp_path / "data", 6), tmp_path / "run"
-    words = ["--backbone", peer, "--levels", 3, "--cache", tmp_path / "cache"]
-    train = tiny.command(data, out, *words, "--edge", edge, "--epochs", 2)
-    succeed(started(train, env=tiny.ENV))
-    succeed(predict(out, data / "scan00.nii.gz", "--out", tmp_path / "predicted"))
-    (label,) = (tmp_path / "predicted").rglob("*.nii.gz")
-    assert nib.load(label).shape == (18, 17, 16)
-    odd = tiny.command(data, tmp_path / "other", *words, "--patch_size", 16, 16, 18)
-    done = started(odd, env=tiny.ENV)
-    assert done.returncode == 2
-    assert "Choose multiples of 4" in done.stderr
+    data = tiny.dataset(tmp_path / "data", 6)
+    out = tmp_path / "run"
+    predicted = tmp_path / "predicted"
+    cache = tmp_path / "cache"
+    words = ["--backbone", peer, "--levels", 3, "--cache", cache]
+    done = tiny_run(data, out, *words, "--edge", edge, "--epochs", 2)
+    succeed(done)
+    scan = data / "scan00.nii.gz"
+    done = predict(out, scan, "--out", predicted)
+    succeed(done)
+    (path,) = predicted.rglob("*.nii.gz")
+    label_map = nib.load(path)
+    assert label_map.shape == (18, 17, 16)
+    other = tmp_path / "other"
+    done = tiny_run(data, other, *words, "--patch_size", 16, 16, 18)
+    fail(done, "Choose multiples of 4")
 
 
 def dead_lines(run):
     "Lines of a log that name a dead gate"
-    lines = (run / "log.txt").read_text().splitlines()
+    lines = text_of_log(run).splitlines()
     return [line for line in lines if "is dead" in line]
 
 
 def kill_second_gate(run):
     "Change the weights of a run so that the ReLU of eq. 1 is off everywhere in its second gate"
-    weights = load_file(run / "model.safetensors")
-    weights["edge.gates.1.conv_e.bias"].fill_(-1e4)
-    save_file(weights, run / "model.safetensors")
+    path = run / "model.safetensors"
+    weights = load_file(path)
+    bias = weights["edge.gates.1.conv_e.bias"]
+    bias.fill_(-1e4)
+    save_file(weights, path)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -307,30 +403,34 @@ def test_a_dead_gate_is_named_once(tmp_path, processes):
     data = tiny.dataset(tmp_path / "data")
     small = ["--levels", 3, "--cache", tmp_path / "cache"]
 
-    def train(name, *more, processes=1):
+    def told_of(name, *more, processes=1):
         out = tmp_path / name
-        line = tiny.command(data, out, *small, *more, processes=processes)
-        succeed(started(line, env=tiny.ENV))
+        done = tiny_run(data, out, *small, *more, processes=processes)
+        succeed(done)
         return dead_lines(out)
 
-    assert train("alive", "--epochs", 1) == []
-    kill_second_gate(tmp_path / "alive")
-    from_dead = ["--init", tmp_path / "alive"]
-    (told,) = train("dead", "--epochs", 3, *from_dead, processes=processes)
+    assert told_of("alive", "--epochs", 1) == []
+    alive = tmp_path / "alive"
+    kill_second_gate(alive)
+    (told,) = told_of("dead", "--epochs", 3, "--init", alive, processes=processes)
     assert told.startswith(
         "gate 2 of 2, counted from the deepest, is dead: its alpha is exactly 1/2 in 100.0%"
     )
-    assert told.endswith("--reading attention_relu=False.")
-    other = train("other", "--epochs", 1, *from_dead, "--reading", "attention_relu=False")
+    remedy = "--reading attention_relu=False"
+    assert told.endswith(f"{remedy}.")
+    other = told_of("other", "--epochs", 1, "--init", alive, *remedy.split())
     assert other == []
 
 
 def test_the_demo_runs_to_its_picture(tmp_path):
     out = tmp_path / "demo"
-    done = started([sys.executable, ROOT / "tools/demo.py", "--epochs", 1, "--out", out])
+    script = ROOT / "tools/demo.py"
+    line = [sys.executable, script, "--epochs", 1, "--out", out]
+    done = started(line)
     succeed(done)
     assert "bare   EG-CNN" in done.stdout
-    assert (out / "demo.png").stat().st_size > 20_000
+    picture = out / "demo.png"
+    assert picture.stat().st_size > 20_000
 
 
 # --- the preset `paper`
@@ -351,20 +451,29 @@ PAPER_READINGS = {
 
 def flags(words):
     "Settings from the flags of egcnn_train"
-    return settings_from(arguments().parse_args(["DATA", "--out", "RUN", *words.split()]))
+    parser = arguments()
+    line = f"DATA --out RUN {words}"
+    given = parser.parse_args(line.split())
+    return settings_from(given)
+
+
+def part(values, names):
+    "Some of the values of a dict"
+    return {name: values[name] for name in names}
 
 
 def test_the_preset_has_the_values_of_the_paper():
     found = flags("--preset paper")
-    assert {name: getattr(found, name) for name in PAPER} == PAPER
+    values = vars(found)
+    assert part(values, PAPER) == PAPER
     assert found.readings == PAPER_READINGS
     assert found.preset == "paper"
     assert found == Settings.from_preset("paper", "DATA", "RUN")
     default = Settings("DATA", "RUN")
-    others = vars(found).keys() - {*PAPER, "readings", "preset"}  # the paper names none of them
-    for name in others:
-        assert getattr(found, name) == getattr(default, name)
-    assert flags("--preset default") == flags("") == default
+    others = values.keys() - {*PAPER, "readings", "preset"}  # the paper names none of them
+    assert part(values, others) == part(vars(default), others)
+    assert flags("--preset default") == default
+    assert flags("") == default
 
 
 @pytest.mark.parametrize(
@@ -379,9 +488,12 @@ def test_the_preset_has_the_values_of_the_paper():
     ],
 )
 def test_a_flag_that_is_given_wins_over_the_preset(words, name, value):
-    expected = Settings.from_preset("paper", "DATA", "RUN", **{name: value})
+    given = {name: value}
+    expected = Settings.from_preset("paper", "DATA", "RUN", **given)
     assert getattr(expected, name) == value
-    assert flags(f"--preset paper {words}") == flags(f"{words} --preset=paper") == expected
+    for line in (f"--preset paper {words}", f"{words} --preset=paper"):
+        found = flags(line)
+        assert found == expected
 
 
 @pytest.mark.parametrize(
@@ -407,70 +519,94 @@ def test_a_reading_that_is_given_wins_over_the_preset(words, readings):
 def paper(tmp_path_factory):
     "An epoch by the preset on the tiny data set, and the words that began it"
     folder = tmp_path_factory.mktemp("paper")
-    data, out = tiny.dataset(folder / "data"), folder / "run"
-    small = "--epochs 1 --width 4 --levels 2 --patch_size 16 16 16 --precision fp32 --validation 2"
-    words = [data, "--out", out, "--preset", "paper", *small.split(), "--cache", folder / "cache"]
-    done = command("train", *words)
-    succeed(done)
-    return out, words, done
+    data = folder / "data"
+    tiny.dataset(data)
+    run = PaperRun(data, folder / "run", folder / "cache")
+    run.done = run.train("--preset", "paper")
+    succeed(run.done)
+    return run
+
+
+SMALL_PAPER = (
+    "--epochs 1 --width 4 --levels 2 --patch_size 16 16 16 --precision fp32 --validation 2"
+)
+
+
+@dataclass
+class PaperRun:
+    "A run of one epoch on the tiny data set"
+
+    data: Path
+    out: Path
+    cache: Path
+    done: subprocess.CompletedProcess | None = None  # the command that made it
+
+    def train(self, *words, out=None):
+        "Train it, or another run on its data"
+        small = SMALL_PAPER.split()
+        small += ["--cache", self.cache]
+        out = out or self.out
+        return train(self.data, out, *small, *words)
 
 
 def config_of(run):
     "The settings in a run's config.json"
-    return json.loads((run / "config.json").read_text())["settings"]
+    text = (run / "config.json").read_text()
+    config = json.loads(text)
+    return config["settings"]
 
 
 def test_a_run_by_the_preset_records_its_values(paper):
-    run, _, done = paper
-    config = config_of(run)
+    config = config_of(paper.out)
     expected = {**PAPER, "preset": "paper", "spacing": [1, 1, 1], "augment": []}
-    assert {name: config[name] for name in expected} == expected
-    assert {name: config["readings"][name] for name in PAPER_READINGS} == PAPER_READINGS
-    log = (run / "log.txt").read_text()
+    assert part(config, expected) == expected
+    readings = config["readings"]
+    assert part(readings, PAPER_READINGS) == PAPER_READINGS
+    log = text_of_log(paper.out)
     assert log.startswith("preset paper\n")
     assert "epoch 1/1" in log
-    assert "preset paper\n" in done.stdout
+    assert "preset paper\n" in paper.done.stdout
 
 
 def test_a_value_other_than_the_presets_is_printed_and_recorded(paper, tmp_path):
-    first, words, _ = paper
     out = tmp_path / "run"
-    words = [out if word == first else word for word in words]
-    given = "--batch_size 2 --augment flip intensity --reading semantic=dice_ce".split()
-    done = command("train", *words, *given, "--init", first)
+    given = (
+        "--preset paper --batch_size 2 --augment flip intensity --reading semantic=dice_ce".split()
+    )
+    done = paper.train(*given, "--init", paper.out, out=out)
     succeed(done)
     line = (
         "preset paper, but batch_size 2 in place of 8, augment flip intensity in place of none, "
         "semantic dice_ce in place of dice"
     )
     assert line in done.stdout
-    assert line in (out / "log.txt").read_text()
+    assert line in text_of_log(out)
     config = config_of(out)
     expected = {"preset": "paper", "batch_size": 2, "augment": ["flip", "intensity"]}
-    assert {name: config[name] for name in expected} == expected
-    assert config["readings"]["semantic"] == "dice_ce"
-    assert config["readings"]["lambda2"] == 0.5
+    assert part(config, expected) == expected
+    readings = config["readings"]
+    assert readings["semantic"] == "dice_ce"
+    assert readings["lambda2"] == 0.5
 
 
 def test_a_run_is_resumed_with_its_own_preset(paper):
-    _, words, _ = paper
-    succeed(command("train", *words, "--resume"))
-    at = words.index("--preset")
-    without = words[:at] + words[at + 2 :]
-    done = command("train", *without, "--resume")
-    assert done.returncode == 2
-    expect_words(done.stderr, "preset paper", "expected batch_size 2")
+    done = paper.train("--preset", "paper", "--resume")
+    succeed(done)
+    without = paper.train("--resume")
+    fail(without, "preset paper", "expected batch_size 2")
 
 
 def test_an_unknown_preset_is_refused(tmp_path):
     out = tmp_path / "run"
-    done = command("train", KITS, "--out", out, "--preset", "papers")
-    refused(done, "argument --preset: invalid choice: 'papers'", out)
+    done = train(KITS, out, "--preset", "papers")
+    text = "argument --preset: invalid choice: 'papers'"
+    refused(done, text, out)
     sentence = "The preset 'papers' is not known. Choose one of default, paper."
     with pytest.raises(InputError, match=sentence):
         Settings.from_preset("papers", "DATA", str(out))
+    settings = Settings(str(KITS), str(out), preset="papers")
     with pytest.raises(InputError, match="The preset 'papers' is not known"):
-        fit(Settings(str(KITS), str(out), preset="papers"))
+        fit(settings)
     assert not out.exists()
 
 
@@ -481,16 +617,23 @@ def adam(weights, gradients, rates):
     for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), 1):
         first = 0.9 * first + 0.1 * gradient
         second = 0.999 * second + 0.001 * gradient**2
-        mean = first / (1 - 0.9**step)
-        square = second / (1 - 0.999**step)
-        weights = weights - rate * mean / (np.sqrt(square) + 1e-8)
+        first_bias = 1 - 0.9**step
+        second_bias = 1 - 0.999**step
+        mean = first / first_bias
+        deviation = np.sqrt(second / second_bias)
+        change = mean / (deviation + 1e-8)
+        weights = weights - rate * change
     return weights
 
 
 def flat(tensors):
     "Numbers of all tensors in one array"
-    parts = [tensor.detach().flatten() for tensor in tensors]
-    return torch.cat(parts).numpy().copy()
+    parts = []
+    for tensor in tensors:
+        numbers = tensor.detach()
+        parts.append(numbers.flatten())
+    whole = torch.cat(parts)
+    return whole.numpy()
 
 
 def begin_by_the_preset(folder):
@@ -504,11 +647,30 @@ def begin_by_the_preset(folder):
         "validation": 2.0,
         "cache": "off",
     }
-    data = str(tiny.dataset(folder / "data"))
-    settings = Settings.from_preset("paper", data, str(folder / "run"), **small)
+    data = tiny.dataset(folder / "data")
+    out = folder / "run"
+    settings = Settings.from_preset("paper", str(data), str(out), **small)
     cases = prepare(settings, quiet=True)
-    assert cases.train[0].x.shape[1:] == (18, 17, 16)
-    return Run(settings, cases.task, cases.train, cases.val, torch.device("cpu"))
+    first = cases.train[0]
+    assert first.x.shape[1:] == (18, 17, 16)
+    device = torch.device("cpu")
+    return Run(settings, cases.task, cases.train, cases.val, device)
+
+
+def polynomial_rates(epochs, steps):
+    "The learning rate of each step by eq. 9"
+    rates = []
+    for epoch in range(epochs):
+        left = 1 - epoch / epochs
+        rate = 1e-4 * left**0.9
+        rates += steps * [rate]
+    return rates
+
+
+def differ(weights, others):
+    "Largest difference of two arrays"
+    gap = np.abs(weights - others)
+    return gap.max()
 
 
 def test_the_preset_steps_as_adam_with_polynomial_decay(tmp_path):
@@ -518,7 +680,9 @@ def test_the_preset_steps_as_adam_with_polynomial_decay(tmp_path):
     gradients = []
 
     def note(*_):
-        gradients.append(flat([parameter.grad for parameter in parameters]))
+        own = [parameter.grad for parameter in parameters]
+        whole = flat(own)
+        gradients.append(whole)
 
     run.optimizer.register_step_pre_hook(note)
     begun = flat(parameters)
@@ -528,9 +692,10 @@ def test_the_preset_steps_as_adam_with_polynomial_decay(tmp_path):
         run.rows.append({})
         run.begin_epoch()
     assert len(gradients) == 6  # 10 cases in batches of 8 and 2
-    rates = [1e-4 * (1 - epoch / 3) ** 0.9 for epoch in (0, 0, 1, 1, 2, 2)]  # eq. 9
+    rates = polynomial_rates(epochs=3, steps=2)
     ended = flat(parameters)
-    np.testing.assert_allclose(ended, adam(begun, gradients, rates), rtol=0, atol=1e-12)
-    assert np.abs(ended - begun).max() > 1e-4
+    expected = adam(begun, gradients, rates)
+    np.testing.assert_allclose(ended, expected, rtol=0, atol=1e-12)
+    assert differ(ended, begun) > 1e-4
     constant = adam(begun, gradients, [1e-4] * 6)
-    assert np.abs(ended - constant).max() > 1e-6  # another schedule would be seen
+    assert differ(ended, constant) > 1e-6  # another schedule would be seen

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import ModuleType
 import nibabel as nib
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from egcnn_nb import Settings, data_samples, fit
@@ -31,87 +33,151 @@ MODULE = "# my_module.py\n"
 
 def sections():
     "number -> text of each of the ten things"
-    parts = re.split(r"^### (\d+)\. ", PAGE.split("\n## How to change")[0], flags=re.M)
-    return dict(zip(map(int, parts[1::2]), parts[2::2], strict=True))
+    things, _, _ = PAGE.partition("\n## How to change")
+    _, *parts = re.split(r"^### (\d+)\. ", things, flags=re.M)
+    numbers = [int(number) for number in parts[::2]]
+    texts = parts[1::2]
+    return dict(zip(numbers, texts, strict=True))
+
+
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 
 def blocks(number):
     "(language, lines) of the code blocks of one thing"
-    return re.findall(r"^```(\w+)\n(.*?)^```$", sections()[number], flags=re.M | re.S)
+    text = sections()[number]
+    return BLOCK.findall(text)
+
+
+def around(voxel):
+    "A box of 20 voxels around a voxel"
+    box = []
+    for centre in voxel:
+        first = max(int(centre) - 10, 0)
+        box.append(slice(first, first + 20))
+    return tuple(box)
 
 
 def small(source, target):
     "Copy a phantom, cut to the box around its kidneys"
-    labels = nib.load(source / "segmentation.nii.gz")
-    where = np.argwhere(np.asarray(labels.dataobj) == 2).mean(0).astype(int)
-    box = tuple(slice(max(c - 10, 0), max(c - 10, 0) + 20) for c in where)
+    path = source / "segmentation.nii.gz"
+    labels = np.asarray(nib.load(path).dataobj)
+    kidneys = np.argwhere(labels == 2)
+    box = around(kidneys.mean(0))
     target.mkdir(parents=True)
     for name in ("imaging.nii.gz", "segmentation.nii.gz"):
-        nib.load(source / name).slicer[box].to_filename(target / name)
+        whole = nib.load(source / name)
+        cut = whole.slicer[box]
+        cut.to_filename(target / name)
 
 
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory):
+    "Three small phantoms"
     folder = tmp_path_factory.mktemp("phantoms")
-    for case in sorted(data_samples("kits2019").iterdir())[:3]:
+    samples = data_samples("kits2019")
+    cases = sorted(samples.iterdir())
+    for case in cases[:3]:
         small(case, folder / case.name)
     return folder
+
+
+def restore(registry):
+    "Let the registry have these entries"
+    for kind, entries in registry.items():
+        REGISTRY[kind].clear()
+        REGISTRY[kind].update(entries)
 
 
 @pytest.fixture
 def place(phantoms, tmp_path, monkeypatch):
     "A folder with DATA, in which a newcomer works; what she registers is forgotten afterwards"
-    (tmp_path / "DATA").symlink_to(phantoms)
+    data = tmp_path / "DATA"
+    data.symlink_to(phantoms)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = list(sys.path)
+    monkeypatch.setattr(sys, "path", path)
     before = {kind: dict(entries) for kind, entries in REGISTRY.items()}
     yield tmp_path
-    for kind, entries in before.items():
-        REGISTRY[kind].clear()
-        REGISTRY[kind].update(entries)
+    restore(before)
     sys.modules.pop("my_module", None)
     importlib.invalidate_caches()
 
 
 def config(**changes):
     "The settings of the page, made small"
-    given = {"epochs": 1, "patch_size": (16, 16, 16), "validation": 1, "precision": "fp32"}
-    return Settings("DATA", "RUN", **{**given, "cache": "off", "width": 4, "levels": 2, **changes})
+    given = dict(
+        epochs=1,
+        patch_size=(16, 16, 16),
+        validation=1,
+        precision="fp32",
+        cache="off",
+        width=4,
+        levels=2,
+    )
+    given.update(changes)
+    return Settings("DATA", "RUN", **given)
+
+
+def fit_here(config, **parts):
+    "`fit`, each time into the next folder: RUN0, or RUN1 where there is a run"
+    there = list(Path().glob("RUN*"))
+    folder = f"RUN{len(there)}"
+    settings = replace(config, out=folder)
+    return fit(settings, quiet=True, **parts)
 
 
 def follow(number, settings=None, size=SIZE):
     "Do what the page says: write my_module.py, run the commands and the Python lines; names of the Python lines"
-
-    def fit_here(config, **parts):
-        "`fit`, each time into the next folder: RUN0, or RUN1 where there is a run"
-        folder = f"RUN{len(list(Path().glob('RUN*')))}"
-        return fit(replace(config, out=folder), quiet=True, **parts)
-
-    names = {"torch": torch, "config": settings or config(), "fit": fit_here}
+    names = {
+        "torch": torch,
+        "config": settings or config(),
+        "fit": fit_here,
+    }
     for language, lines in blocks(number):
         if lines.startswith(MODULE):
             Path("my_module.py").write_text(lines)
         elif language == "sh":
             run(lines, size)
         else:
-            sys.path.insert(0, str(Path.cwd()))  # as where Python is started in this folder
-            exec(compile(lines, "CONTRIBUTING.md", "exec"), names)
+            run_python(lines, names)
     return names
+
+
+def run_python(lines, names):
+    "Run the lines of a block of Python, as where Python is started in this folder"
+    here = Path.cwd()
+    sys.path.insert(0, str(here))
+    code = compile(lines, "CONTRIBUTING.md", "exec")
+    exec(code, names)
 
 
 def run(lines, size):
     "Run the commands of a block, a line each, small and in this process"
     for line in lines.splitlines():
         command, *words = line.split()
-        more = [*TINY, *size] if command == "egcnn_train" else []
+        if command == "egcnn_train":
+            words += [*TINY, *size]
         sys.modules.pop("my_module", None)
-        assert COMMANDS[command]([*words, *more]) == 0, line
+        main = COMMANDS[command]
+        code = main(words)
+        assert code == 0, line
+
+
+def config_of(run):
+    "What a run keeps of itself"
+    path = Path(run, "config.json")
+    text = path.read_text()
+    return json.loads(text)
 
 
 def test_the_page_has_ten_things_and_each_says_where_it_belongs():
-    assert list(sections()) == list(range(1, 11))
-    for number, text in sections().items():
-        assert "**Test it:**" in text and "**In the package:**" in text, number
+    found = sections()
+    numbers = list(found)
+    assert numbers == list(range(1, 11))
+    for number, text in found.items():
+        assert "**Test it:**" in text, number
+        assert "**In the package:**" in text, number
         assert blocks(number), number
 
 
@@ -120,89 +186,137 @@ def test_every_notebook_and_file_that_the_page_names_is_there():
     named = re.findall(r"`((?:nbs|tests|tools)/[\w/.]+\.\w+)`", PAGE)
     assert len(named) > 10
     for name in named:
-        assert (root / name).is_file() or "ROOM" in name, name
+        path = root / name
+        there = path.is_file() or "ROOM" in name
+        assert there, name
 
 
 def test_the_first_lines_give_the_names_of_the_others():
-    lines = re.search(r"begin like this:\n\n```python\n(.*?)```", PAGE, re.S)[1]
+    begin = re.search(r"begin like this:\n\n```python\n(.*?)```", PAGE, re.S)
     names = {}
-    exec(lines, names)
-    assert names["config"] == Settings("DATA", "RUN") and names["fit"] is fit
+    exec(begin[1], names)
+    assert names["config"] == Settings("DATA", "RUN")
+    assert names["fit"] is fit
+
+
+def own_backbones():
+    "Names of the backbones that the package registers"
+    found = []
+    for name, entry in REGISTRY["backbone"].items():
+        module = entry.made.__module__
+        if module.startswith("egcnn_nb."):
+            found.append(name)
+    return found
 
 
 def test_the_help_names_every_backbone_of_the_package():
-    own = [n for n, e in REGISTRY["backbone"].items() if e.made.__module__.startswith("egcnn_nb.")]
+    own = own_backbones()
     assert len(own) == 5
     for command in (training, experiment):
-        assert all(name in command.arguments().format_help() for name in own)
+        parser = command.arguments()
+        text = parser.format_help()
+        for name in own:
+            assert name in text
+
+
+def first_epoch(run):
+    "The numbers of a run's first epoch"
+    rows = read_metrics(run)
+    return rows[0]
 
 
 def test_1_a_loss(place):
     follow(1)
-    settings = json.loads(Path("RUN/config.json").read_text())["settings"]
-    assert settings["readings"]["semantic"] == "tversky" and settings["imports"] == ["my_module"]
-    assert settings["readings"]["w_cross_entropy"] == 0
-    assert 0 < read_metrics("RUN")[0]["semantic"] < 1
-    assert 0 < read_metrics("RUN1")[0]["total"] < 1
+    settings = config_of("RUN")["settings"]
+    readings = settings["readings"]
+    assert readings["semantic"] == "tversky"
+    assert readings["w_cross_entropy"] == 0
+    assert settings["imports"] == ["my_module"]
+    by_name = first_epoch("RUN")
+    by_hand = first_epoch("RUN1")
+    assert 0 < by_name["semantic"] < 1
+    assert 0 < by_hand["total"] < 1
 
 
 def test_2_a_backbone(place, capsys):
     follow(2)
-    begun = [*TINY, *SIZE, "--out", "RUN2", "--backbone", "plain"]
-    REGISTRY["backbone"].pop("plain")
-    assert train(["DATA", *begun]) == 2  # without --import
+    backbones = REGISTRY["backbone"]
+    backbones.pop("plain")
+    words = ["DATA", *TINY, *SIZE, "--out", "RUN2", "--backbone", "plain"]
+    assert train(words) == 2  # without --import
     told = capsys.readouterr().err
     assert "The backbone 'plain' is not known. Choose one of unet, vnet, segnet" in told
     assert not Path("RUN2").exists()
     sys.modules.pop("my_module")
     scan = "DATA/case_00000/imaging.nii.gz"
     assert predict(["RUN", scan, "--out", "OUT"]) == 0  # the run knows its module
-    assert REGISTRY["backbone"]["plain"].title == "Plain Seg-Net"
+    plain = backbones["plain"]
+    assert plain.title == "Plain Seg-Net"
 
 
 def test_2_an_experiment_takes_the_backbone(place, capsys):
-    Path("my_module.py").write_text(blocks(2)[0][1])
-    words = "DATA --out EXPERIMENT --backbones segnet plain --arms bare --cache off --plan --quick"
-    more = "--test_cases 1 --validation 1 --patch_size 16 16 16".split()
-    assert experiment.main([*words.split(), *more]) == 2
-    assert "The backbone 'plain' is not known" in capsys.readouterr().err
-    assert experiment.main([*words.split(), *more, "--import", "my_module"]) == 0
-    assert "plain bare" in capsys.readouterr().out
+    (_, lines), *_ = blocks(2)
+    Path("my_module.py").write_text(lines)
+    words = (
+        "DATA --out EXPERIMENT --backbones segnet plain --arms bare --cache off --plan --quick "
+        "--test_cases 1 --validation 1 --patch_size 16 16 16"
+    ).split()
+    assert experiment.main(words) == 2
+    printed = capsys.readouterr()
+    assert "The backbone 'plain' is not known" in printed.err
+    assert experiment.main([*words, "--import", "my_module"]) == 0
+    printed = capsys.readouterr()
+    assert "plain bare" in printed.out
 
 
 def test_3_a_metric(place, capsys):
-    fit(config(edge=False), quiet=True)
-    rows = follow(3)["rows"]
-    assert all(0 <= row["precision"] <= 1 for row in rows)
-    ones, none = torch.ones(1, 2, 3, 3, 3), torch.zeros(1, 2, 3, 3, 3)
+    without_edge = config(edge=False)
+    fit(without_edge, quiet=True)
+    names = follow(3)
+    for row in names["rows"]:
+        assert 0 <= row["precision"] <= 1
+    check_precision()
+
+
+def check_precision():
+    "The precision of full and empty masks"
+    ones = torch.ones(1, 2, 3, 3, 3)
+    none = torch.zeros(1, 2, 3, 3, 3)
     precision = REGISTRY["metric"]["precision"].made
-    assert precision(ones, ones).tolist() == [[1, 1]] and precision(ones, none).tolist() == [[0, 0]]
+    assert precision(ones, ones).tolist() == [[1, 1]]
+    assert precision(ones, none).tolist() == [[0, 0]]
     assert precision(none, ones).tolist() == [[1, 1]]
 
 
 def test_4_a_layout(place, capsys):
-    Path("FLAT").mkdir()
-    for case in sorted(Path("DATA").iterdir()):
-        for old, new in (("imaging", "image"), ("segmentation", "mask")):
-            file = Path("FLAT") / f"{case.name}_{new}.nii.gz"
-            file.write_bytes((case / f"{old}.nii.gz").read_bytes())
+    flat = Path("FLAT")
+    flat.mkdir()
+    for case in Path("DATA").iterdir():
+        name = case.name
+        shutil.copy(case / "imaging.nii.gz", flat / f"{name}_image.nii.gz")
+        shutil.copy(case / "segmentation.nii.gz", flat / f"{name}_mask.nii.gz")
     assert check(["FLAT"]) == 2
     follow(4)
-    assert "FLAT: flat, 3 cases, 3 with labels" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "FLAT: flat, 3 cases, 3 with labels" in printed.out
 
 
 def test_5_patch_sampling(place):
-    around = follow(5)["around_tumor"]
-    assert json.loads(Path("RUN0/config.json").read_text())["parts"] == {"sampling": "around_tumor"}
+    names = follow(5)
+    around_tumor = names["around_tumor"]
+    kept = config_of("RUN0")
+    assert kept["parts"] == {"sampling": "around_tumor"}
     labels = torch.zeros(5, 6, 7)
-    assert around(labels, torch.Generator()) == [2, 3, 3]
+    generator = torch.Generator()
+    assert around_tumor(labels, generator) == [2, 3, 3]
     labels[1, 2, 3] = 2
-    assert around(labels, torch.Generator()) == [1, 2, 3]
+    assert around_tumor(labels, generator) == [1, 2, 3]
 
 
 def test_6_the_optimizer(place):
     follow(6)
-    assert "optimizer SGD of sgd, with the learning rates 0.01" in Path("RUN0/log.txt").read_text()
+    log = Path("RUN0/log.txt").read_text()
+    assert "optimizer SGD of sgd, with the learning rates 0.01" in log
 
 
 class Flip:
@@ -238,50 +352,39 @@ def torchio(monkeypatch):
 def test_7_the_augmentation(place, torchio):
     follow(7)
     for run in ("RUN0", "RUN1"):
-        written = json.loads(Path(run, "config.json").read_text())
-        assert written["settings"]["augment"] == []
+        written = config_of(run)
+        settings = written["settings"]
+        assert settings["augment"] == []
         assert list(written["parts"]) == ["transforms"]
 
 
-@pytest.fixture
-def tensorboard(monkeypatch):
-    "What stands for TensorBoard; the list of what is written"
-    written = []
-
-    class Writer:
-        def __init__(self, path, purge_step):
-            written.append(Path(path))
-
-        def add_scalar(self, name, value, step):
-            written.append(name)
-
-        def flush(self):
-            pass
-
-        def close(self):
-            pass
-
-    board = ModuleType("torch.utils.tensorboard")
-    board.SummaryWriter = Writer
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
-    return written
-
-
-def test_8_tensorboard(place, tensorboard):
+def test_8_tensorboard(place, monkeypatch):
+    writers = tiny.replace_tensorboard(monkeypatch)
     follow(8)
-    assert Path("RUN/tensorboard") in tensorboard and Path("RUN1/tensorboard") in tensorboard
-    assert "step/total" in tensorboard and "epoch/dice_mean" in tensorboard
+    folders = [writer.folder for writer in writers]
+    assert Path("RUN/tensorboard") in folders
+    assert Path("RUN1/tensorboard") in folders
+    for writer in writers:
+        names = writer.names()
+        assert "step/total" in names
+        assert "epoch/dice_mean" in names
 
 
 def test_9_early_stopping(place):
     names = follow(9)
-    assert len(read_metrics("RUN0")) == len(read_metrics("RUN1")) == 1
-    assert names["on_epoch"](None, 0, {"dice_mean": 0.96}) == "stop"
+    for run in ("RUN0", "RUN1"):
+        rows = read_metrics(run)
+        assert len(rows) == 1
+    on_epoch = names["on_epoch"]
+    good = {"dice_mean": 0.96}
+    assert on_epoch(None, 0, good) == "stop"
 
 
 def test_10_a_network(place):
-    follow(10, config(width=Settings.width, levels=Settings.levels), size=[])
-    written = json.loads(Path("RUN/config.json").read_text())
-    assert written["settings"]["network"] == "my_module:build"
-    parts = [json.loads(Path(f"RUN{i}/config.json").read_text())["parts"] for i in (1, 2)]
-    assert parts == [{"model": "build"}, {"model": "EGCNN"}]
+    default = config(width=Settings.width, levels=Settings.levels)
+    follow(10, default, size=[])
+    settings = config_of("RUN")["settings"]
+    assert settings["network"] == "my_module:build"
+    first, second = config_of("RUN1"), config_of("RUN2")
+    assert first["parts"] == {"model": "build"}
+    assert second["parts"] == {"model": "EGCNN"}

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -29,49 +28,69 @@ for case in prepared_cases(data.cases, data.task, Path(sys.argv[2]), quiet=True)
 
 def fill(cache):
     "Words of a process that prepares the brains, keeps them in a cache, and prints what they are"
-    return [sys.executable, "-c", FILL, str(BRAINS), str(cache)]
+    script = [sys.executable, "-c", FILL]
+    return [*script, str(BRAINS), str(cache)]
+
+
+def begin_to_fill(cache):
+    "Such a process"
+    return subprocess.Popen(
+        fill(cache),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def filled(cache):
     "What such a process prints"
-    done = subprocess.run(fill(cache), stdout=subprocess.PIPE, text=True, timeout=300)
+    line = fill(cache)
+    done = run(line)
     return done.stdout
 
 
 def entries_in(cache):
     "The entries of a cache that are written to their end"
-    return list(cache.glob("[!.]*.safetensors"))
+    found = cache.glob("[!.]*.safetensors")
+    return list(found)
+
+
+def inodes_of(entries):
+    "entry -> number of its file, another one where it is written anew"
+    return {entry: entry.stat().st_ino for entry in entries}
 
 
 def test_processes_that_fill_one_cache_do_not_meet(tmp_path):
     cache = tmp_path / "cache"
-    processes = []
-    for _ in range(3):
-        processes.append(subprocess.Popen(fill(cache), stdout=subprocess.PIPE, text=True))
-    printed = [process.communicate(timeout=300)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes)
-    assert printed[0].count("\n") == 12
-    assert len(set(printed)) == 1
+    processes = [begin_to_fill(cache) for _ in range(3)]
+    printed = []
+    for process in processes:
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0
+        printed.append(out)
+    first = printed[0]
+    assert first.count("\n") == 12
+    assert set(printed) == {first}
     entries = list(cache.iterdir())
     assert len(entries) == 12
-    assert all(entry.suffix == ".safetensors" for entry in entries)
+    for entry in entries:
+        assert entry.suffix == ".safetensors"
 
 
 def test_a_process_killed_while_it_fills_a_cache_leaves_only_whole_entries(tmp_path):
     "The next one takes what is there and makes the rest"
     cache = tmp_path / "cache"
     whole = filled(tmp_path / "other")
-    process = subprocess.Popen(fill(cache), stdout=subprocess.DEVNULL)
+    process = begin_to_fill(cache)
     while not entries_in(cache):
         assert process.poll() is None
         time.sleep(0.002)
     process.kill()
     process.wait()
-    kept = {entry: entry.stat().st_ino for entry in entries_in(cache)}
+    kept = entries_in(cache)
+    before = inodes_of(kept)
     assert 1 <= len(kept) <= 12
     assert filled(cache) == whole
-    for entry, inode in kept.items():
-        assert entry.stat().st_ino == inode
+    assert inodes_of(kept) == before
     assert len(entries_in(cache)) == 12
 
 
@@ -84,12 +103,22 @@ PREDICT = [
 
 def run(words, **options):
     "Run a process to its end, and keep what it prints"
-    return subprocess.run(words, capture_output=True, text=True, timeout=600, **options)
+    captured = dict(capture_output=True, text=True, timeout=600)
+    return subprocess.run(words, **captured, **options)
+
+
+def expect_end(done, *texts):
+    "A process ended well, and wrote these texts to stderr"
+    error = done.stderr
+    assert done.returncode == 0, error
+    for text in texts:
+        assert text in error, error
 
 
 def label_maps(folder):
     "The label maps of a folder, without its edge maps"
-    return [file for file in folder.glob("*.nii.gz") if "edges" not in file.name]
+    files = folder.glob("*.nii.gz")
+    return [file for file in files if "edges" not in file.name]
 
 
 def kill_after(folder, words, count):
@@ -98,33 +127,40 @@ def kill_after(folder, words, count):
     while len(label_maps(folder)) < count:
         assert process.poll() is None
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
 
 
 def voxels(path):
     "The array of a NIfTI file"
-    return np.asarray(nib.load(path).dataobj)
+    image = nib.load(path)
+    return np.asarray(image.dataobj)
+
+
+def names_in(folder):
+    "The names of the files in a folder"
+    return {file.name for file in folder.iterdir()}
 
 
 def test_a_folder_that_was_killed_goes_on_and_ends_like_one_left_alone(tmp_path):
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     words = [*PREDICT, str(EG), str(BRAINS), "--save", "edges", "--out"]
     done = run([*words, str(alone)])
-    assert done.returncode == 0, done.stderr
-    assert "predicting" in done.stderr, done.stderr  # both bars
-    assert "window" in done.stderr, done.stderr
-    kill_after(killed, [*words, str(killed)], 3)
-    assert 3 <= len(label_maps(killed)) < 12
-    again = run([*words, str(killed), "--resume"])
-    assert again.returncode == 0, again.stderr
-    assert "inputs are done already" in again.stderr, again.stderr
-    names = sorted(file.name for file in alone.glob("*.nii.gz"))
+    expect_end(done, "predicting", "window")  # both bars
+    line = [*words, str(killed)]
+    kill_after(killed, line, 3)
+    written = len(label_maps(killed))
+    assert 3 <= written < 12
+    again = run([*line, "--resume"])
+    expect_end(again, "inputs are done already")
+    names = {name for name in names_in(alone) if name.endswith(".nii.gz")}
     assert len(names) == 24
-    there = {file.name for file in killed.iterdir()}
-    assert there == {*names, "egcnn_predict.json", "run.lock"}
+    others = names_in(killed) - names
+    assert others == {"egcnn_predict.json", "run.lock"}
     for name in names:
-        np.testing.assert_array_equal(voxels(alone / name), voxels(killed / name))
+        expected = voxels(alone / name)
+        found = voxels(killed / name)
+        np.testing.assert_array_equal(found, expected)
 
 
 STRANGER = """
@@ -144,41 +180,55 @@ print(predict(model, np.zeros((1, 40, 30, 20)), (32, 32, 32), spacing=(.8, .8, 2
 def wheel(tmp_path_factory):
     "The wheel, unpacked by pip into a folder of its own, away from the clone"
     tmp = tmp_path_factory.mktemp("wheel")
-    shutil.copytree(
-        ROOT, tmp / "clone", ignore=shutil.ignore_patterns(".venv", ".git", "nbs", "demo*")
-    )
-
-    def pip(*words):
-        run([sys.executable, "-m", "pip", *words], check=True, cwd=tmp)
-
-    pip("wheel", "--no-deps", "--wheel-dir", "dist", "./clone")
-    built = next((tmp / "dist").glob("*.whl"))
-    pip("install", "--no-deps", "--target", "site", str(built))
+    left_out = shutil.ignore_patterns(".venv", ".git", "nbs", "demo*")
+    shutil.copytree(ROOT, tmp / "clone", ignore=left_out)
+    pip = [sys.executable, "-m", "pip"]
+    build = "wheel --no-deps --wheel-dir dist ./clone".split()
+    run([*pip, *build], check=True, cwd=tmp)
+    dist = tmp / "dist"
+    (built,) = dist.glob("*.whl")
+    install = "install --no-deps --target site".split()
+    run([*pip, *install, str(built)], check=True, cwd=tmp)
     return tmp / "site"
 
 
-def test_ten_lines_of_a_stranger_with_the_wheel(wheel, tmp_path):
+@pytest.fixture
+def elsewhere(wheel, tmp_path):
+    "A function: run a process that has the package from the wheel alone"
     env = {**os.environ, "PYTHONPATH": str(wheel)}
+
+    def run_there(*words):
+        return run(words, cwd=tmp_path, env=env)
+
+    return run_there
+
+
+def test_ten_lines_of_a_stranger_with_the_wheel(wheel, elsewhere):
     code = "import egcnn_nb; print(egcnn_nb.__file__)"
-    where = run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
-    assert where.stdout.startswith(str(wheel))  # the wheel's, not the clone's
-    assert len(STRANGER.strip().splitlines()) <= 10
-    done = run([sys.executable, "-c", STRANGER], cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    assert "torch.Size([2, 40, 30, 20])" in done.stdout, done.stderr
-    assert "gate 0" in done.stdout, done.stderr
+    where = elsewhere(sys.executable, "-c", code)
+    path = where.stdout
+    assert path.startswith(str(wheel))  # the wheel's, not the clone's
+    lines = STRANGER.strip().splitlines()
+    assert len(lines) <= 10
+    done = elsewhere(sys.executable, "-c", STRANGER)
+    printed = done.stdout
+    expect_end(done)
+    assert "torch.Size([2, 40, 30, 20])" in printed
+    assert "gate 0" in printed
 
 
-def test_the_wheel_brings_what_the_package_reads(wheel, tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(wheel)}
+def test_the_wheel_brings_what_the_package_reads(wheel, elsewhere, tmp_path):
     shipped = wheel / "egcnn_nb/pretrained/eg"
-    config = json.loads((shipped / "config.json").read_text())
+    text = (shipped / "config.json").read_text()
+    config = json.loads(text)
     assert config["task"]["name"] == "BraTS 2019"
     out = tmp_path / "out"
     scan = BRAINS / "HGG/BraTS19_PHANTOM_001_1"
-    done = run([*PREDICT, str(shipped), str(scan), "--out", str(out)], cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    assert (out / "BraTS19_PHANTOM_001_1.nii.gz").is_file(), done.stderr
+    line = [*PREDICT, str(shipped), str(scan), "--out", str(out)]
+    done = elsewhere(*line)
+    expect_end(done)
+    label_map = out / "BraTS19_PHANTOM_001_1.nii.gz"
+    assert label_map.is_file(), done.stderr
 
 
 def test_files_in_memory_count_as_free(monkeypatch):
@@ -186,43 +236,68 @@ def test_files_in_memory_count_as_free(monkeypatch):
     from egcnn_nb import core
 
     gib = 1 << 30
-    counts = f"anon {gib} inactive_file {gib // 2} active_file {gib // 4}"
+    half, quarter = gib // 2, gib // 4
+    counts = f"anon {gib} inactive_file {half} active_file {quarter}"
+    whole = str(2 * gib)
     told = {
-        "memory.max": [str(2 * gib)],
-        "memory.current": [str(2 * gib)],
+        "memory.max": [whole],
+        "memory.current": [whole],
         "memory.stat": counts.split(),
     }
+
+    def cgroup(name):
+        return told.get(name, [])
+
     machine = core.free_memory()
-    monkeypatch.setattr(core, "_cgroup", lambda name: told.get(name, []))
-    assert core.free_memory() == min(3 * gib // 4, machine)
+    monkeypatch.setattr(core, "_cgroup", cgroup)
+    of_files = half + quarter
+    assert core.free_memory() == min(of_files, machine)
     told["memory.stat"] = []
     assert core.free_memory() == 0
 
 
-def test_a_label_map_is_that_of_validation_where_regions_fill_a_region():
+PARTS = {0: "background", 1: "core", 2: "edema", 300: "rim"}
+
+
+def whole_case(shape):
+    "A case of which nothing was cropped"
+    import torch
+
+    from egcnn_nb.data.prepare import Loaded
+    from egcnn_nb.data.volumes import Volume
+
+    nothing = np.zeros((0, 0, 0), np.float32)
+    grid = Volume(nothing, np.eye(4), nib.Nifti1Header(), "none.nii")
+    box = tuple(slice(0, n) for n in shape)
+    x = torch.zeros(1, *shape)
+    return Loaded("case", x, None, None, grid, shape, box)
+
+
+@pytest.mark.parametrize(
+    "regions",
+    [
+        {"whole": (1, 2, 300), "inner": (1, 2), "core": (1,), "edema": (2,), "rim": (300,)},
+        {"whole": (1, 2, 300), "inner": (1, 300), "rim": (300,)},
+    ],
+    ids=["parts", "inner"],
+)
+def test_a_label_map_is_that_of_validation_where_regions_fill_a_region(regions):
     "`label_map` takes one map at a time, `to_labels` all at once: both choose the likeliest part"
     import torch
 
     from egcnn_nb.core import Task
-    from egcnn_nb.data.prepare import Loaded
-    from egcnn_nb.data.volumes import Volume
     from egcnn_nb.run.predict import label_map
     from egcnn_nb.tensors import to_labels
 
-    grid = Volume(np.zeros((0, 0, 0), np.float32), np.eye(4), nib.Nifti1Header(), "none.nii")
-    box = (slice(0, 9), slice(0, 8), slice(0, 7))
-    loaded = Loaded("case", torch.zeros(1, 9, 8, 7), None, None, grid, (9, 8, 7), box)
-    labels = {0: "background", 1: "core", 2: "edema", 300: "rim"}
-    for regions in (
-        {"whole": (1, 2, 300), "inner": (1, 2), "core": (1,), "edema": (2,), "rim": (300,)},
-        {"whole": (1, 2, 300), "inner": (1, 300), "rim": (300,)},
-    ):
-        task = Task("parts", ("t1",), labels, regions, "sigmoid")
-        generator = torch.Generator().manual_seed(0)
-        prob = torch.rand(len(regions), 9, 8, 7, generator=generator)
-        one_by_one = label_map(prob, loaded, task)
-        at_once = to_labels(prob[None], task)[0].numpy()
-        assert np.array_equal(one_by_one, at_once)
+    shape = (9, 8, 7)
+    task = Task("parts", ("t1",), PARTS, regions, "sigmoid")
+    generator = torch.Generator()
+    generator.manual_seed(0)
+    prob = torch.rand(len(regions), *shape, generator=generator)
+    case = whole_case(shape)
+    one_by_one = label_map(prob, case, task)
+    at_once = to_labels(prob[None], task)
+    assert np.array_equal(one_by_one, at_once[0])
 
 
 def test_a_run_of_python_whose_files_are_paths_is_described_in_json():
@@ -230,9 +305,11 @@ def test_a_run_of_python_whose_files_are_paths_is_described_in_json():
     from egcnn_nb.run.folders import describe, settings_of_config
     from egcnn_nb.run.settings import Settings
 
+    data, out = Path("data"), Path("out")
     names = Path("names.txt")
-    settings = Settings(Path("data"), Path("out"), validation=names, patch_size=(16, 16, 16))
-    text = json.dumps(describe(settings, BRATS, [], []))
+    settings = Settings(data, out, validation=names)
+    about = describe(settings, BRATS, [], [])
+    text = json.dumps(about)
     config = json.loads(text)
     assert config["settings"]["validation"] == "names.txt"
     read, *_ = settings_of_config(config)

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,12 +24,34 @@ browser = importlib.import_module("browser")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return dataset(tmp_path_factory.mktemp("tiny") / "data", 6)
+    "A tiny data set"
+    tmp = tmp_path_factory.mktemp("tiny")
+    folder = tmp / "data"
+    return dataset(folder, 6)
+
+
+@pytest.fixture
+def begin(data, tmp_path):
+    "A function: the words of egcnn_train on it"
+
+    def words(*more):
+        cache = tmp_path / "cache"
+        return command(data, tmp_path / "run", "--cache", cache, *more)
+
+    return words
 
 
 def last_line(error):
     "The last line that a command prints, without a progress bar before it"
-    return error.strip().splitlines()[-1].split("\r")[-1]
+    lines = error.strip().splitlines()
+    *_, shown = lines[-1].split("\r")
+    return shown
+
+
+def expect_code(process, code, error):
+    "A process ended with an exit code, and without a traceback"
+    assert process.returncode == code, error
+    assert "Traceback" not in error, error
 
 
 def ends(words, code=2, limit=None, env=ENV):
@@ -40,23 +62,24 @@ def ends(words, code=2, limit=None, env=ENV):
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
     done = subprocess.run(
-        list(map(str, words)),
+        [str(word) for word in words],
         capture_output=True,
         text=True,
         timeout=200,
         env=env,
         preexec_fn=limited,
     )
-    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr[-3000:]
+    expect_code(done, code, done.stderr)
     return last_line(done.stderr)
 
 
 # --- memory
 
 
-def test_training_without_memory_ends_with_one_line(data, tmp_path):
-    large = ["--patch_size", 512, 512, 512, "--batch_size", 2, "--cache", tmp_path / "cache"]
-    line = ends(command(data, tmp_path / "run", *large), limit=6 << 30)
+def test_training_without_memory_ends_with_one_line(begin):
+    large = "--patch_size 512 512 512 --batch_size 2".split()
+    words = begin(*large)
+    line = ends(words, limit=6 << 30)
     assert "There is not enough memory" in line
     assert "smaller --patch_size or --batch_size" in line
     assert "--accumulate" in line
@@ -81,25 +104,31 @@ WORKER_DIED = (
 )
 
 
-def with_a_worker(data, tmp):
-    "A long run with one worker"
-    return command(data, tmp / "run", "--epochs", 400, "--workers", 1, "--cache", tmp / "cache")
+WITH_A_WORKER = ("--epochs", 400, "--workers", 1)  # a long run
 
 
-def test_a_worker_without_memory_ends_with_one_sentence(data, tmp_path):
-    words = with_a_worker(data, tmp_path)
-    line = ends([sys.executable, "-c", NO_MEMORY, *words[3:]], code=1)
+def by_script(script, words):
+    "The same command, begun by a script of our own"
+    return [sys.executable, "-c", script, *words[3:]]
+
+
+def test_a_worker_without_memory_ends_with_one_sentence(begin):
+    words = begin(*WITH_A_WORKER)
+    script = by_script(NO_MEMORY, words)
+    line = ends(script, code=1)
     assert line == WORKER_DIED
 
 
-def test_a_worker_that_is_killed_ends_with_one_sentence(data, tmp_path):
-    words = with_a_worker(data, tmp_path)
+def test_a_worker_that_is_killed_ends_with_one_sentence(begin, tmp_path):
+    words = begin(*WITH_A_WORKER)
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=ENV)
     begun(process, tmp_path / "run")
-    os.kill(children(process.pid)[0], signal.SIGKILL)
-    error = process.communicate(timeout=100)[1]
-    assert process.returncode == 1 and "Traceback" not in error, error[-3000:]
-    assert error.strip().splitlines()[-1] == WORKER_DIED
+    worker = children(process.pid)[0]
+    os.kill(worker, signal.SIGKILL)
+    _, error = process.communicate(timeout=100)
+    expect_code(process, 1, error)
+    lines = error.strip().splitlines()
+    assert lines[-1] == WORKER_DIED
 
 
 # --- locks
@@ -119,22 +148,33 @@ fcntl.flock = fcntl.lockf = refuse
 """
 
 
-@pytest.mark.parametrize("code", [38, 37, 95])
-def test_training_and_resuming_where_there_are_no_locks(data, tmp_path, code):
-    patch = tmp_path / "off"
+def without_locks(tmp, code):
+    "An environment in which Python's locks fail with a code"
+    patch = tmp / "off"
     patch.mkdir()
     (patch / "sitecustomize.py").write_text(NO_FLOCK)
-    path = os.pathsep.join([str(patch), os.environ.get("PYTHONPATH", "")])
-    env = {**ENV, "FLOCK_ERRNO": str(code), "PYTHONPATH": path}
+    known = os.environ.get("PYTHONPATH", "")
+    return {
+        **ENV,
+        "FLOCK_ERRNO": str(code),
+        "PYTHONPATH": f"{patch}{os.pathsep}{known}",
+    }
+
+
+@pytest.mark.parametrize("code", [38, 37, 95])
+def test_training_and_resuming_where_there_are_no_locks(begin, tmp_path, code):
+    env = without_locks(tmp_path, code)
     soft = tmp_path / "run/run.soft.lock"
-    words = command(data, tmp_path / "run", "--epochs", 1, "--cache", tmp_path / "cache")
-    for more in ([], ["--resume"]):
-        done = subprocess.run([*words, *more], capture_output=True, text=True, timeout=200, env=env)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stderr.count("file system without locks") == 1
+    words = begin("--epochs", 1)
+    resume = [*words, "--resume"]
+    for line in (words, resume):
+        done = subprocess.run(line, capture_output=True, text=True, timeout=200, env=env)
+        error = done.stderr
+        assert done.returncode == 0, error
+        assert error.count("file system without locks") == 1
         assert not soft.exists()
     soft.write_text("1\nanother-host\n")  # left behind by a run that was killed elsewhere
-    line = ends([*words, "--resume"], env=env)
+    line = ends(resume, env=env)
     assert "another egcnn_train" in line
     assert f"If it was killed, remove {soft}" in line
 
@@ -158,32 +198,35 @@ def mine():
         signal.signal(number, old)
 
 
-def test_handlers_of_signals_are_put_back(data, tmp_path, mine):
+def in_a_thread(function, argument):
+    "What a function returns in a thread of its own, which may not set handlers"
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(function, argument)
+        return future.result()
+
+
+def test_handlers_of_signals_are_put_back(begin, mine):
     from egcnn_nb.commands.train import main
 
     def expect_mine():
         for number in KINDS:
             assert signal.getsignal(number) is mine
 
-    words = command(data, tmp_path / "run", "--epochs", 1, "--cache", tmp_path / "cache")[3:]
+    words = begin("--epochs", 1)[3:]
     assert main(words) == 0
     expect_mine()
     assert main(words) == 2  # the folder exists
     expect_mine()
-    codes = []
-    # only the main thread may set handlers
-    thread = threading.Thread(target=lambda: codes.append(main(words)))
-    thread.start()
-    thread.join()
-    assert codes == [2]
+    assert in_a_thread(main, words) == 2
     expect_mine()
 
 
-def test_the_handler_of_an_experiment_is_put_back(data, tmp_path):
+def test_the_handler_of_an_experiment_is_put_back(tmp_path):
     from egcnn_nb.commands.experiment import main
 
+    nowhere, out = tmp_path / "nowhere", tmp_path / "out"
     before = signal.getsignal(signal.SIGTERM)
-    assert main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
+    assert main([str(nowhere), "--out", str(out)]) == 2
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -203,21 +246,30 @@ sys.exit(main())
 
 def first_of_two(address, port):
     "The environment that torchrun gives the first of two processes"
-    own = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-    return {**ENV, **own, "MASTER_ADDR": address, "MASTER_PORT": port}
+    return {
+        **ENV,
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+    }
 
 
-def test_a_machine_that_does_not_know_its_name(data, tmp_path):
-    words = command(data, tmp_path / "run")[3:]
+def test_a_machine_that_does_not_know_its_name(begin):
     env = first_of_two("nowhere.invalid", "29533")
-    line = ends([sys.executable, "-c", NO_NAME, *words], env=env)
-    for word in ("nowhere.invalid has no address", "--local_addr=127.0.0.1", "MASTER_ADDR"):
-        assert word in line
+    words = begin()
+    script = by_script(NO_NAME, words)
+    line = ends(script, env=env)
+    assert "nowhere.invalid has no address" in line
+    assert "--local_addr=127.0.0.1" in line
+    assert "MASTER_ADDR" in line
 
 
-def test_processes_that_do_not_meet(data, tmp_path):
-    words = command(data, tmp_path / "run", "--timeout", 0.05)
-    line = ends(words, code=1, env=first_of_two("localhost", "29534"))
+def test_processes_that_do_not_meet(begin):
+    words = begin("--timeout", 0.05)
+    env = first_of_two("localhost", "29534")
+    line = ends(words, code=1, env=env)
     assert "the 2 processes did not meet at localhost:29534" in line
     assert "--local_addr=127.0.0.1" in line
 
@@ -227,44 +279,60 @@ def test_help_for_a_user_without_a_home(module):
     if not shutil.which("setpriv") or os.geteuid() != 0:
         pytest.skip("needs setpriv, and root")
     code = f"import sys; from egcnn_nb.commands.{module} import main; sys.exit(main())"
-    no_home = ["env", "-i", "PATH=/usr/bin:/bin", f"PYTHONPATH={ROOT}"]
-    other_user = ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups"]
+    no_home = f"env -i PATH=/usr/bin:/bin PYTHONPATH={ROOT}".split()
+    other_user = "setpriv --reuid 12345 --regid 12345 --clear-groups".split()
     words = [*no_home, *other_user, sys.executable, "-c", code, "--help"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=100)
-    if "Permission denied" in done.stderr:
+    error, printed = done.stderr, done.stdout
+    if "Permission denied" in error:
         pytest.skip("another user may not read this environment")
-    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr[-2000:]
+    assert done.returncode == 0, error
+    assert "usage:" in printed, error
     if module == "train":
-        assert "None" not in done.stdout
-        assert "default off" in " ".join(done.stdout.split())
+        assert "None" not in printed
+        in_one_line = " ".join(printed.split())
+        assert "default off" in in_one_line
 
 
 # --- a browser for the tests
 
 
+def write_script(path, line):
+    "Write a script that can be run"
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
+
+
+def nothing():
+    "What is found where there is nothing"
+    return None
+
+
 def test_a_browser_is_found_where_there_is_one(tmp_path, monkeypatch):
-    stub, real = tmp_path / "chromium-browser", tmp_path / "google-chrome"
-    stub.write_text("#!/bin/sh\necho 'requires the chromium snap to be installed'; exit 1\n")
-    stub.chmod(0o755)
+    stub = tmp_path / "chromium-browser"
+    real = tmp_path / "google-chrome"
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(browser, "NAMES", ("chromium-browser", "google-chrome"))
-    monkeypatch.setattr(browser, "playwrights_own", lambda: None)
+    monkeypatch.setattr(browser, "NAMES", (stub.name, real.name))
+    monkeypatch.setattr(browser, "playwrights_own", nothing)
+    write_script(stub, "echo 'requires the chromium snap to be installed'; exit 1")
     assert browser.find() is None  # a script that only says how to install one
-    real.write_text("#!/bin/sh\necho 'Google Chrome 140'\n")
-    real.chmod(0o755)
+    write_script(real, "echo 'Google Chrome 140'")
     assert browser.find() == str(real)
     assert browser.main() == 0
 
 
 def test_without_a_browser_to_be_had_there_is_one_sentence(monkeypatch, capfd):
-    monkeypatch.setattr(browser, "find", lambda: None)
+    monkeypatch.setattr(browser, "find", nothing)
     monkeypatch.setenv("PLAYWRIGHT_DOWNLOAD_HOST", "http://127.0.0.1:9")  # nothing answers there
-    monkeypatch.setattr(browser, "is_root", lambda: False)
-    assert browser.main() == 1
-    assert browser.SENTENCE in capfd.readouterr().err
+    monkeypatch.setattr(browser, "is_root", nothing)
+    code = browser.main()
+    assert code == 1
+    printed = capfd.readouterr()
+    assert browser.SENTENCE in printed.err
 
 
 def test_a_download_that_hangs_is_ended():
-    code, text = browser.run("sleep", "60", seconds=0.5, quiet=True)
+    words = ["sleep", "60"]
+    code, text = browser.run(*words, seconds=0.5, quiet=True)
     assert code == 1
     assert "more than 0.5 s" in text

@@ -26,7 +26,12 @@ m.PathFinder.find_spec = lambda name, *args: None if name.split(".")[0] == "mona
 
 def python(*words, timeout=300):
     "Run Python; the process, with what it printed"
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [sys.executable, *words],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def pyright(*words):
@@ -36,15 +41,18 @@ def pyright(*words):
 
 def test_the_hints_of_the_package_are_sound():
     done = pyright("--project", str(ROOT))
-    assert done.returncode == 0, done.stdout
-    assert "0 errors, 0 warnings" in done.stdout, done.stdout
-    assert (ROOT / "egcnn_nb/py.typed").exists()
+    printed = done.stdout
+    assert done.returncode == 0, printed
+    assert "0 errors, 0 warnings" in printed, printed
+    mark = ROOT / "egcnn_nb/py.typed"
+    assert mark.exists()
 
 
 def test_the_checker_sees_a_wrong_hint(tmp_path):
     wrong = tmp_path / "wrong.py"
     wrong.write_text("from egcnn_nb.method.sobel import edge_target\nedge_target('a mask')\n")
-    assert "reportArgumentType" in pyright(str(wrong)).stdout
+    done = pyright(str(wrong))
+    assert "reportArgumentType" in done.stdout
 
 
 IMPORT_ALONE = """
@@ -55,8 +63,9 @@ assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules)
 
 def test_import_of_the_package_alone_loads_nothing():
     done = python("-X", "importtime", "-c", IMPORT_ALONE)
-    assert done.returncode == 0, done.stderr
-    found = re.search(r"\|\s+(\d+) \| egcnn_nb$", done.stderr, re.M)
+    told = done.stderr
+    assert done.returncode == 0, told
+    found = re.search(r"\|\s+(\d+) \| egcnn_nb$", told, re.M)
     microseconds = int(found[1])  # with all that it imports
     assert microseconds < 300_000
 
@@ -77,16 +86,20 @@ sys.exit(main())
 @pytest.fixture
 def data(tmp_path):
     "A small dataset"
-    dataset(tmp_path / "data")
-    return str(tmp_path / "data")
+    folder = tmp_path / "data"
+    dataset(folder)
+    return str(folder)
 
 
 def test_a_run_needs_no_monai(data, tmp_path):
     run = tmp_path / "run"
     done = train_without_monai(data, "--out", str(run))
-    assert done.returncode == 0, done.stderr
-    assert (run / "model.safetensors").exists()
-    assert '"monai"' not in (run / "config.json").read_text()
+    error = done.stderr
+    assert done.returncode == 0, error
+    weights = run / "model.safetensors"
+    assert weights.exists()
+    config = (run / "config.json").read_text()
+    assert '"monai"' not in config
 
 
 @pytest.mark.parametrize(
@@ -97,57 +110,77 @@ def test_a_run_needs_no_monai(data, tmp_path):
     ],
 )
 def test_without_monai_its_parts_are_refused_in_one_line(flags, what, data, tmp_path):
-    done = train_without_monai(data, "--out", str(tmp_path / "none"), *flags)
-    assert done.returncode == 2, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+    out = tmp_path / "none"
+    done = train_without_monai(data, "--out", str(out), *flags)
+    error = done.stderr
+    assert done.returncode == 2, error
+    *_, last = error.strip().splitlines()
     fix = "pip install 'egcnn_nb[monai]'"
     assert last == f"error: {what}: found no monai, expected it installed; {fix}"
-    assert not (tmp_path / "none").exists()
+    assert not out.exists()
 
 
 def text_of(name):
     "A file of the repository"
-    return (ROOT / name).read_text()
+    path = ROOT / name
+    return path.read_text()
+
+
+def yaml_of(name):
+    "A YAML file of the repository"
+    text = text_of(name)
+    return yaml.safe_load(text)
 
 
 def test_the_version_is_the_same_everywhere():
     version = SETTINGS["DEFAULT"]["version"]
-    assert yaml.safe_load(text_of("CITATION.cff"))["version"] == version
+    citation = yaml_of("CITATION.cff")
+    assert citation["version"] == version
     release, _, is_coming = version.partition(".dev")
-    heading = f"## {release} (unreleased)" if is_coming else f"## {release}"
-    assert heading in text_of("CHANGELOG.md").splitlines()
+    heading = f"## {release}"
+    if is_coming:
+        heading += " (unreleased)"
+    changes = text_of("CHANGELOG.md")
+    assert heading in changes.splitlines()
 
 
 def test_torch_is_pinned_alike_everywhere():
-    lines = [line for line in text_of("Dockerfile").splitlines() if "torch==" in line]
-    version = lines[0].split("torch==")[1]
-    pin = f"torch=={version}"
+    found = re.search(r"torch==.+", text_of("Dockerfile"))
+    pin = found[0]
     assert pin in text_of("environment.yml")
     assert pin in text_of("README.md")
-    environment = yaml.safe_load(text_of("environment.yml"))
-    assert "--constraint constraints.txt" in environment["dependencies"][-1]["pip"]
+    environment = yaml_of("environment.yml")
+    *_, last = environment["dependencies"]
+    assert "--constraint constraints.txt" in last["pip"]
 
 
 def pins():
     "The names of the packages that constraints.txt pins"
-    lines = text_of("constraints.txt").splitlines()
-    return [Requirement(line).name for line in lines if line and not line.startswith("#")]
+    found = []
+    for line in text_of("constraints.txt").splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            found.append(requirement.name)
+    return found
 
 
 def python_wanted(package):
-    "The versions of Python for which an installed package is made"
-    return metadata(package)["Requires-Python"]
+    "The versions of Python for which an installed package is made, None where it is not there"
+    try:
+        about = metadata(package)
+    except PackageNotFoundError:
+        return None
+    return SpecifierSet(about["Requires-Python"] or "")
 
 
 def test_every_pin_admits_the_first_python_that_is_claimed():
     "Distributions ship the first releases of a Python for years: Debian 12 has 3.11.2"
-    first = f"{SETTINGS['DEFAULT']['min_python']}.0"
-    wanted = {}
+    claimed = SETTINGS["DEFAULT"]["min_python"]
+    first = f"{claimed}.0"
+    installed = 0
     for name in pins():
-        try:
-            wanted[name] = python_wanted(name)
-        except PackageNotFoundError:
-            pass
-    assert len(wanted) > 150
-    refused = {n: w for n, w in wanted.items() if w and first not in SpecifierSet(w)}
-    assert not refused
+        wanted = python_wanted(name)
+        if wanted is not None:
+            installed += 1
+            assert first in wanted, name
+    assert installed > 150

@@ -55,27 +55,32 @@ def unpack(folder):
     "The npm packages, each unpacked into folder/NAME"
     for spec in NPM:
         package, _, _version = spec.rpartition("@")
-        place = folder / package.replace("/", "-").lstrip("@")
+        name = package.replace("/", "-").lstrip("@")
+        place = folder / name
         place.mkdir(parents=True)
         pack = ["npm", "pack", "--silent", spec]
         done = subprocess.run(pack, cwd=place, capture_output=True, text=True, check=True)
-        archive = done.stdout.split()[-1]
-        subprocess.run(["tar", "xzf", archive, "--strip-components=1"], cwd=place, check=True)
+        *_, archive = done.stdout.split()
+        extract = ["tar", "xzf", archive, "--strip-components=1"]
+        subprocess.run(extract, cwd=place, check=True)
 
 
 def file_of(folder, url):
     "The file of a package that stands for an address"
-    path = url.split("?")[0]
-    name = path.split("/")[-1]
+    path, _, _ = url.partition("?")
+    *_, name = path.split("/")
     if "vue-js-modal" in path:
         return folder / "vue-js-modal/dist" / name
     if "dweb.link" in path:
-        below = path.split("dweb.link/")[1]
-        return folder / "itk-vtk-viewer/dist" / (below or "index.html")
+        _, _, below = path.partition("dweb.link/")
+        viewer = folder / "itk-vtk-viewer/dist"
+        return viewer / (below or "index.html")
     if "lib.imjoy.io" in path:
         return folder / "imjoy-core/dist" / name
     npm = re.match(r"https://cdn\.jsdelivr\.net/npm/([^@/]+)@[^/]+/(.*)", path)
-    return folder / npm[1] / npm[2] if npm else folder / "none"
+    if npm is None:
+        return folder / "none"
+    return folder / npm[1] / npm[2]
 
 
 # npm has vue-window as a CommonJS module only
@@ -88,11 +93,12 @@ def answer(folder):
     "A route that serves each address from the package that holds its file"
 
     def route(r):
-        if "vue-window" in r.request.url:
+        url = r.request.url
+        if "vue-window" in url:
             module = (folder / "hscmap-vue-window/lib/index.js").read_text()
             script = AS_SCRIPT.format(module=module)
             return r.fulfill(body=script, content_type="text/javascript")
-        file = file_of(folder, r.request.url)
+        file = file_of(folder, url)
         if file.is_file():
             return r.fulfill(path=file, headers={"access-control-allow-origin": "*"})
         return r.abort()
@@ -102,12 +108,15 @@ def answer(folder):
 
 def environment_with_extensions(folder):
     "An environment on top of this one with the extensions of itkwidgets: its Python"
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    make = [sys.executable, "-m", "venv", folder]
+    subprocess.run(make, check=True)
     python = folder / "bin/python"
-    site = next((folder / "lib").glob("python*/site-packages"))
+    (site,) = folder.glob("lib/python*/site-packages")
     below = str(Path(pytest.__file__).parents[1])
-    (site / "below.pth").write_text(f"import site; site.addsitedir({below!r})\n")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *EXTENSIONS], check=True)
+    link = site / "below.pth"
+    link.write_text(f"import site; site.addsitedir({below!r})\n")
+    install = [python, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*install, *EXTENSIONS], check=True)
     return python
 
 
@@ -125,7 +134,15 @@ def viewer_canvas(page):
 def is_drawn(page):
     "Whether the viewer shows more than one colour"
     canvas = viewer_canvas(page)
-    return canvas is not None and pixels(canvas, **PATIENT).std() > 10
+    if canvas is None:
+        return False
+    shown = pixels(canvas, **PATIENT)
+    return shown.std() > 10
+
+
+def is_outside(url):
+    "Whether an address is one of another machine"
+    return not HERE.match(url)
 
 
 def wait_until_drawn(page, seconds=180):
@@ -139,16 +156,17 @@ def wait_until_drawn(page, seconds=180):
 
 
 def test_the_scene_is_drawn(chromium, work, tmp_path, shots, monkeypatch):
-    unpack(tmp_path / "npm")
+    npm, folder = tmp_path / "npm", work / "nbs"
+    unpack(npm)
     python = environment_with_extensions(tmp_path / "env")
     below = Path(sys.prefix) / "share/jupyter"
     monkeypatch.setenv("JUPYTER_PATH", str(below))
-    write_notebook(work / "nbs/itk.ipynb", PATCH.strip(), VIEW)
+    write_notebook(folder / "itk.ipynb", PATCH.strip(), VIEW)
     lab = [f"--app-dir={below}/lab"]
-    process, address = serve("lab", work / "nbs", work / "itk.log", python, lab)
+    process, address = serve("lab", folder, work / "itk.log", python, lab)
     page = chromium.new_page(viewport={"width": 1100, "height": 900})
     try:
-        page.route(lambda url: not HERE.match(url), answer(tmp_path / "npm"))
+        page.route(is_outside, answer(npm))
         page.goto(f"{address}/lab/tree/itk.ipynb?reset", timeout=90_000)
         wait_for_kernel(page)
         page.evaluate(RUN_ALL_CELLS)

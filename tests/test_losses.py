@@ -1,5 +1,6 @@
 "The consistency loss in each of its readings, against SciPy and plain loops in float64."
 
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -14,11 +15,14 @@ from egcnn_nb.method.sobel import sobel_magnitude
 
 SHAPE = (14, 15, 16)
 READINGS = list(product(("truth", "union", "all"), ("mean", "sum"), ("masks", "each", "any")))
+each_reading = pytest.mark.parametrize("where, reduce, kind", READINGS)
 
 
 def drawn(seed, *shape):
     "Normal numbers in float64"
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator()
+    generator.manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def two_cases():
@@ -32,129 +36,244 @@ def two_cases():
 
 def wrong_prediction():
     "Probabilities that are high on the masks, moved by two voxels, and on a body far away from them"
-    moved = two_cases().roll(2, 2)
+    masks = two_cases()
+    moved = masks.roll(2, 2)
     moved[:, :, 10:13, :3, :4] = 1
-    return torch.sigmoid(6 * (moved - 0.5) + 0.3 * drawn(1, *moved.shape))
+    noise = 0.3 * drawn(1, *moved.shape)
+    logits = 6 * (moved - 0.5) + noise
+    return torch.sigmoid(logits)
+
+
+# ---- the loss by hand
 
 
 def size_of_gradient(volume, eps=1e-8):
     "Length of SciPy's Sobel gradient (D,H,W); the library has this eps in its root"
-    return np.sqrt(sum(sobel(volume, axis, mode="nearest") ** 2 for axis in range(3)) + eps)
+    squared = 0
+    for axis in range(3):
+        derivative = sobel(volume, axis, mode="nearest")
+        squared = squared + derivative**2
+    return np.sqrt(squared + eps)
+
+
+def strength(volume):
+    "Length of the gradient, where a flat face counts 1"
+    return size_of_gradient(volume) / 16
+
+
+def edge_of(mask):
+    "The edge voxels of a mask"
+    return size_of_gradient(mask, 0) > 8
 
 
 def compared(prob, mask, where):
     "The set e+ of eq. 7"
     if where == "all":
         return np.ones(mask.shape, bool)
-    edge = size_of_gradient(mask, 0) > 8
+    edge = edge_of(mask)
     if where == "union":
-        edge |= size_of_gradient((prob > 0.5) * 1.0, 0) > 8
+        predicted = prob > 0.5
+        edge |= edge_of(predicted.astype(float))
     return edge
 
 
 def over(difference, voxels, reduce):
     "Sum or mean over the voxels, one after the other"
-    total = sum(float(d) for d in difference[voxels])
-    return total if reduce == "sum" else total / max(voxels.sum(), 1)
+    total = 0
+    for value in difference[voxels]:
+        total += float(value)
+    if reduce == "sum":
+        return total
+    count = voxels.sum()
+    return total / max(count, 1)
+
+
+@dataclass
+class Class:
+    "One class of one case, as eq. 7 sees it"
+
+    predicted: np.ndarray  # strength of its edges
+    truth: np.ndarray
+    voxels: np.ndarray  # that are compared
+
+    def masks_part(self, reduce):
+        "Eq. 7"
+        difference = abs(self.predicted - self.truth)
+        return over(difference, self.voxels, reduce)
+
+    def edge_part(self, edge, reduce):
+        "The same of the scores of the edge stream"
+        found = expit(edge)
+        wanted = np.minimum(self.predicted, 1)
+        return over(abs(found - wanted), self.voxels, reduce)
+
+
+def classes_of(prob, masks, where):
+    "The classes of one case"
+    found = []
+    for p, mask in zip(prob, masks, strict=True):
+        voxels = compared(p, mask, where)
+        one = Class(strength(p), strength(mask), voxels)
+        found.append(one)
+    return found
+
+
+def any_class(classes):
+    "All classes as one: the strongest edge, and the voxels of any"
+    predicted = [one.predicted for one in classes]
+    voxels = [one.voxels for one in classes]
+    strongest = np.max(predicted, 0)
+    return Class(strongest, strongest, np.any(voxels, 0))
 
 
 def by_hand(prob, masks, where, reduce, edge_logits=None):
     "Eq. 7, and the edge stream's part of it, from loops over cases, classes and voxels"
-    masks_part, edge_part = [], []
-    for b in range(len(prob)):
-        gradients, sets = [], []
-        for p, mask in zip(prob[b], masks[b], strict=False):
-            gradients.append(size_of_gradient(p) / 16)
-            sets.append(compared(p, mask, where))
-            masks_part.append(
-                over(abs(gradients[-1] - size_of_gradient(mask) / 16), sets[-1], reduce)
-            )
+    masks_part = []
+    edge_part = []
+    for b, case in enumerate(prob):
+        classes = classes_of(case, masks[b], where)
+        masks_part += [one.masks_part(reduce) for one in classes]
         if edge_logits is None:
             continue
-        if edge_logits.shape[1] == 1:
-            gradients, sets = [np.max(gradients, 0)], [np.any(sets, 0)]
-        for e, gradient, voxels in zip(edge_logits[b], gradients, sets, strict=False):
-            edge_part.append(over(abs(expit(e) - np.minimum(gradient, 1)), voxels, reduce))
-    return np.mean(masks_part) + (np.mean(edge_part) if edge_part else 0)
+        edges = edge_logits[b]
+        if len(edges) == 1:
+            classes = [any_class(classes)]
+        for edge, one in zip(edges, classes, strict=True):
+            part = one.edge_part(edge, reduce)
+            edge_part.append(part)
+    if not edge_part:
+        return np.mean(masks_part)
+    return np.mean(masks_part) + np.mean(edge_part)
+
+
+CHANNELS = {"masks": 0, "each": 2, "any": 1}  # of the edge stream
 
 
 def edges_for(kind):
     "Scores of an edge stream, or None"
-    channels = {"masks": 0, "each": 2, "any": 1}[kind]
-    return 2 * drawn(2, 2, channels, *SHAPE) if channels else None
+    channels = CHANNELS[kind]
+    if channels == 0:
+        return None
+    return 2 * drawn(2, 2, channels, *SHAPE)
 
 
 def as_numpy(x):
-    return None if x is None else x.detach().numpy()
+    "A tensor as an array; None stays"
+    if x is None:
+        return None
+    return x.detach().numpy()
 
 
-@pytest.mark.parametrize("where, reduce, kind", READINGS)
-def test_every_reading_of_the_consistency_loss_is_that_of_scipy_and_loops(where, reduce, kind):
-    prob, masks, edges = wrong_prediction(), two_cases(), edges_for(kind)
+def exactly(value):
+    "What a number must be in float64"
+    return pytest.approx(value, rel=1e-12)
+
+
+def check_consistency(prob, masks, edges, where, reduce):
+    "The loss is that of the loops"
     expected = by_hand(as_numpy(prob), as_numpy(masks), where, reduce, as_numpy(edges))
     found = consistency_loss(prob, masks, where, consistency_reduce=reduce, edge_logits=edges)
-    assert found.item() == pytest.approx(expected, rel=1e-12)
+    assert found.item() == exactly(expected)
+
+
+@each_reading
+def test_every_reading_of_the_consistency_loss_is_that_of_scipy_and_loops(where, reduce, kind):
+    prob = wrong_prediction()
+    masks = two_cases()
+    edges = edges_for(kind)
+    check_consistency(prob, masks, edges, where, reduce)
     crop = (..., slice(0, 13), slice(2, 13), slice(3, 16))
-    cut = None if edges is None else edges[crop]
-    expected = by_hand(as_numpy(prob[crop]), as_numpy(masks[crop]), where, reduce, as_numpy(cut))
-    found = consistency_loss(
-        prob[crop], masks[crop], where, consistency_reduce=reduce, edge_logits=cut
-    )
-    assert found.item() == pytest.approx(expected, rel=1e-12)
+    if edges is not None:
+        edges = edges[crop]
+    check_consistency(prob[crop], masks[crop], edges, where, reduce)
+
+
+# ---- the loss of a network
 
 
 def criterion(where, reduce, kind, **more):
     "The loss of a task with a background and two classes"
-    how = {
-        "edge_classes": "any" if kind == "any" else "each",
-        "consistency": "masks" if kind == "masks" else "both",
-    }
-    return EGLoss(where=where, consistency_reduce=reduce, **how, **more)
+    return EGLoss(
+        where=where,
+        consistency_reduce=reduce,
+        edge_classes="any" if kind == "any" else "each",
+        consistency="masks" if kind == "masks" else "both",
+        **more,
+    )
 
 
 def softmax_task():
     "Fused and main logits with a background, and their one-hot target; its classes overlap nowhere"
     classes = two_cases()
     classes[:, 0] *= 1 - classes[:, 1]
-    target = torch.cat([1 - classes.sum(1, keepdim=True), classes], 1)
-    far = target.roll(3, 3)
-    return 4 * far + drawn(3, *target.shape), 4 * far + drawn(4, *target.shape), target
+    background = 1 - classes.sum(1, keepdim=True)
+    target = torch.cat([background, classes], 1)
+    far = 4 * target.roll(3, 3)
+    fused = far + drawn(3, *target.shape)
+    main = far + drawn(4, *target.shape)
+    return fused, main, target
 
 
-@pytest.mark.parametrize("where, reduce, kind", READINGS)
+def foreground(logits):
+    "Probabilities of the two classes"
+    prob = softmax(as_numpy(logits), 1)
+    return prob[:, 1:]
+
+
+WEIGHTS = {"semantic": 1, "consistency": 1, "edge_dice": 1, "edge_bce": 0.5}
+
+
+def weighted(terms):
+    "The sum of the terms with their weights"
+    total = 0
+    for name, weight in WEIGHTS.items():
+        total += weight * terms[name].item()
+    return total
+
+
+@each_reading
 def test_the_box_of_the_edges_changes_no_reading(where, reduce, kind):
     logits, main, target = softmax_task()
     edges = edges_for("each" if kind == "masks" else kind)
-    loss = criterion(where, reduce, kind).eval()
+    loss = criterion(where, reduce, kind)
+    loss.eval()
     terms = loss.terms(EGOutput(logits, edges, main), target)
-    assert all(v.dim() == 0 for v in terms.values())
+    for value in terms.values():
+        assert value.dim() == 0
     given = None if kind == "masks" else as_numpy(edges)
     masks = as_numpy(target[:, 1:])
-    parts = [
-        by_hand(softmax(as_numpy(z), 1)[:, 1:], masks, where, reduce, given) for z in (logits, main)
-    ]
-    assert terms["consistency"].item() == pytest.approx(np.mean(parts), rel=1e-12)
-    assert terms["total"].item() == pytest.approx(
-        sum(
-            weight * terms[k].item()
-            for k, weight in {
-                "semantic": 1,
-                "consistency": 1,
-                "edge_dice": 1,
-                "edge_bce": 0.5,
-            }.items()
-        )
-    )
+    of_fused = by_hand(foreground(logits), masks, where, reduce, given)
+    of_main = by_hand(foreground(main), masks, where, reduce, given)
+    mean = (of_fused + of_main) / 2
+    assert terms["consistency"].item() == exactly(mean)
+    total = weighted(terms)
+    assert terms["total"].item() == pytest.approx(total)
 
 
 @pytest.mark.parametrize("where", ["union", "all"])
 def test_a_box_would_change_what_is_compared_elsewhere(where):
-    prob, masks = wrong_prediction()[:1], two_cases()[:1]
-    box = (..., *edge_box(sobel_magnitude(masks)[0]))
-    whole, inside = (
-        by_hand(as_numpy(prob[b]), as_numpy(masks[b]), where, "sum") for b in ((...,), box)
-    )
+    prob = wrong_prediction()[:1]
+    masks = two_cases()[:1]
+    strengths = sobel_magnitude(masks)
+    box = (..., *edge_box(strengths[0]))
+    whole = by_hand(as_numpy(prob), as_numpy(masks), where, "sum")
+    inside = by_hand(as_numpy(prob[box]), as_numpy(masks[box]), where, "sum")
     assert inside < 0.95 * whole
+
+
+TAU = 0.7
+
+
+def decided(logits, key, activation):
+    "What the Gumbel form makes of the logits of one case"
+    z = as_numpy(logits)
+    if activation == "softmax":
+        noise = gumbel_noise(z.shape, [key]).numpy()
+        return softmax((z + noise) / TAU, 1)
+    shape = (1, 2, *z.shape[1:])
+    noise = gumbel_noise(shape, [key]).numpy()
+    for_class, against = noise[0]
+    return expit((z + for_class - against) / TAU)
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
@@ -163,104 +282,158 @@ def test_both_parts_decide_with_the_same_noise(activation):
     skip = 1 if activation == "softmax" else 0
     edges = drawn(5, 2, 3 - skip, *SHAPE)
     keys = [(0, 1, 2), (0, 1, 3)]
-    loss = EGLoss(activation, where="all", consistency="both", tau=0.7, supervise="main").train()
+    loss = EGLoss(activation, where="all", consistency="both", tau=TAU, supervise="main")
     out = EGOutput(logits, edges, main)
-    found = loss.terms(out, target, keys=keys)["consistency"].item()
+    terms = loss.terms(out, target, keys=keys)
     parts = []
     for b, key in enumerate(keys):
-        z = as_numpy(main[b : b + 1])
-        if activation == "softmax":
-            decided = softmax((z + gumbel_noise(z.shape, [key]).numpy()) / 0.7, 1)
-        else:
-            noise = gumbel_noise((1, 2, *z.shape[1:]), [key])[0].numpy()
-            decided = expit((z + noise[0] - noise[1]) / 0.7)
-        truth = as_numpy(target[b : b + 1, skip:])
-        parts.append(by_hand(decided[:, skip:], truth, "all", "mean", as_numpy(edges[b : b + 1])))
-    assert found == pytest.approx(np.mean(parts), rel=1e-12)
+        case = slice(b, b + 1)
+        prob = decided(main[case], key, activation)
+        truth = as_numpy(target[case, skip:])
+        part = by_hand(prob[:, skip:], truth, "all", "mean", as_numpy(edges[case]))
+        parts.append(part)
+    mean = np.mean(parts)
+    assert terms["consistency"].item() == exactly(mean)
 
 
-def pulls(loss, where_to="consistency"):
-    "Gradients of one term with respect to the edge logits, the fused logits and those of the main stream"
-    logits, main, target = softmax_task()
-    edges = 2 * drawn(2, 2, 1 if loss.edge["edge_classes"] == "any" else 2, *SHAPE)
-    inputs = [t.requires_grad_() for t in (edges, logits, main)]
-    out = EGOutput(inputs[1], inputs[0], inputs[2])
-    term = loss.terms(out, target)[where_to]
-    return torch.autograd.grad(term, inputs, allow_unused=True)
+# ---- gradients
 
 
-@pytest.mark.parametrize("where, reduce, kind", READINGS)
+@dataclass
+class Pulls:
+    "Gradients of the consistency loss"
+
+    edge: torch.Tensor | None
+    fused: torch.Tensor | None
+    main: torch.Tensor | None
+
+
+def pulls(loss):
+    "Gradients with respect to the edge logits, the fused logits and those of the main stream"
+    fused, main, target = softmax_task()
+    channels = 1 if loss.edge["edge_classes"] == "any" else 2
+    edge = 2 * drawn(2, 2, channels, *SHAPE)
+    inputs = (edge, fused, main)
+    for tensor in inputs:
+        tensor.requires_grad_()
+    out = EGOutput(fused, edge, main)
+    terms = loss.terms(out, target)
+    found = torch.autograd.grad(terms["consistency"], inputs, allow_unused=True)
+    return Pulls(*found)
+
+
+def size(gradient):
+    "Sum of the absolute values"
+    return gradient.abs().sum()
+
+
+@each_reading
 def test_the_edge_stream_is_reached_by_both_and_never_by_the_masks_alone(where, reduce, kind):
-    edges, fused, main = pulls(criterion(where, reduce, kind))
-    assert fused.abs().sum() > 0 and main.abs().sum() > 0
-    if kind == "masks":
-        assert edges is None or not edges.any()
-    else:
-        assert edges.abs().sum() > 0
+    loss = criterion(where, reduce, kind)
+    found = pulls(loss)
+    assert size(found.fused) > 0
+    assert size(found.main) > 0
+    if kind != "masks":
+        assert size(found.edge) > 0
+    elif found.edge is not None:
+        assert size(found.edge) == 0
 
 
 def test_the_part_of_the_edge_stream_reaches_the_masks_too():
     "What both adds to the gradient of the masks"
-    alone = pulls(EGLoss(supervise="fused", where="all").eval())[1]
-    both = pulls(EGLoss(supervise="fused", where="all", consistency="both").eval())[1]
-    assert (both - alone).abs().sum() > 0.1 * alone.abs().sum()
+    masks = EGLoss(supervise="fused", where="all")
+    both = EGLoss(supervise="fused", where="all", consistency="both")
+    alone = pulls(masks.eval()).fused
+    together = pulls(both.eval()).fused
+    added = together - alone
+    assert size(added) > 0.1 * size(alone)
 
 
 def test_the_gradient_of_the_edge_logits_by_hand():
     logits, _, target = softmax_task()
-    edges = edges_for("each").requires_grad_()
-    loss = EGLoss(where="all", consistency="both", supervise="fused").eval()
-    loss.terms(EGOutput(logits, edges), target)["consistency"].backward()
-    strength = [
-        [np.minimum(size_of_gradient(p) / 16, 1) for p in case[1:]]
-        for case in softmax(as_numpy(logits), 1)
-    ]
+    edges = edges_for("each")
+    edges.requires_grad_()
+    loss = EGLoss(where="all", consistency="both", supervise="fused")
+    loss.eval()
+    terms = loss.terms(EGOutput(logits, edges), target)
+    terms["consistency"].backward()
     p = expit(as_numpy(edges))
-    expected = np.sign(p - np.array(strength)) * p * (1 - p) / p.size
+    wanted = np.zeros_like(p)
+    for place in np.ndindex(2, 2):
+        prob = foreground(logits)[place]
+        wanted[place] = np.minimum(strength(prob), 1)
+    slope = p * (1 - p)
+    expected = np.sign(p - wanted) * slope / p.size
     assert edges.grad.numpy() == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
-def test_gradients_of_the_new_readings():
-    "Against finite differences, at numbers where no absolute value has its corner"
+def small_masks():
+    "Masks of two classes in one small case"
     masks = torch.zeros(1, 2, 4, 4, 4, dtype=torch.float64)
     masks[:, 0, :2] = 1
     masks[:, 1, 1:3, 1:3] = 1
-    prob = torch.sigmoid(drawn(6, *masks.shape)).requires_grad_()
-    for where, channels in product(("truth", "all"), (1, 2)):
-        edges = drawn(7, 1, channels, 4, 4, 4).requires_grad_()
+    return masks
 
-        def loss(p, e, where=where):
-            return consistency_loss(p, masks, where, None, "sum", e)
 
-        assert torch.autograd.gradcheck(loss, (prob, edges), fast_mode=True)
+@pytest.mark.parametrize("where", ["truth", "all"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_gradients_of_the_new_readings(where, channels):
+    "Against finite differences, at numbers where no absolute value has its corner"
+    masks = small_masks()
+    logits = drawn(6, *masks.shape)
+    prob = torch.sigmoid(logits)
+    edges = drawn(7, 1, channels, 4, 4, 4)
+    inputs = (prob.requires_grad_(), edges.requires_grad_())
+
+    def loss(p, e):
+        return consistency_loss(p, masks, where, None, "sum", e)
+
+    assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
+
+
+def half_volume():
+    "A mask that fills half of a volume"
+    mask = torch.zeros(1, 1, 8, 8, 8, dtype=torch.float64)
+    mask[:, :, :4] = 1
+    return mask
+
+
+def mismatch(mask, edge):
+    "How much an edge stream that says exactly this differs from the edges of a mask, summed"
+    logits = 80 * (2 * edge - 1)
+    loss = consistency_loss(mask, mask, "all", None, "sum", logits)
+    return loss.item()
 
 
 def test_two_voxels_of_a_hard_face_answer():
     "One on each side of it, with 1; so an edge stream of that thickness agrees exactly, a thinner one does not"
-    mask = torch.zeros(1, 1, 8, 8, 8, dtype=torch.float64)
-    mask[:, :, :4] = 1
+    mask = half_volume()
     edge = torch.zeros_like(mask)
     edge[:, :, 3:5] = 1
+    inner = edge * mask  # the outer layer is missing
+    near = 6e-6 * mask.numel()
+    assert mismatch(mask, edge) == pytest.approx(0, abs=near)
+    assert mismatch(mask, inner) == pytest.approx(64, abs=near)
 
-    def mismatch(e):
-        return consistency_loss(mask, mask, "all", None, "sum", 80 * (2 * e - 1)).item()
 
-    assert mismatch(edge) == pytest.approx(0, abs=6e-6 * mask.numel())
-    assert mismatch(edge * mask) == pytest.approx(
-        64, abs=6e-6 * mask.numel()
-    )  # the outer layer is missing
+@pytest.mark.parametrize(
+    "readings, told",
+    [
+        ({"consistency": "both", "thickness": 1}, "thickness is 1. Choose thickness=2"),
+        ({"consistency_reduce": "max"}, "consistency_reduce is 'max'. Choose 'mean' or 'sum'"),
+        ({"consistency": "edges"}, "consistency is 'edges'. Choose 'masks' or 'both'"),
+    ],
+)
+def test_readings_that_do_not_go_together_are_refused(readings, told):
+    with pytest.raises(InputError, match=told):
+        EGLoss(**readings)
 
 
 def test_what_does_not_go_together_is_refused():
     logits, _, target = softmax_task()
-    with pytest.raises(InputError, match="thickness is 1. Choose thickness=2"):
-        EGLoss(consistency="both", thickness=1)
+    loss = EGLoss(consistency="both", consistency_alone=True)
     with pytest.raises(InputError, match="there is none. Choose consistency='masks'"):
-        EGLoss(consistency="both", consistency_alone=True)(logits, target)
-    with pytest.raises(InputError, match="consistency_reduce is 'max'. Choose 'mean' or 'sum'"):
-        EGLoss(consistency_reduce="max")
-    with pytest.raises(InputError, match="consistency is 'edges'. Choose 'masks' or 'both'"):
-        EGLoss(consistency="edges")
+        loss(logits, target)
     with pytest.raises(InputError, match="where is 'edges'. Choose 'truth', 'union' or 'all'"):
         consistency_loss(target, target, "edges")
     with pytest.raises(InputError, match="edge_logits"):

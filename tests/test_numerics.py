@@ -5,6 +5,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -56,71 +57,133 @@ def litter():
 
 def passed(layer, x, grad):
     "Output, and derivatives of x and of each parameter"
-    x = x.detach().requires_grad_()
-    y = layer(x)
-    return [y.detach(), *torch.autograd.grad(y, (x, *layer.parameters()), grad.to(y.dtype))]
+    return with_derivatives(layer, layer, x, grad)
+
+
+def with_derivatives(function, layer, x, grad):
+    "Output of a function of x, and its derivatives with respect to x and each parameter of a layer"
+    x = x.detach()
+    x.requires_grad_()
+    y = function(x)
+    inputs = (x, *layer.parameters())
+    derivatives = torch.autograd.grad(y, inputs, grad.to(y.dtype))
+    return [y.detach(), *derivatives]
 
 
 def rounded(layer, kind=BF16):
     "The layer's weights become what `kind` can hold"
     with torch.no_grad():
         for p in layer.parameters():
-            p.copy_(p.to(kind))
+            nearest = p.to(kind)
+            p.copy_(nearest)
     return layer
+
+
+def numbers(*shape, kind=BF16):
+    "Normal numbers that a type can hold, as float32"
+    drawn = torch.randn(*shape)
+    return drawn.to(kind).float()
 
 
 def off(found, truth):
     "Error as a share of the truth, over all numbers"
-    found, truth = found.double(), truth.double()
-    return float((found - truth).norm() / truth.norm().clamp(min=1e-30))
+    truth = truth.double()
+    difference = found.double() - truth
+    error = difference.norm()
+    size = truth.norm().clamp(min=1e-30)
+    return float(error / size)
+
+
+THEIRS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+ARGUMENTS = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+)
+
+
+def class_of_torch(layer):
+    "torch's class from which a layer is derived"
+    for theirs in THEIRS:
+        if isinstance(layer, theirs):
+            return theirs
+    raise AssertionError(layer)
 
 
 def judge_of(layer):
     "torch's own layer in float64, which no library for half types computes"
-    for theirs in (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d):
-        if isinstance(layer, theirs):
-            break
-    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    settings = {n: getattr(layer, n) for n in names}
-    judge = theirs(
-        layer.in_channels, layer.out_channels, bias=layer.bias is not None, **settings
-    ).double()
+    theirs = class_of_torch(layer)
+    settings = {name: getattr(layer, name) for name in ARGUMENTS}
+    has_bias = layer.bias is not None
+    judge = theirs(bias=has_bias, **settings)
+    judge.double()
     judge.load_state_dict(layer.state_dict())
     return judge
+
+
+def in_bfloat16(layer, x, grad, pure):
+    "What a layer gives with weights in bfloat16, or within autocast"
+    if pure:
+        layer = layer.to(BF16)
+        return passed(layer, x.to(BF16), grad)
+    with torch.autocast("cpu", BF16):
+        return passed(layer, x, grad)
 
 
 def check(layer, size, batch=2, pure=False):
     "Output and gradients of one layer on one size, within what the rounding of results explains"
     rounded(layer)
     judge = judge_of(layer)
-    x = torch.randn(batch, layer.in_channels, *size).to(BF16).float()
-    grad = torch.randn_like(judge(x.double())).to(BF16).float()
-    truth = passed(judge, x.double(), grad.double())
+    x = numbers(batch, layer.in_channels, *size)
+    exact_x = x.double()
+    grad = numbers(*judge(exact_x).shape)
+    truth = passed(judge, exact_x, grad.double())
     litter()
-    if pure:
-        found = passed(layer.to(BF16), x.to(BF16), grad)
-    else:
-        with torch.autocast("cpu", BF16):
-            found = passed(layer, x, grad)
-    assert found[0].dtype == BF16
-    thin = min(*size, *found[0].shape[2:]) < 8
+    found = in_bfloat16(layer, x, grad, pure)
+    output = found[0]
+    assert output.dtype == BF16
+    thin = min(*size, *output.shape[2:]) < 8
     allowed = UNIT if thin else 4 * UNIT  # some libraries round between the taps of a kernel
-    names = ("output", "input gradient", "weight gradient", "bias gradient")
-    for what, u, v in zip(names, found, truth, strict=False):  # a layer may have no bias
+    expect_near(found, truth, allowed)
+
+
+PASSED = ("output", "input gradient", "weight gradient", "bias gradient")
+
+
+def expect_near(found, truth, allowed):
+    "Outputs and derivatives are off by no more than a share"
+    for name, u, v in zip(PASSED, found, truth, strict=False):  # a layer may have no bias
         assert u.shape == v.shape
-        assert off(u, v) < allowed, (layer, size, batch, what, off(u, v))
+        error = off(u, v)
+        assert error < allowed, (name, error)
+
+
+def thin_sizes():
+    "Sizes of 9, but for one axis"
+    found = []
+    for axis in range(3):
+        for n in (1, 2, 3, 5, 7, 8):
+            size = [9, 9, 9]
+            size[axis] = n
+            found.append(tuple(size))
+    return found
 
 
 CUBES = [(n, n, n) for n in range(1, 9)]
-THIN = [
-    tuple(n if axis == i else 9 for i in range(3)) for axis in range(3) for n in (1, 2, 3, 5, 7, 8)
-]
 PLATES = [(1, 2, 9), (2, 1, 9), (2, 9, 2), (9, 2, 2), (3, 2, 1), (4, 3, 2), (2, 4, 8), (8, 2, 4)]
-SIZES = [*CUBES, *THIN, *PLATES]
+SIZES = [*CUBES, *thin_sizes(), *PLATES]
 
 
 def fits(size, kernel, padding):
-    return min(size) + 2 * padding >= kernel
+    "Whether a kernel fits into a padded volume"
+    smallest = min(size)
+    padded = smallest + 2 * padding
+    return padded >= kernel
 
 
 @both_ways
@@ -130,26 +193,42 @@ def fits(size, kernel, padding):
 )
 def test_a_convolution_in_bfloat16_is_right_on_every_size(kernel, stride, padding):
     torch.manual_seed(0)
+    channels = itertools.cycle(CHANNELS)
     for number, size in enumerate(SIZES):
-        if not fits(size, kernel, padding):
-            continue
-        channels = ((8, 16), (16, 32), (3, 8), (8, 4))[number % 4]
-        layer = Conv3d(*channels, kernel, stride, padding, bias=number % 3 == 0)
-        check(layer, size, batch=1 + number % 2, pure=number % 5 == 0)
+        inner, outer = next(channels)
+        if fits(size, kernel, padding):
+            has_bias = number % 3 == 0
+            layer = Conv3d(inner, outer, kernel, stride, padding, bias=has_bias)
+            check_numbered(layer, size, number)
+
+
+CHANNELS = ((8, 16), (16, 32), (3, 8), (8, 4))
+
+
+def check_numbered(layer, size, number):
+    "A check with one case or two, every fifth with weights in bfloat16"
+    is_odd = number % 2
+    is_fifth = number % 5 == 0
+    check(layer, size, batch=1 + is_odd, pure=is_fifth)
 
 
 @both_ways
 @pytest.mark.parametrize("channels", [(8, 16), (16, 32), (8, 8), (1, 8)])
 def test_two_planes_have_right_weight_gradients(channels):
     torch.manual_seed(1)
-    for size in ((2, 8, 8), (2, 16, 16), (1, 8, 8), (2, 2, 2), (8, 2, 8), (8, 8, 2), (2, 5, 16)):
-        check(Conv3d(*channels, 3, padding=1, bias=False), size)
+    for size in TWO_PLANES:
+        layer = Conv3d(*channels, 3, padding=1, bias=False)
+        check(layer, size)
+
+
+TWO_PLANES = ((2, 8, 8), (2, 16, 16), (1, 8, 8), (2, 2, 2), (8, 2, 8), (8, 8, 2), (2, 5, 16))
+PAIRED = ((2, 4, 6), (8, 8, 8), (8, 8, 14), (8, 9, 16), (9, 8, 18))
 
 
 def test_pairs_of_voxels_are_right(monkeypatch):
     monkeypatch.setattr("egcnn_nb.fast.layers._LANES", 16)
     torch.manual_seed(2)
-    for size in ((2, 4, 6), (8, 8, 8), (8, 8, 14), (8, 9, 16), (9, 8, 18)):
+    for size in PAIRED:
         for channels in ((8, 8), (3, 4), (16, 8)):
             rounded_twice = Conv3d(*channels, 3, padding=1, bias=False)
             check(rounded_twice, size)
@@ -161,20 +240,28 @@ def test_pairs_of_voxels_are_right(monkeypatch):
 )
 def test_a_transposed_convolution_in_bfloat16_is_right_on_every_size(kernel, stride, padding):
     torch.manual_seed(3)
+    channels = itertools.cycle([(16, 8), (8, 3)])
     for number, size in enumerate(SIZES[::2]):
-        if any((n - 1) * stride - 2 * padding + kernel < 1 for n in size):
-            continue
-        layer = ConvTranspose3d(*((16, 8), (8, 3))[number % 2], kernel, stride, padding)
-        check(layer, size, batch=1 + number % 2, pure=number % 5 == 0)
+        inner, outer = next(channels)
+        shortest = (min(size) - 1) * stride - 2 * padding + kernel
+        if shortest > 0:
+            layer = ConvTranspose3d(inner, outer, kernel, stride, padding)
+            check_numbered(layer, size, number)
 
 
 @both_ways
 def test_two_dimensions_in_bfloat16_are_right_on_every_size():
     torch.manual_seed(4)
-    for number, size in enumerate(itertools.product((1, 2, 3, 5, 7, 8), repeat=2)):
-        check(Conv2d(8, 16, 3, 1 + number % 2, 1), size)
-        check(ConvTranspose2d(8, 4, 2, 2), size, pure=number % 5 == 0)
-    assert isinstance(conv_transpose(2, 8, 4, 2), ConvTranspose2d)
+    sides = (1, 2, 3, 5, 7, 8)
+    for number, size in enumerate(itertools.product(sides, repeat=2)):
+        stride = 1 + number % 2
+        layer = Conv2d(8, 16, 3, stride, 1)
+        check(layer, size)
+        every_fifth = number % 5 == 0
+        transposed = ConvTranspose2d(8, 4, 2, 2)
+        check(transposed, size, pure=every_fifth)
+    layer = conv_transpose(2, 8, 4, 2)
+    assert isinstance(layer, ConvTranspose2d)
 
 
 @both_ways
@@ -191,10 +278,12 @@ def test_two_dimensions_in_bfloat16_are_right_on_every_size():
 )
 def test_whatever_else_a_convolution_can_do_is_right_in_bfloat16(odd):
     torch.manual_seed(5)
+    padded = odd.get("padding", "valid") != "valid"
+    settings = {"kernel_size": 3, **odd}
     for size in ((2, 8, 8), (3, 3, 3), (8, 2, 9), (9, 8, 8), (9, 10, 11)):
-        if odd.get("padding", "valid") == "valid" and min(size) < 3:
-            continue
-        check(Conv3d(8, 16, **{"kernel_size": 3, **odd}), size)
+        if padded or min(size) >= 3:
+            layer = Conv3d(8, 16, **settings)
+            check(layer, size)
 
 
 @both_ways
@@ -203,16 +292,34 @@ def test_channels_are_mixed_rightly_in_bfloat16():
     for size in SIZES:
         x = torch.randn(2, 8, *size).to(BF16)
         w = torch.randn(5, 8, 1, 1, 1).to(BF16)
+        exact = F.conv3d(x.double(), w.double())
         with torch.autocast("cpu", BF16):
             mixed = mix_channels(x, w)
         assert mixed.dtype == BF16
-        assert off(mixed, F.conv3d(x.double(), w.double())) < UNIT
+        assert off(mixed, exact) < UNIT
 
 
-def gradients_of(layer, x, create_graph):
-    "Gradients of a loss with respect to x and the parameters"
-    loss = layer(x).square().sum()
-    return torch.autograd.grad(loss, (x, *layer.parameters()), create_graph=create_graph)
+def gradients_of(layer, x, inputs):
+    "Gradients of a loss, which can be differentiated once more"
+    y = layer(x)
+    loss = y.square().sum()
+    return torch.autograd.grad(loss, inputs, create_graph=True)
+
+
+def second_derivatives(layer, x):
+    "Derivatives of the squared length of a gradient"
+    inputs = (x, *layer.parameters())
+    length = 0
+    for gradient in gradients_of(layer, x, inputs):
+        length = length + gradient.square().sum()
+    return torch.autograd.grad(length, inputs, allow_unused=True)
+
+
+def is_by_function(layer):
+    "Whether a kernel computes a layer by an autograd.Function of its own"
+    if isinstance(layer, GroupNorm):
+        return True
+    return getattr(layer, "kernel_size", None) == (3, 3, 3)
 
 
 SECOND = [  # a layer, and the size of a volume that its kernel computes
@@ -229,23 +336,15 @@ def test_a_second_derivative_is_right_or_refused(layer, size, kernels, monkeypat
     torch.manual_seed(11)
     channels = getattr(layer, "in_channels", 4)
     x = torch.randn(2, channels, *size, requires_grad=True)
-    inputs = (x, *layer.parameters())
-    exact = copy.deepcopy(layer).double()
-    exact_x = x.detach().double().requires_grad_()
-    exact_inputs = (exact_x, *exact.parameters())
-
-    def second(layer, x, inputs):
-        first = gradients_of(layer, x, create_graph=True)
-        length = sum(g.square().sum() for g in first)
-        return torch.autograd.grad(length, inputs, allow_unused=True)
-
-    by_function = isinstance(layer, GroupNorm) or getattr(layer, "kernel_size", None) == (3, 3, 3)
-    if kernels and by_function:
+    if kernels and is_by_function(layer):
         with pytest.raises(RuntimeError, match="EGCNN_PLAIN=1 or egcnn_nb.fast.enabled = False"):
-            second(layer, x, inputs)
+            second_derivatives(layer, x)
         return
-    found = second(layer, x, inputs)
-    expected = second(exact, exact_x, exact_inputs)
+    exact = copy.deepcopy(layer).double()
+    exact_x = x.detach().double()
+    exact_x.requires_grad_()
+    found = second_derivatives(layer, x)
+    expected = second_derivatives(exact, exact_x)
     for u, v in zip(found, expected, strict=True):
         assert off(u, v) < 1e-4
 
@@ -253,63 +352,112 @@ def test_a_second_derivative_is_right_or_refused(layer, size, kernels, monkeypat
 def test_the_switch_is_read_when_a_layer_runs(monkeypatch):
     layer = Conv3d(3, 9, 3, padding=1)
     x = torch.randn(2, 3, 4, 5, 6)
-    deep = torch.channels_last_3d
-    assert layer(x).is_contiguous(memory_format=deep)
+
+    def is_deep():
+        y = layer(x)
+        return y.is_contiguous(memory_format=torch.channels_last_3d)
+
+    assert is_deep()
     monkeypatch.setattr(fast, "enabled", False)
-    assert layer(x).is_contiguous() and not layer(x).is_contiguous(memory_format=deep)
+    assert not is_deep()
+    assert layer(x).is_contiguous()
     monkeypatch.setattr(fast, "enabled", True)
-    assert layer(x).is_contiguous(memory_format=deep)
+    assert is_deep()
 
 
 @pytest.mark.parametrize("value, on", [("", True), ("0", True), ("1", False)])
 def test_an_environment_variable_turns_the_kernels_off(value, on):
     code = "import egcnn_nb.fast as fast; print(fast.enabled)"
     environment = {**os.environ, "EGCNN_PLAIN": value}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
-    assert done.stdout.decode().strip() == str(on)
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment)
+    printed = done.stdout.strip()
+    assert printed == str(on)
+
+
+def noting(operation, seen):
+    "An operation of torch that notes the type of its output and the smallest side of its maps"
+
+    def call(x, weight, *args, **kwargs):
+        out = operation(x, weight, *args, **kwargs)
+        sides = [*x.shape[2:], *out.shape[2:]]
+        smallest = min(sides)
+        seen.append((out.dtype, smallest))
+        return out
+
+    return call
+
+
+def layers_of_each_kind():
+    "Layers of four channels that a kernel may compute"
+    return [
+        Conv3d(4, 9, 3, padding=1),
+        Conv3d(4, 4, 3, 2, 1),
+        ConvTranspose3d(4, 9, 2, 2),
+        Conv3d(4, 4, 3, padding=1, bias=False),
+    ]
 
 
 @both_ways
 def test_no_thin_map_is_convolved_in_a_half_type(monkeypatch):
     "Whatever the processor: what torch's operations are given on this one"
     seen = []
-
-    def noting(operation):
-        def call(x, weight, *args, **kwargs):
-            out = operation(x, weight, *args, **kwargs)
-            small = min(*x.shape[2:], *out.shape[2:])
-            seen.append((out.dtype, small))
-            return out
-
-        return call
-
     for name in ("conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d"):
-        monkeypatch.setattr(F, name, noting(getattr(F, name)))
+        operation = getattr(F, name)
+        monkeypatch.setattr(F, name, noting(operation, seen))
     for kind in (BF16, torch.float16):
         for size in SIZES:
-            with torch.autocast("cpu", kind), torch.no_grad():
-                for layer in (
-                    Conv3d(4, 9, 3, padding=1),
-                    Conv3d(4, 4, 3, 2, 1),
-                    ConvTranspose3d(4, 9, 2, 2),
-                    Conv3d(4, 4, 3, padding=1, bias=False),
-                ):
-                    assert layer(torch.randn(2, 4, *size)).dtype == kind
-    halves = [small for dtype, small in seen if dtype != torch.float32]
-    assert halves and min(halves) >= 8
-    assert any(small == 1 for dtype, small in seen if dtype == torch.float32)
+            expect_kind(kind, size)
+    single = torch.float32
+    halves = [small for dtype, small in seen if dtype != single]
+    assert halves
+    assert min(halves) >= 8
+    assert (single, 1) in seen
+
+
+def expect_kind(kind, size):
+    "Within autocast every layer gives the half type"
+    with torch.autocast("cpu", kind), torch.no_grad():
+        for layer in layers_of_each_kind():
+            x = torch.randn(2, 4, *size)
+            assert layer(x).dtype == kind
+
+
+def exactly(parameter):
+    "A parameter in float64, if there is one"
+    if parameter is None:
+        return None
+    return parameter.double()
 
 
 def normalised(layer, x):
     "What GroupNorm makes of x in float64, in the order of memory in which torch's is exact"
-    weight, bias = (None if p is None else p.double() for p in (layer.weight, layer.bias))
-    return F.group_norm(x.double().contiguous(), layer.num_groups, weight, bias, layer.eps)
+    exact_x = x.double().contiguous()
+    weight = exactly(layer.weight)
+    bias = exactly(layer.bias)
+    return F.group_norm(exact_x, layer.num_groups, weight, bias, layer.eps)
 
 
-def normed(f, layer, x, grad):
-    x = x.detach().requires_grad_()
-    y = f(x)
-    return [y.detach(), *torch.autograd.grad(y, (x, *layer.parameters()), grad.to(y.dtype))]
+def passed_exactly(layer, x, grad):
+    "The same of GroupNorm in float64"
+    function = partial(
+        normalised,
+        layer,
+    )
+    return with_derivatives(function, layer, x, grad)
+
+
+def check_norm(layer, x, grad, kind, kernels):
+    "Output and derivatives of a GroupNorm; its kernel returns channels last, or the order of x"
+    rounded_once = 3e-6 if kernels else 1e-4  # torch sums gradients of weights in float32
+    allowed = rounded_once if kind == torch.float32 else UNIT
+    x, grad = x.to(kind), grad.to(kind)
+    found = passed(layer, x, grad)
+    truth = passed_exactly(layer, x, grad)
+    assert found[0].dtype == kind
+    expect_near(found, truth, allowed)
+    assert len(found) == len(truth)
+    return found[0]
 
 
 @pytest.mark.parametrize(
@@ -320,67 +468,66 @@ def normed(f, layer, x, grad):
 def test_group_norm_keeps_its_digits_at_any_mean(mean, deviation, size, kernels):
     torch.manual_seed(7)
     channels = 12
-    flat, deep = torch.channels_last, torch.channels_last_3d
+    is_deep = len(size) == 3
+    last = torch.channels_last_3d if is_deep else torch.channels_last
     for groups, affine in ((1, True), (4, True), (12, True), (6, False)):
         layer = GroupNorm(groups, channels, affine=affine)
         for p in layer.parameters():
             nn.init.normal_(p)
-        for order in (torch.contiguous_format, deep if len(size) == 3 else flat):
-            x = (mean + deviation * torch.randn(2, channels, *size)).contiguous(memory_format=order)
+        for order in (torch.contiguous_format, last):
+            x = mean + deviation * torch.randn(2, channels, *size)
+            x = x.contiguous(memory_format=order)
             grad = torch.randn_like(x)
-            rounded_once = 3e-6 if kernels else 1e-4  # torch sums gradients of weights in float32
-            for kind, allowed in ((torch.float32, rounded_once), (BF16, UNIT)):
-                given, g = x.to(kind), grad.to(kind)
-                found = normed(layer, layer, given, g)
-                truth = normed(partial(normalised, layer), layer, given, g)
-                slabs = len(size) == 3 and x.numel() > 1 << 17  # channels last, whatever was given
-                assert found[0].dtype == kind
+            slabs = is_deep and x.numel() > 1 << 17  # channels last, whatever was given
+            expected_order = last if slabs else order
+            for kind in (torch.float32, BF16):
+                y = check_norm(layer, x, grad, kind, kernels)
                 if kernels:
-                    assert found[0].is_contiguous(memory_format=deep if slabs else order)
-                for u, v in zip(found, truth, strict=True):
-                    assert off(u, v) < allowed, (groups, order, kind, off(u, v))
+                    assert y.is_contiguous(memory_format=expected_order)
 
 
 @both_ways
 def test_groups_of_different_means_do_not_disturb_each_other():
     torch.manual_seed(8)
-    means = torch.tensor([0.0, 0, 1000, 1000, -300, -300, 0.01, 100]).view(-1, 1, 1, 1)
-    layer = norm(8)
+    means = torch.tensor([0.0, 0, 1000, 1000, -300, -300, 0.01, 100])
     for size in ((5, 6, 7), (33, 32, 30)):
-        x = channels_last(means + 0.1 * torch.randn(2, 8, *size))
+        noise = 0.1 * torch.randn(2, 8, *size)
+        x = channels_last(means.view(-1, 1, 1, 1) + noise)
         grad = torch.randn_like(x)
         for groups in (8, 4, 2):
             layer = GroupNorm(groups, 8)
-            found = normed(layer, layer, x, grad)
-            truth = normed(partial(normalised, layer), layer, x, grad)
-            for u, v in zip(found, truth, strict=True):
-                assert off(u, v) < 1e-5, (size, groups, off(u, v))
+            found = passed(layer, x, grad)
+            truth = passed_exactly(layer, x, grad)
+            expect_near(found, truth, 1e-5)
 
 
 @both_ways
 def test_group_norm_of_bfloat16_weights_is_right():
     torch.manual_seed(9)
-    layer = norm(8).to(BF16)
+    layer = norm(8)
+    layer.to(BF16)
     for size in ((4, 5, 6), (33, 32, 34)):
-        x = channels_last(5 + torch.randn(2, 8, *size)).to(BF16)
-        found, truth = layer(x).detach(), normalised(layer, x).detach()
-        assert found.dtype == BF16 and off(found, truth) < UNIT
+        x = 5 + torch.randn(2, 8, *size)
+        x = channels_last(x).to(BF16)
+        found = layer(x).detach()
+        truth = normalised(layer, x).detach()
+        assert found.dtype == BF16
+        assert off(found, truth) < UNIT
 
 
 @both_ways
 def test_slopes_in_bfloat16_are_right_on_every_size():
     torch.manual_seed(10)
     layer = rounded(PReLU(8))
+    exact = nn.PReLU(8).double()
     for size in SIZES:
-        x, grad = torch.randn(2, 8, *size).to(BF16), torch.randn(2, 8, *size).to(BF16)
+        x = torch.randn(2, 8, *size).to(BF16)
+        grad = torch.randn(2, 8, *size).to(BF16)
         with torch.autocast("cpu", BF16):
             found = passed(layer, x, grad)
-        truth = passed(nn.PReLU(8).double(), x.double(), grad.double())
-        assert (
-            off(found[0], truth[0]) < UNIT
-            and off(found[1], truth[1]) < UNIT
-            and off(found[2], truth[2]) < 4 * UNIT
-        )
+        truth = passed(exact, x.double(), grad.double())
+        expect_near(found[:2], truth[:2], UNIT)
+        expect_near(found[2:], truth[2:], 4 * UNIT)
 
 
 class WrongWeights(Conv3d):
@@ -388,7 +535,9 @@ class WrongWeights(Conv3d):
 
     def forward(self, x):
         y = super().forward(x)
-        return Garbage.apply(y, self.weight) if torch.is_autocast_enabled("cpu") else y
+        if torch.is_autocast_enabled("cpu"):
+            return Garbage.apply(y, self.weight)
+        return y
 
 
 class Garbage(torch.autograd.Function):
@@ -404,85 +553,150 @@ class Garbage(torch.autograd.Function):
 
 def halved(layer, args, out):
     "A hook that makes an output wrong within autocast"
-    return out / 2 if torch.is_autocast_enabled("cpu") else None
+    if torch.is_autocast_enabled("cpu"):
+        return out / 2
+    return None
+
+
+@dataclass
+class SmallRun:
+    "What the check of a run is given"
+
+    settings: Settings
+    model: nn.Module
+    loss: EGLoss
+    x: torch.Tensor
+    target: torch.Tensor
+
+    def wrong(self):
+        "The layers that the check finds"
+        return wrong_layers(self.model, self.loss, self.x, self.target, self.settings)
+
+    def wrong_names(self):
+        "Their names"
+        return [layer.name for layer in self.wrong()]
+
+
+def seeded(*shape):
+    "Normal numbers that are the same each time"
+    generator = torch.Generator()
+    generator.manual_seed(0)
+    return torch.randn(*shape, generator=generator)
 
 
 def small_run(backbone, edge=True, levels=3):
-    "Settings, network, loss and one batch"
-    run = Settings("", "", backbone, edge, width=4, levels=levels, precision="bf16")
+    "A network, its loss and one batch"
+    settings = Settings("", "", backbone, edge, width=4, levels=levels, precision="bf16")
     labels = torch.zeros(2, 16, 16, 16, dtype=torch.int64)
     labels[:, 3:12, 4:12, 5:13] = 1
     labels[:, 6:9, 6:10, 7:11] = 2
-    x = labels[:, None] + 0.5 * torch.randn(
-        2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0)
+    noise = seeded(2, 1, 16, 16, 16)
+    return SmallRun(
+        settings,
+        make_model(settings, KITS),
+        EGLoss(KITS.activation),
+        x=labels[:, None] + 0.5 * noise,
+        target=to_target(labels, KITS),
     )
-    return run, make_model(run, KITS), EGLoss(KITS.activation), x, to_target(labels, KITS)
 
 
 @pytest.mark.parametrize("backbone", ["segnet", "unet", "vnet", "segresnet", "dynunet"])
 def test_no_layer_of_ours_or_of_monai_is_found_wrong(backbone):
+    fewest = 3 if backbone == "dynunet" else 2
     for edge in (True, False):
-        run, model, loss, x, target = small_run(
-            backbone, edge, levels=3 if backbone == "dynunet" else 2
-        )  # its least
-        assert wrong_layers(model, loss, x, target, run) == []
+        run = small_run(backbone, edge, levels=fewest)
+        wrong = run.wrong()
+        assert wrong == []
+
+
+def copied(model):
+    "A copy of the state of a network"
+    state = model.state_dict()
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def expect_same_tensors(found, expected):
+    "Two lists of tensors are the same"
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_exactly_the_wrong_layers_are_found_and_then_gone():
-    run, model, loss, x, target = small_run("vnet")
+    run = small_run("vnet")
+    model = run.model
     wrong = ["main.stem", "main.decoder.0.layers.3", "edge.blocks.1.conv1"]
     for name in wrong[1:]:
-        model.get_submodule(name).__class__ = WrongWeights
-    model.get_submodule(wrong[0]).register_forward_hook(halved)
-    before = {n: t.clone() for n, t in model.state_dict().items()}
+        layer = model.get_submodule(name)
+        layer.__class__ = WrongWeights
+    stem = model.get_submodule(wrong[0])
+    stem.register_forward_hook(halved)
+    before = copied(model)
     model.eval()
-    found = wrong_layers(model, loss, x, target, run)
-    assert not model.training and sorted(f.name for f in found) == sorted(wrong)
-    assert all(isinstance(f, WrongLayer) and f.error > 10 * f.allowed for f in found)
-    lines = describe_check(found)
-    assert len(lines) == 3 and all(f.name in line for f, line in zip(found, lines, strict=True))
-    compute_in_float32(model, [f.name for f in found])
+    found = run.wrong()
+    assert not model.training
+    names = [layer.name for layer in found]
+    assert sorted(names) == sorted(wrong)
+    for layer in found:
+        assert isinstance(layer, WrongLayer)
+        assert layer.error > 10 * layer.allowed
+    for name, line in zip(names, describe_check(found), strict=True):
+        assert name in line
+    compute_in_float32(model, names)
     after = model.state_dict()
-    assert list(after) == list(before) and all(torch.equal(after[n], before[n]) for n in before)
-    assert [f.name for f in wrong_layers(model, loss, x, target, run)] == [
-        wrong[0]
-    ]  # a hook lies outside of the layer
+    assert list(after) == list(before)
+    expect_same_tensors(after.values(), before.values())
+    assert run.wrong_names() == ["main.stem"]  # a hook lies outside of the layer
+
+
+def gradients(model):
+    "The gradients of a network"
+    return [parameter.grad for parameter in model.parameters()]
 
 
 def test_the_check_leaves_running_statistics_gradients_and_random_numbers_as_they_are():
-    run, _, loss, x, target = small_run("segnet", False)
-    model = nn.Sequential(
+    run = small_run("segnet", False)
+    run.model = model = nn.Sequential(
         nn.Conv3d(1, 4, 3, padding=1),
         nn.BatchNorm3d(4),
         nn.ReLU(inplace=True),
         nn.Dropout(0.5),
         nn.Conv3d(4, 3, 1),
     )
-    model(x).sum().backward()
-    buffers = [b.clone() for b in model.buffers()]
-    grads = [p.grad.clone() for p in model.parameters()]
+    total = model(run.x).sum()
+    total.backward()
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    before = [gradient.clone() for gradient in gradients(model)]
     random = torch.get_rng_state()
-    assert wrong_layers(model, loss, x, target, run) == []
-    assert all(map(torch.equal, buffers, model.buffers()))
-    assert all(torch.equal(g, p.grad) for g, p in zip(grads, model.parameters(), strict=True))
+    assert run.wrong() == []
+    expect_same_tensors(model.buffers(), buffers)
+    expect_same_tensors(gradients(model), before)
     assert torch.equal(random, torch.get_rng_state())
 
 
-def test_a_layer_in_float32_trains_with_ddp(tmp_path):
-    run, model, loss, x, target = small_run("segnet")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        network = nn.parallel.DistributedDataParallel(model)
-        compute_in_float32(network, ["main.encoder.0.0.conv1"])
-        assert wrong_layers(network, loss, x, target, run) == []
-        with torch.autocast("cpu", BF16):
-            out = network(x)
-        loss(out, target).backward()
-        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
-    finally:
-        dist.destroy_process_group()
+@pytest.fixture
+def group(tmp_path):
+    "A group of one process"
+    store = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_layer_in_float32_trains_with_ddp(group):
+    run = small_run("segnet")
+    model = run.model
+    name = "main.encoder.0.0.conv1"
+    run.model = network = nn.parallel.DistributedDataParallel(model)
+    compute_in_float32(network, [name])
+    assert run.wrong() == []
+    with torch.autocast("cpu", BF16):
+        out = network(run.x)
+    total = run.loss(out, run.target)
+    total.backward()
+    for gradient in gradients(model):
+        assert gradient.isfinite().all()
     twin = copy.deepcopy(model)
-    layer = twin.get_submodule("main.encoder.0.0.conv1")
+    layer = twin.get_submodule(name)
     assert layer.forward.layer is layer
 
 
@@ -494,10 +708,29 @@ def test_large_logits_in_half_do_not_make_the_loss_infinite():
     main = torch.full((1, 2, 64, 64, 64), 3.0, dtype=torch.float16, requires_grad=True)
     loss = EGLoss(supervise="fused")
     out = EGOutput(logits, logits, main)
-    total = _total({"total": logits.sum() + 1.5}, loss, out)
+    terms = {"total": logits.sum() + 1.5}
+    total = _total(terms, loss, out)
     total.backward()
-    assert total.item() == 1.5 and total.dtype == torch.float32
-    assert main.grad is not None and not main.grad.any()
+    assert total.item() == 1.5
+    assert total.dtype == torch.float32
+    assert main.grad is not None
+    assert not main.grad.any()
+
+
+def computed_in_float32(model):
+    "Names of the layers whose forward is replaced"
+    return [name for name, layer in model.named_modules() if "forward" in vars(layer)]
+
+
+def is_rounded_once(layer):
+    "Whether a layer within autocast computes in float32, and rounds at the end"
+    x = seeded(1, 1, 8, 8, 8)
+    x = x.repeat(1, layer.in_channels, 1, 1, 1)
+    with torch.no_grad():
+        exact = layer(x)
+        with torch.autocast("cpu", BF16):
+            found = layer(x)
+    return torch.equal(found, exact.to(BF16))
 
 
 def test_a_trained_run_predicts_with_the_float32_layers_of_its_training(tmp_path):
@@ -510,18 +743,16 @@ def test_a_trained_run_predicts_with_the_float32_layers_of_its_training(tmp_path
     from egcnn_nb.run.predict import load_run
 
     settings = Settings("", "", width=4, levels=2, precision="bf16", patch_size=(16, 16, 16))
-    model, name = make_model(settings, KITS), "main.encoder.0.0.conv1"
-    (tmp_path / "config.json").write_text(json.dumps(describe(settings, KITS, [], [])))
-    for about, names in (({"float32": json.dumps([name])}, [name]), (None, [])):
-        save_file(model.state_dict(), tmp_path / "model.safetensors", about)
-        loaded = load_run(tmp_path)[0]
-        assert [n for n, m in loaded.named_modules() if "forward" in vars(m)] == names
-        layer = dict(loaded.named_modules())[name]
-        x = torch.randn(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(
-            1, layer.in_channels, 1, 1, 1
-        )
-        with torch.no_grad(), torch.autocast("cpu", BF16):
-            found = layer(x)
-        with torch.no_grad():
-            exact = layer(x)
-        assert torch.equal(found, exact.to(BF16)) == bool(names)  # rounded once, at the end
+    model = make_model(settings, KITS)
+    name = "main.encoder.0.0.conv1"
+    config = describe(settings, KITS, [], [])
+    text = json.dumps(config)
+    (tmp_path / "config.json").write_text(text)
+    weights = tmp_path / "model.safetensors"
+    for names in ([name], []):
+        about = {"float32": json.dumps(names)} if names else None
+        save_file(model.state_dict(), weights, about)
+        loaded, *_ = load_run(tmp_path)
+        assert computed_in_float32(loaded) == names
+        layer = loaded.get_submodule(name)
+        assert is_rounded_once(layer) == bool(names)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import dataset
+from tiny import after, dataset
 
 import egcnn_nb.run.folders as folders
 from egcnn_nb.core import InputError
@@ -35,7 +35,13 @@ GIVEN = {
 
 def settings(tmp, out="run", **changes):
     "The settings that 0.1 was given"
-    return Settings(str(tmp / "data"), str(tmp / out), **{**GIVEN, **changes})
+    data, run = tmp / "data", tmp / out
+    given = GIVEN | changes
+    return Settings(
+        str(data),
+        str(run),
+        **given,
+    )
 
 
 @pytest.fixture
@@ -59,26 +65,38 @@ def losses(rows):
     return columns(rows, TERMS)
 
 
+def dice(rows):
+    "The Dice of both labels in each epoch"
+    return columns(rows, ("dice_label 1", "dice_label 2"))
+
+
 def of_0_1():
     "The rows of the run that 0.1 did not stop"
-    with open(OLD / "metrics_of_the_whole_run.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    path = OLD / "metrics_of_the_whole_run.csv"
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        return list(reader)
 
 
 def agree(rows):
     "Whether losses are those of 0.1, whatever the processor, and Dice nearly so"
     expected = of_0_1()
-    names = ("dice_label 1", "dice_label 2")
     same_losses = np.allclose(losses(rows), losses(expected), rtol=1e-4)
-    same_dice = np.allclose(columns(rows, names), columns(expected, names), atol=0.01)
+    same_dice = np.allclose(dice(rows), dice(expected), atol=0.01)
     return same_losses and same_dice
+
+
+def resumed(tmp, **changes):
+    "The rows of the run, which goes on to its end"
+    config = settings(tmp, **changes)
+    return fit(config, resume=True, quiet=True)
 
 
 @pytest.mark.parametrize("readings", [None, {"semantic": "dice"}])
 def test_it_goes_on_with_the_numbers_of_0_1(tmp, readings):
     config = tmp / "run/config.json"
     before = config.read_bytes()
-    rows = fit(settings(tmp, readings=readings), resume=True, quiet=True)
+    rows = resumed(tmp, readings=readings)
     assert len(rows) == 4
     assert agree(rows)
     assert config.read_bytes() == before
@@ -87,17 +105,20 @@ def test_it_goes_on_with_the_numbers_of_0_1(tmp, readings):
 
 
 def test_a_changed_default_would_be_seen(tmp, monkeypatch):
-    changed = {**folders.READINGS_0_1, "semantic": "dice_ce", "w_cross_entropy": None}
-    monkeypatch.setattr(folders, "defaults_of_0_1", lambda readings: changed)
-    rows = fit(settings(tmp), resume=True, quiet=True)
-    assert agree(rows[:2] + of_0_1()[2:])
+    def changed(readings):
+        return {**folders.READINGS_0_1, "semantic": "dice_ce", "w_cross_entropy": None}
+
+    monkeypatch.setattr(folders, "defaults_of_0_1", changed)
+    rows = resumed(tmp)
+    old = of_0_1()
+    assert agree(rows[:2] + old[2:])
     assert not agree(rows)
 
 
 @pytest.mark.parametrize("name, value", [("tau", 0.999), ("lambda2", 0.51), ("thickness", 3)])
 def test_another_default_would_be_seen_too(tmp, monkeypatch, name, value):
     monkeypatch.setitem(folders.READINGS_0_1, name, value)
-    rows = fit(settings(tmp), resume=True, quiet=True)
+    rows = resumed(tmp)
     assert not agree(rows)
 
 
@@ -119,8 +140,9 @@ REFUSED = [
 @pytest.mark.parametrize("change, told", REFUSED)
 def test_other_settings_are_refused_and_nothing_else_is_listed(tmp, change, told):
     with pytest.raises(InputError) as refused:
-        fit(settings(tmp, **change), resume=True, quiet=True)
-    assert told in str(refused.value)
+        resumed(tmp, **change)
+    message = str(refused.value)
+    assert told in message
 
 
 def test_it_predicts(tmp):
@@ -128,48 +150,59 @@ def test_it_predicts(tmp):
     assert found.readings["semantic"] == "dice"
     assert found.patch_size == (16, 16, 16)
     assert task.labels == {0: "background", 1: "label 1", 2: "label 2"}
-    case = find_dataset(tmp / "data").cases[0]
+    dataset = find_dataset(tmp / "data")
+    case = dataset.cases[0]
     labels, _ = predict_case(model, found, task, case)
     assert labels.shape == (18, 17, 16)
-    assert set(np.unique(labels)) <= {0, 1, 2}
+    values = np.unique(labels)
+    assert set(values) <= {0, 1, 2}
+
+
+def config_of(run):
+    "What a run keeps of itself"
+    text = (run / "config.json").read_text()
+    return json.loads(text)
 
 
 def test_a_new_run_starts_from_it(tmp, monkeypatch):
     first = {}
 
     def keep(row, net, val):
-        first.update({name: weight.clone() for name, weight in net.state_dict().items()})
+        for name, weight in net.state_dict().items():
+            first[name] = weight.clone()
 
-    old = str(tmp / "run")
-    fit(settings(tmp, "new", init=old, lr=1e-30, epochs=1), quiet=True, on_epoch=keep)
+    old, new = str(tmp / "run"), tmp / "new"
+    config = settings(tmp, "new", init=old, lr=1e-30, epochs=1)
+    fit(config, quiet=True, on_epoch=keep)
     trained = load_file(tmp / "run/model.safetensors")
-    assert all(torch.equal(first[name], weight) for name, weight in trained.items())
-    log = (tmp / "new/log.txt").read_text()
-    assert f"{len(trained)} of {len(trained)} weights start from {old}" in log
-    config = json.loads((tmp / "new/config.json").read_text())
-    assert config["settings"]["init"] == old
-    assert config["settings"]["readings"]["semantic"] == "dice_ce"
+    for name, weight in trained.items():
+        assert torch.equal(first[name], weight)
+    count = len(trained)
+    log = (new / "log.txt").read_text()
+    assert f"{count} of {count} weights start from {old}" in log
+    kept = config_of(new)["settings"]
+    assert kept["init"] == old
+    assert kept["readings"]["semantic"] == "dice_ce"
 
 
 def test_the_checkpoint_wins_over_init(tmp):
-    kept = {"init": str(tmp / "run"), "epochs": 2}
-    calls = []
-
-    def stop():
-        calls.append(1)
-        return len(calls) > 8
-
-    fit(settings(tmp, "new", **kept), quiet=True, stop=stop)
-    rows = fit(settings(tmp, "new", **kept), resume=True, quiet=True)
-    whole = fit(settings(tmp, "whole", **kept), quiet=True)
-    assert rows == whole
+    old = str(tmp / "run")
+    new = settings(tmp, "new", init=old, epochs=2)
+    whole = settings(tmp, "whole", init=old, epochs=2)
+    fit(new, quiet=True, stop=after(8))
+    rows = fit(new, resume=True, quiet=True)
+    assert rows == fit(whole, quiet=True)
+    without = settings(tmp, "new", epochs=2)
     with pytest.raises(InputError, match="found init .*, expected init None"):
-        fit(settings(tmp, "new", epochs=2), resume=True, quiet=True)
+        fit(without, resume=True, quiet=True)
 
 
 def test_the_fixture_names_no_folder_of_a_machine():
-    config = json.loads((OLD / "config.json").read_text())
+    config = config_of(OLD)
     assert "egcnn_nb" not in config["versions"]
+    kept = config["settings"]
     for name in ("data", "out"):
-        assert not Path(config["settings"][name]).is_absolute()
-    assert sum(file.stat().st_size for file in OLD.iterdir()) < 300_000
+        path = Path(kept[name])
+        assert not path.is_absolute()
+    sizes = [file.stat().st_size for file in OLD.iterdir()]
+    assert sum(sizes) < 300_000

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
 
 from egcnn_nb.data.patches import EpochBatches, split_cases
 from egcnn_nb.data.prepare import resample_labels
@@ -25,23 +26,28 @@ shapes = st.tuples(sides, sides, sides)
 
 def drawn(seed, *shape):
     "Normal numbers of a seed"
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator()
+    generator.manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def masks(seed, shape, classes=2):
     "Random masks (2,K,D,H,W) of a seed"
     numbers = drawn(seed, 2, classes, *shape)
-    return (numbers > 0.3).double()
+    inside = numbers > 0.3
+    return inside.double()
 
 
 @tries
 @given(seeds, shapes, st.floats(-5, 5), st.floats(-5, 5))
 def test_sobel_is_linear(seed, shape, a, b):
     x, y = drawn(seed, 2, 1, 2, *shape)
-    of_sum = sobel_gradient(a * x + b * y)
-    sum_of = a * sobel_gradient(x) + b * sobel_gradient(y)
-    torch.testing.assert_close(of_sum, sum_of, atol=1e-10, rtol=1e-10)
+    both = a * x + b * y
+    of_x = sobel_gradient(x)
+    of_y = sobel_gradient(y)
+    of_both = sobel_gradient(both)
+    summed = a * of_x + b * of_y
+    assert_close(of_both, summed, atol=1e-10, rtol=1e-10)
 
 
 @tries
@@ -49,68 +55,100 @@ def test_sobel_is_linear(seed, shape, a, b):
 def test_sobel_moves_with_the_image(seed, shape, axis):
     x = drawn(seed, 1, 1, *shape)
     moved = x.roll(1, 2 + axis)
-    inside = [slice(1, -1)] * 3
     before = [slice(1, -1)] * 3
-    inside[axis] = slice(2, -1)
+    behind = [slice(1, -1)] * 3
     before[axis] = slice(1, -2)
-    after_move = sobel_gradient(moved)[(..., *inside)]
-    torch.testing.assert_close(after_move, sobel_gradient(x)[(..., *before)])
+    behind[axis] = slice(2, -1)
+    gradient = sobel_gradient(x)
+    gradient_of_moved = sobel_gradient(moved)
+    assert_close(gradient_of_moved[..., *behind], gradient[..., *before])
 
 
 @tries
 @given(seeds, shapes, st.floats(-3, 3))
 def test_a_constant_does_not_matter(seed, shape, c):
     x = drawn(seed, 1, 2, *shape)
-    torch.testing.assert_close(sobel_magnitude(x + c), sobel_magnitude(x))
+    brighter = x + c
+    found = sobel_magnitude(brighter)
+    expected = sobel_magnitude(x)
+    assert_close(found, expected)
 
 
 @tries
 @given(seeds, shapes)
 def test_a_mask_and_its_complement_have_one_edge(seed, shape):
     mask = masks(seed, shape)
-    assert torch.equal(edge_target(mask), edge_target(1 - mask))
-    assert not edge_target(torch.ones_like(mask)).any()
+    rest = 1 - mask
+    edge = edge_target(mask)
+    edge_of_rest = edge_target(rest)
+    assert torch.equal(edge, edge_of_rest)
+    full = torch.ones_like(mask)
+    edge = edge_target(full)
+    assert not edge.any()
 
 
 @tries
 @given(seeds, shapes)
 def test_dice_lies_between_0_and_1_and_does_not_know_which_is_which(seed, shape):
-    p, q = drawn(seed, 2, 2, 3, *shape).sigmoid()
+    logits = drawn(seed, 2, 2, 3, *shape)
+    p, q = logits.sigmoid()
     value = dice_loss(p, q)
+    exchanged = dice_loss(q, p)
     assert 0 <= value <= 1
-    torch.testing.assert_close(value, dice_loss(q, p))
+    assert_close(value, exchanged)
+
+
+@tries
+@given(seeds, shapes)
+def test_dice_of_a_mask_with_itself_is_perfect(seed, shape):
     mask = masks(seed, shape)
-    assert dice_loss(mask, mask) < 1e-12
+    value = dice_loss(mask, mask)
+    assert value < 1e-12
 
 
 @tries
 @given(seeds, shapes)
 def test_consistency_is_zero_for_a_mask_with_itself_and_never_below(seed, shape):
     mask = masks(seed, shape)
-    p = drawn(seed, 2, 2, *shape).sigmoid()
+    logits = drawn(seed, 2, 2, *shape)
+    p = logits.sigmoid()
     assert consistency_loss(mask, mask) == 0
     assert consistency_loss(p, mask) >= 0
-    assert sobel_magnitude(mask).max() <= flat_face(3) * 3**0.5 + 1e-6
+    highest = sobel_magnitude(mask).max()
+    at_a_corner = flat_face(3) * 3**0.5
+    assert highest <= at_a_corner + 1e-6
 
 
 @tries
 @given(seeds, shapes)
 def test_balanced_cross_entropy_weighs_both_sides_the_same(seed, shape):
     mask = masks(seed, shape)
+    rest = 1 - mask
     logits = drawn(seed, 2, 2, *shape)
-    assert balanced_bce(logits, mask) >= 0
-    torch.testing.assert_close(balanced_bce(logits, mask), balanced_bce(-logits, 1 - mask))
+    value = balanced_bce(logits, mask)
+    exchanged = balanced_bce(-logits, rest)
+    assert value >= 0
+    assert_close(value, exchanged)
+
+
+def label_values(labels):
+    "The labels that a map has"
+    found = labels.unique()
+    return set(found.tolist())
 
 
 @tries
 @given(seeds, st.tuples(*[st.integers(1, 6)] * 3), st.sampled_from([3, 5]))
 def test_labels_on_a_finer_grid_and_back_are_the_same(seed, shape, factor):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator()
+    generator.manual_seed(seed)
     labels = torch.randint(4, shape, generator=generator)
-    fine = resample_labels(labels, [n * factor for n in shape])
-    assert torch.equal(resample_labels(fine, shape), labels)
-    invented = set(fine.unique().tolist()) - set(labels.unique().tolist())
-    assert not invented
+    finer = [n * factor for n in shape]
+    fine = resample_labels(labels, finer)
+    back = resample_labels(fine, shape)
+    assert torch.equal(back, labels)
+    known = label_values(labels)
+    assert label_values(fine) <= known
 
 
 class Constant(torch.nn.Module):
@@ -121,8 +159,8 @@ class Constant(torch.nn.Module):
         self.c = torch.nn.Parameter(torch.tensor(c))
 
     def forward(self, x):
-        size = x.shape[2:]
-        return self.c.expand(len(x), 2, *size)
+        cases, _, *size = x.shape
+        return self.c.expand(cases, 2, *size)
 
 
 @settings(tries, max_examples=15)
@@ -132,22 +170,36 @@ class Constant(torch.nn.Module):
     st.floats(-9, 9, width=32),
 )
 def test_windows_of_a_constant_network_are_the_whole(shape, patch, c):
-    by_windows = infer(Constant(c), torch.zeros(1, *shape), patch)
+    network = Constant(c)
+    volume = torch.zeros(1, *shape)
+    by_windows = infer(network, volume, patch)
     whole = torch.full((2, *shape), c)
-    torch.testing.assert_close(by_windows, whole, atol=1e-4, rtol=1e-4)
+    assert_close(by_windows, whole, atol=1e-4, rtol=1e-4)
 
 
 @tries
 @given(st.integers(2, 60), seeds, st.floats(0.05, 0.9))
 def test_a_split_is_disjoint_and_complete(n, seed, share):
-    cases = [SimpleNamespace(name=i) for i in range(n)]
-    held = max(round(n * share), 1)
+    numbers = list(range(n))
+    cases = [SimpleNamespace(name=i) for i in numbers]
+    wanted = round(n * share)
+    held = max(wanted, 1)
     if n <= held:
         return
     train, val = split_cases(cases, seed, share)
-    names = sorted(case.name for case in train + val)
-    assert names == list(range(n))
+    names = [case.name for case in train + val]
+    names.sort()
+    assert names == numbers
     assert len(val) == held
+
+
+def counted_cases(shares, weights, step):
+    "Cases of a step that count, of all processes"
+    found = []
+    for share, weight in zip(shares, weights, strict=True):
+        if weight:
+            found += share[step]
+    return found
 
 
 @tries
@@ -160,10 +212,9 @@ def test_shares_of_a_batch_are_disjoint_complete_and_weighted(cases, batch, worl
     seen = []
     for step, whole in enumerate(ranks[0].whole()):
         weights = [rank.weight(step) for rank in ranks]
-        counted = []
-        for own, weight in zip(shares, weights, strict=True):
-            counted += own[step] if weight else []
+        counted = counted_cases(shares, weights, step)
         assert sorted(counted) == sorted(whole)
         assert abs(sum(weights) - world) < 1e-9
         seen += [case for _, _, case in whole]
-    assert sorted(seen) == list(range(cases))
+    seen.sort()
+    assert seen == list(range(cases))

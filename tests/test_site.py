@@ -21,16 +21,14 @@ ROOT = Path(__file__).parents[1]
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
+    "A handler of requests that logs nothing"
+
     def log_message(self, *args):
         pass
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    "The built site, served: folder and address"
-    clone = tmp_path_factory.mktemp("site") / "clone"
-    left_out = shutil.ignore_patterns(".venv", ".git", "_site", "_site_src", "__pycache__")
-    shutil.copytree(ROOT, clone, ignore=left_out)
+def built(clone):
+    "The folder of the site that a clone builds, with one view"
     done = subprocess.run(
         [sys.executable, "tools/make_site.py", "--views", "04_edge_gate"],
         cwd=clone,
@@ -39,10 +37,22 @@ def site(tmp_path_factory):
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    handler = functools.partial(Quiet, directory=clone / "_site")
+    return clone / "_site"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    "The built site, served: folder and address"
+    tmp = tmp_path_factory.mktemp("site")
+    clone = tmp / "clone"
+    left_out = shutil.ignore_patterns(".venv", ".git", "_site", "_site_src", "__pycache__")
+    shutil.copytree(ROOT, clone, ignore=left_out)
+    folder = built(clone)
+    handler = functools.partial(Quiet, directory=folder)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield clone / "_site", f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield folder, f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
 
 
@@ -56,20 +66,33 @@ class Opened:
 
     def listen(self):
         "Note errors, warnings and requests from now on"
-        self.page.on("console", self.console)
-        self.page.on("pageerror", lambda error: self.logged.append(str(error)))
-        self.page.on("response", self.response)
-        self.page.on("request", lambda request: self.loaded.append(request.url))
+        page = self.page
+        page.on("console", self.console)
+        page.on("pageerror", self.error)
+        page.on("response", self.response)
+        page.on("request", self.request)
+
+    def error(self, error):
+        "Note an error"
+        text = str(error)
+        self.logged.append(text)
+
+    def request(self, request):
+        "Note an address"
+        url = request.url
+        self.loaded.append(url)
 
     def console(self, message):
         "Note an error or a warning"
-        if message.type in ("error", "warning"):
-            self.logged.append(message.text)
+        kind, text = message.type, message.text
+        if kind in ("error", "warning"):
+            self.logged.append(text)
 
     def response(self, response):
         "Note what was not found"
-        if response.status >= 400:
-            self.logged.append(f"{response.status} {response.url}")
+        status, url = response.status, response.url
+        if status >= 400:
+            self.logged.append(f"{status} {url}")
 
     def outside(self, address):
         "What the page loaded from other machines"
@@ -99,10 +122,14 @@ def opened(context, address):
 
 def faults(page):
     "What axe-core calls serious or critical"
+    results = Axe().run(page)
     found = []
-    for violation in Axe().run(page).response["violations"]:
+    for violation in results.response["violations"]:
         if violation["impact"] in ("serious", "critical"):
-            found.append((violation["id"], violation["nodes"][0]["html"][:200]))
+            name = violation["id"]
+            first = violation["nodes"][0]
+            html = first["html"]
+            found.append((name, html[:200]))
     return found
 
 
@@ -118,12 +145,17 @@ def check(shown, address):
 
 def pages_of(folder):
     "The names of all pages"
-    files = [p for p in folder.rglob("*.html") if p.name != "404.html"]
-    return sorted(p.relative_to(folder).as_posix() for p in files)
+    names = []
+    for path in folder.rglob("*.html"):
+        name = path.relative_to(folder)
+        names.append(name.as_posix())
+    names.remove("404.html")
+    return sorted(names)
 
 
 def test_the_site_has_its_pages(site):
-    pages = pages_of(site[0])
+    folder, _ = site
+    pages = pages_of(folder)
     assert len(pages) >= 50
     expected = {"index.html", "13_multi_gpu.html", "api/method.sobel.html", "speed.html"}
     assert expected <= set(pages)
@@ -149,30 +181,46 @@ def test_every_fourth_page_on_a_phone(site, chromium):
 
 
 def test_in_the_dark(site, chromium):
+    _, address = site
     context = chromium.new_context(viewport=DESKTOP, color_scheme="dark")
-    for name in ("index", "03_sobel_edges", "05_losses", "01_one_sitting", "api/method.egcnn"):
-        shown = opened(context, f"{site[1]}/{name}.html")
-        assert shown.page.evaluate(BACKGROUND) != "rgb(255, 255, 255)", name
+    for name in SOME_PAGES:
+        shown = opened(context, f"{address}/{name}.html")
+        page = shown.page
+        colour = page.evaluate(BACKGROUND)
+        assert colour != "rgb(255, 255, 255)", name
         assert shown.logged == [], name
-        assert faults(shown.page) == [], name
+        found = faults(page)
+        assert found == [], name
+
+
+SOME_PAGES = ("index", "03_sobel_edges", "05_losses", "01_one_sitting", "api/method.egcnn")
+
+
+@pytest.fixture
+def front_page(site, chromium):
+    "The first page"
+    _, address = site
+    context = chromium.new_context()
+    shown = opened(context, f"{address}/index.html")
+    return shown.page
 
 
 ADD_FAULTS = """document.querySelector('.md-content p').innerHTML +=
     '<img src="/none.png"><span style="color:#eee">pale</span>'"""
 
 
-def test_a_fault_would_be_seen(site, chromium):
-    page = opened(chromium.new_context(), f"{site[1]}/index.html").page
-    page.evaluate(ADD_FAULTS)
-    names = {name for name, _ in faults(page)}
-    assert {"image-alt", "color-contrast"} <= names
+def test_a_fault_would_be_seen(front_page):
+    front_page.evaluate(ADD_FAULTS)
+    found = dict(faults(front_page))
+    assert "image-alt" in found
+    assert "color-contrast" in found
 
 
-def test_search_finds_a_function(site, chromium):
-    page = opened(chromium.new_context(), f"{site[1]}/index.html").page
-    page.keyboard.press("s")
-    page.keyboard.type("balanced_bce")
-    page.wait_for_selector(".md-search-result__link[href*='losses']", timeout=15000)
+def test_search_finds_a_function(front_page):
+    keyboard = front_page.keyboard
+    keyboard.press("s")
+    keyboard.type("balanced_bce")
+    front_page.wait_for_selector(".md-search-result__link[href*='losses']", timeout=15000)
 
 
 FIRST_FRAME_IS_SHOWN = """(() => {
@@ -183,42 +231,62 @@ FIRST_FRAME_IS_SHOWN = """(() => {
 
 def test_a_view_can_be_moved_without_a_kernel(site, chromium):
     folder, address = site
-    shown = opened(chromium.new_context(), f"{address}/04_edge_gate.html")
-    figure = shown.page.locator("figure.frames")
+    context = chromium.new_context()
+    shown = opened(context, f"{address}/04_edge_gate.html")
+    page = shown.page
+    figure = page.locator("figure.frames")
     assert figure.count() == 1
     picture = figure.locator("img")
     before = picture.get_attribute("src")
-    figure.locator("input").focus()
-    shown.page.keyboard.press("Home")
-    shown.page.wait_for_function(FIRST_FRAME_IS_SHOWN)
+    slider = figure.locator("input")
+    slider.focus()
+    page.keyboard.press("Home")
+    page.wait_for_function(FIRST_FRAME_IS_SHOWN)
     assert picture.get_attribute("src") != before
-    assert float(figure.locator("output").inner_text()) < 0
+    number = figure.locator("output")
+    assert float(number.inner_text()) < 0
     assert shown.logged == []
-    size = sum(file.stat().st_size for file in (folder / "views").iterdir())
-    assert size <= 2e6
+    views = folder / "views"
+    sizes = [file.stat().st_size for file in views.iterdir()]
+    assert sum(sizes) <= 2e6
+
+
+CODE = re.compile(r"<(pre|code|script|math)\b.*?</\1>", re.S)
 
 
 def text_of(page):
     "The HTML of a page without code and formulas"
-    return re.sub(r"<(pre|code|script|math)\b.*?</\1>", "", page.read_text(), flags=re.S)
+    html = page.read_text()
+    return CODE.sub("", html)
 
 
 def test_a_table_is_shown_without_the_code_that_reads_it(site):
-    front = (site[0] / "index.html").read_text()
+    folder, _ = site
+    front = (folder / "index.html").read_text()
     assert "bare with consistency loss" in front
     assert "tabulate" not in front
 
 
 def test_no_formula_is_left_as_latex(site):
-    folder = site[0]
-    assert (folder / "04_edge_gate.html").read_text().count("<math") > 5
+    folder, _ = site
+    lesson = (folder / "04_edge_gate.html").read_text()
+    assert lesson.count("<math") > 5
     for page in folder.rglob("*.html"):
         words = re.sub(r"<[^>]+>", "", text_of(page))
-        assert not re.search(r"\$[^$\s<][^$<\n]*\$", words), page.name
+        formula = re.search(r"\$[^$\s<][^$<\n]*\$", words)
+        assert not formula, page.name
+
+
+def leads_elsewhere(link):
+    "Whether a link leads to another site, or begins at the root of this one"
+    return ":" in link or link.startswith("/")
 
 
 def test_every_link_leads_somewhere(site):
-    for page in site[0].rglob("*.html"):
-        for link in re.findall(r'href="([^"#?]+)', text_of(page)):
-            elsewhere = ":" in link or link.startswith("/")
-            assert elsewhere or (page.parent / link).exists(), f"{page.name}: {link}"
+    folder, _ = site
+    for page in folder.rglob("*.html"):
+        html = text_of(page)
+        for link in re.findall(r'href="([^"#?]+)', html):
+            target = page.parent / link
+            there = leads_elsewhere(link) or target.exists()
+            assert there, f"{page.name}: {link}"

@@ -23,8 +23,9 @@ def volumes(shape):
 @pytest.mark.parametrize("value", [1, 0, -1])
 def test_one_slice_one_voxel_and_nothing_to_see_are_drawn(shape, value):
     mask = np.full(shape, value, np.int32)
+    edge = mask > 0
     for name, volume in volumes(shape).items():
-        shown = view3d(volume, mask, edge=mask > 0, heat=volume)
+        shown = view3d(volume, mask, edge=edge, heat=volume)
         figure = shown.static()
         assert len(figure.axes) >= 3, name
         shown.close()

@@ -14,11 +14,12 @@ FEWEST_NOTEBOOKS, FEWEST_MODULES = 53, 48
 def notebooks():
     "Paths of all notebooks but the index, room by room; there are at least as many as there have been"
     found = sorted(NBS.glob("[0-9]_*/*.ipynb"))
-    found = [path for path in found if ".ipynb_checkpoints" not in path.parts]
-    assert len(found) >= FEWEST_NOTEBOOKS, (
-        f"{NBS} has {len(found)} notebooks, and {FEWEST_NOTEBOOKS} were expected"
+    count = len(found)
+    assert count >= FEWEST_NOTEBOOKS, (
+        f"{NBS} has {count} notebooks, and {FEWEST_NOTEBOOKS} were expected"
     )
-    assert len({path.stem for path in found}) == len(found), "two notebooks have one name"
+    names = {path.stem for path in found}
+    assert len(names) == count, "two notebooks have one name"
     return found
 
 
@@ -31,21 +32,26 @@ def notebook(name):
 
 def module_of(path):
     "The module that a notebook exports, such as method.sobel; None where it exports none"
-    found = re.search(r"#\| default_exp ([\w.]+)", path.read_text())
-    return found[1] if found else None
+    text = path.read_text()
+    found = re.search(r"#\| default_exp ([\w.]+)", text)
+    if found is None:
+        return None
+    return found[1]
 
 
 def modules():
     "Paths of all modules of the package that notebooks export"
-    found = [
-        path for path in sorted((ROOT / "egcnn_nb").rglob("*.py")) if not path.name.startswith("_")
-    ]
-    assert len(found) >= FEWEST_MODULES, (
-        f"egcnn_nb has {len(found)} modules, and {FEWEST_MODULES} were expected"
+    paths = (ROOT / "egcnn_nb").rglob("*.py")
+    found = [path for path in sorted(paths) if not path.name.startswith("_")]
+    count = len(found)
+    assert count >= FEWEST_MODULES, (
+        f"egcnn_nb has {count} modules, and {FEWEST_MODULES} were expected"
     )
     return found
 
 
 def source_of(module):
     "The path of a module by its name, such as method.sobel"
-    return ROOT / "egcnn_nb" / f"{module.replace('.', '/')}.py"
+    *rooms, name = module.split(".")
+    folder = ROOT.joinpath("egcnn_nb", *rooms)
+    return folder / f"{name}.py"

@@ -77,8 +77,10 @@ def run(*words, seconds=60 * MINUTES, quiet=False):
 
 def works(path):
     "Whether a browser starts; on some systems a script of that name only says how to install one"
-    code, text = run(str(path), "--version", seconds=30, quiet=True)
-    return code == 0 and "Chrom" in text
+    failed, text = run(str(path), "--version", seconds=30, quiet=True)
+    if failed:
+        return False
+    return "Chrom" in text
 
 
 def playwrights_own():

@@ -25,9 +25,11 @@ from quietly import as_notebook, run_cells
 
 def line_of(module, cell):
     "Line of a module before an exported cell's first"
-    lines = source_of(module).read_text().splitlines()
+    path = source_of(module)
+    name = cell["id"]
+    lines = path.read_text().splitlines()
     for number, line in enumerate(lines, 1):
-        if line.startswith("# %% ") and line.endswith(f"#{cell['id']}"):
+        if line.startswith("# %% ") and line.endswith(f"#{name}"):
             return number
     return 1
 
@@ -35,19 +37,27 @@ def line_of(module, cell):
 def as_module(module, cell):
     "An exported cell that is compiled under its module's name; any other as it is"
     source = "".join(cell["source"])
-    if not re.match(r"#\| export\b", source) or cell["cell_type"] != "code":
-        return dict(cell, source=source)
+    if re.match(r"#\| export\b", source) and cell["cell_type"] == "code":
+        source = compiled_there(source, module, cell)
+    return dict(cell, source=source)
+
+
+def compiled_there(source, module, cell):
+    "A line that runs an exported cell under its module's name and line numbers"
     _, _, body = source.partition("\n")
-    shifted = "\n" * line_of(module, cell) + body
+    above = line_of(module, cell)
+    shifted = "\n" * above + body
     path = str(source_of(module))
-    return dict(cell, source=f"exec(compile({shifted!r}, {path!r}, 'exec'), globals())")
+    return f"exec(compile({shifted!r}, {path!r}, 'exec'), globals())"
 
 
 def cells_to_run(path):
     "The cells of a notebook that its tests run, exported ones under the name of their module"
+    notebook = json.loads(path.read_text())
     cells = []
-    for cell in json.loads(path.read_text())["cells"]:
-        if not re.search(r"#\| eval: false|nbdev_export\(\)", "".join(cell["source"])):
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if not re.search(r"#\| eval: false|nbdev_export\(\)", source):
             cells.append(cell)
     module = module_of(path)
     if module is None:
@@ -77,7 +87,8 @@ def main():
     parser.add_argument("--missing", action="store_true")
     args = parser.parse_args()
     paths = [notebook(name) for name in args.notebooks] or notebooks()
-    data = str(Path(tempfile.mkdtemp()) / "data")
+    folder = Path(tempfile.mkdtemp())
+    data = str(folder / "data")
     spawn = multiprocessing.get_context("spawn")
     for path in paths:
         process = spawn.Process(target=run, args=(path, data))

@@ -31,29 +31,58 @@ CLASSES = {2: "edema", 4: "enhancing", 1: "necrosis"}  # label -> name, the oute
 def train(out, edge, epochs):
     "One run of the command egcnn_train, its progress bar in this terminal"
     name = "EG-CNN" if edge == "on" else "bare Seg-Net"
-    words = [str(DATA), "--out", str(out), "--edge", edge, "--epochs", str(epochs), *FLAGS]
-    print(f"\n{name}: egcnn_train {' '.join(words)}", flush=True)
-    subprocess.run([sys.executable, "-m", "egcnn_nb.train", *words], check=True)
+    words = ["--out", str(out)]
+    words += ["--edge", edge]
+    words += ["--epochs", str(epochs)]
+    words = [str(DATA), *words, *FLAGS]
+    line = " ".join(words)
+    print(f"\n{name}: egcnn_train {line}", flush=True)
+    script = [sys.executable, "-m", "egcnn_nb.train"]
+    subprocess.run([*script, *words], check=True)
+
+
+def held_out(run):
+    "The cases that a run did not train on"
+    text = (run / "config.json").read_text()
+    config = json.loads(text)
+    names = config["split"]["validation"]
+    data = find_dataset(DATA)
+    return [case for case in data.cases if case.name in names]
+
+
+def truth_of(case):
+    "The label map of a case"
+    labels = read_labels(case.label)
+    return labels.array.astype(int)
+
+
+def number_of_labels(case):
+    "How many labels a case has"
+    found = np.unique(truth_of(case))
+    return len(found)
+
+
+def scored(run, case):
+    "The label map that a run predicts, and its scores"
+    _, _, task, *_ = run
+    labels, loaded = predict_case(*run, case)
+    spacing = loaded.grid.spacing
+    scores = score_case(labels.astype(int), truth_of(case), task, spacing)
+    return labels, scores
 
 
 def results(out):
     """Predictions of both runs on the cases that neither trained on: (run, case) -> scores, and all
     that can be shown of one of them"""
-    held_out = json.loads((out / "eg/config.json").read_text())["split"]["validation"]
-    cases = [case for case in find_dataset(DATA).cases if case.name in held_out]
-    truth = {}
-    for case in cases:
-        truth[case.name] = read_labels(case.label).array.astype(int)
-    richest = max(cases, key=lambda case: len(np.unique(truth[case.name])))
-    shown = {"truth": truth[richest.name], "image": read_volume(richest.images[1]).array}
+    cases = held_out(out / "eg")
+    richest = max(cases, key=number_of_labels)
+    image = read_volume(richest.images[1])
+    shown = {"truth": truth_of(richest), "image": image.array}
     scores = {}
     for name in ("bare", "eg"):
         run = load_run(out / name)
-        _, _, task, *_ = run
         for case in cases:
-            labels, loaded = predict_case(*run, case)
-            spacing = loaded.grid.spacing
-            found = score_case(labels.astype(int), truth[case.name], task, spacing)
+            labels, found = scored(run, case)
             scores[name, case.name] = found
             if case is richest:
                 shown[name] = labels
@@ -63,33 +92,48 @@ def results(out):
     return scores, shown
 
 
+def average(scores, run, region, metric):
+    "Mean of a metric of a run over the cases"
+    values = []
+    for (name, _), found in scores.items():
+        if name == run:
+            values.append(found[region][metric])
+    return sum(values) / len(values)
+
+
 def table(scores):
     "Print Dice per region, bare against EG-CNN, averaged over the held-out cases"
     cases = sorted({case for _, case in scores})
-
-    def average(run, region, metric):
-        values = [scores[run, case][region][metric] for case in cases]
-        return sum(values) / len(values)
-
-    print(f"\nHeld-out phantoms: {', '.join(cases)}\n{'Dice':22} {'bare':>8} {'EG-CNN':>8}")
+    names = ", ".join(cases)
+    print(f"\nHeld-out phantoms: {names}")
+    print_columns("Dice", "bare", "EG-CNN")
     for region in scores["eg", cases[0]]:
-        metrics = ["dice"]
-        if region == "mean":
-            metrics += ["surface_dice", "hd95"]
-        for metric in metrics:
-            bare = average("bare", region, metric)
-            eg = average("eg", region, metric)
-            title = f"{region} " if metric == "dice" else f"{region} {metric}"
-            print(f"{title:22} {bare:8.3f} {eg:8.3f}")
+        print_region(f"{region} ", scores, region, "dice")
+    for metric in ("surface_dice", "hd95"):
+        print_region(f"mean {metric}", scores, "mean", metric)
+
+
+def print_region(title, scores, region, metric):
+    "Print a line of the table"
+    bare = average(scores, "bare", region, metric)
+    eg = average(scores, "eg", region, metric)
+    print_columns(title, f"{bare:.3f}", f"{eg:.3f}")
+
+
+def print_columns(title, bare, eg):
+    "Print three columns of a table"
+    print(f"{title:22} {bare:>8} {eg:>8}")
 
 
 def slices(shown):
     "The axial slice of each map with most tumour, with the front of the head up"
-    sizes = (shown["truth"] > 0).sum((0, 1))
-    k = int(sizes.argmax())
+    tumour = shown["truth"] > 0
+    sizes = tumour.sum((0, 1))
+    k = sizes.argmax()
     cut = {}
     for name, array in shown.items():
-        cut[name] = array[:, ::-1, k].T  # the phantoms' second axis runs to the back
+        plane = array[:, ::-1, k]  # the phantoms' second axis runs to the back
+        cut[name] = plane.T
     return cut
 
 
@@ -109,8 +153,10 @@ def draw_legend(fig):
     "The colours of the classes"
     handles = []
     for value in CLASSES:
-        handles.append(plt.Rectangle((0, 0), 1, 1, color=COLOURS[value], alpha=0.6))
-    handles.append(plt.Line2D([], [], color="grey"))
+        patch = plt.Rectangle((0, 0), 1, 1, color=COLOURS[value], alpha=0.6)
+        handles.append(patch)
+    line = plt.Line2D([], [], color="grey")
+    handles.append(line)
     names = [*CLASSES.values(), "outline of the truth (white)"]
     fig.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
 
@@ -123,20 +169,26 @@ def picture(path, shown):
     image_ax, truth_ax, bare_ax, eg_ax, edge_ax, attention_ax = axes.flat
     for ax in axes.flat:
         ax.axis("off")
-    draw_labels(image_ax, "image (t1ce)", cut["image"])
-    draw_labels(truth_ax, "truth", cut["image"], cut["truth"])
-    draw_labels(bare_ax, "bare Seg-Net", cut["image"], cut["bare"])
-    draw_labels(eg_ax, "Seg-Net + EG-CNN", cut["image"], cut["eg"])
+    image, truth = cut["image"], cut["truth"]
+    draw_labels(image_ax, "image (t1ce)", image)
+    draw_labels(truth_ax, "truth", image, truth)
+    draw_labels(bare_ax, "bare Seg-Net", image, cut["bare"])
+    draw_labels(eg_ax, "Seg-Net + EG-CNN", image, cut["eg"])
     for ax in (bare_ax, eg_ax):
-        ax.contour(cut["truth"] > 0, [0.5], colors="white", linewidths=1)
+        ax.contour(truth > 0, [0.5], colors="white", linewidths=1)
     edge_ax.imshow(cut["edge"], cmap="inferno", vmin=0, vmax=1, origin="lower")
     edge_ax.set_title("predicted edges")
-    attention = np.ma.masked_equal(cut["attention"], 0)
-    drawn = attention_ax.imshow(attention, cmap="magma", vmin=0.5, vmax=1, origin="lower")
-    attention_ax.set_title("attention α of the finest gate")
-    fig.colorbar(drawn, ax=attention_ax, shrink=0.7)
+    draw_attention(attention_ax, cut["attention"])
     draw_legend(fig)
     fig.savefig(path, dpi=110)
+
+
+def draw_attention(ax, attention):
+    "The attention inside the head, with its scale"
+    inside = np.ma.masked_equal(attention, 0)
+    drawn = ax.imshow(inside, cmap="magma", vmin=0.5, vmax=1, origin="lower")
+    ax.set_title("attention α of the finest gate")
+    ax.figure.colorbar(drawn, ax=ax, shrink=0.7)
 
 
 def main():

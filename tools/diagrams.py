@@ -11,6 +11,7 @@ import ast
 import html
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from textwrap import fill
 
@@ -53,86 +54,136 @@ FLOORS = [
 
 def name_of(path):
     "A module's name, such as method.sobel, from its path"
-    return ".".join(path.relative_to(ROOT / "egcnn_nb").with_suffix("").parts)
+    package = ROOT / "egcnn_nb"
+    place = path.relative_to(package).with_suffix("")
+    return ".".join(place.parts)
 
 
 def room_of(module):
     "The room of a module; `train.py` only calls the command"
     if module == "train":
         return "commands"
-    return module.split(".")[0] if "." in module else "core"
+    room, dot, _ = module.partition(".")
+    return room if dot else "core"
 
 
 def imported(source, module):
     "Names of the package's modules, such as method.sobel, that the source of a module imports"
-    room = module.split(".")[:-1]
-    for node in ast.walk(ast.parse(source)):
+    *room, _ = module.split(".")
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom):
             continue
         name = node.module or ""
         if node.level == 0 and name.startswith("egcnn_nb."):
             yield name.removeprefix("egcnn_nb.")
         elif node.level:
-            above = room[: len(room) - node.level + 1]
+            up = node.level - 1
+            above = room[: len(room) - up]
             yield ".".join([*above, name])
+
+
+def rooms_below(source, module):
+    "The other rooms that the source of a module imports"
+    found = {room_of(other) for other in imported(source, module)}
+    return found - {room_of(module)}
 
 
 def rooms():
     "room -> its modules and the rooms that they import, from the ground floor up"
     found = {}
+    for floor in FLOORS:
+        for room in floor:
+            found[room] = {"modules": [], "imports": set()}
     for path in modules():
         module = name_of(path)
-        own = found.setdefault(room_of(module), {"modules": [], "imports": set()})
-        own["modules"].append(module.split(".")[-1])
-        own["imports"] |= {room_of(m) for m in imported(path.read_text(), module)} - {
-            room_of(module)
-        }
-    order = [room for floor in FLOORS for room in floor if room in found]
-    return {
-        room: {"modules": found[room]["modules"], "imports": sorted(found[room]["imports"])}
-        for room in order
-    }
+        own = found[room_of(module)]
+        *_, name = module.split(".")
+        own["modules"].append(name)
+        source = path.read_text()
+        own["imports"] |= rooms_below(source, module)
+    for own in found.values():
+        own["imports"] = sorted(own["imports"])
+    return {room: own for room, own in found.items() if own["modules"]}
+
+
+def floors_of(graph):
+    "The floors, without rooms that are not there"
+    found = []
+    for floor in FLOORS:
+        rooms = [room for room in floor if room in graph]
+        found.append(rooms)
+    return found
+
+
+def brought_along(graph, room):
+    "All rooms that come with a room"
+    found = set()
+    for other in graph[room]["imports"]:
+        found.add(other)
+        found |= brought_along(graph, other)
+    return found
 
 
 def direct(graph, room):
     "The rooms that a room imports and that none of the others brings along"
     needs = graph[room]["imports"]
+    found = []
+    for need in needs:
+        others = [brought_along(graph, other) for other in needs]
+        if need not in set().union(*others):
+            found.append(need)
+    return found
 
-    def below(other):
-        own = graph[other]["imports"]
-        return set(own).union(*(below(n) for n in own))
 
-    return [n for n in needs if not any(n in below(other) for other in needs if other != n)]
+def places(floors):
+    "room -> where it is drawn"
+    found = {}
+    for y, floor in enumerate(floors):
+        width = 10 / len(floor)
+        for i, room in enumerate(floor):
+            x = width * (i + 0.5)
+            found[room] = (x, y)
+    _, y = found["method"]
+    found["method"] = (3.2, y)  # so that no arrow crosses it
+    return found
+
+
+BOX = {"boxstyle": "round,pad=.45", "fc": "white", "ec": COLOURS["edge"], "lw": 1.2}
+
+
+def draw_room(ax, place, room, modules, letters):
+    "A room, with its modules in lines of so many letters; its frame"
+    x, y = place
+    names = ", ".join(dict.fromkeys(modules))
+    text = fill(names, letters)
+    label = ax.text(
+        x,
+        y,
+        f"{room}\n{text}",
+        ha="center",
+        va="center",
+        fontsize=9,
+        bbox=BOX,
+        linespacing=1.35,
+    )
+    return label.get_bbox_patch()
 
 
 def draw_rooms(graph):
     "The rooms, each floor above all that it imports"
-    floors = [[room for room in floor if room in graph] for floor in FLOORS]
     fig = Figure(figsize=(8.5, 7.2), layout="constrained")
     ax = fig.subplots()
     ax.axis("off")
+    floors = floors_of(graph)
     ax.set(xlim=(0, 10), ylim=(-0.6, len(floors) - 0.4))
-    place = {}
-    for y, floor in enumerate(floors):
-        for i, room in enumerate(floor):
-            place[room] = (10 * (i + 0.5) / len(floor), y)
-    place["method"] = (3.2, place["method"][1])  # so that no arrow crosses it
+    place = places(floors)
     drawn = {}
-    for room, (x, y) in place.items():
-        width = 34 if len(floors[y]) > 1 else 64
-        text = fill(", ".join(dict.fromkeys(graph[room]["modules"])), width)
-        box = {"boxstyle": "round,pad=.45", "fc": "white", "ec": COLOURS["edge"], "lw": 1.2}
-        label = ax.text(
-            x,
-            y,
-            f"{room}\n{text}",
-            ha="center",
-            va="center",
-            fontsize=9,
-            bbox=box,
-            linespacing=1.35,
-        )
-        drawn[room] = label.get_bbox_patch()
+    for floor in floors:
+        letters = 64 if len(floor) == 1 else 34
+        for room in floor:
+            modules = graph[room]["modules"]
+            drawn[room] = draw_room(ax, place[room], room, modules, letters)
     for room in graph:
         for other in direct(graph, room):
             arrow = {
@@ -149,12 +200,21 @@ def draw_rooms(graph):
 def diagrams():
     "name -> (what it shows, function that draws it)"
     torch.manual_seed(0)
-    model = EGCNN(SegNet(4, 3, width=8, levels=4), activation="sigmoid")
+    net = SegNet(4, 3, width=8, levels=4)
+    model = EGCNN(net, activation="sigmoid")
+    volume = torch.zeros(1, 4, 64, 64, 64)
     graph = rooms()
     return {
-        "architecture": (model.summary(), lambda: drawing(model, torch.zeros(1, 4, 64, 64, 64))),
-        "rooms": (json.dumps(graph), lambda: draw_rooms(graph)),
+        "architecture": (model.summary(), partial(drawing, model, volume)),
+        "rooms": (json.dumps(graph), partial(draw_rooms, graph)),
     }
+
+
+def is_shown(path, shows):
+    "Whether a picture shows this"
+    if not path.exists():
+        return False
+    return html.escape(shows, quote=False) in path.read_text()
 
 
 def main():
@@ -163,8 +223,9 @@ def main():
     for name, (shows, draw) in diagrams().items():
         path = IMAGES / f"{name}.svg"
         if not check:
-            draw().savefig(path, metadata={"Date": None, "Description": shows})
-        elif not path.exists() or html.escape(shows, quote=False) not in path.read_text():
+            fig = draw()
+            fig.savefig(path, metadata={"Date": None, "Description": shows})
+        elif not is_shown(path, shows):
             sys.exit(
                 f"{path.name} does not show what the code is; run tools/diagrams.py and look at it"
             )

@@ -27,7 +27,8 @@ def lowest(requirements, torch):
         if torch and requirement.startswith("torch>="):
             pinned.append(f"torch=={torch}")
         else:
-            pinned.append(re.sub(r">=([\w.]+).*", r"==\1", requirement))
+            pin = re.sub(r">=([\w.]+).*", r"==\1", requirement)
+            pinned.append(pin)
     return pinned
 
 
@@ -42,7 +43,8 @@ def bounded_testers(requirements):
     "The packages that run the tests, with the bounds of the requirements"
     bounds = {}
     for requirement in requirements.split():
-        name = re.match(r"[\w-]+", requirement)[0]
+        found = re.match(r"[\w-]+", requirement)
+        name = found[0]
         bounds[name] = requirement
     return [bounds.get(name, name) for name in TESTING]
 
@@ -51,15 +53,27 @@ def install(folder, wanted, testers):
     "A virtual environment with this project, the versions that are wanted, and the testers"
     if not (folder / "bin").exists():
         venv.create(folder, with_pip=True)
-    pip = [folder / "bin/python", "-m", "pip", "install", "-q"]
-    subprocess.run([*pip, *wanted, *testers], check=True)
-    subprocess.run([*pip, "--no-deps", "-e", str(ROOT)], check=True)
+    python = folder / "bin/python"
+    pip = [python, "-m", "pip", "install", "-q"]
+    packages = [*pip, *wanted, *testers]
+    own = [*pip, "--no-deps", "-e", str(ROOT)]
+    subprocess.run(packages, check=True)
+    subprocess.run(own, check=True)
 
 
 def is_quick(path):
     "Whether a notebook exports a module that belongs neither to the study nor to a command"
     module = module_of(path)
-    return module is not None and not module.startswith(("study.", "commands."))
+    if module is None:
+        return False
+    return not module.startswith(("study.", "commands."))
+
+
+def told_errors(output):
+    "Lines of an output that name an error"
+    lines = output.splitlines()
+    errors = [line for line in lines if "Error" in line]
+    return [line for line in errors if "close_widget" not in line]
 
 
 def passes(path, folder):
@@ -67,15 +81,15 @@ def passes(path, folder):
     binaries = folder.resolve() / "bin"
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     env["PATH"] = f"{binaries}:{env['PATH']}"
-    words = ["nbdev_test", "--path", str(path.relative_to(ROOT)), "--n_workers", "0"]
+    name = path.relative_to(ROOT)
+    words = ["nbdev_test", "--path", str(name), "--n_workers", "0"]
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode == 0:
         print(f"{path.stem}: passed", flush=True)
         return True
-    output = done.stdout + done.stderr
-    errors = [line for line in output.splitlines() if "Error" in line]
-    errors = [line for line in errors if "close_widget" not in line]
-    print(f"{path.stem}: failed: {'; '.join(errors[:3])}", flush=True)
+    errors = told_errors(done.stdout + done.stderr)
+    first = "; ".join(errors[:3])
+    print(f"{path.stem}: failed: {first}", flush=True)
     return False
 
 
@@ -88,9 +102,10 @@ def main():
     parser.add_argument("--torch")
     args = parser.parse_args()
     config = settings()
-    requirements = f"{config['requirements']} {config['monai_requirements']}"
+    requirements = " ".join([config["requirements"], config["monai_requirements"]])
     wanted = lowest(requirements, args.torch)
-    install(args.folder, wanted, bounded_testers(config["dev_requirements"]))
+    testers = bounded_testers(config["dev_requirements"])
+    install(args.folder, wanted, testers)
     print("installed:", *wanted)
     if args.notebooks:
         paths = [notebook(name) for name in args.notebooks]

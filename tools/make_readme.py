@@ -17,11 +17,13 @@ def readme():
     """Markdown of the index notebook, without hidden cells and without the code of cells with
     `echo: false`; relative links start at the top of the repository"""
     nb = nbformat.read(ROOT / "nbs/index.ipynb", as_version=4)
-    nb.cells = [cell for cell in nb.cells if not cell.source.startswith("#| hide")]
-    for cell in nb.cells:
+    shown = [cell for cell in nb.cells if not cell.source.startswith("#| hide")]
+    nb.cells = shown
+    for cell in shown:
         if cell.source.startswith("#| echo: false"):
             cell.metadata["transient"] = {"remove_source": True}
-    text, _ = MarkdownExporter().from_notebook_node(nb)
+    exporter = MarkdownExporter()
+    text, _ = exporter.from_notebook_node(nb)
     text = re.sub(r"\]\((?!https?:|#)(?!\.\./)", "](nbs/", text)
     text = text.replace("](../", "](")
     text = re.sub(r"\n{3,}", "\n\n", text)

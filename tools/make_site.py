@@ -64,7 +64,8 @@ VIEWS = (
 
 def as_block(match):
     "A formula between two dollars, as MathML on a line of its own"
-    return convert(match[1].strip(), display="block")
+    formula = match[1].strip()
+    return convert(formula, display="block")
 
 
 def as_inline(match):
@@ -74,26 +75,36 @@ def as_inline(match):
 
 def math(text):
     "Formulas between dollars as MathML; code keeps its dollars"
-    parts = re.split(r"(```.*?```|`[^`]*`)", text, flags=re.S)
+    parts = CODE.split(text)
     for i in range(0, len(parts), 2):  # the others are code
-        part = re.sub(r"\$\$(.+?)\$\$", as_block, parts[i], flags=re.S)
-        parts[i] = re.sub(r"(?<!\\)\$(?!\s)([^$\n]+?)(?<!\s)\$", as_inline, part)
+        part = BLOCK_FORMULA.sub(as_block, parts[i])
+        parts[i] = INLINE_FORMULA.sub(as_inline, part)
     return "".join(parts)
+
+
+CODE = re.compile(r"(```.*?```|`[^`]*`)", re.S)
+BLOCK_FORMULA = re.compile(r"\$\$(.+?)\$\$", re.S)
+INLINE_FORMULA = re.compile(r"(?<!\\)\$(?!\s)([^$\n]+?)(?<!\s)\$")
+TO_NOTEBOOK = re.compile(r"\]\((?:\.\./)*(?:nbs/)?(?:\d_\w+/)?(\w+)\.ipynb(#[^)]*)?\)")
 
 
 def links(text):
     "Links between notebooks and files as links between pages"
     for file, page in PAGES.items():
-        text = re.sub(rf"\]\((?:\.\./)*{re.escape(file)}\)", f"]({page})", text)
-    to_notebook = r"\]\((?:\.\./)*(?:nbs/)?(?:\d_\w+/)?(\w+)\.ipynb(#[^)]*)?\)"
-    text = re.sub(to_notebook, r"](\1.md\2)", text)
+        name = re.escape(file)
+        to_file = rf"\]\((?:\.\./)*{name}\)"
+        text = re.sub(to_file, f"]({page})", text)
+    text = TO_NOTEBOOK.sub(r"](\1.md\2)", text)
     return text.replace("<details>", "<details markdown>")
 
 
 def fence(text, kind, title=""):
     "A block of code, fenced so that no line of it can close the fence"
-    named = f' title="{title}"' if title else ""
-    return f"````{kind}{named}\n{text.rstrip()}\n````\n"
+    named = ""
+    if title:
+        named = f' title="{title}"'
+    body = text.rstrip()
+    return f"````{kind}{named}\n{body}\n````\n"
 
 
 # ---- views that can be moved
@@ -161,29 +172,46 @@ for view in gc.get_objects():
 
 def sweep(path):
     "Run a notebook and move the first slider of each view: alternative text -> HTML of a slider"
-    with tempfile.TemporaryDirectory() as folder:
-        run_sweep(path, folder)
-        views = json.loads((Path(folder) / "views.json").read_text())
-        pictures = {}
-        for i, view in enumerate(views):
-            for k in range(len(view["values"])):
-                picture = Image.open(Path(folder) / f"{i}_{k}.png")
-                pictures[i, k] = picture.convert("RGB")
-    write_pictures(path.stem, pictures)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run_sweep(path, name)
+        text = (folder / "views.json").read_text()
+        views = json.loads(text)
+        pictures = read_pictures(folder, views)
+    name = path.stem
+    write_pictures(name, pictures)
     sliders = {}
     for i, view in enumerate(views):
-        size = pictures[i, view["start"]].size
-        sliders[view["alt"]] = slider(f"views/{path.stem}_{i}_", view, size)
+        start, alt = view["start"], view["alt"]
+        first = pictures[i, start]
+        prefix = f"views/{name}_{i}_"
+        sliders[alt] = slider(prefix, view, first.size)
     return sliders
+
+
+def read_pictures(folder, views):
+    "(view, step) -> picture that was written into a folder"
+    pictures = {}
+    for i, view in enumerate(views):
+        steps = len(view["values"])
+        for k in range(steps):
+            picture = Image.open(folder / f"{i}_{k}.png")
+            pictures[i, k] = picture.convert("RGB")
+    return pictures
 
 
 def run_sweep(path, folder):
     "Run a notebook with the cell that moves its views, which writes into a folder"
     nb = nbformat.read(path, as_version=4)
-    cell = f"FOLDER = {folder!r}\n{SWEEP}"
-    nb.cells.append(nbformat.v4.new_code_cell(cell))
-    place = {"metadata": {"path": str(path.parent)}}
-    client = NotebookClient(nb, timeout=900, kernel_name="python3", resources=place)
+    source = f"FOLDER = {folder!r}\n{SWEEP}"
+    cell = nbformat.v4.new_code_cell(source)
+    nb.cells.append(cell)
+    client = NotebookClient(
+        nb,
+        timeout=900,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+    )
     client.execute()
 
 
@@ -191,12 +219,14 @@ def write_pictures(name, pictures):
     "Write the pictures of a page's views, at the highest quality that is small enough"
     for quality in (80, 60, 40, 20):
         files = {key: as_webp(picture, quality) for key, picture in pictures.items()}
-        if sum(map(len, files.values())) <= MOST_BYTES:
+        sizes = [len(content) for content in files.values()]
+        if sum(sizes) <= MOST_BYTES:
             break
     folder = SOURCE / "views"
     folder.mkdir(exist_ok=True)
     for (i, k), content in files.items():
-        (folder / f"{name}_{i}_{k}.webp").write_bytes(content)
+        path = folder / f"{name}_{i}_{k}.webp"
+        path.write_bytes(content)
 
 
 def as_webp(picture, quality):
@@ -210,11 +240,12 @@ def slider(prefix, view, size):
     "A slider over pictures, as HTML"
     width, height = size
     start = view["start"]
-    values = html.escape(json.dumps(view["values"]))
-    last = len(view["values"]) - 1
+    numbers = view["values"]
+    values = html.escape(json.dumps(numbers))
+    last = len(numbers) - 1
     alt = html.escape(view["alt"])
     name = html.escape(view["name"])
-    shown = view["values"][start]
+    shown = numbers[start]
     return (
         f'<figure class="frames" data-prefix="{prefix}" data-values="{values}">'
         f'<img src="{prefix}{start}.webp" width="{width}" height="{height}" alt="{alt}">'
@@ -228,43 +259,79 @@ def slider(prefix, view, size):
 
 def output(out, name, images, views):
     "One output as Markdown; a picture becomes a file"
-    data = out.get("data", {})
     if out["output_type"] == "stream":
-        return fence("".join(out["text"]), "text") if out["name"] == "stdout" else ""
+        return stream(out)
+    data = out.get("data", {})
     if "image/png" in data:
         return picture(out, name, images, views)
     if "text/markdown" in data:
-        return math("".join(data["text/markdown"])) + "\n"
+        text = "".join(data["text/markdown"])
+        return f"{math(text)}\n"
     if "text/html" in data:
-        return "".join(data["text/html"]) + "\n"
+        text = "".join(data["text/html"])
+        return f"{text}\n"
     if "text/plain" in data:
-        return fence("".join(data["text/plain"]), "text")
+        text = "".join(data["text/plain"])
+        return fence(text, "text")
     return ""
+
+
+def stream(out):
+    "What a cell printed, as Markdown; warnings and progress bars stay out"
+    if out["name"] != "stdout":
+        return ""
+    text = "".join(out["text"])
+    return fence(text, "text")
+
+
+def alternative_text(out):
+    "What an output says of its picture"
+    named = out["metadata"].get("image/png", {})
+    if named.get("alt"):
+        return named["alt"]
+    plain = out["data"].get("text/plain", "")
+    return "".join(plain)
 
 
 def picture(out, name, images, views):
     "A picture as a file and a link to it, or the view that stands in its place"
-    path = SOURCE / "pictures" / f"{name}_{len(images)}.png"
+    number = len(images)
+    path = SOURCE / "pictures" / f"{name}_{number}.png"
     images.append(path)
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(base64.b64decode(out["data"]["image/png"]))
-    named = out["metadata"].get("image/png", {})
-    alt = named.get("alt", "") or "".join(out["data"].get("text/plain", ""))
+    content = base64.b64decode(out["data"]["image/png"])
+    path.write_bytes(content)
+    alt = alternative_text(out)
     if alt in views:
         return views[alt]
     text = html.escape(alt).replace("]", "")
     return f"![{text}](pictures/{path.name})\n"
 
 
+def file_of(module):
+    "The file of a module by its name, such as method.sobel"
+    rooms = module.split(".")
+    path = "/".join(rooms)
+    return f"egcnn_nb/{path}.py"
+
+
 def code(source, module):
     "A cell of code as Markdown, or nothing where it is not shown"
-    text = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
+    text = re.sub(r"^#\|.*\n?", "", source, flags=re.M)
+    text = text.strip()
     if not text or source.startswith("#| echo: false"):
         return []
     title = ""
     if source.startswith("#| export"):
-        title = f"exported to egcnn_nb/{module.replace('.', '/')}.py"
+        title = f"exported to {file_of(module)}"
     return [fence(text, "python", title)]
+
+
+def is_hidden(source):
+    "Whether a cell of code stays out of the page with its outputs"
+    if source.startswith("%"):
+        return True
+    return re.match(r"#\| (hide|default_exp)\b", source) is not None
 
 
 def notebook(path, views=None):
@@ -272,15 +339,17 @@ def notebook(path, views=None):
     module = module_of(path) or ""
     text = []
     images = []
-    for cell in json.loads(path.read_text())["cells"]:
+    whole = json.loads(path.read_text())
+    for cell in whole["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            text.append(links(math(source)))
-            continue
-        if re.match(r"#\| (hide|default_exp)\b", source) or source.startswith("%"):
-            continue
-        text += code(source, module)
-        text += [output(out, path.stem, images, views or {}) for out in cell["outputs"]]
+            formulas = math(source)
+            text.append(links(formulas))
+        elif not is_hidden(source):
+            text += code(source, module)
+            for out in cell["outputs"]:
+                shown = output(out, path.stem, images, views or {})
+                text.append(shown)
     return "\n\n".join(text)
 
 
@@ -299,8 +368,10 @@ class Row:
     def markdown(self) -> str:
         "The row of the table"
         kind = type_name(self.kind)
-        kind = f"`{kind}`" if kind else ""
-        meaning = html.escape(" ".join((self.meaning or "").split()))
+        if kind:
+            kind = f"`{kind}`"
+        words = (self.meaning or "").split()
+        meaning = html.escape(" ".join(words))
         meaning = meaning.replace("|", "&#124;")
         return f"| {self.name} | {kind} | {self.default} | {meaning} |"
 
@@ -311,14 +382,21 @@ def type_name(annotation):
         return ""
     if isinstance(annotation, str):
         return annotation
-    return getattr(annotation, "__name__", str(annotation)).replace("|", "or")
+    name = getattr(annotation, "__name__", str(annotation))
+    return name.replace("|", "or")
 
 
 def default_of(parameter):
     "The default of an argument as it is written in a table"
-    if parameter.default is parameter.empty:
+    default = parameter.default
+    if default is parameter.empty:
         return ""
-    return f"`{parameter.default!r}`".replace("|", "or")[:60]
+    text = f"`{default!r}`"
+    text = text.replace("|", "or")
+    return text[:60]
+
+
+HEAD = ("| argument | type | default | meaning |", "|---|---|---|---|")
 
 
 def arguments(function):
@@ -330,15 +408,17 @@ def arguments(function):
         if name not in ("self", "cls"):
             default = default_of(parameter)
             meaning = meanings[name].docment
-            rows.append(Row(f"`{name}`", parameter.annotation, default, meaning))
+            row = Row(f"`{name}`", parameter.annotation, default, meaning)
+            rows.append(row)
     kind = signature.return_annotation
     returned = meanings["return"].docment
     if kind not in (inspect.Signature.empty, None) or returned:
-        rows.append(Row("*returns*", kind, "", returned))
+        row = Row("*returns*", kind, "", returned)
+        rows.append(row)
     if not rows:
         return ""
-    head = ["| argument | type | default | meaning |", "|---|---|---|---|"]
-    return "\n".join([*head, *[row.markdown() for row in rows]])
+    lines = [row.markdown() for row in rows]
+    return "\n".join([*HEAD, *lines])
 
 
 def reference(module, page):
@@ -348,15 +428,24 @@ def reference(module, page):
     text = [f"# {module}\n\n{inspect.getdoc(m)}\n\n{defined}"]
     for name in m.__all__:
         thing = getattr(m, name)
-        if not (inspect.isfunction(thing) or inspect.isclass(thing)):
-            text.append(f"## `{name}`\n\nA constant: see [{page}](../{page}.md).")
-            continue
-        text.append(f"## `{name}`\n\n{html.escape(inspect.getdoc(thing) or '')}")
+        text.append(f"## `{name}`")
         if inspect.isfunction(thing):
+            text.append(escaped_doc(thing))
             text.append(arguments(thing))
-        else:
+        elif inspect.isclass(thing):
+            text.append(escaped_doc(thing))
             text += class_reference(name, thing)
+        else:
+            text.append(f"A constant: see [{page}](../{page}.md).")
     return "\n\n".join(text)
+
+
+def escaped_doc(thing):
+    "A docstring for a page"
+    doc = inspect.getdoc(thing)
+    if doc is None:
+        return ""
+    return html.escape(doc)
 
 
 def class_reference(name, cls):
@@ -369,8 +458,9 @@ def class_reference(name, cls):
     for method, function in vars(cls).items():
         public = inspect.isfunction(function) and not method.startswith("_")
         if public and function.__doc__:
-            doc = html.escape(function.__doc__)
-            text.append(f"### `{name}.{method}`\n\n{doc}\n\n{arguments(function)}")
+            text.append(f"### `{name}.{method}`")
+            text.append(html.escape(function.__doc__))
+            text.append(arguments(function))
     return text
 
 
@@ -380,13 +470,15 @@ def class_reference(name, cls):
 def write(alive):
     "All pages into _site_src/; the views of the notebooks named in `alive` can be moved"
     shutil.rmtree(SOURCE, ignore_errors=True)
-    (SOURCE / "api").mkdir(parents=True)
+    api = SOURCE / "api"
+    api.mkdir(parents=True)
     shutil.copytree(ROOT / "nbs/images", SOURCE / "images")
     shutil.copytree(ROOT / "tools/site", SOURCE, dirs_exist_ok=True)
     books = notebooks()
     for path in [ROOT / "nbs/index.ipynb", *books]:
         views = sweep(path) if path.stem in alive else {}
-        (SOURCE / f"{path.stem}.md").write_text(notebook(path, views))
+        page = SOURCE / f"{path.stem}.md"
+        page.write_text(notebook(path, views))
     modules = write_reference(books)
     for file, page in PAGES.items():
         write_page(ROOT / file, page)
@@ -399,7 +491,8 @@ def write_reference(books):
     for path in books:
         module = module_of(path)
         if module:
-            (SOURCE / f"api/{module}.md").write_text(reference(module, path.stem))
+            page = SOURCE / f"api/{module}.md"
+            page.write_text(reference(module, path.stem))
             modules.append(module)
     return modules
 
@@ -411,21 +504,27 @@ def write_page(file, page):
         beside = file.parent / name
         if beside.is_file():
             shutil.copy(beside, SOURCE / name)
-    (SOURCE / page).write_text(math(text))
+    target = SOURCE / page
+    target.write_text(math(text))
 
 
 def write_config(books, modules):
     "The settings of mkdocs, with the list of all pages"
-    names = [path.stem for path in books]
-    pages = {page.removesuffix(".md").capitalize(): page for page in PAGES.values()}
+    lessons = [{path.stem: f"{path.stem}.md"} for path in books]
+    described = [{module: f"api/{module}.md"} for module in modules]
+    more = []
+    for page in PAGES.values():
+        title = page.removesuffix(".md").capitalize()
+        more.append({title: page})
     entries = [
         {"Home": "index.md"},
-        {"Notebooks": [{name: f"{name}.md"} for name in names]},
-        {"Reference": [{module: f"api/{module}.md"} for module in modules]},
-        {"More": [{title: page} for title, page in pages.items()]},
+        {"Notebooks": lessons},
+        {"Reference": described},
+        {"More": more},
     ]
     config = (ROOT / "mkdocs.yml").read_text()
-    (ROOT / "_mkdocs.yml").write_text(f"{config}nav: {json.dumps(entries)}\n")
+    nav = json.dumps(entries)
+    (ROOT / "_mkdocs.yml").write_text(f"{config}nav: {nav}\n")
 
 
 def main():

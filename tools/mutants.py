@@ -90,13 +90,15 @@ def mutants(source):
 
 def run(nb, folder):
     "A notebook in this process, which ends with exit code 0 if every cell runs"
-    os._exit(run_cells(nb, folder))
+    code = run_cells(nb, folder)
+    os._exit(code)
 
 
 def exit_code(cells, limit, folder):
     "0: all cells ran, 1: one failed, None: it took longer than `limit` seconds"
     nb = as_notebook(cells)
-    process = multiprocessing.get_context("fork").Process(target=run, args=(nb, folder))
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=run, args=(nb, folder))
     process.start()
     process.join(limit)
     if process.is_alive():
@@ -108,13 +110,19 @@ def exit_code(cells, limit, folder):
 
 def cells_to_run(path):
     "The cells of a notebook that its tests run, their sources in one piece"
+    notebook = json.loads(path.read_text())
     cells = []
-    for cell in json.loads(path.read_text())["cells"]:
+    for cell in notebook["cells"]:
         source = "".join(cell["source"])
-        left_out = "nbdev_export()" in source or "#| eval: false" in source
-        if cell["cell_type"] == "code" and not left_out:
-            cells.append({**cell, "source": source})
+        if cell["cell_type"] == "code" and not is_left_out(source):
+            whole = dict(cell, source=source)
+            cells.append(whole)
     return cells
+
+
+def is_left_out(source):
+    "Whether the tests leave a cell out"
+    return "nbdev_export()" in source or "#| eval: false" in source
 
 
 def faults_of(cells):
@@ -124,36 +132,49 @@ def faults_of(cells):
         source = cell["source"]
         exported = re.match(r"#\| export\b", source)
         if exported and not source.startswith("#| export\nimport"):
-            faults += [Fault(number, mutant) for mutant in mutants(source)]
+            for mutant in mutants(source):
+                fault = Fault(number, mutant)
+                faults.append(fault)
     return faults
 
 
 def difference(before, after):
     "The lines that differ"
-    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
+    old = before.splitlines()
+    new = after.splitlines()
+    lines = difflib.unified_diff(old, new, lineterm="", n=0)
     kept = [line for line in lines if not line.startswith(("---", "+++", "@@"))]
     return "\n".join(kept)
+
+
+def seconds_alone(cells, path):
+    "How long a notebook takes without a fault"
+    start = time.monotonic()
+    code = exit_code(cells, 900, path.parent)
+    assert code == 0, f"{path.stem} fails as it is"
+    return time.monotonic() - start
 
 
 def judge(name, every):
     "Number of killed faults, and the survivors as differences, of a notebook"
     path = notebook(name)
     cells = cells_to_run(path)
-    start = time.monotonic()
-    assert exit_code(cells, 900, path.parent) == 0, f"{name} fails as it is"
-    limit = 4 * (time.monotonic() - start) + 20
+    limit = 4 * seconds_alone(cells, path) + 20
     faults = faults_of(cells)[::every]
+    total = len(faults)
     survivors = []
     for count, fault in enumerate(faults, 1):
+        cell = cells[fault.cell]
         with_fault = list(cells)
-        with_fault[fault.cell] = {**cells[fault.cell], "source": fault.source}
+        with_fault[fault.cell] = dict(cell, source=fault.source)
         if exit_code(with_fault, limit, path.parent) == 0:
-            survivors.append(difference(cells[fault.cell]["source"], fault.source))
+            survivor = difference(cell["source"], fault.source)
+            survivors.append(survivor)
         killed = count - len(survivors)
-        progress = f"\r{name}: {count}/{len(faults)}, {killed} killed"
+        progress = f"\r{name}: {count}/{total}, {killed} killed"
         print(progress, end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    return len(faults) - len(survivors), survivors
+    return total - len(survivors), survivors
 
 
 def report(found):
@@ -161,7 +182,8 @@ def report(found):
     print("| notebook | faults | found | |\n|---|---|---|---|")
     for name, (killed, survivors) in found.items():
         total = killed + len(survivors)
-        print(f"| {name} | {total} | {killed} | {killed / total:.0%} |")
+        share = killed / total
+        print(f"| {name} | {total} | {killed} | {share:.0%} |")
     for name, (_, survivors) in found.items():
         print(f"\n## {name}: not found\n", *survivors, sep="\n\n")
 

@@ -9,8 +9,13 @@ from execnb.nbio import dict2nb
 
 def as_notebook(cells):
     "execnb's notebook of cells (dicts)"
-    copies = [dict(cell) for cell in cells]
-    return dict2nb({"cells": copies, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+    notebook = {
+        "cells": [dict(cell) for cell in cells],
+        "metadata": {},
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+    return dict2nb(notebook)
 
 
 def silence():

@@ -41,9 +41,11 @@ def strip_views(nb):
     nb.metadata.pop("widgets", None)
     for cell in nb.cells:
         if "outputs" in cell:
-            cell.outputs = list(filter(reads_without_kernel, cell.outputs))
+            kept = filter(reads_without_kernel, cell.outputs)
+            cell.outputs = list(kept)
     for output in outputs_of(nb):
-        output.get("data", {}).pop(VIEW, None)
+        data = output.get("data", {})
+        data.pop(VIEW, None)
 
 
 def name_pictures(nb):
@@ -54,13 +56,15 @@ def name_pictures(nb):
             data = output.get("data", {})
             if "image/png" in data:
                 picture = output.metadata.setdefault("image/png", {})
-                picture["alt"] = named[1] if named else data.get("text/plain", "")
+                own = data.get("text/plain", "")
+                picture["alt"] = named[1] if named else own
 
 
 def is_skipped(cell):
     "Whether a cell is not run; the tests leave it out too"
-    evaluated = re.search(r"^#\| eval: false$", cell.source, re.M) is None
-    return cell.cell_type == "code" and not evaluated
+    if cell.cell_type != "code":
+        return False
+    return re.search(r"^#\| eval: false$", cell.source, re.M) is not None
 
 
 def execute(nb, folder):
@@ -95,9 +99,12 @@ def run(path):
 
 
 def main():
-    paths = [Path(name).resolve() for name in sys.argv[1:]]
-    for path in paths or [NBS / "index.ipynb", *notebooks()]:
-        run(path)
+    given = sys.argv[1:]
+    paths = [Path(name) for name in given]
+    if not paths:
+        paths = [NBS / "index.ipynb", *notebooks()]
+    for path in paths:
+        run(path.resolve())
 
 
 if __name__ == "__main__":

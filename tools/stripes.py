@@ -24,15 +24,23 @@ AXES = ((2, "D, H"), (0, "H, W"))  # a cut across an axis, and the axes that it 
 
 def case_of(data, name):
     "The case of a dataset with this name"
-    by_name = {case.name: case for case in find_dataset(data).cases}
+    found = find_dataset(data)
+    by_name = {case.name: case for case in found.cases}
     return by_name[name]
 
 
 def largest_plane(labels, axis):
     "The plane across an axis in which the first class is largest"
-    others = tuple({0, 1, 2} - {axis})
-    sizes = (labels == 1).sum(others)
+    first = labels == 1
+    others = {0, 1, 2} - {axis}
+    sizes = first.sum(tuple(others))
     return int(sizes.argmax())
+
+
+def plane_of(volume, plane, axis):
+    "A plane of a volume, as it is drawn"
+    cut = np.take(volume, plane, axis)
+    return cut.T
 
 
 def draw(ax, title, cut, image, colours):
@@ -47,29 +55,47 @@ def draw(ax, title, cut, image, colours):
 
 def maps_of(case, runs, titles):
     "Title -> labels or edges, and the image"
-    maps = {"truth": read_labels(case.label).array.astype(int)}
-    for run, title in zip(runs, titles, strict=True):
-        seen = look_inside(*load_run(run), case)
+    truth = read_labels(case.label)
+    maps = {"truth": truth.array.astype(int)}
+    for folder, title in zip(runs, titles, strict=True):
+        run = load_run(folder)
+        seen = look_inside(*run, case)
         maps[title] = seen["labels"]
     if "edge" in seen:
         maps[EDGES] = seen["edge"]
     return maps, seen["image"]
 
 
+def colours_of(labels):
+    "The colour of each class"
+    last = int(labels.max())
+    return {value: COLOURS[value] for value in range(1, last + 1)}
+
+
+def draw_row(row, maps, image, axis):
+    "All maps, cut across an axis; the number of the plane"
+    truth = maps["truth"]
+    colours = colours_of(truth)
+    plane = largest_plane(truth, axis)
+    below = plane_of(image, plane, axis)
+    for ax, (title, values) in zip(row, maps.items(), strict=True):
+        cut = plane_of(values, plane, axis)
+        draw(ax, title, cut, below, colours)
+    return plane
+
+
 def main(data, name, png, credit, *runs):
-    maps, image = maps_of(case_of(data, name), runs[::2], runs[1::2])
-    classes = range(1, int(maps["truth"].max()) + 1)
-    colours = {value: COLOURS[value] for value in classes}
-    fig = Figure(figsize=(2.3 * len(maps), 5.2), layout="constrained")
-    for row, (axis, shown) in zip(fig.subplots(2, len(maps)), AXES, strict=True):
-        plane = largest_plane(maps["truth"], axis)
-        for ax, (title, values) in zip(row, maps.items(), strict=True):
-            cut = np.take(values, plane, axis).T
-            draw(ax, title, cut, np.take(image, plane, axis).T, colours)
-        row[0].set_ylabel(f"{shown}: plane {plane} of {'DHW'[axis]}", fontsize=9)
-        if axis == 2:
-            for ax, title in zip(row, maps, strict=True):
-                ax.set_title(title, fontsize=9)
+    case = case_of(data, name)
+    maps, image = maps_of(case, runs[::2], runs[1::2])
+    columns = len(maps)
+    fig = Figure(figsize=(2.3 * columns, 5.2), layout="constrained")
+    rows = fig.subplots(2, columns)
+    for row, (axis, shown) in zip(rows, AXES, strict=True):
+        plane = draw_row(row, maps, image, axis)
+        across = "DHW"[axis]
+        row[0].set_ylabel(f"{shown}: plane {plane} of {across}", fontsize=9)
+    for ax, title in zip(rows[0], maps, strict=True):
+        ax.set_title(title, fontsize=9)
     fig.suptitle(credit, fontsize=7, color="gray")
     fig.savefig(png, dpi=100)
 

@@ -1,6 +1,6 @@
 """How readable the project is, in numbers, as Markdown tables.
 
-    python tools/style.py [--check] [--worst 5]
+    python tools/style.py [--check] [--write] [--worst 5]
 
 Three groups of code are measured: the package, the notebooks' own cells, and tests, tools and
 benchmarks. A line of code is one that holds more than a comment. Docstrings do not count.
@@ -8,7 +8,8 @@ Expressions a line: every name, call, number, operator and so on of a function's
 lines of that body. A function inside another is measured alone. A notebook's cell is measured whole.
 Complexity: one, and one more for each branch, loop, comprehension, `with`, `assert` and `and`.
 
---check: exit code 1 where a goal is missed. --worst: so many of the densest places are named."""
+--check: exit code 1 where a goal is missed, or where CONTRIBUTING.md shows other figures. --write:
+write its table. --worst: so many of the densest places are named."""
 
 import argparse
 import ast
@@ -85,6 +86,11 @@ class Group:
     complex: list = field(default_factory=list)  # places of functions over MOST_COMPLEX
     densities: list = field(default_factory=list)  # of Density
 
+    def note(self, place: str, value: float) -> None:
+        "Note the expressions a line at a place"
+        density = Density(place, value)
+        self.densities.append(density)
+
 
 # ---- sources
 
@@ -92,33 +98,49 @@ class Group:
 def sources(group: str) -> list[Source]:
     "The sources of a group"
     if group == "package":
-        modules = sorted((ROOT / "egcnn_nb").rglob("*.py"))
-        return files([path for path in modules if path.name != "_modidx.py"])
+        return modules_in("egcnn_nb")
     if group == "around":
-        found = []
-        for folder in ("tests", "tools", "benchmarks"):
-            found += sorted((ROOT / folder).rglob("*.py"))
-        return files(found)
+        return modules_in("tests", "tools", "benchmarks")
     return own_cells()
 
 
-def files(paths) -> list[Source]:
-    "Files as sources"
+def modules_in(*folders) -> list[Source]:
+    "The modules in some folders as sources, without the index that nbdev writes"
     found = []
-    for path in paths:
-        place = str(path.relative_to(ROOT))
-        found.append(Source(place, path.read_text()))
+    for folder in folders:
+        paths = (ROOT / folder).rglob("*.py")
+        for path in sorted(paths):
+            if path.name != "_modidx.py":
+                source = source_of(path)
+                found.append(source)
     return found
+
+
+def source_of(path: Path) -> Source:
+    "A module as a source"
+    place = path.relative_to(ROOT)
+    text = path.read_text()
+    return Source(str(place), text)
 
 
 def cells(path: Path, kind: str) -> list[Source]:
     "The cells of a notebook that are code, or markdown"
+    notebook = json.loads(path.read_text())
+    place = path.relative_to(ROOT)
     found = []
-    for number, cell in enumerate(json.loads(path.read_text())["cells"]):
+    for number, cell in enumerate(notebook["cells"]):
         if cell["cell_type"] == kind:
-            place = f"{path.relative_to(ROOT)}[{number}]"
-            found.append(Source(place, "".join(cell["source"])))
+            text = "".join(cell["source"])
+            source = Source(f"{place}[{number}]", text)
+            found.append(source)
     return found
+
+
+def is_own(cell: Source) -> bool:
+    "Whether a cell is not exported, and has no magic"
+    if EXPORT.match(cell.text):
+        return False
+    return MAGIC.search(cell.text) is None
 
 
 def own_cells() -> list[Source]:
@@ -126,7 +148,7 @@ def own_cells() -> list[Source]:
     found = []
     for path in [NBS / "index.ipynb", *notebooks()]:
         for cell in cells(path, "code"):
-            if not EXPORT.match(cell.text) and not MAGIC.search(cell.text):
+            if is_own(cell):
                 found.append(cell)
     return found
 
@@ -136,8 +158,8 @@ def own_cells() -> list[Source]:
 
 def tokens_of(text: str) -> list[tokenize.TokenInfo]:
     "The tokens of a source, without comments and line ends"
-    readline = io.StringIO(text).readline
-    tokens = tokenize.generate_tokens(readline)
+    lines = io.StringIO(text)
+    tokens = tokenize.generate_tokens(lines.readline)
     return [token for token in tokens if token.type not in NO_CODE]
 
 
@@ -184,15 +206,20 @@ def complexity(function: ast.FunctionDef) -> int:
 def density(nodes, lines: int) -> float:
     "Expressions a line"
     expressions = [node for node in nodes if isinstance(node, ast.expr)]
-    return len(expressions) / max(lines, 1)
+    count = len(expressions)
+    return count / max(lines, 1)
 
 
 def density_of(function: ast.FunctionDef, lines: set[int]) -> float:
     "Expressions a line of a function's body"
-    first = body_of(function)[0].lineno
+    body = body_of(function)
+    first = body[0].lineno
     last = function.end_lineno or first
-    inside = lines.intersection(range(first, last + 1))
-    return density(nodes_of(function), len(inside))
+    numbers = range(first, last + 1)
+    inside = lines.intersection(numbers)
+    nodes = nodes_of(function)
+    count = len(inside)
+    return density(nodes, count)
 
 
 def is_too_long(line: str) -> bool:
@@ -207,25 +234,32 @@ def measure_source(source: Source, group: Group, whole: bool) -> None:
     tokens = tokens_of(source.text)
     lines = lines_of(tokens)
     group.lines += len(lines)
-    group.semicolons += [token.string for token in tokens].count(";")
-    for number, line in enumerate(source.text.splitlines(), 1):
-        if is_too_long(line):
-            group.long_lines.append(f"{source.place}:{number}")
-    nodes = list(ast.walk(ast.parse(source.text)))
+    words = [token.string for token in tokens]
+    group.semicolons += words.count(";")
+    note_long_lines(source, group)
+    tree = ast.parse(source.text)
+    nodes = list(ast.walk(tree))
     if whole and lines:
         value = density(nodes, len(lines))
-        group.densities.append(Density(source.place, value))
+        group.note(source.place, value)
     for function in nodes:
-        if not isinstance(function, FUNCTIONS) or not body_of(function):
-            continue
-        place = f"{source.place}:{function.lineno} {function.name}"
-        measure_function(function, place, group)
-        if not whole:
-            value = density_of(function, lines)
-            group.densities.append(Density(place, value))
+        if isinstance(function, FUNCTIONS) and body_of(function):
+            place = f"{source.place}:{function.lineno} {function.name}"
+            count_function(function, place, group)
+            if not whole:
+                value = density_of(function, lines)
+                group.note(place, value)
 
 
-def measure_function(function: ast.FunctionDef, place: str, group: Group) -> None:
+def note_long_lines(source: Source, group: Group) -> None:
+    "Note the lines of a source that are too long"
+    lines = source.text.splitlines()
+    for number, line in enumerate(lines, 1):
+        if is_too_long(line):
+            group.long_lines.append(f"{source.place}:{number}")
+
+
+def count_function(function: ast.FunctionDef, place: str, group: Group) -> None:
     "Count a function, and note it where it is too complex"
     group.functions += 1
     if complexity(function) > MOST_COMPLEX:
@@ -256,13 +290,16 @@ def values_of(group: Group) -> list[float]:
 def high_density(group: Group) -> float:
     "90th percentile of the expressions a line"
     values = sorted(values_of(group))
-    place = int(0.9 * len(values))
+    count = len(values)
+    place = int(0.9 * count)
     return values[place]
 
 
 def complex_share(group: Group) -> float:
     "Share of the functions that are too complex, in percent"
-    share = len(group.complex) / max(group.functions, 1)
+    count = len(group.complex)
+    functions = max(group.functions, 1)
+    share = count / functions
     return 100 * share
 
 
@@ -306,42 +343,79 @@ def missed_goals(groups: dict[str, Group]) -> list[str]:
     "The figures that miss their goal"
     missed = []
     for name in HELD:
+        title = TITLES[name]
         for figure in FIGURES:
             value = figure.of(groups[name])
             if not figure.is_met(value):
                 found = figure.form.format(value)
-                missed.append(f"{TITLES[name]}: {figure.name} {found}, goal {figure.goal}")
+                missed.append(f"{title}: {figure.name} {found}, goal {figure.goal}")
     return missed
 
 
-def print_row(name: str, values: list, goal: str) -> None:
-    "Print one row of the table"
-    words = [name, *map(str, values), goal]
-    print(f"| {' | '.join(words)} |")
+def row(name: str, values: list, goal: str) -> str:
+    "One row of the table"
+    words = [name]
+    words += values
+    words.append(goal)
+    cells = " | ".join(words)
+    return f"| {cells} |"
 
 
-def print_table(groups: dict[str, Group]) -> None:
-    "Print the figures of all groups"
-    print_row("", [TITLES[name] for name in groups], "goal")
-    print_row("---", ["---" for _ in groups], "---")
-    print_row("lines of code", [group.lines for group in groups.values()], "")
+def table(groups: dict[str, Group]) -> list[str]:
+    "The lines of the table, with the figures of all groups"
+    titles = [TITLES[name] for name in groups]
+    rules = ["---" for _ in groups]
+    lines = [row("", titles, "goal"), row("---", rules, "---")]
     for figure in FIGURES:
         values = []
         for group in groups.values():
             value = figure.of(group)
             values.append(figure.form.format(value))
-        print_row(figure.name, values, figure.goal)
+        line = row(figure.name, values, figure.goal)
+        lines.append(line)
+    return lines
+
+
+def print_size(groups: dict[str, Group]) -> None:
+    "Print how many lines of code each group has"
+    print("\nLines of code:")
+    for name, group in groups.items():
+        print(f"{TITLES[name]} {group.lines}")
     print("\nThe goals hold for the package, and for tests, tools and benchmarks.")
+
+
+def densest_of(group: Group, count: int) -> list[str]:
+    "So many of the densest places of a group"
+    densest = sorted(group.densities, key=lambda density: density.value, reverse=True)
+    found = []
+    for density in densest[:count]:
+        found.append(f"{density.value:.0f} {density.place}")
+    return found
 
 
 def print_places(groups: dict[str, Group], count: int) -> None:
     "Name the densest places of each group, and every line and function that is over its bound"
     for name, group in groups.items():
-        densest = sorted(group.densities, key=lambda density: -density.value)
-        places = [f"{density.value:.0f} {density.place}" for density in densest[:count]]
-        print_list(f"\n{TITLES[name]}, densest:", places)
-        print_list(f"too long: {len(group.long_lines)}", group.long_lines[:count])
-        print_list(f"too complex: {len(group.complex)}", group.complex[:count])
+        long_lines, complex_ones = group.long_lines, group.complex
+        print_list(f"\n{TITLES[name]}, densest:", densest_of(group, count))
+        print_list(f"too long: {len(long_lines)}", long_lines[:count])
+        print_list(f"too complex: {len(complex_ones)}", complex_ones[:count])
+
+
+# ---- the table in CONTRIBUTING.md
+
+PAGE = ROOT / "CONTRIBUTING.md"
+BEGIN = "<!-- written by: python tools/style.py --write -->"
+END = "<!-- to here -->"
+
+
+def page_with(lines: list[str]) -> str:
+    "CONTRIBUTING.md with this table"
+    text = PAGE.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, behind = rest.partition(END)
+    table = "\n".join(lines)
+    return f"{before}{BEGIN}\n{table}\n{END}{behind}"
 
 
 def print_list(title: str, places: list[str]) -> None:
@@ -356,24 +430,31 @@ def print_list(title: str, places: list[str]) -> None:
 def public_functions(tree: ast.Module) -> list[ast.FunctionDef]:
     "Public functions of a module and public methods of its public classes"
     described = parts_described(tree)
-    owners: list = [tree]
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-            owners.append(node)
+    owners = [tree, *public_parts(tree, ast.ClassDef)]
     found = []
     for owner in owners:
-        for node in owner.body:
-            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-                found.append(node)
+        found += public_parts(owner, ast.FunctionDef)
     return [function for function in found if function.name not in described]
+
+
+def public_parts(owner: ast.Module | ast.ClassDef, kind: type) -> list:
+    "The public classes or functions that a module or a class defines"
+    found = []
+    for node in owner.body:
+        if isinstance(node, kind) and not node.name.startswith("_"):
+            found.append(node)
+    return found
 
 
 def parts_described(tree: ast.Module) -> set[str]:
     "torch's own methods, and fields that hold a function: they are described once, in their class"
     names = {"forward", "backward"}
     for node in ast.walk(tree):
-        if isinstance(node, ast.AnnAssign) and "Callable" in ast.unparse(node.annotation):
-            names.add(ast.unparse(node.target))
+        if isinstance(node, ast.AnnAssign):
+            kind = ast.unparse(node.annotation)
+            if "Callable" in kind:
+                name = ast.unparse(node.target)
+                names.add(name)
     return names
 
 
@@ -381,11 +462,14 @@ def is_documented(function: ast.FunctionDef, lines: list[str]) -> bool:
     "Whether a function has a docstring, and a comment for each argument"
     if ast.get_docstring(function) is None:
         return False
-    signature = "\n".join(lines[function.lineno - 1 : function.body[0].lineno - 1])
+    first = function.lineno - 1
+    last = function.body[0].lineno - 1
+    signature = "\n".join(lines[first:last])
     given = function.args
     for argument in [*given.posonlyargs, *given.args, *given.kwonlyargs]:
-        commented = re.search(rf"\b{argument.arg}\b[^\n#]*#", signature)
-        if argument.arg not in ("self", "cls") and not commented:
+        name = argument.arg
+        commented = re.search(rf"\b{name}\b[^\n#]*#", signature)
+        if name not in ("self", "cls") and not commented:
             return False
     return True
 
@@ -396,11 +480,13 @@ def print_documentation() -> None:
     bare = []
     for source in sources("package"):
         lines = source.text.splitlines()
-        for function in public_functions(ast.parse(source.text)):
+        tree = ast.parse(source.text)
+        for function in public_functions(tree):
             count += 1
             if not is_documented(function, lines):
                 bare.append(f"{source.place} {function.name}")
-    share = 1 - len(bare) / max(count, 1)
+    missing = len(bare)
+    share = 1 - missing / max(count, 1)
     print(f"\nPublic functions with docstring and docments: {share:.0%} of {count}.")
     print_list("without:", bare)
 
@@ -428,22 +514,24 @@ def prose() -> str:
     texts = []
     for path in [NBS / "index.ipynb", *notebooks()]:
         texts += [cell.text for cell in cells(path, "markdown")]
-    for path in [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]:
-        texts.append(path.read_text())
-    kept = []
-    for text in texts:
-        kept.append(re.sub("|".join(NO_PROSE), " ", text, flags=re.S | re.M))
+    pages = sorted(ROOT.glob("*.md"))
+    pages += sorted((ROOT / "docs").rglob("*.md"))
+    for path in pages:
+        text = path.read_text()
+        texts.append(text)
+    pattern = re.compile("|".join(NO_PROSE), re.S | re.M)
+    kept = [pattern.sub(" ", text) for text in texts]
     return "\n".join(kept)
 
 
 def print_prose() -> None:
     "Print how often some habits occur in 10,000 words"
     text = prose()
-    words = max(len(text.split()), 1)
+    words = len(text.split())
     print(f"\n| in 10,000 words of prose ({words} words) | |\n|---|---|")
     for name, pattern in PROSE.items():
-        count = len(re.findall(pattern, text))
-        share = 10_000 * count / words
+        found = re.findall(pattern, text)
+        share = 10_000 * len(found) / max(words, 1)
         print(f"| {name} | {share:.0f} |")
 
 
@@ -452,13 +540,21 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="exit code 1 where a goal is missed")
+    parser.add_argument("--write", action="store_true", help="write the table of CONTRIBUTING.md")
     parser.add_argument("--worst", type=int, default=0, metavar="N", help="name N places a group")
     args = parser.parse_args()
     groups = {name: measure(name) for name in GROUPS}
-    print_table(groups)
+    lines = table(groups)
+    print(*lines, sep="\n")
+    print_size(groups)
     print_documentation()
     print_prose()
     missed = missed_goals(groups)
+    page = page_with(lines)
+    if args.write:
+        PAGE.write_text(page)
+    elif PAGE.read_text() != page:
+        missed.append("CONTRIBUTING.md shows other figures: run tools/style.py --write")
     print_list("\nmissed:", missed)
     if args.worst:
         print_places(groups, args.worst)
