@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core import expect, require
 from ..fast.layers import conv, mix_channels, norm
 from .backbones import crop
-from .features import find_features, listen, logits_of, multiply_adds
+from .features import Listener, find_features, logits_of, multiply_adds
 from .gate import RESIDUALS, EdgeGate, ResidualBlock
 from .losses import EGOutput
 from ..tensors import probabilities, resize
@@ -299,6 +299,8 @@ class EGCNN(nn.Module):
         self.found = found
         self.gated = [name for name, _ in gated]
         self.head, head_channels = found["head"]
+        heads = [self.head] if fuse == "features" else []
+        self.listener = Listener(net, {*self.gated, self.entry}, heads)
         self.edge = EdgeStream(
             entry_channels,
             [channels for _, channels in gated],
@@ -379,9 +381,13 @@ class EGCNN(nn.Module):
         Streams
     ):  # output of the wrapped network, its logits, fused logits, edge logits, list of alpha
         "One pass through both streams"
-        heads = [self.head] if self.fuse == "features" else []
-        with listen(self.main, {*self.gated, self.entry}, heads) as seen:
+        if not torch.compiler.is_compiling():
+            self.listener.attach(self.main)
+        seen = self.listener.start()
+        try:
             output = self.main(x, *args, **kwargs)
+        finally:
+            self.listener.stop()
         main = cast(Tensor, logits_of(output, x.dim() - 2, self.found.get("output")))
         size = main.shape[2:]
         gated = [seen[name] for name in self.gated]
