@@ -27,7 +27,7 @@ from speed import cost, extra_memory, matmul_rate, problem, step
 from egcnn_nb.core import keep_memory
 from egcnn_nb.method.backbones import SegNet
 from egcnn_nb.method.egcnn import EGCNN
-from egcnn_nb.method.losses import EGLoss
+from egcnn_nb.method.losses import EGLoss, EGOutput
 from egcnn_nb.method.sobel import sobel_magnitude
 from egcnn_nb.run.models import infer
 
@@ -75,8 +75,7 @@ def losses(side):
     main = torch.randn(1, 3, *size, requires_grad=True)
 
     def there_and_back():
-        terms = loss(logits, edge, target, main, [(0, 0)])
-        terms["total"].backward()
+        loss(EGOutput(logits, edge, main), target, keys=[(0, 0)]).backward()
 
     return there_and_back
 

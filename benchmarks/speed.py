@@ -30,7 +30,7 @@ from jupyter_client.manager import start_new_kernel
 from egcnn_nb.core import keep_memory
 from egcnn_nb.method.backbones import SegNet
 from egcnn_nb.method.egcnn import EGCNN
-from egcnn_nb.method.losses import EGLoss
+from egcnn_nb.method.losses import EGLoss, EGOutput
 from egcnn_nb.method.sobel import sobel_magnitude
 from egcnn_nb.run.metrics import distances
 from egcnn_nb.run.models import autocast, best_precision, infer
@@ -230,10 +230,10 @@ def step(net, x, target, precision="fp32", eg=None):
 
     def train():
         with autocast(precision, x.device):
-            logits, edge, main = net(x, return_main=True) if eg else (net(x), None, None)
-        terms = loss(logits, edge, target, main, keys)
+            out = net(x, full=True) if eg else net(x)
+        total = loss(out, target, keys=keys)
         optimizer.zero_grad(set_to_none=True)
-        terms["total"].backward()
+        total.backward()
         optimizer.step()
 
     return train
@@ -259,12 +259,11 @@ def losses():
         loss = EGLoss()
         keys = keys_of(x)
         with torch.no_grad():
-            outputs = net(x, return_main=True)
+            outputs = net(x, full=True)[:3]
 
         def alone(loss=loss, outputs=outputs, target=target, keys=keys):
-            logits, edge, main = [out.clone().requires_grad_() for out in outputs]
-            terms = loss(logits, edge, target, main, keys)
-            terms["total"].backward()
+            out = EGOutput(*[output.clone().requires_grad_() for output in outputs])
+            loss(out, target, keys=keys).backward()
 
         t = medians(min(size.again, 5), losses=alone, step=step(net, x, target))
         what = f"edge targets and all losses, ({size.name})"

@@ -11,6 +11,7 @@ from .method.egcnn import EGCNN as EGCNN
 from .method.gate import EdgeGate as EdgeGate
 from .method.gate import ResidualBlock as ResidualBlock
 from .method.losses import EGLoss as EGLoss
+from .method.losses import EGOutput as EGOutput
 from .method.losses import balanced_bce as balanced_bce
 from .method.losses import consistency_loss as consistency_loss
 from .method.losses import dice_loss as dice_loss

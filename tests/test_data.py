@@ -135,8 +135,7 @@ from egcnn_nb.run.predict import predict
 from egcnn_nb.method.losses import EGLoss
 x, labels = torch.randn(2, 1, 32, 32, 32), torch.randint(0, 2, (2, 32, 32, 32))
 model, loss = EGCNN(UNet(3, 1, 2, (8, 16, 32), (2, 2)), x), EGLoss("softmax")
-logits, edge_logits, main_logits = model(x, return_main=True)
-loss(logits, edge_logits, torch.nn.functional.one_hot(labels).movedim(-1, 1).float(), main_logits)["total"].backward()
+loss(model(x), labels).backward()
 print(predict(model, np.zeros((1, 40, 30, 20)), (32, 32, 32), spacing=(.8, .8, 2)).shape)
 """
 

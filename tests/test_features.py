@@ -468,13 +468,13 @@ def test_the_stream_learns_from_what_was_found(cls):
     before = copy.deepcopy(net.state_dict())
     model = EGCNN(net, x, verbose=False)
     assert_same_weights(net, before)
-    logits, edge, main = model.train()(x, return_main=True)
-    assert torch.equal(logits, main)
-    target = torch.zeros_like(logits)
+    out = model.train()(x)
+    assert torch.equal(out.logits, out.main)
+    target = torch.zeros_like(out.logits)
     target[:, 0] = 1
     target[:, 0, :8, :8] = 0
     target[:, 1, :8, :8] = 1
-    EGLoss()(logits, edge, target, main)["total"].backward()
+    EGLoss()(out, target).backward()
     unreached = [name for name, weight in model.edge.named_parameters() if weight.grad is None]
     assert unreached == []
 
@@ -595,7 +595,7 @@ def test_the_weakest_of_several_outputs_is_told_and_another_can_be_named():
     for output in (1, -1):
         model = EGCNN(net, x, output=output, verbose=False).eval()
         assert names(model.found) == SMALL[Nested]
-        assert torch.equal(model(x)[0], net(x)[1])
+        assert torch.equal(model(x), net(x)[1])
     with pytest.raises(
         InputError, match=r"output=7 is not in what the network returns. Name one of \[0, 1\]"
     ):
@@ -605,7 +605,7 @@ def test_the_weakest_of_several_outputs_is_told_and_another_can_be_named():
 def test_an_entry_of_a_dict_can_be_named():
     net = AsDict().eval()
     model = EGCNN(net, IMAGE, output="out", verbose=False).eval()
-    assert torch.equal(model(IMAGE)[0], net(IMAGE)["out"])
+    assert torch.equal(model(IMAGE), net(IMAGE)["out"])
     assert find_features(net, IMAGE, output="feature")["out_channels"] == 16
 
 
@@ -719,7 +719,7 @@ def test_calls_and_items_can_be_named():
         verbose=False,
     )
     assert model.entry == "up#1"
-    assert model(IMAGE)[0].shape == (1, 3, 64, 64)
+    assert model(IMAGE).logits.shape == (1, 3, 64, 64)
     features = ["encoder[2]", "encoder[0]", "encoder[1]"]
     model = EGCNN(TupleInside(), IMAGE, features=features, verbose=False)
     assert model.gated == ["encoder[1]", "encoder[0]"]
@@ -759,8 +759,8 @@ def test_further_arguments_are_passed_on():
     x = torch.randn(2, 1, 64, 64)
     time = torch.tensor([1.0, 2.0])
     model = EGCNN(net, (x, time, {"negate": True}), verbose=False).eval()
-    assert torch.equal(model(x, time, negate=True)[0], net(x, time, True))
-    assert torch.equal(model(x, time, return_main=True)[2], net(x, time))
+    assert torch.equal(model(x, time, negate=True), net(x, time, True))
+    assert torch.equal(model(x, time, full=True).main, net(x, time))
 
 
 def test_attributes_of_the_network_are_reachable():
@@ -791,7 +791,7 @@ def test_attributes_of_a_copy_are_its_own(duplicate):
     twin = duplicate(model)
     assert twin.up1 is twin.main.up1
     assert twin.up1 is not model.up1
-    assert torch.equal(twin(IMAGE)[1], model(IMAGE)[1])
+    assert torch.equal(twin(IMAGE, full=True).edge, model(IMAGE, full=True).edge)
 
 
 @pytest.mark.parametrize("cls", [UNet, TupleInside])
@@ -804,11 +804,11 @@ def test_metatensors_work_in_network_and_loss(cls):
     y[:, 1, 32:] = 1
     model = EGCNN(cls(), monai.MetaTensor(x), verbose=False).eval()
     loss = EGLoss().eval()
-    plain = model(x, return_main=True)
-    wrapped = model(monai.MetaTensor(x), return_main=True)
-    expected = loss(plain[0], plain[1], y, plain[2])["total"]
-    found = loss(wrapped[0], wrapped[1], monai.MetaTensor(y), wrapped[2])["total"]
-    assert torch.allclose(found, expected)
+    expected = loss(model(x, full=True), y)
+    wrapped = model(monai.MetaTensor(x), full=True)
+    assert torch.allclose(loss(wrapped, monai.MetaTensor(y)), expected)
+    labels = monai.MetaTensor(y.argmax(1, keepdim=True))
+    assert torch.allclose(loss(wrapped, labels, ignore=2), expected)  # no voxel has this class
 
 
 def test_metatensors_work_in_three_dimensions_and_slide():
@@ -821,8 +821,8 @@ def test_metatensors_work_in_three_dimensions_and_slide():
     y[:, 0, :8] = 1
     y[:, 1, 8:] = 1
     model = EGCNN(SegNet(1, 3, levels=2)).eval()
-    logits, edge, main = model(monai.MetaTensor(x), return_main=True)
-    loss = EGLoss(consistency="both")(logits, edge, monai.MetaTensor(y), main)["total"]
+    out = model(monai.MetaTensor(x), full=True)
+    loss = EGLoss(consistency="both")(out, monai.MetaTensor(y))
     loss.backward()
     assert torch.isfinite(loss)
     expected = infer(model, x[0], (8, 8, 8))

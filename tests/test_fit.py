@@ -530,7 +530,7 @@ class Around(nn.Module):
         self.kept = None
 
     def forward(self, x):
-        self.kept = self.inner(x)[0]
+        self.kept = self.inner(x, full=True).logits
         return self.kept
 
 

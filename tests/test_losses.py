@@ -9,7 +9,7 @@ from scipy.ndimage import sobel
 from scipy.special import expit, softmax
 
 from egcnn_nb.core import InputError
-from egcnn_nb.method.losses import EGLoss, consistency_loss, edge_box, gumbel_noise
+from egcnn_nb.method.losses import EGLoss, EGOutput, consistency_loss, edge_box, gumbel_noise
 from egcnn_nb.method.sobel import sobel_magnitude
 
 SHAPE = (14, 15, 16)
@@ -126,7 +126,7 @@ def test_the_box_of_the_edges_changes_no_reading(where, reduce, kind):
     logits, main, target = softmax_task()
     edges = edges_for("each" if kind == "masks" else kind)
     loss = criterion(where, reduce, kind).eval()
-    terms = loss(logits, edges, target, main)
+    terms = loss.terms(EGOutput(logits, edges, main), target)
     assert all(v.dim() == 0 for v in terms.values())
     given = None if kind == "masks" else as_numpy(edges)
     masks = as_numpy(target[:, 1:])
@@ -164,7 +164,8 @@ def test_both_parts_decide_with_the_same_noise(activation):
     edges = drawn(5, 2, 3 - skip, *SHAPE)
     keys = [(0, 1, 2), (0, 1, 3)]
     loss = EGLoss(activation, where="all", consistency="both", tau=0.7, supervise="main").train()
-    found = loss(logits, edges, target, main, keys)["consistency"].item()
+    out = EGOutput(logits, edges, main)
+    found = loss.terms(out, target, keys=keys)["consistency"].item()
     parts = []
     for b, key in enumerate(keys):
         z = as_numpy(main[b : b + 1])
@@ -183,7 +184,8 @@ def pulls(loss, where_to="consistency"):
     logits, main, target = softmax_task()
     edges = 2 * drawn(2, 2, 1 if loss.edge["edge_classes"] == "any" else 2, *SHAPE)
     inputs = [t.requires_grad_() for t in (edges, logits, main)]
-    term = loss(inputs[1], inputs[0], target, inputs[2])[where_to]
+    out = EGOutput(inputs[1], inputs[0], inputs[2])
+    term = loss.terms(out, target)[where_to]
     return torch.autograd.grad(term, inputs, allow_unused=True)
 
 
@@ -208,7 +210,7 @@ def test_the_gradient_of_the_edge_logits_by_hand():
     logits, _, target = softmax_task()
     edges = edges_for("each").requires_grad_()
     loss = EGLoss(where="all", consistency="both", supervise="fused").eval()
-    loss(logits, edges, target)["consistency"].backward()
+    loss.terms(EGOutput(logits, edges), target)["consistency"].backward()
     strength = [
         [np.minimum(size_of_gradient(p) / 16, 1) for p in case[1:]]
         for case in softmax(as_numpy(logits), 1)
@@ -254,7 +256,7 @@ def test_what_does_not_go_together_is_refused():
     with pytest.raises(InputError, match="thickness is 1. Choose thickness=2"):
         EGLoss(consistency="both", thickness=1)
     with pytest.raises(InputError, match="there is none. Choose consistency='masks'"):
-        EGLoss(consistency="both", consistency_alone=True)(logits, None, target)
+        EGLoss(consistency="both", consistency_alone=True)(logits, target)
     with pytest.raises(InputError, match="consistency_reduce is 'max'. Choose 'mean' or 'sum'"):
         EGLoss(consistency_reduce="max")
     with pytest.raises(InputError, match="consistency is 'edges'. Choose 'masks' or 'both'"):

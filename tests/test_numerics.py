@@ -27,7 +27,7 @@ from egcnn_nb.fast.layers import (
     mix_channels,
     norm,
 )
-from egcnn_nb.method.losses import EGLoss
+from egcnn_nb.method.losses import EGLoss, EGOutput
 from egcnn_nb.run.models import make_model
 from egcnn_nb.run.self_check import WrongLayer, compute_in_float32, describe_check, wrong_layers
 from egcnn_nb.run.settings import Settings
@@ -476,8 +476,8 @@ def test_a_layer_in_float32_trains_with_ddp(tmp_path):
         compute_in_float32(network, ["main.encoder.0.0.conv1"])
         assert wrong_layers(network, loss, x, target, run) == []
         with torch.autocast("cpu", BF16):
-            out = network(x, return_main=True)
-        loss(out[0], out[1], target, out[2])["total"].backward()
+            out = network(x)
+        loss(out, target).backward()
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
     finally:
         dist.destroy_process_group()
@@ -493,7 +493,8 @@ def test_large_logits_in_half_do_not_make_the_loss_infinite():
     logits = torch.zeros(1, 2, 8, 8, 8, requires_grad=True)
     main = torch.full((1, 2, 64, 64, 64), 3.0, dtype=torch.float16, requires_grad=True)
     loss = EGLoss(supervise="fused")
-    total = _total({"total": logits.sum() + 1.5}, loss, logits, main)
+    out = EGOutput(logits, logits, main)
+    total = _total({"total": logits.sum() + 1.5}, loss, out)
     total.backward()
     assert total.item() == 1.5 and total.dtype == torch.float32
     assert main.grad is not None and not main.grad.any()

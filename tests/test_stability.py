@@ -86,11 +86,11 @@ def train(model: nn.Module, x: Tensor, masks: Tensor, steps: int = STEPS) -> Fir
     optimizer = torch.optim.Adam(model.parameters(), LR)
     done = FirstSteps([], 0.0, 0.0)
     for step in range(steps + 1):
-        fused, edge, main = model(x, return_main=True)
-        total = loss(fused, edge, masks, main, keys=[(0, 0, step)])["total"]
+        out = model(x)
+        total = loss(out, masks, keys=[(0, 0, step)])
         done.totals.append(total.item())
-        done.edge = max(done.edge, edge.detach().abs().max().item())
-        done.fused = max(done.fused, fused.detach().abs().max().item())
+        done.edge = max(done.edge, out.edge.detach().abs().max().item())
+        done.fused = max(done.fused, out.logits.detach().abs().max().item())
         if step < steps:
             optimizer.zero_grad()
             total.backward()
@@ -248,7 +248,7 @@ def edge_logits(gain: float, x: Tensor, entry_norm: bool) -> Tensor:
     "Edge logits of the stream around the loud network. Alpha is fixed, since the gates read loud maps too."
     model = loud(gain, x, entry_norm=entry_norm, fixed_attention=0.5, **READINGS)
     with torch.no_grad():
-        return model(x)[1]
+        return model(x, full=True).edge
 
 
 def test_a_stream_that_begins_with_a_norm_does_not_depend_on_the_size_of_the_maps():
@@ -263,9 +263,8 @@ def gradient_of_the_first_block(gain: float, entry_norm: bool) -> float:
     "Norm of the gradient of the stream's deepest block before the first step"
     x, masks = patch()
     model = loud(gain, x, entry_norm=entry_norm, **READINGS)
-    fused, edge, main = model(x, return_main=True)
     loss = EGLoss("sigmoid", weight_negatives=False)
-    loss(fused, edge, masks, main, keys=[(0, 0, 0)])["total"].backward()
+    loss(model(x, full=True), masks, keys=[(0, 0, 0)]).backward()
     gradients = [p.grad.flatten() for p in model.edge.blocks[0].parameters()]
     return torch.cat(gradients).norm().item()
 

@@ -56,8 +56,8 @@ def frame(panels, k):
 def panels_of(case, truth):
     "The panels of a case; `truth` is its mask of the outer region"
     with torch.no_grad():
-        logits, edges, alphas = pretrained("eg")(case.x[None], return_attention=True)
-    found = probabilities(logits, "sigmoid")[0, 0] > 0.5
+        out = pretrained("eg")(case.x[None], full=True)
+    found = probabilities(out.logits, "sigmoid")[0, 0] > 0.5
     target = edge_target(torch.as_tensor(truth)[None, None])
     flair = case.x[-1].numpy()
     darkest, brightest = np.percentile(flair, (2, 99.5))
@@ -65,8 +65,8 @@ def panels_of(case, truth):
     black_and_white = {"cmap": "gray", "vmin": 0, "vmax": 1}
     from_half = {"cmap": "inferno", "vmin": 0.5, "vmax": 1}
     from_zero = {"cmap": "inferno", "vmin": 0, "vmax": 1}
-    attention = alphas[-1][0, 0].numpy()
-    edge = edges.sigmoid()[0, 0].numpy()
+    attention = out.attention[-1][0, 0].numpy()
+    edge = out.edge.sigmoid()[0, 0].numpy()
     outlines = (
         (truth, COLOURS["truth"]),
         (found.float().numpy(), COLOURS["prediction"]),

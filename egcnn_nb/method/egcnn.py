@@ -19,6 +19,7 @@ from ..fast.layers import conv, mix_channels, norm
 from .backbones import crop
 from .features import find_features, listen, logits_of, multiply_adds
 from .gate import RESIDUALS, EdgeGate, ResidualBlock
+from .losses import EGOutput
 from ..tensors import probabilities, resize
 
 # %% ../../nbs/1_method/06_two_streams.ipynb #c15b1128
@@ -401,20 +402,13 @@ class EGCNN(nn.Module):
         self,
         x: Tensor,  # image (B,C,D,H,W)
         *args,  # further arguments of the wrapped network
-        return_main: bool = False,  # also return the main stream's own logits
-        return_attention: bool = False,  # also return the attention maps
-        return_output: bool = False,  # also return what the wrapped network itself returns, as for deep supervision
+        full: bool = False,  # everything in evaluation mode too
         **kwargs,  # further arguments of the wrapped network, by name
-    ) -> tuple:  # logits (B,K,D,H,W), edge_logits (B,E,D,H,W)[, main_logits][, list of alpha, deep to fine][, output]
+    ) -> EGOutput | Tensor:  # in evaluation mode the fused logits (B,K,D,H,W), unless `full`
         found = self.streams(x, *args, **kwargs)
-        results: list = [found.logits, found.edge]
-        if return_main:
-            results.append(found.main)
-        if return_attention:
-            results.append(found.attention)
-        if return_output:
-            results.append(found.output)
-        return tuple(results)
+        if not (self.training or full):
+            return found.logits
+        return EGOutput(found.logits, found.edge, found.main, found.attention)
 
     @torch.no_grad()
     def attention(

@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['dice_loss', 'balanced_bce', 'edge_loss', 'gumbel_noise', 'gumbel_softmax_probs', 'consistency_loss', 'edge_box',
-           'mask_cross_entropy', 'cross_entropy_weight', 'EGLoss']
+           'mask_cross_entropy', 'cross_entropy_weight', 'EGOutput', 'EGLoss']
 
 # %% ../../nbs/1_method/05_losses.ipynb #1e04c8be
 from collections.abc import Sequence
+from dataclasses import dataclass
+from inspect import signature
 from math import isfinite
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import expect, find, register, registered, require
+from ..core import InputError, expect, find, register, registered, require
 from .sobel import edge_target, flat_face, sobel_magnitude
-from ..tensors import bounding_box, keyed_generator, probabilities
+from ..tensors import bounding_box, keyed_generator, one_hot, probabilities
 
 # %% ../../nbs/1_method/05_losses.ipynb #20da0fad
 def _float(x):
@@ -81,12 +84,15 @@ def dice_loss(
     eps_in: str = "both",  # "both" numerator and denominator, or "denominator" as printed
     reduce: str = "case",  # one fraction per "case" and class, or per class over the "batch"
     skip: int = 0,  # the first channels that do not count, such as a background
+    keep: Tensor | None = None,  # bool (B,1,D,H,W): the voxels that count; None: all
 ) -> Tensor:  # scalar in [0,1]
     "Soft Dice loss with squares in the denominator (eq. 4)"
     expect(eps_in in ("both", "denominator"), "eps_in", repr(eps_in), "'both' or 'denominator'")
     expect(reduce in ("case", "batch"), "reduce", repr(reduce), "'case' or 'batch'")
     prob, target = _pair(prob, target, "dice_loss")
     prob, target = prob[:, skip:], target[:, skip:]
+    if keep is not None:
+        prob, target = prob * keep, target * keep
     axes = _space(prob)
     overlap = 2 * (prob * target).sum(axes)
     size = prob.square().sum(axes) + target.square().sum(axes)
@@ -98,23 +104,46 @@ def dice_loss(
     return (1 - overlap / (size + eps)).mean()
 
 # %% ../../nbs/1_method/05_losses.ipynb #c5bd3d27
+def _mean(values, keep):
+    "Mean over the voxels that count, 0 where there are none"
+    if keep is None:
+        return values.mean()
+    count = keep.expand_as(values).sum().clamp_min(1)
+    return (values * keep).sum() / count
+
+
+def _edge_share(target, beta_over, keep):
+    "Edge voxels as a share of the voxels that count, for each case and class or over the batch"
+    axes = _space(target)
+    if keep is None:
+        edges = target.mean(axes, keepdim=True)
+        voxels = torch.ones_like(edges)
+    else:
+        edges = (target * keep).sum(axes, keepdim=True)
+        voxels = keep.expand_as(target).sum(axes, keepdim=True)
+    if beta_over == "batch":
+        edges = _over_batch(edges)
+        voxels = _over_batch(voxels)
+    return edges / voxels.clamp_min(1)
+
+
 def balanced_bce(
     logits: Tensor,  # edge scores (B,C,D,H,W), before the sigmoid
     target: Tensor,  # edges {0,1}, same shape
     weight_negatives: bool = True,  # 1-beta on non-edge voxels as in the equation; False: 1
     beta_over: str = "case",  # beta per "case" and class, or per class over the "batch"
+    keep: Tensor | None = None,  # bool (B,1,D,H,W): the voxels that count; None: all
 ) -> Tensor:  # scalar ≥ 0
     "Cross entropy in which edge and non-edge voxels weigh the same (eq. 6; mean over voxels our choice)"
     expect(beta_over in ("case", "batch"), "beta_over", repr(beta_over), "'case' or 'batch'")
     logits, target = _pair(logits, target, "balanced_bce")
-    edge_share = target.mean(_space(target), keepdim=True)
-    if beta_over == "batch":
-        cases = _over_batch(torch.ones_like(edge_share))
-        edge_share = _over_batch(edge_share) / cases
-    beta = 1 - edge_share
+    beta = 1 - _edge_share(target, beta_over, keep)
     of_negatives = 1 - beta if weight_negatives else torch.ones_like(beta)
     weight = torch.where(target > 0, beta, of_negatives)
-    return F.binary_cross_entropy_with_logits(logits, target, weight)
+    if keep is None:
+        return F.binary_cross_entropy_with_logits(logits, target, weight)
+    costs = F.binary_cross_entropy_with_logits(logits, target, weight, reduction="none")
+    return _mean(costs, keep)
 
 # %% ../../nbs/1_method/05_losses.ipynb #51a9cfa5
 def edge_loss(
@@ -122,10 +151,11 @@ def edge_loss(
     target: Tensor,  # edges {0,1}, same shape
     lambda1: float = 1.0,  # weight of Dice (section 3.2)
     lambda2: float = 0.5,  # weight of balanced cross entropy (section 3.2)
+    keep: Tensor | None = None,  # bool (B,1,D,H,W): the voxels that count; None: all
 ) -> Tensor:  # scalar ≥ 0
     "Dice plus balanced cross entropy on the edge stream (eq. 5)"
-    dice = dice_loss(torch.sigmoid(_float(logits)), target)
-    bce = balanced_bce(logits, target)
+    dice = dice_loss(torch.sigmoid(_float(logits)), target, keep=keep)
+    bce = balanced_bce(logits, target, keep=keep)
     return lambda1 * dice + lambda2 * bce
 
 # %% ../../nbs/1_method/05_losses.ipynb #204c2c14
@@ -184,15 +214,16 @@ def gumbel_softmax_probs(
     return _decided(scores, soft, activation) + soft - soft.detach()
 
 # %% ../../nbs/1_method/05_losses.ipynb #352c4299
-def _voxels_compared(prob, target, magnitude, where):
-    "The voxels e+ of eq. 7, as 0 and 1"
+def _voxels_compared(prob, target, magnitude, where, keep):
+    "The voxels e+ of eq. 7 that count, as 0 and 1"
     if where == "all":
-        return torch.ones_like(prob)
-    edge = edge_target(target, magnitude=magnitude)
-    if where == "truth":
-        return edge
-    predicted = (prob > 0.5).float()
-    return torch.maximum(edge, edge_target(predicted))
+        voxels = torch.ones_like(prob)
+    else:
+        voxels = edge_target(target, magnitude=magnitude)
+    if where == "union":
+        predicted = (prob > 0.5).float()
+        voxels = torch.maximum(voxels, edge_target(predicted))
+    return voxels if keep is None else voxels * keep
 
 
 def _over_voxels(difference, voxels, reduce):
@@ -225,6 +256,7 @@ def consistency_loss(
     consistency_reduce: str = "mean",  # "mean" over these voxels, or their "sum" (eq. 7)
     edge_logits: Tensor
     | None = None,  # edge stream's scores (B,C,D,H,W), or (B,1,D,H,W) for any class
+    keep: Tensor | None = None,  # bool (B,1,D,H,W): the voxels that count; None: all
 ) -> Tensor:  # scalar ≥ 0
     "L1 of gradient magnitudes, a flat face counting 1 (eq. 7); a sum is the mean times the voxels compared"
     _one_of("where", where, _CHOICES["where"])
@@ -232,7 +264,7 @@ def consistency_loss(
     prob, target = _pair(prob, target, "consistency_loss")
     if magnitude is None:
         magnitude = sobel_magnitude(target)
-    voxels = _voxels_compared(prob, target, magnitude, where)
+    voxels = _voxels_compared(prob, target, magnitude, where, keep)
     predicted = sobel_magnitude(prob)
     face = flat_face(prob.dim() - 2)
     difference = (predicted - magnitude).abs() / face
@@ -261,6 +293,7 @@ def mask_cross_entropy(
     logits: Tensor,  # scores (B,K,D,H,W)
     target: Tensor,  # one-hot or region masks {0,1}, same shape
     activation: str = "softmax",  # over exclusive classes with background, or "sigmoid": each against its absence
+    keep: Tensor | None = None,  # bool (B,1,D,H,W): the voxels that count; None: all
 ) -> Tensor:  # scalar ≥ 0
     "Cross entropy of the masks, mean over voxels (our choice; the paper has none)"
     expect(
@@ -270,9 +303,13 @@ def mask_cross_entropy(
         "'softmax' or 'sigmoid'",
     )
     logits, target = _pair(logits, target, "mask_cross_entropy")
+    reduction = "mean" if keep is None else "none"
     if activation == "softmax":
-        return F.cross_entropy(logits, target)
-    return F.binary_cross_entropy_with_logits(logits, target)
+        costs = F.cross_entropy(logits, target, reduction=reduction)
+        costs = costs if keep is None else costs.unsqueeze(1)
+    else:
+        costs = F.binary_cross_entropy_with_logits(logits, target, reduction=reduction)
+    return costs if keep is None else _mean(costs, keep)
 
 # %% ../../nbs/1_method/05_losses.ipynb #11651481
 def _weight(name, value):
@@ -297,21 +334,21 @@ def cross_entropy_weight(
 
 
 @register("semantic", "dice_ce")
-def _dice_and_cross_entropy(logits, target, loss):
+def _dice_and_cross_entropy(logits, target, loss, keep=None):
     "Dice, and the weighted cross entropy unless its weight is 0 (our choice)"
-    dice = _dice_alone(logits, target, loss)
+    dice = _dice_alone(logits, target, loss, keep)
     if not loss.w_cross_entropy:
         return dice
-    entropy = mask_cross_entropy(logits, target, loss.activation)
+    entropy = mask_cross_entropy(logits, target, loss.activation, keep)
     return dice + loss.w_cross_entropy * entropy
 
 
 @register("semantic", "dice")
-def _dice_alone(logits, target, loss):
+def _dice_alone(logits, target, loss, keep=None):
     "Dice of the classes, without the background (eq. 4)"
     prob = probabilities(_float(logits), loss.activation)
     background = 1 if loss.activation == "softmax" else 0
-    return dice_loss(prob, target, **loss.dice, skip=background)
+    return dice_loss(prob, target, **loss.dice, skip=background, keep=keep)
 
 
 def _check_options(given):
@@ -335,9 +372,111 @@ def _check_options(given):
         f"{problem} Choose thickness=2 or consistency='masks'.",
     )
 
+# %% ../../nbs/1_method/05_losses.ipynb #e6007a02
+class EGOutput(NamedTuple):
+    "What a network with an edge stream puts out"
+
+    logits: Tensor  # fused logits (B,K,D,H,W)
+    edge: Tensor  # edge logits (B,E,D,H,W)
+    main: Tensor | None = None  # the main stream's own logits (B,K,D,H,W)
+    attention: Sequence[Tensor] = ()  # alpha of each gate, deep to fine, each (B,1,d,h,w)
+
+
+def _outputs(out):
+    "Logits, edge logits and logits of the main stream; a bare network has only the first"
+    if isinstance(out, EGOutput):
+        return out.logits, out.edge, out.main
+    fix = "Give an EGOutput, or the logits of a bare network."
+    require(isinstance(out, Tensor), f"The loss cannot read a {type(out).__name__}. {fix}")
+    return out, None, None
+
+
+@dataclass
+class _Truth:
+    "The target as masks, and the voxels that count"
+
+    masks: Tensor  # (B,K,D,H,W)
+    keep: Tensor | None = None  # bool (B,1,D,H,W): voxels that count; None: all
+    keep_edges: Tensor | None = None  # those that count in the terms of the edges
+
+    def blank(self, x):
+        "A map with zeros in the voxels that do not count"
+        return x if self.keep is None else x.masked_fill(~self.keep, 0)
+
+
+def _is_index(target, logits):
+    "Whether a target has the shape of class indices: (B,1,D,H,W) or (B,D,H,W)"
+    cases, _, *space = logits.shape
+    return target.shape in ((cases, 1, *space), (cases, *space))
+
+
+def _expect_target(logits, target, activation):
+    "Raise `InputError` unless a target has a shape and a type that the loss reads"
+    if target.shape == logits.shape:
+        return
+    shape = tuple(target.shape)
+    masks = f"masks {tuple(logits.shape)}"
+    if activation == "sigmoid":
+        fix = f"Give {masks}, one for each region."
+        raise InputError(f"The target has the shape {shape}, and regions have no index. {fix}")
+    fix = f"Give class indices {(len(logits), 1, *logits.shape[2:])} or {masks}."
+    require(_is_index(target, logits), f"The target has the shape {shape}. {fix}")
+    whole = not target.is_floating_point() and target.dtype != torch.bool
+    problem = f"The target has the shape {shape} of class indices and the type {target.dtype}."
+    require(whole, f"{problem} Give whole numbers: target.long().")
+
+
+def _masks_of(labels, classes):
+    "Class indices (B,D,H,W) as masks (B,K,D,H,W)"
+    lowest, highest = int(labels.min()), int(labels.max())
+    outside = lowest if lowest < 0 else highest
+    problem = f"The target holds the class {outside}, but the network has {classes} outputs."
+    fix = f"Give indices from 0 to {classes - 1}, or name it: ignore={outside}."
+    require(lowest >= 0 and highest < classes, f"{problem} {fix}")
+    return one_hot(labels, range(classes), check=False)
+
+
+def _ignored(ignore, target, logits):
+    "Bool (B,1,D,H,W): the voxels to leave out"
+    cases, _, *space = logits.shape
+    if isinstance(ignore, int) and not isinstance(ignore, bool):
+        by_index = target.shape != logits.shape
+        fix = "Give ignore as a bool mask, or the target as class indices."
+        require(by_index, f"ignore is the class {ignore}, but the target holds masks. {fix}")
+        return (target == ignore).reshape(cases, 1, *space)
+    fix = f"Give a bool mask {(cases, 1, *space)} or a class index."
+    if not isinstance(ignore, Tensor):
+        raise InputError(f"ignore is {ignore!r}. {fix}")
+    require(ignore.dtype == torch.bool, f"ignore has the type {ignore.dtype}. {fix}")
+    has_place = _is_index(ignore, logits)
+    require(has_place, f"ignore has the shape {tuple(ignore.shape)}. {fix}")
+    return ignore.reshape(cases, 1, *space)
+
+
+def _one_voxel_more(mask):
+    "A bool mask (B,1,D,H,W) and every voxel that touches it"
+    pool = F.max_pool3d if mask.dim() == 5 else F.max_pool2d
+    return pool(mask.float(), 3, stride=1, padding=1) > 0
+
+
+def _read_truth(logits, target, ignore, activation):
+    "The target as masks, with the voxels that count; raises `InputError` on what does not fit"
+    _expect_target(logits, target, activation)
+    ignored = None if ignore is None else _ignored(ignore, target, logits)
+    masks = target
+    if target.shape != logits.shape:
+        cases, classes, *space = logits.shape
+        labels = target.reshape(cases, *space)
+        if ignored is not None:
+            labels = labels.masked_fill(ignored[:, 0], 0)
+        masks = _masks_of(labels, classes)
+    if ignored is None:
+        return _Truth(masks)
+    return _Truth(masks.masked_fill(ignored, 0), ~ignored, ~_one_voxel_more(ignored))
+
 # %% ../../nbs/1_method/05_losses.ipynb #5w17c510
 class EGLoss(nn.Module):
-    "Semantic, edge and consistency loss, each by name, and their total (eq. 3)"
+    "The sum of the semantic, the edge and the consistency loss (eq. 3)"
 
     def __init__(
         self,
@@ -405,22 +544,29 @@ class EGLoss(nn.Module):
         self,
         logits: Tensor,  # (B,K,D,H,W)
         target: Tensor,  # one-hot or region masks, same shape
+        keep: Tensor | None = None,  # bool (B,1,D,H,W): the voxels that count; None: all
     ) -> Tensor:  # scalar
         "The loss of the masks that is registered under the name `semantic`"
-        return self.mask_loss(logits, target, self)
+        if keep is None:
+            return self.mask_loss(logits, target, self)
+        problem = "The loss of the masks has no argument keep, so it cannot leave out voxels."
+        can_ignore = "keep" in signature(self.mask_loss).parameters
+        require(can_ignore, f"{problem} Give it one, or leave ignore out.")
+        return self.mask_loss(logits, target, self, keep=keep)
 
     def edge_terms(
         self,
         edge_logits: Tensor,  # edge stream's output (B,E,D,H,W)
         masks: Tensor,  # truth without background (B,C,D,H,W)
         magnitude: Tensor,  # `sobel_magnitude` of the masks
+        keep: Tensor | None = None,  # bool (B,1,D,H,W): the voxels that count; None: all
     ) -> dict:  # edge_dice, edge_bce: scalars
         "Dice and balanced cross entropy between the edge stream and the edges of the truth (eq. 5)"
         edges = edge_target(masks, **self.edge, magnitude=magnitude)
         prob = _float(edge_logits).sigmoid()
         return {
-            "edge_dice": dice_loss(prob, edges, **self.dice),
-            "edge_bce": balanced_bce(edge_logits, edges, **self.bce),
+            "edge_dice": dice_loss(prob, edges, **self.dice, keep=keep),
+            "edge_bce": balanced_bce(edge_logits, edges, **self.bce, keep=keep),
         }
 
     def _noise(self, logits, keys):
@@ -445,6 +591,7 @@ class EGLoss(nn.Module):
         keys: Sequence[tuple] | None,  # names of the noise, one a case
         edge_logits: Tensor
         | None = None,  # of the edge stream, compared too; None: the masks alone
+        keep: Tensor | None = None,  # bool (B,1,D,H,W): the voxels that count; None: all
     ) -> Tensor:  # scalar
         "Consistency loss of the decided outputs, case by case; noise in training only (eq. 7-8)"
         losses = []
@@ -454,41 +601,65 @@ class EGLoss(nn.Module):
             noise = self._noise(outputs[0][box], own_keys)
             edges = None if edge_logits is None else edge_logits[box]
             truth, gradient = masks[box], magnitude[box]
+            counted = None if keep is None else keep[box]
             for logits in outputs:
                 decided = gumbel_softmax_probs(
                     logits[box], self.tau, self.hard, self.activation, noise
                 )
                 prob = self.foreground(decided)
                 loss = consistency_loss(
-                    prob, truth, self.where, gradient, self.consistency_reduce, edges
+                    prob, truth, self.where, gradient, self.consistency_reduce, edges, counted
                 )
                 losses.append(loss)
         return torch.stack(losses).mean()
 
-    def forward(
+    def terms(
         self,
-        logits: Tensor,  # fused output (B,K,D,H,W)
-        edge_logits: Tensor | None,  # edge stream's output (B,E,D,H,W), or None: no edge stream
-        target: Tensor,  # one-hot or region masks (B,K,D,H,W)
-        main_logits: Tensor | None = None,  # main stream's own output (B,K,D,H,W)
+        out: EGOutput | Tensor,  # what an `EGCNN` puts out, or the logits of a bare network
+        target: Tensor,  # class indices (B,1,D,H,W) or (B,D,H,W), or masks (B,K,D,H,W)
+        ignore: Tensor | int | None = None,  # bool (B,1,D,H,W) or (B,D,H,W), or a class index
         keys: Sequence[tuple] | None = None,  # names of the noise, one tuple per case
     ) -> dict:  # name -> scalar: total, semantic, edge_dice, edge_bce, consistency
+        "The total and its parts by name"
+        logits, edge, main = _outputs(out)
         problem = "consistency='both' compares the output of an edge stream, but there is none."
-        require(edge_logits is not None or not self.joint, f"{problem} Choose consistency='masks'.")
-        outputs = self.supervised(logits, main_logits)
-        masks = self.foreground(target)
-        semantic = [self.semantic(z, target) for z in outputs]
+        require(edge is not None or not self.joint, f"{problem} Choose consistency='masks'.")
+        truth = _read_truth(logits, target, ignore, self.activation)
+        outputs = [truth.blank(z) for z in self.supervised(logits, main)]
+        semantic = [self.semantic(z, truth.masks, truth.keep) for z in outputs]
         terms = {"semantic": torch.stack(semantic).mean()}
         for name in ("edge_dice", "edge_bce", "consistency"):
             terms[name] = terms["semantic"].new_zeros(())
-        if edge_logits is not None or self.consistency_alone:
-            magnitude = sobel_magnitude(_float(masks))
-            if edge_logits is not None:
-                terms |= self.edge_terms(edge_logits, masks, magnitude)
-            if self.w_consistency > 0:
-                compared = edge_logits if self.joint else None
-                terms["consistency"] = self.consistency(outputs, masks, magnitude, keys, compared)
+        if edge is not None or self.consistency_alone:
+            edge = None if edge is None else truth.blank(edge)
+            terms |= self._of_edges(outputs, edge, truth, keys)
         return {"total": self._total(terms), **terms}
+
+    def forward(
+        self,
+        out: EGOutput | Tensor,  # what an `EGCNN` puts out, or the logits of a bare network
+        target: Tensor,  # class indices (B,1,D,H,W) or (B,D,H,W), or masks (B,K,D,H,W)
+        ignore: Tensor | int | None = None,  # bool (B,1,D,H,W) or (B,D,H,W), or a class index
+        keys: Sequence[tuple] | None = None,  # names of the noise, one tuple per case
+    ) -> Tensor:  # scalar
+        "The total (eq. 3)"
+        return self.terms(out, target, ignore, keys)["total"]
+
+    def _of_edges(self, outputs, edge, truth, keys):
+        "The terms that compare edges"
+        masks = self.foreground(truth.masks)
+        magnitude = sobel_magnitude(_float(masks))
+        if truth.keep_edges is not None:
+            magnitude = magnitude * truth.keep_edges
+        terms = {}
+        if edge is not None:
+            terms |= self.edge_terms(edge, masks, magnitude, truth.keep_edges)
+        if self.w_consistency > 0:
+            compared = edge if self.joint else None
+            terms["consistency"] = self.consistency(
+                outputs, masks, magnitude, keys, compared, truth.keep_edges
+            )
+        return terms
 
     def _total(self, terms):
         "The weighted sum of the terms (eq. 3 and 5)"

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from ..core import InputError, Task, require
 from ..data.patches import Patches
 from ..method.egcnn import EGCNN
 from ..method.features import logits_of
-from ..method.losses import EGLoss
+from ..method.losses import EGLoss, EGOutput
 from .checkpoints import random_state, set_random_state
 from .folders import start_from
 from egcnn_nb.run.models import (
@@ -58,7 +58,7 @@ class Parts:
     "What you give `fit` in place of its own parts; None: its own"
 
     model: Any = None  # network, or function of (in_channels, out_channels)
-    loss: Any = None  # function of (output, target) or (output, target, keys)
+    loss: Any = None  # function of (out, target) or (out, target, keys)
     optimizer: Any = None  # function of the parameters or of the model, or an optimizer
     transforms: Any = None  # of a patch
     sampling: Any = None  # function of (labels, generator) that returns the centre of a patch
@@ -174,14 +174,6 @@ def own_network(
     return net
 
 # %% ../../nbs/2_practice/your_own_parts.ipynb #5e773a0b
-class _Output(NamedTuple):
-    "What the parts of a network return"
-
-    logits: Any  # (B,K,D,H,W); of a network that is not an EGCNN all that it returns
-    edges: Tensor | None = None  # edge logits (B,E,D,H,W)
-    main: Tensor | None = None  # logits of the main stream (B,K,D,H,W)
-
-
 def _tensors(output):
     "Every tensor in what a network returns"
     if isinstance(output, Tensor):
@@ -208,21 +200,27 @@ def _in_float32(output):
     return type(output)(*parts) if is_namedtuple else type(output)(parts)
 
 
-def _streams(output):
-    "The `_Output` that a network which is not an EGCNN returns, edges as the second of a tuple"
-    logits = logits_of(output, 3)
-    alone = _Output(logits)
-    if logits is None or not isinstance(output, tuple):
-        return alone
+def _read(output):
+    "The `EGOutput` or the logits that a network returns, edges as the second of a tuple"
+    logits = cast(Tensor, logits_of(output, 3))
+    if not isinstance(output, tuple):
+        return logits
     if len(output) < 2 or output[0] is not logits:
-        return alone
+        return logits
     edges = output[1]
     if not isinstance(edges, Tensor) or edges.shape[2:] != logits.shape[2:]:
-        return alone
+        return logits
     main = output[2] if len(output) > 2 else None
     if not isinstance(main, Tensor) or main.shape != logits.shape:
         main = None
-    return _Output(logits, edges, main)
+    return EGOutput(logits, edges, main)
+
+
+def _supervised(output):
+    "Every tensor that a loss may read: those of an EGCNN without its attention"
+    if isinstance(output, EGOutput):
+        return _tensors([output.logits, output.edge, output.main])
+    return _tensors(output)
 
 
 def _touch_all(total, outputs):
@@ -242,7 +240,7 @@ class UserLoss(nn.Module):
 
     def __init__(
         self,
-        own: Callable | None,  # of (output, target) or (output, target, keys); None: `ours`
+        own: Callable | None,  # of (out, target) or (out, target, keys); None: `ours`
         ours: EGLoss | None = None,  # where `own` is None
     ):
         super().__init__()
@@ -255,35 +253,36 @@ class UserLoss(nn.Module):
 
     def forward(
         self,
-        output: Any,  # what the network returns, or the logits of an EGCNN
-        edge_logits: Tensor | None,  # of an EGCNN
+        out: Any,  # what the network returns in training mode
         target: Tensor,  # masks (B,K,D,H,W)
-        main_logits: Tensor | None = None,  # of an EGCNN
         keys: list | None = None,  # names of the noise, one tuple per case
+    ) -> Tensor:  # scalar
+        "The total"
+        return self.terms(out, target, keys=keys)["total"]
+
+    def terms(
+        self,
+        out: Any,  # as in `forward`
+        target: Tensor,  # as in `forward`
+        keys: list | None = None,  # as in `forward`
     ) -> dict:  # name -> scalar, total among them
-        terms = self.alone(output, edge_logits, target, main_logits, keys)
-        every = _tensors([output, edge_logits, main_logits])
-        return {**terms, "total": _touch_all(terms["total"], every)}
+        "The terms by name, with a gradient for every output"
+        terms = self.alone(out, target, keys)
+        return {**terms, "total": _touch_all(terms["total"], _supervised(out))}
 
     def alone(
         self,
-        output: Any,  # as in `forward`
-        edge_logits: Tensor | None,  # as in `forward`
+        out: Any,  # as in `forward`
         target: Tensor,  # as in `forward`
-        main_logits: Tensor | None = None,  # as in `forward`
         keys: list | None = None,  # as in `forward`
     ) -> dict:  # name -> scalar, as the loss returns them
         "The loss itself, without the zeros that are added for the sake of every weight"
-        whole = output
-        if edge_logits is not None:
-            whole = (output, edge_logits, main_logits)
-        whole = _in_float32(whole)
+        out = _in_float32(out)
         if self.ours is not None:
-            found = _streams(whole)
-            return self.ours(found.logits, found.edges, target, found.main, keys)
+            return self.ours.terms(_read(out), target, keys=keys)
         assert self.own is not None
         options = {"keys": keys} if self.takes_keys else {}
-        terms = self.own(whole, target, **options)
+        terms = self.own(out, target, **options)
         return dict(terms) if isinstance(terms, dict) else {"total": terms}
 
 
@@ -581,15 +580,13 @@ def _expect_terms(name, terms):
 
 def _try_loss(loss, name, output, batch):
     "Loss terms of an output; raises `InputError` where the loss fails or returns something else"
-    call = loss.alone if isinstance(loss, UserLoss) else loss
+    call = loss.alone if isinstance(loss, UserLoss) else loss.terms
     try:
-        terms = call(output.logits, output.edges, batch.target, output.main, batch.keys)
+        terms = call(output, batch.target, keys=batch.keys)
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # whatever a loss may raise
-        kind = "a tuple of tensors"
-        if output.edges is None:
-            kind = type(output.logits).__name__
+        kind = type(output).__name__
         reason = next(iter(str(e).splitlines()), "")
         raise InputError(
             f"{name} fails ({type(e).__name__}: {reason}). It gets what the network returns "
@@ -602,11 +599,8 @@ def _try_loss(loss, name, output, batch):
 def _try_step(model, loss, name, batch, settings):
     "Names of the loss terms of one forward pass in training mode"
     with autocast(settings.precision, batch.x.device):
-        if settings.edge:
-            output = _Output(*model(batch.x, return_main=True))
-        else:
-            output = _Output(model(batch.x))
-    logits = logits_of(output.logits, 3)
+        output = model(batch.x)
+    logits = logits_of(output, 3)
     require(
         logits is not None and logits.shape == batch.target.shape,
         f"The network returns no logits {tuple(batch.target.shape)} while it trains. "

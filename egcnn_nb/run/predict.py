@@ -48,10 +48,10 @@ from ..tensors import probabilities, resize
 # %% ../../nbs/2_practice/predict.ipynb #866dd037
 def _everything(model, window):
     "Logits, edge logits and the finest attention of a window, in one stack"
-    logits, edge, alphas = model(window, return_attention=True)
-    finest = alphas[-1].float()  # bf16 would round α on the way up
+    out = model(window, full=True)
+    finest = out.attention[-1].float()  # bf16 would round α on the way up
     attention = resize(finest, window.shape[2:]).mean(1, keepdim=True)
-    return torch.cat([logits.float(), edge.float(), attention], 1)
+    return torch.cat([out.logits.float(), out.edge.float(), attention], 1)
 
 # %% ../../nbs/2_practice/predict.ipynb #8e03e1f2
 # axes of (C,D,H,W) that are mirrored, first none of them

@@ -232,12 +232,8 @@ class _Batch:
 def _batch_loss(model, loss, batch, settings):
     "The loss of a batch, and its images as they entered the network, with a gradient"
     x = batch.x.detach().clone().requires_grad_()
-    if settings.edge:
-        out, edge, main = model(x, return_main=True)
-    else:
-        out, edge, main = model(x), None, None
-    terms = loss(out, edge, batch.target, main, batch.keys)
-    return terms["total"], x
+    out = model(x, full=True) if settings.edge else model(x)
+    return loss(out, batch.target, keys=batch.keys), x
 
 
 def _compared(model, loss, batch, settings, kind):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..core import Task, write_whole
 from ..method.egcnn import EGCNN
 from ..method.features import evaluating
+from ..method.losses import EGOutput
 from .metrics import score_case
 from .models import autocast, infer
 from .settings import Settings
@@ -117,9 +118,9 @@ def half_shares(
     windows = []
 
     def note(net, window):
-        logits, _, alphas = net(window, return_attention=True)
-        windows.append(_exactly_half(alphas))
-        return logits
+        out = net(window, full=True)
+        windows.append(_exactly_half(out.attention))
+        return out.logits
 
     for case in cases:
         infer(model, case.x, patch_size, "fp32", answer=note)
@@ -254,16 +255,16 @@ def _is_bad(model, values):
     return (~checked.isfinite()).double()
 
 
-def _total(terms, loss, logits, main):
+def _total(terms, loss, out):
     """The loss of a part
 
     Where it leaves an output out, 0 times that output is added, so every weight has a gradient.
     """
     total = terms["total"]
-    if loss.supervise == "both" or main is None:
+    if loss.supervise == "both" or not isinstance(out, EGOutput) or out.main is None:
         return total
     # a sum of halves may be infinite
-    outputs = logits.sum(dtype=total.dtype) + main.sum(dtype=total.dtype)
+    outputs = out.logits.sum(dtype=total.dtype) + out.main.sum(dtype=total.dtype)
     return total + 0 * outputs
 
 
@@ -323,16 +324,14 @@ def _until_last(model, is_last):
 
 
 def _forward(model, x, settings):
-    "Logits, edge logits and logits of the main stream; a bare backbone has only the first"
+    "An `EGOutput`, or what a bare network returns"
     with autocast(settings.precision, x.device):
-        if settings.edge:
-            return model(x, return_main=True)
-        return model(x), None, None
+        return model(x, full=True) if settings.edge else model(x)
 
 
 def train_step(
     model: nn.Module,  # the network, or its DistributedDataParallel
-    loss: nn.Module,  # `EGLoss` of the task, or `UserLoss`
+    loss: Any,  # `EGLoss` of the task, or `UserLoss`
     optimizer: torch.optim.Optimizer,  # any; with fused Adam nothing waits for a GPU
     scaler: Any,  # GradScaler; does nothing but for fp16
     x: Tensor,  # images (B,C,D,H,W): this process's share of the batch
@@ -349,9 +348,9 @@ def train_step(
     for number, (images, masks, own_keys) in enumerate(parts, 1):
         counts = weight * len(images) / len(x)
         with _until_last(model, number == len(parts)):
-            logits, edge, main = _forward(model, images, settings)
-            terms = loss(logits, edge, masks, main, own_keys)
-            total = counts * _total(terms, loss, logits, main)
+            out = _forward(model, images, settings)
+            terms = loss.terms(out, masks, keys=own_keys)
+            total = counts * _total(terms, loss, out)
             scaler.scale(total).backward()
         noted = torch.stack([terms[name].detach() for name in names])
         values = values + counts * noted.double()

@@ -23,6 +23,7 @@ from ..core import COLOURS, InputError, Task
 from ..data.layouts import find_dataset
 from ..data.patches import fill
 from ..method.features import evaluating
+from ..method.losses import EGOutput
 from ..run.folders import read_config, settings_of_config
 from ..run.models import autocast, best_device, home_of
 from ..run.settings import Settings
@@ -47,12 +48,10 @@ def _patch_in_foreground(labels, patch_size):
     return tuple(where)
 
 
-def _outputs(model, x, settings):
-    "Fused logits, edge logits and attention maps of a patch; None for what a bare network lacks"
+def _output(model, x, settings):
+    "The `EGOutput` of a patch, or the logits of a bare network"
     with torch.no_grad(), evaluating(model), autocast(settings.precision, x.device):
-        if settings.edge:
-            return model(x, return_attention=True)
-        return model(x), None, None
+        return model(x, full=True) if settings.edge else model(x)
 
 
 def snapshot(
@@ -66,12 +65,13 @@ def snapshot(
     where = _patch_in_foreground(case.labels, patch_size)
     x, inside = fill(case.x[(slice(None), *where)], patch_size)
     x = x[None].to(home_of(model).device)
-    logits, edge_logits, alphas = _outputs(model, x, settings)
+    out = _output(model, x, settings)
+    logits = out.logits if isinstance(out, EGOutput) else out
     prob = probabilities(logits.float(), task.activation)
     maps = {"image": x[0, -1], "prediction": to_labels(prob, task)[0]}
-    if edge_logits is not None and alphas is not None:
-        edge_prob = edge_logits[0].float().sigmoid()
-        finest_alpha = resize(alphas[-1].float(), x.shape[2:])
+    if isinstance(out, EGOutput):
+        edge_prob = out.edge[0].float().sigmoid()
+        finest_alpha = resize(out.attention[-1].float(), x.shape[2:])
         maps["edge"] = edge_prob.amax(0)
         maps["attention"] = finest_alpha[0].mean(0)
     shown = {"truth": np.asarray(case.labels[where])}

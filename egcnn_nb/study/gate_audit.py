@@ -117,13 +117,13 @@ def _mean_f1(edge_logits, masks):
 
 def _scores(model, x, masks):
     "Edge F1, mask Dice and boundary Dice of a network as it is"
-    logits, edge_logits = model(x)[:2]
-    found = _masks(logits, model.activation)
+    out = model(x, full=True)
+    found = _masks(out.logits, model.activation)
     truth = masks.bool()
     dice = dice_score(found, truth)
     boundary = boundary_dice(found, truth)
     return {
-        "edge_f1": _mean_f1(edge_logits, masks),
+        "edge_f1": _mean_f1(out.edge, masks),
         "dice": float(dice.mean()),
         "boundary_dice": float(boundary.mean()),
     }
