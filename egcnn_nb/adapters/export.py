@@ -26,7 +26,7 @@ from ..method.egcnn import EGCNN
 from ..method.features import logits_of
 from ..run.settings import Settings
 
-# %% ../../nbs/4_inside/adapter_export.ipynb #8f42d4e8
+# %% ../../nbs/4_inside/adapter_export.ipynb #d93de769
 def multiple_of(
     model: nn.Module,  # EGCNN, or a bare network
 ) -> int:  # of which every side of the image is a multiple
@@ -35,8 +35,9 @@ def multiple_of(
     for part in model.modules():
         if isinstance(part, EncoderDecoder):
             found.append(2 ** (part.levels - 1))
-        if isinstance(getattr(part, "multiple", None), int):
-            found.append(part.multiple)
+        multiple = getattr(part, "multiple", None)
+        if isinstance(multiple, int):
+            found.append(multiple)
     return max(found)
 
 
@@ -107,9 +108,7 @@ class Exported(nn.Module):
     def forward(
         self,
         image: Tensor,  # float32 (B,C,D,H,W)
-    ) -> tuple[
-        Tensor, ...
-    ]:  # logits (B,K,D,H,W), and edge logits (B,E,D,H,W) where they are wanted
+    ) -> tuple[Tensor, ...]:  # logits (B,K,D,H,W), and edge logits (B,E,D,H,W) where they are wanted
         if isinstance(self.model, EGCNN):
             found = self.model.streams(image)
             return (found.logits, found.edge) if self.edges else (found.logits,)
@@ -273,7 +272,8 @@ def _traced(network, image):
     except Exception as error:  # of torch.jit, or of the network
         reason = next(iter(str(error).strip().splitlines()), "")
         raise InputError(
-            f"torch cannot trace this network ({type(error).__name__}: {reason[:200]}). Try --onnx."
+            f"torch cannot trace this network ({type(error).__name__}: {reason[:200]}). "
+            "Try --onnx."
         ) from error
 
 
