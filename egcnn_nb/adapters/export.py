@@ -108,7 +108,9 @@ class Exported(nn.Module):
     def forward(
         self,
         image: Tensor,  # float32 (B,C,D,H,W)
-    ) -> tuple[Tensor, ...]:  # logits (B,K,D,H,W), and edge logits (B,E,D,H,W) where they are wanted
+    ) -> tuple[
+        Tensor, ...
+    ]:  # logits (B,K,D,H,W), and edge logits (B,E,D,H,W) where they are wanted
         if isinstance(self.model, EGCNN):
             found = self.model.streams(image)
             return (found.logits, found.edge) if self.edges else (found.logits,)
@@ -272,8 +274,7 @@ def _traced(network, image):
     except Exception as error:  # of torch.jit, or of the network
         reason = next(iter(str(error).strip().splitlines()), "")
         raise InputError(
-            f"torch cannot trace this network ({type(error).__name__}: {reason[:200]}). "
-            "Try --onnx."
+            f"torch cannot trace this network ({type(error).__name__}: {reason[:200]}). Try --onnx."
         ) from error
 
 

@@ -18,8 +18,8 @@ from ..run.predict import load_run
 # loads the client of the hub, or says how to install it
 hub: Any = need("huggingface_hub", "from_pretrained", "hub")
 
-# %% ../../nbs/4_inside/adapter_hub.ipynb #ab21efab
-class PretrainedEGCNN(EGCNN, hub.PyTorchModelHubMixin, library_name="egcnn_nb"):
+# %% ../../nbs/4_inside/adapter_hub.ipynb #8ce88927
+class PretrainedEGCNN(EGCNN, hub.PyTorchModelHubMixin):
     "One of our backbones with an edge stream, which the hub can save and load"
 
     def __init__(

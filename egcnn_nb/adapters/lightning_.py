@@ -19,8 +19,8 @@ from ..method.losses import EGLoss
 # loads Lightning, or says how to install it
 lightning: Any = need("lightning", "EGModule", "lightning")
 
-# %% ../../nbs/4_inside/adapter_lightning.ipynb #e700b238
-def _tensor_of(part):
+# %% ../../nbs/4_inside/adapter_lightning.ipynb #e52acb18
+def _tensor_of(part: Any) -> Any:
     "The tensor of one part of a batch; TorchIO keeps it under data"
     if isinstance(part, dict) and "data" in part:
         return part["data"]

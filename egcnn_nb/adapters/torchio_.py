@@ -20,12 +20,11 @@ from ..core import need, require, write_whole
 # loads TorchIO, or says how to install it
 torchio: Any = need("torchio", "The subjects of TorchIO", "torchio")
 
-# %% ../../nbs/4_inside/adapter_torchio.ipynb #5fac61ec
+# %% ../../nbs/4_inside/adapter_torchio.ipynb #457691b8
 def _file_of(image, name, folder):
     "The NIfTI file of an image, relative to the folder; it is written where there is none"
-    path = image.path
-    is_nifti = path is not None and str(path).lower().endswith((".nii", ".nii.gz"))
-    if not is_nifti:
+    path = Path(image.path or "")
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
         path = folder / f"{name}.nii.gz"
         image.save(path)
     return os.path.relpath(path, folder)
