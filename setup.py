@@ -26,7 +26,9 @@ setup(
     zip_safe=False,
     install_requires=cfg["requirements"].split(),
     extras_require={
-        extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "itk", "monai")
+        name.removesuffix("_requirements"): cfg[name].split()
+        for name in cfg
+        if name.endswith("_requirements")
     },
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

@@ -39,7 +39,7 @@ ALLOWED = {
     "run": {"core", "data", "method"},
     "show": {"core", "data", "method", "run"},
     "study": {"core", "data", "method", "run"},
-    "adapters": {"core", "data", "method", "run"},
+    "adapters": {"core", "fast", "data", "method", "run"},
     "commands": {"core", "fast", "data", "method", "run", "study", "adapters"},
 }
 FLOORS = [
