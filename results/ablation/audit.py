@@ -1,0 +1,84 @@
+"""What the gates of trained networks contribute, on the validation cases of each run.
+
+    python results/ablation/audit.py DATA RUN... --csv FILE
+
+Each attention is replaced as `gate_audit` does it: by its mean, by 1/2, by 1, by 0 and by that of another case. All
+cases of a run go through the network in one batch, padded with zeros at their ends to the size of the largest."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from egcnn_nb.core import exit_on_error
+from egcnn_nb.data.layouts import find_dataset
+from egcnn_nb.data.prepare import load_case
+from egcnn_nb.run.folders import read_config
+from egcnn_nb.run.predict import load_run
+from egcnn_nb.study.gate_audit import attention_at_border, audit_gates, dead_gates
+from egcnn_nb.tensors import to_target
+
+
+def padded(volume: Tensor, size: list) -> Tensor:
+    "A volume (C,D,H,W) with zeros at the end of each axis"
+    missing = [wanted - have for wanted, have in zip(size, volume.shape[1:], strict=True)]
+    depth, height, width = missing
+    return F.pad(volume, (0, width, 0, height, 0, depth))
+
+
+def as_batch(volumes: list, multiple: int) -> Tensor:
+    "Volumes of several sizes as one batch (B,C,D,H,W); each axis is a multiple of what the network needs"
+    sizes = torch.tensor([volume.shape[1:] for volume in volumes])
+    largest = sizes.amax(0)
+    size = ((largest + multiple - 1) // multiple * multiple).tolist()
+    return torch.stack([padded(volume, size) for volume in volumes])
+
+
+def cases_of(run: Path, data: str, settings, task) -> tuple:
+    "Images (B,C,D,H,W) and masks without background (B,K,D,H,W) of the validation cases of a run"
+    names = set(read_config(run)["split"]["validation"])
+    cases = [case for case in find_dataset(data).cases if case.name in names]
+    loaded = [load_case(case, task, need_label=True, spacing=settings.spacing) for case in cases]
+    multiple = 2 ** (settings.levels - 1)
+    x = as_batch([case.x for case in loaded], multiple)
+    labels = as_batch([case.labels[None] for case in loaded], multiple)
+    masks = to_target(labels[:, 0], task)
+    background = 1 if task.activation == "softmax" else 0
+    return x, masks[:, background:]
+
+
+def audit(run: Path, data: str) -> list:
+    "The rows of one run: a dict for each replacement"
+    model, settings, task = load_run(run)
+    x, masks = cases_of(run, data, settings, task)
+    border = attention_at_border(model, x, masks)
+    dead = dead_gates(model, x)
+    rows = []
+    for row in audit_gates(model, x, masks):
+        about = {"run": run.name, **row}
+        about |= {f"alpha_{name}": value for name, value in border.items()}
+        about |= {"dead_gates": sum(dead), "gates": len(dead)}
+        rows.append(about)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", metavar="DATA", help="dataset folder")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
+    parser.add_argument("--csv", metavar="FILE", required=True, help="where the rows go")
+    args = parser.parse_args()
+    rows = []
+    for run in args.runs:
+        rows += audit(run, args.data)
+    table = pd.DataFrame(rows)
+    table.to_csv(args.csv, index=False, float_format="%.4f")
+    print(table.to_markdown(index=False, floatfmt=".3f"))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_on_error(main))
