@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ..data.files import Case, name_of
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model
 from scipy.ndimage import binary_erosion, distance_transform_edt
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core import InputError, Task, expect, keep_memory, require, write_whole
-from ..data.layouts import Case, find_dataset, name_of
+from ..data.layouts import find_dataset
 from ..data.nifti import read_array
 from ..data.prepare import Loaded, enough_memory, label_dtype, load_case, place, target_size
 from ..data.volumes import read_shape, write_volume
