@@ -402,6 +402,227 @@ class WrittenInPlace(UNet):
         return d, self.e(joined(self.up2(d), a))
 
 
+class Backbone(nn.Module):
+    "Puts out the maps of its stages in a list, as most backbones do"
+
+    def __init__(self):
+        super().__init__()
+        self.a = block(1, 8)
+        self.b = block(8, 16, 2)
+        self.c = block(16, 32, 2)
+
+    def forward(self, x):
+        a = self.a(x)
+        b = self.b(a)
+        return [a, b, self.c(b)]
+
+
+class Laterals(nn.Module):
+    "A feature pyramid on a backbone: 1×1 convolutions of the maps in a list"
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = Backbone()
+        self.lateral1 = nn.Conv2d(8, 8, 1)
+        self.lateral2 = nn.Conv2d(16, 8, 1)
+        self.top = nn.Conv2d(32, 8, 1)
+        self.smooth = block(8, 8)
+        self.out = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x):
+        a, b, c = self.encoder(x)
+        p2 = self.smooth(self.lateral2(b) + resized(self.top(c), b))
+        return self.out(self.lateral1(a) + resized(p2, a))
+
+
+def as_tokens(y):
+    "A map as tokens (B,places,channels)"
+    return y.flatten(2).transpose(1, 2)
+
+
+def as_map(tokens, like):
+    "Tokens as a map of the size of another"
+    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+
+
+class ChannelsLast(UNet):
+    "The encoder computes with the channels last, where no convolution ever sees its maps"
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(1, 8, 1)
+        self.mix_b = nn.Linear(8 * 4, 16)
+        self.mix_c = nn.Linear(16 * 4, 32)
+        self.turn = nn.ModuleList([Turn(), Turn(), Turn()])
+
+    def merge(self, y):
+        corners = [y[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+        return torch.cat(corners, -1)
+
+    def encode(self, x):
+        a = self.a(x).movedim(1, -1)
+        b = self.mix_b(self.merge(a))
+        c = self.mix_c(self.merge(b))
+        a, b, c = (turn(y) for turn, y in zip(self.turn, (a, b, c), strict=True))
+        return a, b, c
+
+
+class Turn(nn.Module):
+    "Channels first, as convolutions want them"
+
+    def forward(self, x):
+        return x.movedim(-1, 1).contiguous()
+
+
+class Attention(nn.Module):
+    "Tokens look at a smaller map, and the result is added; by heads, whose matrices look like maps"
+
+    def __init__(self, channels, stride, heads=1):
+        super().__init__()
+        self.heads = heads
+        self.reduce = nn.Conv2d(channels, channels, stride, stride)
+        self.queries = nn.Linear(channels, channels)
+        self.pairs = nn.Linear(channels, 2 * channels)
+
+    def split(self, tokens):
+        return tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, x):
+        tokens = as_tokens(x)
+        small = as_tokens(self.reduce(x))
+        keys, values = map(self.split, self.pairs(small).chunk(2, 2))
+        weights = self.split(self.queries(tokens)) @ keys.transpose(2, 3)
+        seen = weights.softmax(3) @ values
+        together = seen.transpose(1, 2).flatten(2)
+        return as_map(tokens + together, x)
+
+
+class ReducedAttention(UNet):
+    "Each stage ends with attention to a map as small as the deepest one"
+
+    def __init__(self):
+        super().__init__()
+        self.look_a = Attention(8, 4)
+        self.look_b = Attention(16, 2)
+
+    def encode(self, x):
+        a = self.look_a(self.a(x))
+        b = self.look_b(self.b(a))
+        return a, b, self.c(b)
+
+
+class Matrices(UNet):
+    "16 heads look at 16 places: their matrices have the size of the map above"
+
+    def __init__(self):
+        super().__init__()
+        self.look = Attention(32, 1, heads=16)
+        self.c = block(16, 32, 2)
+        self.after = nn.Identity()
+
+    def encode(self, x):
+        a, b, c = super().encode(F.avg_pool2d(x, 4))
+        return a, b, self.look(c)
+
+
+class OneChannelGate(UNet):
+    "The deepest map is weighted by a map of one channel that has been pooled and convolved"
+
+    def __init__(self):
+        super().__init__()
+        self.look = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(32, 1, 3, padding=1))
+
+    def encode(self, x):
+        a, b, c = super().encode(x)
+        return a, b, c * resized(self.look(c), c)
+
+
+class Merged(nn.Module):
+    "Resizes, joins and convolves; the joined map passes through a module that changes nothing"
+
+    def __init__(self, deep, skip, channels):
+        super().__init__()
+        self.attention = nn.Identity()
+        self.conv = block(deep + skip, channels)
+
+    def forward(self, deep, skip):
+        both = self.attention(joined(resized(deep, skip), skip))
+        return self.conv(both)
+
+
+class ThinSkips(UNet):
+    "The decoder is wider than the skips"
+
+    def __init__(self):
+        super().__init__()
+        self.d = Merged(32, 16, 24)
+        self.e = Merged(24, 8, 16)
+        self.out = nn.Conv2d(16, 3, 1)
+
+    def decode(self, a, b, c):
+        d = self.d(c, b)
+        return d, self.e(d, a)
+
+
+class ResizedScores(UNet):
+    "The decoder is wider than the skips, and the scores are resized at the end"
+
+    def __init__(self):
+        super().__init__()
+        self.up1 = nn.Upsample(scale_factor=2)
+        self.d = block(48, 32)
+        self.out = nn.Conv2d(32, 3, 1)
+        self.resize = nn.Upsample(scale_factor=2)
+
+    def forward(self, x):
+        _, b, c = self.encode(x)
+        d = self.d(joined(self.up1(c), b))
+        return self.resize(self.out(d))
+
+
+class PlainTransformer(nn.Module):
+    "One resolution inside; finer maps are made from it, and a smaller one where the decoder begins"
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(1, 32, 4, 4)
+        self.mlp = nn.Linear(32, 32)
+        self.finer = up_conv(32, 16)
+        self.deeper = nn.Conv2d(32, 32, 3, 2, 1)
+        self.up1 = up_conv(32, 16)
+        self.d = block(48, 16)
+        self.up2 = up_conv(16, 16)
+        self.e = block(32, 8)
+        self.out = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x):
+        y = self.patches(x)
+        y = as_map(self.mlp(as_tokens(y)), y)
+        fine = self.finer(y)
+        d = self.d(joined(self.up1(self.deeper(y)), y))
+        e = self.e(joined(self.up2(d), fine))
+        return self.out(resized(e, x))
+
+
+class LinearHeads(UNet):
+    "The decoder thins each map by a linear layer of its tokens, resizes it and joins all"
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = Backbone()
+        del self.a, self.b, self.c
+        self.thin = nn.ModuleList([nn.Linear(8, 8), nn.Linear(16, 8), nn.Linear(32, 8)])
+        self.fuse = block(24, 8)
+
+    def forward(self, x):
+        maps = self.encoder(x)
+        thin = []
+        for linear, y in zip(self.thin, maps, strict=True):
+            tokens = linear(as_tokens(y))
+            thin.append(resized(as_map(tokens, y), maps[0]))
+        return self.out(self.fuse(joined(*thin)))
+
+
 class AsDict(UNet):
     "A dict whose first entry is a feature"
 
@@ -429,6 +650,15 @@ SMALL = {  # network -> encoder fine to deep, entry
     SharedBlock: (["block#1", "block#2", "block#3"], "join#1"),
     TupleInside: (["encoder[0]", "encoder[1]", "encoder[2]"], "up1"),
     AsDict: (["a", "b", "c"], "up1"),
+    Laterals: (["encoder.a", "encoder.b", "encoder.c"], "smooth"),
+    ChannelsLast: (["a", "turn.1", "turn.2"], "up1"),
+    ReducedAttention: (["look_a", "look_b", "c"], "up1"),
+    Matrices: (["a", "b", "look"], "up1"),
+    OneChannelGate: (["a", "b", "c"], "up1"),
+    ThinSkips: (["a", "b", "c"], "d"),
+    ResizedScores: (["a", "b", "c"], "up1"),
+    PlainTransformer: (["finer", "patches", "deeper"], "up1"),
+    LinearHeads: (["encoder.a", "encoder.b", "encoder.c"], "fuse"),
 }
 
 
@@ -527,6 +757,32 @@ def test_a_network_that_needs_numbers_runs_where_it_is(cls):
     for module in net.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
+
+
+class Queries(UNet):
+    "Multiplies the pixels' features with those of queries, which are made from the image too"
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Linear(32, 5 * 8)
+
+    def forward(self, x):
+        a, b, c = self.encode(x)
+        _, e = self.decode(a, b, c)
+        queries = self.query(c.mean((2, 3))).unflatten(1, (5, 8))
+        return torch.einsum("bqc,bchw->bqhw", queries, e)
+
+
+def test_a_product_of_queries_and_pixels_is_told():
+    with pytest.warns(
+        UserWarning, match="product of two of its own maps.*a map of logits for each"
+    ):
+        EGCNN(Queries(), IMAGE, verbose=False)
+
+
+def test_the_head_is_found_before_the_scores_are_resized():
+    model = EGCNN(ResizedScores(), IMAGE, fuse="features", verbose=False)
+    assert model.found["head"] == ("out", 32)
 
 
 class Broken(UNet):
