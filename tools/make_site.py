@@ -38,6 +38,7 @@ MOST_BYTES = 2e6  # of the pictures below the sliders of one page
 PAGES = {
     "docs/glossary.md": "glossary.md",
     "docs/launch/README.md": "launch.md",
+    "docs/slicer.md": "slicer.md",
     "benchmarks/README.md": "speed.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
