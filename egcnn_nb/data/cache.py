@@ -21,7 +21,6 @@ from typing import cast
 import nibabel as nib
 import numpy as np
 import torch
-from .files import Case
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm.contrib.concurrent import thread_map
@@ -29,6 +28,7 @@ from tqdm.contrib.concurrent import thread_map
 from ..core import Task, processors, require, write_whole
 from ..core import readers as fitting_readers
 from .check import Spacing, expect_files
+from .files import Case
 from .prepare import Loaded, checked_spacing, label_dtype, load_case, reading_bytes
 from .volumes import Volume
 

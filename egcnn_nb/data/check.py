@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from .files import Case
 from nibabel.orientations import io_orientation
 from tqdm.contrib.concurrent import thread_map
 
 from ..core import KITS, InputError, Task, expect, readers, require
+from .files import Case
 from .layouts import BRATS_2023, recognise_dataset
 from .nifti import WIDEST, read_array, read_header
 from .volumes import Volume, expect_finite, read_labels, read_volume

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..core import InputError, Task, outer_first, require
 from egcnn_nb.data.files import (
     Case,
     Dataset,
@@ -26,8 +27,6 @@ from egcnn_nb.data.files import (
     text_of,
     visible,
 )
-
-from ..core import InputError, Task, outer_first, require
 
 # %% ../../nbs/4_inside/dataset_json.ipynb #012f902c
 def _object_of(pairs):

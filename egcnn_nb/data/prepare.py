@@ -14,13 +14,13 @@ from math import inf, prod
 
 import numpy as np
 import torch
-from .files import Case
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from torch import Tensor
 
 from ..core import InputError, Task, free_memory, require
 from .check import Spacing, expect_files, read_case
+from .files import Case
 from .nifti import read_header
 from .volumes import Volume
 from ..tensors import bounding_box, resize

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from ..data.files import Case
 from torch import Tensor, nn
 
 from ..core import Task
+from ..data.files import Case
 from ..data.prepare import place
 from .models import best_device
 from .predict import BoxMaps, case_maps, label_map

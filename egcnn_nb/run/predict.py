@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from ..data.files import Case, name_of
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model
 from scipy.ndimage import binary_erosion, distance_transform_edt
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core import InputError, Task, expect, keep_memory, require, write_whole
+from ..data.files import Case, name_of
 from ..data.layouts import find_dataset
 from ..data.nifti import read_array
 from ..data.prepare import Loaded, enough_memory, label_dtype, load_case, place, target_size

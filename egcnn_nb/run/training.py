@@ -660,7 +660,9 @@ class Run:
         if not having:
             fix = "Check the label maps, or choose training cases with it."
         elif self.loss.w_cross_entropy == 0:
-            fix = "Train with --reading semantic=dice_ce: without cross entropy a class may be lost."
+            fix = (
+                "Train with --reading semantic=dice_ce: without cross entropy a class may be lost."
+            )
         else:
             fix = (
                 "Try a lower --lr, then a higher one. Check its labels, and add training cases "
