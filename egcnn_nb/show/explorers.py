@@ -401,8 +401,7 @@ def _describe(control, name):
 def explore(
     draw: Callable,  # function of keyword arguments -> matplotlib figure or uint8 RGB array
     alt: str = "",  # text for those who cannot see the picture
-    tell: Callable
-    | None = None,  # function of the same arguments -> HTML text below the picture, such as a number
+    tell: Callable | None = None,  # function of the same arguments -> HTML text below
     **controls,  # argument=(low, high[, step]), list of choices, bool or widget
 ) -> Explorer:
     "Sliders around a drawing function, each at the default of its argument (our choice)"
