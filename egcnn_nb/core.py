@@ -123,7 +123,7 @@ def _in_one_line(error):
 
 
 def exit_on_error(
-    run,  # function without arguments
+    run: Callable,  # function without arguments
 ) -> int:  # exit code of the process
     """Run a command: an error of its input becomes one line on stderr and exit code 2 (our choice)
 
@@ -146,7 +146,7 @@ def need(
     module: str,  # its name
     what: str,  # what needs it
     extra: str,  # of this package, with which it is installed
-):  # the module
+) -> Any:  # the module
     "Import what not every installation has; raises `InputError` that says how to get it"
     try:
         return import_module(module)
@@ -398,7 +398,7 @@ def _flush(path, flags):
 
 def write_whole(
     path: str | Path,  # file; its folder exists
-    write,  # function that is given the temporary path, which ends like `path`
+    write: Callable,  # function that is given the temporary path, which ends like `path`
 ) -> Path:  # the file
     "Let `write` fill a temporary file, flush it, and rename it to `path` (our choice)"
     path = Path(path)

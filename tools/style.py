@@ -474,10 +474,20 @@ def is_documented(function: ast.FunctionDef, lines: list[str]) -> bool:
     return True
 
 
+def is_typed(function: ast.FunctionDef) -> bool:
+    "Whether a function says the types of its parameters and of its result"
+    given = function.args
+    for argument in [*given.posonlyargs, *given.args, *given.kwonlyargs]:
+        if argument.arg not in ("self", "cls") and argument.annotation is None:
+            return False
+    return function.returns is not None
+
+
 def print_documentation() -> None:
     "Print which share of the public functions is documented, and the others' names"
     count = 0
     bare = []
+    untyped = []
     for source in sources("package"):
         lines = source.text.splitlines()
         tree = ast.parse(source.text)
@@ -485,10 +495,13 @@ def print_documentation() -> None:
             count += 1
             if not is_documented(function, lines):
                 bare.append(f"{source.place} {function.name}")
+            if not is_typed(function):
+                untyped.append(f"{source.place} {function.name}")
     missing = len(bare)
     share = 1 - missing / max(count, 1)
     print(f"\nPublic functions with docstring and docments: {share:.0%} of {count}.")
     print_list("without:", bare)
+    print_list("without types:", untyped)
 
 
 # ---- prose

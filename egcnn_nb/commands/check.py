@@ -9,6 +9,7 @@ __all__ = ['main']
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 
 from ..core import exit_on_error, import_all, require
 from ..data.check import check_dataset, check_text
@@ -16,7 +17,7 @@ from ..run.settings import add_import_flag
 
 # %% ../../nbs/4_inside/command_check.ipynb #4ec1965d
 def main(
-    argv=None,  # words of the command line; None: those of this process
+    argv: Sequence[str] | None = None,  # words of the command line; None: those of this process
 ) -> int:  # exit code
     "The command `egcnn_check`: 0, 1 with problems, 2 without a dataset"
     p = argparse.ArgumentParser(

@@ -386,8 +386,8 @@ def _check_step(out, args):
 
 
 def run_experiment(
-    data,  # dataset folder
-    out,  # folder of the experiment
+    data: str | Path,  # dataset folder
+    out: str | Path,  # folder of the experiment
     args: argparse.Namespace,  # of `arguments`
 ) -> None:
     """Plan, train what is missing, or test, for one dataset; `--quick` trains and tests.

@@ -148,7 +148,7 @@ class SegNet(EncoderDecoder):
         self.norm_head = norm_head
         super().__init__(*args, **kwargs)
 
-    def down(self, before, channels, depth, first):
+    def down(self, before: int, channels: int, depth: int, first: bool) -> nn.Module:
         layers = []
         if not first:
             half = conv(self.dims, before, channels, 3, stride=2, padding=1, bias=False)
@@ -158,20 +158,20 @@ class SegNet(EncoderDecoder):
             layers.append(block)
         return nn.Sequential(*layers)
 
-    def rise(self, deep, channels):
+    def rise(self, deep: int, channels: int) -> nn.Module:
         modes = {2: "bilinear", 3: "trilinear"}
         mode = modes[self.dims]
         fewer = conv(self.dims, deep, channels, 1, bias=False)
         up = nn.Upsample(scale_factor=2, mode=mode, align_corners=False)
         return nn.Sequential(fewer, up)
 
-    def merge(self, up, skip):
+    def merge(self, up: Tensor, skip: Tensor) -> Tensor:
         return up + skip
 
-    def join(self, channels):
+    def join(self, channels: int) -> nn.Module:
         return ResidualBlock(channels, self.dims)
 
-    def output(self, channels, out):
+    def output(self, channels: int, out: int) -> nn.Module:
         last = conv(self.dims, channels, out, 1)
         if not self.norm_head:
             return last
@@ -198,7 +198,7 @@ def _relu(channels):
 class UNet3d(EncoderDecoder):
     "U-Net: plain convolutions, max pooling, transposed convolutions, concatenated skips (Ronneberger 2015)"
 
-    def down(self, before, channels, depth, first):
+    def down(self, before: int, channels: int, depth: int, first: bool) -> nn.Module:
         pools = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
         pool = pools[self.dims]
         half = nn.Identity() if first else pool(2)
@@ -206,17 +206,17 @@ class UNet3d(EncoderDecoder):
         layers = _layers(self.dims, before, channels, convolutions, _relu)
         return nn.Sequential(half, layers)
 
-    def rise(self, deep, channels):
+    def rise(self, deep: int, channels: int) -> nn.Module:
         return conv_transpose(self.dims, deep, channels, 2, stride=2)
 
-    def merge(self, up, skip):
+    def merge(self, up: Tensor, skip: Tensor) -> Tensor:
         return torch.cat([up, skip], 1)
 
-    def join(self, channels):
+    def join(self, channels: int) -> nn.Module:
         joined = 2 * channels  # of the deeper level and of the skip
         return _layers(self.dims, joined, channels, 2, _relu)
 
-    def output(self, channels, out):
+    def output(self, channels: int, out: int) -> nn.Module:
         return conv(self.dims, channels, out, 1)
 
 # %% ../../nbs/1_method/06_backbones.ipynb #5c78a792
@@ -250,7 +250,7 @@ def _normalised(channels):
 class VNet(EncoderDecoder):
     "V-Net: residual stages, strided convolutions down, transposed up, concatenated skips (Milletari 2016)"
 
-    def down(self, before, channels, depth, first):
+    def down(self, before: int, channels: int, depth: int, first: bool) -> nn.Module:
         convolutions = 2 * depth
         stage = ResidualStage(channels, channels, convolutions, self.dims)
         if first:
@@ -258,18 +258,18 @@ class VNet(EncoderDecoder):
         half = conv(self.dims, before, channels, 2, stride=2)
         return nn.Sequential(half, *_normalised(channels), stage)
 
-    def rise(self, deep, channels):
+    def rise(self, deep: int, channels: int) -> nn.Module:
         up = conv_transpose(self.dims, deep, channels, 2, stride=2)
         return nn.Sequential(up, *_normalised(channels))
 
-    def merge(self, up, skip):
+    def merge(self, up: Tensor, skip: Tensor) -> Tensor:
         return torch.cat([skip, up], 1)
 
-    def join(self, channels):
+    def join(self, channels: int) -> nn.Module:
         joined = 2 * channels  # of the skip and of the deeper level
         return ResidualStage(joined, channels, 2, self.dims)
 
-    def output(self, channels, out):
+    def output(self, channels: int, out: int) -> nn.Module:
         return conv(self.dims, channels, out, 1)
 
 # %% ../../nbs/1_method/06_backbones.ipynb #f0b31a3c

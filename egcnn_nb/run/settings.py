@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 def default_cache() -> Path | None:  # None where neither EGCNN_CACHE nor a home folder is known
@@ -252,9 +253,9 @@ class PresetParser(argparse.ArgumentParser):
 
     def parse_known_args(
         self,
-        args=None,  # words; None: those of this process
-        namespace=None,  # to which the values are added; None: a new one
-    ):  # namespace, words that are no flags
+        args: Sequence[str] | None = None,  # words; None: those of this process
+        namespace: Any = None,  # to which the values are added; None: a new one
+    ) -> tuple:  # namespace, words that are no flags
         "The values of a command line; argparse keeps what a namespace has unless a flag is given"
         words = sys.argv[1:] if args is None else list(args)
         if namespace is None:

@@ -8,7 +8,9 @@ __all__ = ['snapshot', 'draw_snapshot', 'label_legend', 'Dashboard']
 # %% ../../nbs/2_practice/watch_a_run.ipynb #5c3e7c04
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +58,7 @@ def _output(model, x, settings):
 
 def snapshot(
     model: nn.Module,  # EGCNN or a bare network
-    case,  # Loaded, with labels
+    case: Any,  # Loaded, with labels
     task: Task,  # of the dataset
     settings: Settings,  # of the run
 ) -> dict:  # "image", "truth", "prediction"; of an edge stream "edge", "attention": arrays (D,H,W)
@@ -109,7 +111,7 @@ def _draw_map(ax, name, maps):
 
 
 def draw_snapshot(
-    axes,  # matplotlib axes, one for each of image, prediction, edge, attention
+    axes: Iterable,  # matplotlib axes, one for each of image, prediction, edge, attention
     shown: dict,  # of `snapshot`
     at: float,  # slice along k, 0 to 1
     outline: str = "truth",  # what the green outline is

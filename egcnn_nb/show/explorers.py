@@ -14,6 +14,7 @@ import html
 import inspect
 import io
 import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -171,7 +172,7 @@ def swatches(
 def push_button(
     name: str,  # written on it
     tooltip: str,  # shown when the mouse rests on it
-    act,  # function without arguments, called when it is pressed
+    act: Callable,  # function without arguments, called when it is pressed
 ) -> widgets.Button:
     "A button that calls a function"
     button = widgets.Button(description=name, tooltip=tooltip)
@@ -242,12 +243,13 @@ class Explorer(widgets.VBox):
 
     def __init__(
         self,
-        draw,  # function of the controls' values -> matplotlib figure or uint8 RGB array
+        draw: Callable,  # function of the controls' values -> matplotlib figure or uint8 RGB array
         controls: dict,  # name of draw's argument -> ipywidgets control
         alt: str = "",  # text for those who cannot see the picture
         title: str = "",  # of the still picture of an RGB array
         legend: dict = None,  # name -> colour, for the still picture of an RGB array
-        tell=None,  # function of the controls' values -> HTML text shown below the picture
+        tell: Callable
+        | None = None,  # function of the controls' values -> HTML text shown below the picture
         rows: list = None,  # names of controls that share a row; None: each its own
     ):
         self.draw: Any = draw
@@ -287,7 +289,7 @@ class Explorer(widgets.VBox):
 
     def update(
         self,
-        change=None,  # what ipywidgets passes to an observer; not used
+        change: Any = None,  # what ipywidgets passes to an observer; not used
     ) -> None:
         "Draw at once where no event loop runs, else as soon as the loop is free"
         try:
@@ -397,9 +399,9 @@ def _describe(control, name):
 
 
 def explore(
-    draw,  # function of keyword arguments -> matplotlib figure or uint8 RGB array
+    draw: Callable,  # function of keyword arguments -> matplotlib figure or uint8 RGB array
     alt: str = "",  # text for those who cannot see the picture
-    tell=None,  # function of the same arguments -> HTML text below the picture, such as a number
+    tell: Callable | None = None,  # function of the same arguments -> HTML text below
     **controls,  # argument=(low, high[, step]), list of choices, bool or widget
 ) -> Explorer:
     "Sliders around a drawing function, each at the default of its argument (our choice)"
@@ -498,7 +500,7 @@ def slice_rgb(
     edge: np.ndarray = None,  # {0,1} (D,H,W)
     opacity: float = 0.5,  # of the overlays, 0 to 1
     pred: np.ndarray = None,  # whole numbers (D,H,W), outlined in the colours of their values
-    values=None,  # label values that are shown; None: all
+    values: Iterable[int] | None = None,  # label values that are shown; None: all
     outline: bool = False,  # the label as an outline as well
     size: tuple = None,  # (height, width) in pixels; None: a pixel a voxel
 ) -> np.ndarray:  # uint8 (H',W',3)

@@ -7,7 +7,9 @@ __all__ = ['ScanExplorer']
 
 # %% ../../nbs/2_practice/your_own_scan.ipynb #a0138fee
 import html
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ipywidgets import Dropdown, FloatSlider, HBox, Text
@@ -32,7 +34,7 @@ class ScanExplorer(Explorer):
     def __init__(
         self,
         scan: str | Path,  # a NIfTI file, or the folder of a case
-        run=PRETRAINED / "eg",  # run folder of a trained network
+        run: Any = PRETRAINED / "eg",  # run folder of a trained network
     ):
         self.seen = {}  # of `look_inside`; empty before the first prediction
         self.message = "press predict"
@@ -103,7 +105,7 @@ class ScanExplorer(Explorer):
 
     def tried(
         self,
-        act,  # function that may raise `InputError`
+        act: Callable,  # function that may raise `InputError`
     ) -> None:
         "Call a function; show below the picture what is wrong with the input"
         try:

@@ -9,7 +9,9 @@ __all__ = ['ITK_HOSTS', 'HEAT', 'surface_picture', 'Explorer3d', 'itk_missing', 
 import gzip
 import importlib.util
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
@@ -60,10 +62,10 @@ def _values_at(values, index, axis):
 
 
 def surface_picture(
-    mask,  # bool or {0,1} (D,H,W)
+    mask: Any,  # bool or {0,1} (D,H,W)
     axis: int = 1,  # direction of sight
     colour: str = COLOURS["truth"],  # of the surface
-    values=None,  # numbers (D,H,W) in [0,1] that colour the surface instead
+    values: Any = None,  # numbers (D,H,W) in [0,1] that colour the surface instead
     cmap: str = "viridis",  # colours of the values
 ) -> np.ndarray:  # uint8 (H',W',3), white where there is no surface
     "A mask seen along `axis`, lit by the slope of its surface"
@@ -134,9 +136,9 @@ class Explorer3d(Explorer):
 
     def __init__(
         self,
-        draw,  # function of the controls' values -> matplotlib figure
+        draw: Callable,  # function of the controls' values -> matplotlib figure
         controls: dict,  # name -> control: "clip", "turn" and the opacity of each layer
-        viewer,  # ipyniivue.NiiVue
+        viewer: Any,  # ipyniivue.NiiVue
         layers: dict,  # name of a control -> number of the volume it fades
         **kwargs,  # as for `Explorer`
     ):
@@ -205,17 +207,17 @@ def _top(a):
 
 
 def view3d(
-    volume,  # (D,H,W): array, tensor, Volume, nibabel image or path
-    label=None,  # whole numbers (D,H,W), any of these kinds
-    edge=None,  # {0,1} (D,H,W)
+    volume: Any,  # (D,H,W): array, tensor, Volume, nibabel image or path
+    label: Any = None,  # whole numbers (D,H,W), any of these kinds
+    edge: Any = None,  # {0,1} (D,H,W)
     spacing: tuple = None,  # voxel size in mm; None: that of the affine, else cubes
     backend: str = "niivue",  # "niivue", or "itk" where itkwidgets is installed and online
     title: str = None,  # says what it is
     names: dict = None,  # label value -> name
     height: int = 420,  # in pixels
-    heat=None,  # numbers (D,H,W) shown by colour, such as attention; transparent at 0 and below
+    heat: Any = None,  # numbers (D,H,W) shown by colour, such as attention; transparent at 0 and below
     heat_name: str = "heat",  # what the numbers are
-):  # a widget
+) -> Any:  # a widget
     "A volume with mask, edge and numbers in 3D, to be turned with the mouse"
     expect(backend in ("niivue", "itk"), "backend", repr(backend), "'niivue' or 'itk'")
     scene = read_scene(volume, spacing, names, label=label, edge=edge, heat=heat)

@@ -7,6 +7,7 @@ __all__ = ['PLANES', 'sample_values', 'PlaneBox', 'plane_layout', 'labelled_slid
            'label_colours', 'view', 'compare']
 
 # %% ../../nbs/2_practice/look_at_data.ipynb #7d2062be
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -191,8 +192,8 @@ class PlaneBox(NamedTuple):
 
 
 def plane_layout(
-    shape,  # voxels along D, H, W
-    mm,  # size of a voxel along D, H, W
+    shape: Sequence[int],  # voxels along D, H, W
+    mm: Sequence[float] | np.ndarray,  # size of a voxel along D, H, W
     height: int,  # of the tallest plane in pixels
 ) -> list[PlaneBox]:  # of the three planes
     "Size of each plane in pixels, and the column where it begins"
@@ -348,7 +349,7 @@ def _first_position(overlays, shape):
 
 
 def read_scene(
-    volume,  # anything that can be viewed
+    volume: Any,  # anything that can be viewed
     spacing: tuple | None,  # voxel size in mm along D, H, W; None: that of the affine, else 1
     names: dict | None,  # label value -> name
     **overlays,  # "label", "edge", "pred" or another name = what can be viewed, or None
@@ -597,14 +598,14 @@ def _link(shown, planes):
 
 # %% ../../nbs/2_practice/look_at_data.ipynb #5ca43b89
 def view(
-    volume,  # (D,H,W) or (C,D,H,W): array, tensor, Volume, nibabel image or path
-    label=None,  # whole numbers (D,H,W), any of these kinds
-    edge=None,  # {0,1} (D,H,W)
-    pred=None,  # whole numbers (D,H,W): outlined
+    volume: Any,  # (D,H,W) or (C,D,H,W): array, tensor, Volume, nibabel image or path
+    label: Any = None,  # whole numbers (D,H,W), any of these kinds
+    edge: Any = None,  # {0,1} (D,H,W)
+    pred: Any = None,  # whole numbers (D,H,W): outlined
     spacing: tuple = None,  # voxel size in mm along D, H, W; None: that of the affine, else cubes
     title: str = None,  # says what it is, also to those who cannot see it
     names: dict = None,  # label value -> name
-    channels=None,  # names of the channels
+    channels: Any = None,  # names of the channels
     height: int = 300,  # of the tallest plane, in pixels
 ) -> Explorer:
     "Three linked planes with crosshair, window and overlays; raises `InputError` on other input"
@@ -764,11 +765,11 @@ def _comparison_controls(scene, truth):
 
 
 def compare(
-    volume,  # (D,H,W): array, tensor, Volume, nibabel image or path
-    truth,  # whole numbers (D,H,W), any of these kinds
-    a,  # first prediction (D,H,W)
-    b,  # second prediction (D,H,W)
-    score=None,  # function of (prediction, truth) -> number
+    volume: Any,  # (D,H,W): array, tensor, Volume, nibabel image or path
+    truth: Any,  # whole numbers (D,H,W), any of these kinds
+    a: Any,  # first prediction (D,H,W)
+    b: Any,  # second prediction (D,H,W)
+    score: Callable | None = None,  # function of (prediction, truth) -> number
     names: tuple = ("a", "b"),  # of the predictions
     spacing: tuple = None,  # voxel size in mm; None: that of the affine, else cubes
     title: str = None,  # says what it is

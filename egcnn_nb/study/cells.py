@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -112,7 +112,7 @@ def grid(
 def capacity(
     settings: Settings,  # of a run
     task: Task,  # of the dataset
-    patch_size,  # voxels along D, H, W
+    patch_size: Sequence[int],  # voxels along D, H, W
 ) -> tuple:  # parameters, multiply-adds of a patch's forward pass
     "What the network of a run costs (our choice: convolutions are counted)"
     channels = len(task.channels)
@@ -129,7 +129,7 @@ def capacity(
 def matched_width(
     settings: Settings,  # of the run with an edge stream
     task: Task,  # of the dataset
-    patch_size,  # voxels along D, H, W
+    patch_size: Sequence[int],  # voxels along D, H, W
 ) -> tuple:  # width, its parameters and its multiply-adds, each over those of EG-CNN
     "The narrowest bare network with at least EG-CNN's parameters and multiply-adds (section 4)"
     goal = capacity(settings, task, patch_size)
@@ -181,8 +181,8 @@ def _own_flags(cell, widths):
 
 def words(
     cell: Cell,  # which
-    data,  # dataset folder
-    out,  # folder of the experiment
+    data: str | Path,  # dataset folder
+    out: str | Path,  # folder of the experiment
     recipe: dict,  # flags that all cells share: name -> value or values; "readings": name -> value
     widths: dict,  # backbone -> width of its matched network
 ) -> list:  # of strings
@@ -265,7 +265,7 @@ def _epochs_in(log):
 
 def state(
     cell: Cell,  # which
-    out,  # folder of the experiment
+    out: str | Path,  # folder of the experiment
     epochs: int,  # of each run
 ) -> dict:  # "state", "epochs" that are done, "best" Dice or None, "seconds" of each epoch
     "How far a cell is, from its folder: `left`, `begun` or `done`"
@@ -301,10 +301,10 @@ def _seconds_to_go(found, epochs):
 
 def progress(
     cells: list,  # of Cell
-    out,  # folder of the experiment
+    out: str | Path,  # folder of the experiment
     epochs: int,  # of each run
     jobs: int = 1,  # cells at a time
-    running=(),  # names of the cells that run now
+    running: Iterable[str] = (),  # names of the cells that run now
 ) -> str:  # Markdown
     "A table of all cells, and the hours to go"
     lines = ["| cell | state | epochs | best validation Dice |", "|---|---|---|---|"]
@@ -444,7 +444,7 @@ def _differing(want, have):
 
 def check_readings(
     cells: list,  # of Cell
-    out,  # folder of the experiment
+    out: str | Path,  # folder of the experiment
     recipe: dict,  # see `words`
 ) -> None:
     """Raise `InputError` on a cell that is begun or done with other readings than it should have.
@@ -473,8 +473,8 @@ def check_readings(
 
 def run_cells(
     cells: list,  # of Cell
-    data,  # dataset folder
-    out,  # folder of the experiment
+    data: str | Path,  # dataset folder
+    out: str | Path,  # folder of the experiment
     recipe: dict,  # flags that all cells share; "epochs" among them
     widths: dict,  # backbone -> width of its matched network
     jobs: int = 1,  # cells at a time
@@ -520,7 +520,7 @@ def trials(
 
 def trial_scores(
     cells: list,  # of `trials`, done
-    out,  # folder of the experiment
+    out: str | Path,  # folder of the experiment
     epochs: int,  # of each run
 ) -> dict:  # (backbone, arm) -> learning rate -> best validation Dice of each seed
     "What the trials came to; raises `InputError` if one is missing"
@@ -552,7 +552,7 @@ def _best_rate(rates):
 
 def tuned(
     cells: list,  # of `trials`, done
-    out,  # folder of the experiment
+    out: str | Path,  # folder of the experiment
     epochs: int,  # of each run
 ) -> dict:  # (backbone, arm) -> learning rate with the best validation Dice, averaged over seeds
     "The learning rate of each arm; the lower of equals"

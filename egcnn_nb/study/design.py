@@ -36,7 +36,7 @@ def _is_dataset(folder):
 
 
 def datasets_in(
-    root,  # a dataset folder, or a folder of such folders
+    root: str | Path,  # a dataset folder, or a folder of such folders
 ) -> list:  # of folders
     "The datasets of a folder; raises `InputError` if there is none"
     root = Path(root)
@@ -73,8 +73,8 @@ def _drawn_names(choice, labelled):
 
 
 def freeze_test_cases(
-    data,  # dataset folder
-    out,  # folder of the experiment
+    data: str | Path,  # dataset folder
+    out: str | Path,  # folder of the experiment
     choice: str = "0.2",  # a file with names, one a line, or a share of the cases, or their number
 ) -> list:  # names
     "Fix the test cases in test_cases.txt; raises `InputError` if others were fixed before"
@@ -205,8 +205,8 @@ def _settings_of_dataset(data, out, args):
 
 
 def make_design(
-    data,  # dataset folder
-    out,  # folder of the experiment
+    data: str | Path,  # dataset folder
+    out: str | Path,  # folder of the experiment
     args: argparse.Namespace,  # of `arguments`
 ) -> Design:
     "Fix what is fixed before anything is trained"
@@ -309,7 +309,7 @@ class _Table:
 @contextmanager
 def live_table(
     cells: list,  # of Cell
-    out,  # folder of the experiment
+    out: str | Path,  # folder of the experiment
     epochs: int,  # of each run
     jobs: int,  # cells at a time
     screen: bool | None = None,  # whether stderr is a terminal; None: find out

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+from collections.abc import Iterable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/4_inside/experiments.ipynb #e5f6a7b8
 def printed_for(
-    regions,  # names of the scored regions
+    regions: Iterable[str],  # names of the scored regions
 ) -> tuple:  # names of table and figure, and TABLE_1, TABLE_2 or None
     "What the paper printed for these regions"
     names = set(regions)
@@ -91,7 +92,7 @@ def tables_of(
 def tried_table(
     tries: list,  # of `trials`, done
     lrs: dict,  # of `tuned`
-    out,  # folder of the experiment
+    out: str | Path,  # folder of the experiment
     epochs: int,  # of each run
 ) -> list:  # of dicts: column -> text
     "What was tried to choose learning rates"
@@ -172,7 +173,7 @@ def _common_legend(fig, axes):
 
 def curves_of(
     cells: list,  # of Cell, done
-    out,  # folder of the experiment
+    out: str | Path,  # folder of the experiment
 ) -> "Figure":  # of matplotlib
     "Validation Dice of every run against the epoch, which shows whether it still grew at the end"
     from matplotlib.figure import Figure
@@ -438,8 +439,8 @@ def _write_figures(folder, figures):
 
 
 def write_results(
-    data,  # dataset folder
-    out,  # folder of the experiment
+    data: str | Path,  # dataset folder
+    out: str | Path,  # folder of the experiment
     design: Design,  # of `make_design`
     tries: list,  # of `trials`
     lrs: dict,  # of `tuned`

@@ -12,7 +12,7 @@ __all__ = ['SUFFIX', 'SHORT', 'PRIMARY_TEXT', 'PRIMARY', 'FORMATS', 'title', 'sh
 import base64
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from IPython.display import Markdown, display
@@ -88,7 +88,7 @@ def networks_in(
 
 
 def number(
-    values,  # one mean over test cases for each seed
+    values: Any,  # one mean over test cases for each seed
     digits: int = 4,  # decimals
 ) -> str:
     "Mean and standard deviation over seeds, as text"
@@ -555,7 +555,7 @@ _VERDICTS = {
 
 
 def maps_of_case(
-    case,  # Case with a label map
+    case: Any,  # Case with a label map
     eg: tuple,  # of `load_run`
     bare: tuple,  # of `load_run`
 ) -> dict:  # "image", "truth", "eg", "bare", "edge" (D,H,W) on the scan's grid
@@ -654,7 +654,7 @@ FORMATS = {"md": "github", "tex": "latex_booktabs", "html": "html"}
 
 
 def write_tables(
-    folder,  # where to
+    folder: str | Path,  # where to
     tables: dict,  # name -> list of dicts: column -> text
 ) -> list:  # of the files
     "Each table as Markdown, LaTeX and HTML"
@@ -751,7 +751,7 @@ def _base64(content):
 
 
 def write_report(
-    path,  # report.html
+    path: str | Path,  # report.html
     title: str,  # of the page
     parts: list,  # each a paragraph (str), a table (list of dicts), a `Heading` or a `Picture`
 ) -> None:
