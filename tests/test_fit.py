@@ -8,7 +8,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import nibabel as nib
 import numpy as np
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))  # torchrun starts this file too
+import tiny
 from tiny import ENV, after, dataset
 
 from egcnn_nb.commands.predict import main as predict_main
@@ -860,29 +860,14 @@ def test_the_logger_of_the_command_line(data, folder, capsys, monkeypatch):
     assert train(data, "--edge", "off", "--logger", "tensorboard") == 2
     assert "pip install tensorboard" in capsys.readouterr().err
     assert not (folder / "run").exists()
-    events = []
-
-    class Writer:
-        def __init__(self, path, purge_step):
-            events.append(path)
-
-        def add_scalar(self, name, value, step):
-            events.append((name, step))
-
-        def flush(self):
-            pass
-
-        def close(self):
-            pass
-
-    board = ModuleType("torch.utils.tensorboard")
-    board.SummaryWriter = Writer
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    writers = tiny.replace_tensorboard(monkeypatch)
     size = ["--edge", "off", "--width", 4, "--levels", 2]
     assert train(data, *size, "--logger", "tensorboard") == 0
-    assert events[0] == str(Path("run") / "tensorboard")
-    assert ("step/total", 2) in events
-    assert ("epoch/dice_mean", 2) in events
+    (writer,) = writers
+    assert writer.folder == Path("run/tensorboard")
+    written = writer.steps()
+    assert ("step/total", 2) in written
+    assert ("epoch/dice_mean", 2) in written
 
 
 if __name__ == "__main__":  # started by torchrun

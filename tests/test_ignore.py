@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from egcnn_nb import EGCNN, EGLoss, EGOutput, SegNet
@@ -46,7 +47,8 @@ READINGS = [
 
 def drawn(seed: int, *shape: int) -> Tensor:
     "Normal numbers in float64"
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator()
+    generator.manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
@@ -60,15 +62,33 @@ def class_indices() -> Tensor:
 
 def one_hot(labels: Tensor) -> Tensor:
     "Masks (B,3,D,H,W) of class indices"
-    return torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).double()
+    masks = F.one_hot(labels, 3)
+    masks = masks.movedim(-1, 1)
+    return masks.double()
+
+
+def bodies() -> Tensor:
+    "Masks (B,3,D,H,W) of the two cases"
+    labels = class_indices()
+    return one_hot(labels)
 
 
 def output(activation: str = "softmax", edge_classes: str = "each") -> EGOutput:
     "What a network might put out, with a gradient"
     each = 2 if activation == "softmax" else 3
     edges = 1 if edge_classes == "any" else each
-    logits, edge, main = drawn(1, 2, 3, *SPACE), drawn(2, 2, edges, *SPACE), drawn(3, 2, 3, *SPACE)
-    return EGOutput(logits.requires_grad_(), edge.requires_grad_(), main.requires_grad_())
+    logits = drawn(1, 2, 3, *SPACE)
+    edge = drawn(2, 2, edges, *SPACE)
+    main = drawn(3, 2, 3, *SPACE)
+    for tensor in (logits, edge, main):
+        tensor.requires_grad_()
+    return EGOutput(logits, edge, main)
+
+
+def output_for(reading: dict, activation: str = "softmax") -> EGOutput:
+    "What a network might put out for a reading"
+    edge_classes = reading.get("edge_classes", "each")
+    return output(activation, edge_classes)
 
 
 def slab() -> Tensor:
@@ -80,7 +100,9 @@ def slab() -> Tensor:
 
 def speckles() -> Tensor:
     "Bool (B,1,D,H,W): some voxels anywhere, on bodies and on their edges too, others in each case"
-    chosen = torch.rand(2, 1, *SPACE, generator=torch.Generator().manual_seed(4))
+    generator = torch.Generator()
+    generator.manual_seed(4)
+    chosen = torch.rand(2, 1, *SPACE, generator=generator)
     return chosen < 0.01
 
 
@@ -92,114 +114,188 @@ def values(terms: dict) -> list:
 def cropped(out: EGOutput, planes: int) -> EGOutput:
     "An output without its last planes"
     assert out.main is not None
-    return EGOutput(out.logits[:, :, :-planes], out.edge[:, :, :-planes], out.main[:, :, :-planes])
+    kept = slice(None, -planes)
+    return EGOutput(
+        out.logits[:, :, kept],
+        out.edge[:, :, kept],
+        out.main[:, :, kept],
+    )
+
+
+KEYS = [(0, 1), (0, 2)]  # of the noise, one a case
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_without_ignore_the_terms_are_those_of_before(activation):
-    loss = EGLoss(activation, weight_negatives=True).train()
-    terms = loss.terms(output(activation), one_hot(class_indices()), keys=[(0, 1), (0, 2)])
-    assert tuple(terms) == ("total", *TERMS)
-    assert values(terms) == pytest.approx(KNOWN[activation], rel=1e-12)
+    loss = EGLoss(activation, weight_negatives=True)
+    out = output(activation)
+    target = bodies()
+    terms = loss.terms(out, target, keys=KEYS)
+    assert list(terms) == ["total", *TERMS]
+    known = KNOWN[activation]
+    assert values(terms) == pytest.approx(known, rel=1e-12)
 
 
 @pytest.mark.parametrize("reading", READINGS)
 def test_the_total_is_what_a_call_returns(reading):
-    loss = EGLoss(**reading).eval()
-    out, target = output(edge_classes=reading.get("edge_classes", "each")), one_hot(class_indices())
+    loss = EGLoss(**reading)
+    loss.eval()
+    out = output_for(reading)
+    target = bodies()
     for ignore in (None, slab()):
         total = loss(out, target, ignore)
+        terms = loss.terms(out, target, ignore)
         assert total.dim() == 0
-        assert torch.equal(total, loss.terms(out, target, ignore)["total"])
+        assert torch.equal(total, terms["total"])
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_class_indices_are_one_hot_masks_to_the_bit(training):
-    loss = EGLoss().train(training)
+    loss = EGLoss()
+    loss.train(training)
     out, labels = output(), class_indices()
-    keys = [(0, 1), (0, 2)]
-    expected = values(loss.terms(out, one_hot(labels).float(), keys=keys))
-    for target in (labels, labels[:, None], labels.to(torch.uint8), labels.int()[:, None]):
-        assert values(loss.terms(out, target, keys=keys)) == expected
-    assert loss(out.logits, labels).item() == loss(out.logits, one_hot(labels).float()).item()
+    masks = one_hot(labels).float()
+    terms = loss.terms(out, masks, keys=KEYS)
+    expected = values(terms)
+    with_channel = labels[:, None]
+    for target in (labels, with_channel, labels.to(torch.uint8), with_channel.int()):
+        terms = loss.terms(out, target, keys=KEYS)
+        assert values(terms) == expected
+    of_labels = loss(out.logits, labels)
+    of_masks = loss(out.logits, masks)
+    assert of_labels.item() == of_masks.item()
 
 
 def test_a_bare_network_has_the_semantic_term_alone():
-    terms = EGLoss().eval().terms(output().logits, class_indices())
-    assert terms["total"].item() == terms["semantic"].item() > 0
-    assert not any(terms[name].item() for name in TERMS[1:])
+    loss = EGLoss()
+    loss.eval()
+    terms = loss.terms(output().logits, class_indices())
+    total, semantic, *others = values(terms)
+    assert total == semantic
+    assert total > 0
+    assert not any(others)
+
+
+def expect_no_gradient(gradient, ignored):
+    "A gradient is zero in every voxel that is ignored, and not everywhere; there may be none"
+    if gradient is None:
+        return
+    inside = ignored.expand_as(gradient)
+    assert not gradient[inside].any()
+    assert gradient[~inside].any()
+
+
+def grown(mask: Tensor) -> Tensor:
+    "A mask, and one voxel around it"
+    largest = F.max_pool3d(mask.double(), 3, 1, 1)
+    return largest > 0
+
+
+def spoilt(out: EGOutput, ignored: Tensor) -> EGOutput:
+    "An output that is not a number where it is ignored"
+    changed = [logits.masked_fill(ignored, float("nan")) for logits in out[:3]]
+    return EGOutput(*changed)
 
 
 @pytest.mark.parametrize("reading, activation", product(READINGS, ["softmax", "sigmoid"]))
 def test_what_is_ignored_has_no_gradient_and_no_value(reading, activation):
     "Exactly none: neither the logits nor the target there change any term, in noise of training too"
-    loss = EGLoss(activation, **reading).train()
-    out = output(activation, reading.get("edge_classes", "each"))
-    target, ignored = one_hot(class_indices()), speckles()
-    keys = [(0, 1), (0, 2)]
-    terms = loss.terms(out, target, ignored, keys)
-    assert all(torch.isfinite(term) for term in terms.values())
-    grads = torch.autograd.grad(terms["total"], out[:3], allow_unused=True)
-    near = torch.nn.functional.max_pool3d(ignored.double(), 3, 1, 1) > 0
-    for grad, where in zip(grads, (ignored, near, ignored), strict=True):
-        if grad is not None:
-            assert not grad[where.expand_as(grad)].any()
-            assert grad[~where.expand_as(grad)].any()
+    loss = EGLoss(activation, **reading)
+    out = output_for(reading, activation)
+    target, ignored = bodies(), speckles()
+    terms = loss.terms(out, target, ignored, KEYS)
+    for term in terms.values():
+        assert torch.isfinite(term)
+    found = torch.autograd.grad(terms["total"], out[:3], allow_unused=True)
+    of_logits, of_edge, of_main = found
+    expect_no_gradient(of_logits, ignored)
+    expect_no_gradient(of_edge, grown(ignored))
+    expect_no_gradient(of_main, ignored)
+    odd = target.masked_fill(ignored, 1.0)
     with torch.no_grad():
-        changed = [z.masked_fill(ignored, float("nan")) for z in (out.logits, out.edge, out.main)]
-        odd = target.masked_fill(ignored, 1.0)
-        assert values(loss.terms(EGOutput(*changed), odd, ignored, keys)) == values(terms)
+        again = loss.terms(spoilt(out, ignored), odd, ignored, KEYS)
+    assert values(again) == values(terms)
+
+
+def nearly(value: float):
+    "What a number must be in float64"
+    return pytest.approx(value, rel=1e-12)
 
 
 @pytest.mark.parametrize("reading", READINGS)
 def test_semantic_terms_are_those_of_a_volume_without_what_is_ignored(reading):
-    loss = EGLoss(**reading).eval()
-    out, target = output(edge_classes=reading.get("edge_classes", "each")), one_hot(class_indices())
-    found = loss.terms(out, target, slab())["semantic"].item()
-    expected = loss.terms(cropped(out, SLAB), target[:, :, :-SLAB])["semantic"].item()
-    assert found == pytest.approx(expected, rel=1e-12)
+    loss = EGLoss(**reading)
+    loss.eval()
+    out = output_for(reading)
+    target = bodies()
+    found = loss.terms(out, target, slab())
+    rest = cropped(out, SLAB)
+    expected = loss.terms(rest, target[:, :, :-SLAB])
+    semantic = expected["semantic"].item()
+    assert found["semantic"].item() == nearly(semantic)
 
 
 @pytest.mark.parametrize("reading", READINGS)
 def test_edge_terms_are_those_of_a_volume_without_one_plane_more(reading):
     "Where nothing is compared beside the slab, since Sobel reads one plane further than a crop has"
-    loss = EGLoss(**reading).eval()
-    out, target = output(edge_classes=reading.get("edge_classes", "each")), one_hot(class_indices())
+    loss = EGLoss(**reading)
+    loss.eval()
+    out = output_for(reading)
+    target = bodies()
     found = loss.terms(out, target, slab())
-    expected = loss.terms(cropped(out, SLAB + 1), target[:, :, : -SLAB - 1])
+    planes = SLAB + 1
+    rest = cropped(out, planes)
+    expected = loss.terms(rest, target[:, :, :-planes])
     names = ["edge_dice", "edge_bce"]
     if reading.get("where", "truth") == "truth":
         names.append("consistency")
     for name in names:
-        assert found[name].item() == pytest.approx(expected[name].item(), rel=1e-12), name
+        term = expected[name].item()
+        assert found[name].item() == nearly(term), name
 
 
 def test_an_index_ignores_what_a_mask_ignores():
-    loss, out = EGLoss().eval(), output()
-    labels, ignored = class_indices(), speckles()
-    expected = values(loss.terms(out, labels, ignored))
-    assert values(loss.terms(out, labels, ignored[:, 0])) == expected
+    loss = EGLoss()
+    loss.eval()
+    out = output()
+    labels = class_indices()
+
+    def terms(target, ignore):
+        return values(loss.terms(out, target, ignore))
+
+    ignored = speckles()
+    without_channel = ignored[:, 0]
+    expected = terms(labels, ignored)
+    assert terms(labels, without_channel) == expected
     for index in (255, -1):
-        target = labels.masked_fill(ignored[:, 0], index)
-        assert values(loss.terms(out, target, ignore=index)) == expected
-        assert values(loss.terms(out, target[:, None], ignore=index)) == expected
-    assert values(loss.terms(out, labels, labels == 2)) == values(loss.terms(out, labels, 2))
+        target = labels.masked_fill(without_channel, index)
+        assert terms(target, index) == expected
+        assert terms(target[:, None], index) == expected
+    last_class = labels == 2
+    assert terms(labels, last_class) == terms(labels, 2)
 
 
 def test_an_edge_beside_what_is_ignored_is_no_edge():
     "The border of a label that nobody trusts is not learned"
     labels = torch.zeros(1, *SPACE, dtype=torch.int64)
     labels[:, 5:9, 4:8, 4:8] = 255
+    logits = drawn(1, 1, 3, *SPACE)
     edge = torch.full((1, 2, *SPACE), -20.0)  # no edge anywhere
-    terms = EGLoss().eval().terms(EGOutput(drawn(1, 1, 3, *SPACE), edge), labels, 255)
+    loss = EGLoss()
+    loss.eval()
+    terms = loss.terms(EGOutput(logits, edge), labels, 255)
     assert terms["edge_bce"].item() < 1e-6
     assert terms["consistency"].item() == 0
 
 
 def test_everything_ignored_is_no_loss():
-    out = output()
-    terms = EGLoss().eval().terms(out, class_indices(), torch.ones(2, 1, *SPACE, dtype=torch.bool))
-    assert values(terms) == pytest.approx([0] * 5, abs=1e-12)
+    out, labels = output(), class_indices()
+    everything = torch.ones(2, 1, *SPACE, dtype=torch.bool)
+    loss = EGLoss()
+    loss.eval()
+    terms = loss.terms(out, labels, everything)
+    for value in values(terms):
+        assert abs(value) < 1e-12
 
 
 def test_the_weight_of_edges_counts_the_voxels_that_are_kept():
@@ -209,14 +305,17 @@ def test_the_weight_of_edges_counts_the_voxels_that_are_kept():
     keep = torch.ones(1, 1, 4, 4, 4, dtype=torch.bool)
     keep[:, :, 2:] = False
     logits = drawn(5, 1, 1, 4, 4, 4)
-    for found in (balanced_bce, edge_loss):
-        part = found(logits[:, :, :2], target[:, :, :2])
-        assert found(logits, target, keep=keep).item() == pytest.approx(part.item(), rel=1e-12)
+    kept = slice(0, 2)
+    for loss in (balanced_bce, edge_loss):
+        whole = loss(logits, target, keep=keep)
+        part = loss(logits[:, :, kept], target[:, :, kept])
+        assert whole.item() == nearly(part.item())
 
 
 def ignores_nothing(logits, target, loss):
     "A loss of the masks that has no argument keep"
-    return (logits - target).square().mean()
+    squared = (logits - target).square()
+    return squared.mean()
 
 
 @pytest.mark.parametrize(
@@ -235,16 +334,20 @@ def ignores_nothing(logits, target, loss):
     ],
 )
 def test_what_does_not_fit_is_refused(target, ignore, told):
+    loss = EGLoss()
+    out = output()
     with pytest.raises(InputError, match=told):
-        EGLoss()(output(), target, ignore)
+        loss(out, target, ignore)
 
 
 def test_what_no_loss_can_read_is_refused():
+    loss = EGLoss()
     out, labels = output(), class_indices()
     with pytest.raises(InputError, match="The loss cannot read a tuple. Give an EGOutput"):
-        EGLoss()(tuple(out[:3]), labels)
+        loss(tuple(out[:3]), labels)
+    of_regions = EGLoss("sigmoid")
     with pytest.raises(InputError, match="regions have no index. Give masks .2, 3, 16, 12, 13."):
-        EGLoss("sigmoid")(output("sigmoid"), labels)
+        of_regions(output("sigmoid"), labels)
     own = EGLoss()
     own.mask_loss = ignores_nothing
     assert own(out, labels).isfinite()
@@ -252,23 +355,47 @@ def test_what_no_loss_can_read_is_refused():
         own(out, labels, slab())
 
 
-def test_a_network_answers_with_a_tensor_or_with_everything():
-    model = EGCNN(SegNet(1, 3, width=4, levels=2))
-    x = torch.randn(1, 1, 8, 8, 8)
+@pytest.fixture
+def model() -> EGCNN:
+    "A small network with an edge stream"
+    net = SegNet(1, 3, width=4, levels=2)
+    return EGCNN(net)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    "An image for it"
+    return torch.randn(1, 1, 8, 8, 8)
+
+
+def test_in_training_a_network_answers_with_everything(model, x):
     out = model(x)
     assert isinstance(out, EGOutput)
     assert out._fields == ("logits", "edge", "main", "attention")
     assert out.edge.shape == (1, 2, 8, 8, 8)
-    assert len(out.attention) == len(model.edge.gates)
-    logits = model.eval()(x)
-    assert type(logits) is Tensor
+    gates = model.edge.gates
+    assert len(out.attention) == len(gates)
+    leaves, _ = torch.utils._pytree.tree_flatten(out)
+    for leaf in leaves:
+        assert isinstance(leaf, Tensor)
+
+
+def test_in_evaluation_a_network_answers_with_a_tensor(model, x):
+    out = model(x)
+    model.eval()
+    logits = model(x)
     full = model(x, full=True)
+    assert type(logits) is Tensor
     assert torch.equal(full.logits, logits)
     assert torch.equal(full.edge, out.edge)
-    leaves, _ = torch.utils._pytree.tree_flatten(out)
-    assert all(isinstance(leaf, Tensor) for leaf in leaves)
-    exported = torch.export.export(model, (x,)).module()(x)
-    assert type(exported) is Tensor
-    assert torch.allclose(exported, logits, atol=1e-5)
-    traced = torch.jit.trace(model, x)(x)
-    assert torch.allclose(traced, logits, atol=1e-5)
+
+
+def test_a_network_can_be_exported_and_traced(model, x):
+    model.eval()
+    logits = model(x)
+    exported = torch.export.export(model, (x,)).module()
+    found = exported(x)
+    assert type(found) is Tensor
+    assert torch.allclose(found, logits, atol=1e-5)
+    traced = torch.jit.trace(model, x)
+    assert torch.allclose(traced(x), logits, atol=1e-5)

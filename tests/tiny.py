@@ -141,6 +141,10 @@ class Writer:
         "The names that were written"
         return {name for name, *_ in self.scalars}
 
+    def steps(self):
+        "The names with the steps at which they were written"
+        return {(name, step) for name, _, step in self.scalars}
+
     def flush(self):
         "Nothing waits"
 
