@@ -473,6 +473,8 @@ SMP_ENCODERS = {  # encoder -> its features
     + stages("encoder.model.stages_", (0, 1, 2, 3, 4)),
 }
 HEAD = "segmentation_head.0"
+# it takes two maps through 3×3 convolutions of its own
+PAN = "encoder.relu > decoder.gau1.conv2 > decoder.gau2.conv2 > encoder.layer4"
 # decoder -> features, entry, what should come of it
 SMP_DECODERS = {
     "UnetPlusPlus": (RESNET, "decoder.blocks.x_0_0", "right"),
@@ -480,8 +482,8 @@ SMP_DECODERS = {
     "Linknet": (RESNET, "decoder.blocks.0.block.1", "right"),
     "FPN": (RESNET, "decoder.p4", "right"),
     "UPerNet": (RESNET, "decoder.fpn_lateral_blocks.0", "right"),
-    "Segformer": (RESNET, "decoder", "right"),
-    "PAN": ("encoder.relu > encoder.layer1 > encoder.layer2 > encoder.layer4", "decoder.gau2", ""),
+    "Segformer": (RESNET, "decoder.fuse_stage.0|decoder", "right"),
+    "PAN": (PAN, "decoder.gau2", "right"),
     "DeepLabV3Plus": (RESNET.replace(" > encoder.layer3", ""), "decoder.up", "right"),
     # no decoder: the scores are resized
     "PSPNet": ("encoder.relu > encoder.layer1 > decoder", HEAD, "told"),
@@ -504,7 +506,7 @@ def smp() -> list:
 
         label = ", ".join([decoder, encoder, *map(str, more.values())])
         image = (3, size, size)
-        network = Network(package, label, make, image, right, entry, HEAD, should or "right")
+        network = Network(package, label, make, image, right, entry, HEAD, should)
         found.append(network)
 
     for encoder, right in SMP_ENCODERS.items():
@@ -513,9 +515,13 @@ def smp() -> list:
         add(decoder, "resnet18", right, entry, should)
     add("Unet", "resnet18", RESNET, "decoder.blocks.0", decoder_attention_type="scse")
     add("Unet", "resnet18", RESNET, "decoder.blocks.0", "told", activation="softmax2d")
-    add("UnetPlusPlus", "efficientnet-b0", SMP_ENCODERS["efficientnet-b0"], "decoder.blocks.x_0_0")
-    add("Segformer", "mit_b0", SMP_ENCODERS["mit_b0"], "decoder")
-    add("FPN", "mit_b0", SMP_ENCODERS["mit_b0"], "decoder.p4")
+    right = SMP_ENCODERS["efficientnet-b0"]
+    for block in (2, 4):  # the next block begins with a module that puts out the same map
+        same = f"encoder._blocks.{block + 1}._expand_conv.static_padding"
+        right = right.replace(f"_blocks.{block} >", f"_blocks.{block}{OR}{same} >")
+    add("UnetPlusPlus", "efficientnet-b0", right, "decoder.blocks.x_0_0")
+    add("Segformer", "mit_b0", SMP_ENCODERS["mit_b0"], "decoder.fuse_stage.0|decoder")
+    add("FPN", "mit_b0", SMP_ENCODERS["mit_b0"], "decoder.p4|decoder.seg_blocks.0.block.0")
     convnext = SMP_ENCODERS["tu-convnext_tiny"]
     add("UPerNet", "tu-convnext_tiny", convnext, "decoder.fpn_lateral_blocks.0")
     return found
@@ -566,7 +572,7 @@ def transformers() -> list:
         return models.UperNetForSemanticSegmentation(config)
 
     right = "backbone.embedder.embedder > " + stages("backbone.encoder.stages.", (0, 1, 2, 3))
-    entry = "decode_head.fpn_convs.2"
+    entry = "decode_head.fpn_convs.2|decode_head.fpn_convs.2.conv"
     last = "decode_head.classifier"
     backbone = models.ResNetConfig(out_features=maps)
     add("UperNet, ResNet", lambda: upernet(backbone, 1024), right, entry, last)
@@ -603,7 +609,7 @@ def transformers() -> list:
         )
         return models.BeitForSemanticSegmentation(config)
 
-    add("BEiT", beit, "fpn.fpn1 > fpn.fpn2 > fpn.fpn3 > fpn.fpn4", entry, last)
+    add("BEiT", beit, "fpn.fpn1 > fpn.fpn2 > fpn.fpn3|beit > fpn.fpn4", entry, last)
     for name in ("MobileViT", "MobileViTV2", "MobileNetV2"):
 
         def mobile(name=name):
@@ -636,9 +642,11 @@ def others() -> list:
     unet3d = import_module("unet3d.unet3d")
     linknet = import_module("unet3d.linknet3d")
     image = (1, 64, 64, 64)
-    right = stages("downs.", ("0", "1", "2", "3"))
-    add("unet3d", "UNet3d", unet3d.UNet3d, image, right, "ups.0.up_conv", "out")
-    add("unet3d", "LinkNet3d", linknet.LinkNet3d, image, f"init > {right}", "ups.0.1", "out.2")
+    # the pooled map at the end of its encoder has no layer, so it is no resolution
+    right = THEN.join(f"downs.{i}.0" for i in range(4))
+    add("unet3d", "UNet3d", unet3d.UNet3d, image, right, "ups.1.up_conv", "out")
+    right = "init.2#1 > " + stages("downs.", (0, 1, 2, 3))
+    add("unet3d", "LinkNet3d", linknet.LinkNet3d, image, right, "ups.0.1", "out.2")
     model = import_module("unet_pytorch.model")
     image = (1, 64, 64)
     right = "in_conv > down1 > down2 > down3 > down4"

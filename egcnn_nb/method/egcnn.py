@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core import expect, require
 from ..fast.layers import conv, mix_channels, norm
 from .backbones import crop
-from .features import Listener, find_features, logits_of, multiply_adds
+from .features import Listener, find_features, logits_of, pass_cost
 from .gate import RESIDUALS, EdgeGate, ResidualBlock
 from .losses import EGOutput
 from ..tensors import probabilities, resize
@@ -448,10 +448,16 @@ class EGCNN(nn.Module):
         return "  at " + "×".join(str(n) for n in self.found["sizes"][name])
 
     def _work(self):
-        "A line about the multiply-adds of a foreign network, where they can be counted"
-        own = self.found.get("macs")
-        total = None if own is None else multiply_adds(self, self.found["shape"])
-        if own is None or total is None:
+        "Lines about multiply-adds and memory around a foreign network, where they can be counted"
+        if "macs" not in self.found:
             return []
+        total = pass_cost(self, self.found["shape"])
+        if total is None:
+            return []
+        own, memory = self.found["macs"], self.found["memory"]
         size = "×".join(str(n) for n in self.found["shape"][2:])
-        return [f"{own:,} multiply-adds at {size}, {total - own:,} added"]
+        mebibytes = f"{memory / 2**20:,.1f} MiB of maps at {size}"
+        return [
+            f"{own:,} multiply-adds at {size}, {total.macs - own:,} added",
+            f"{mebibytes}, {(total.memory - memory) / 2**20:,.1f} MiB added",
+        ]
