@@ -62,7 +62,7 @@ def subjects_folder(
     write_whole(folder / "cases.csv", write)
     return folder
 
-# %% ../../nbs/4_inside/adapter_torchio.ipynb #8c6b9f31
+# %% ../../nbs/4_inside/adapter_torchio.ipynb #372c81bb
 def transform_of(
     dataset: Any,  # SubjectsDataset
     images: Sequence[str] = ("image",),  # keys of the channels
@@ -74,9 +74,11 @@ def transform_of(
         return None
 
     def of_patch(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        parts = {key: torchio.ScalarImage(tensor=x[i : i + 1]) for i, key in enumerate(images)}
-        parts[label] = torchio.LabelMap(tensor=labels[None])
+        parts: dict[str, Any] = {label: torchio.LabelMap(tensor=labels[None])}
+        for key, channel in zip(images, x.split(1), strict=True):
+            parts[key] = torchio.ScalarImage(tensor=channel)
         changed = transform(torchio.Subject(parts))
-        return torch.cat([changed[key].data for key in images]), changed[label].data[0]
+        channels = [changed[key].data for key in images]
+        return torch.cat(channels), changed[label].data[0]
 
     return of_patch
