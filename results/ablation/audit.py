@@ -2,8 +2,8 @@
 
     python results/ablation/audit.py DATA RUN... --csv FILE
 
-Each attention is replaced as `gate_audit` does it: by its mean, by 1/2, by 1, by 0 and by that of another case. All
-cases of a run go through the network in one batch, padded with zeros at their ends to the size of the largest."""
+Each attention is replaced as `gate_audit` does it: by its mean, by 1/2, by 1, by 0 and by that of another case. From
+each case comes one patch of the size that the network was trained with, around the centre of the foreground."""
 
 import argparse
 import sys
@@ -23,19 +23,21 @@ from egcnn_nb.study.gate_audit import attention_at_border, audit_gates, dead_gat
 from egcnn_nb.tensors import to_target
 
 
-def padded(volume: Tensor, size: list) -> Tensor:
-    "A volume (C,D,H,W) with zeros at the end of each axis"
-    missing = [wanted - have for wanted, have in zip(size, volume.shape[1:], strict=True)]
-    depth, height, width = missing
-    return F.pad(volume, (0, width, 0, height, 0, depth))
+def patch_around(volume: Tensor, centre: list, size: tuple) -> Tensor:
+    "The patch (C,*size) around a voxel, moved inside the volume; zeros where the volume is smaller"
+    padding = []
+    for axis, (middle, wanted) in enumerate(zip(centre, size, strict=True), start=1):
+        have = volume.shape[axis]
+        first = max(0, min(middle - wanted // 2, have - wanted))
+        volume = volume.narrow(axis, first, min(wanted, have))
+        padding = [0, max(0, wanted - have), *padding]
+    return F.pad(volume, padding)
 
 
-def as_batch(volumes: list, multiple: int) -> Tensor:
-    "Volumes of several sizes as one batch (B,C,D,H,W); each axis is a multiple of what the network needs"
-    sizes = torch.tensor([volume.shape[1:] for volume in volumes])
-    largest = sizes.amax(0)
-    size = ((largest + multiple - 1) // multiple * multiple).tolist()
-    return torch.stack([padded(volume, size) for volume in volumes])
+def centre_of(labels: Tensor) -> list:
+    "The voxel in the middle of the foreground"
+    foreground = labels.nonzero().float()
+    return foreground.mean(0).round().int().tolist()
 
 
 def cases_of(run: Path, data: str, settings, task) -> tuple:
@@ -43,10 +45,14 @@ def cases_of(run: Path, data: str, settings, task) -> tuple:
     names = set(read_config(run)["split"]["validation"])
     cases = [case for case in find_dataset(data).cases if case.name in names]
     loaded = [load_case(case, task, need_label=True, spacing=settings.spacing) for case in cases]
-    multiple = 2 ** (settings.levels - 1)
-    x = as_batch([case.x for case in loaded], multiple)
-    labels = as_batch([case.labels[None] for case in loaded], multiple)
-    masks = to_target(labels[:, 0], task)
+    size = tuple(settings.patch_size)
+    images, labels = [], []
+    for case in loaded:
+        centre = centre_of(case.labels)
+        images.append(patch_around(case.x, centre, size))
+        labels.append(patch_around(case.labels[None], centre, size)[0])
+    x = torch.stack(images)
+    masks = to_target(torch.stack(labels), task)
     background = 1 if task.activation == "softmax" else 0
     return x, masks[:, background:]
 
