@@ -1184,3 +1184,21 @@ def test_the_features_of_monais_networks(label, dims):
     *_, answer = MONAI[label]
     assert names(found) == answer
     assert found["doubts"] == []
+
+
+@pytest.mark.parametrize("way", ["trace", "export", "compile"])
+def test_a_wrapped_network_is_exported_and_compiled(way, monkeypatch):
+    monkeypatch.setattr("egcnn_nb.fast.enabled", False)
+    seed_everything(0)
+    model = EGCNN(SharedUp(), IMAGE, verbose=False).eval()
+    nn.init.normal_(model.fusion.weight)
+    x = torch.randn(1, 1, 64, 64)
+    ways = {
+        "trace": lambda: torch.jit.trace(model, x),
+        "export": lambda: torch.export.export(model, (x,)).module(),
+        "compile": lambda: torch.compile(model, fullgraph=True, backend="eager"),
+    }
+    with torch.no_grad():
+        expected = model(x)
+        found = ways[way]()(x)
+    assert torch.allclose(found, expected, atol=1e-4)

@@ -1,12 +1,12 @@
 """Wrap networks of other packages and compare what is found in them with what is right.
 
     python tools/networks.py CSV PACKAGE [PACKAGE ...]
-    python tools/networks.py --merge MARKDOWN CSV [CSV ...]
+    python tools/networks.py --merge FOLDER CSV [CSV ...]
 
 The first form writes a row for each network of the packages, which have to be installed. The
-second one writes the rows of several files as one page. What is right was written down by hand,
-after reading the code of each network. No weights are loaded, and no memory is taken where a
-network can be made on the meta device."""
+second one writes the rows of several files as one file and as one page. What is right was written
+down by hand, after reading the code of each network. No weights are loaded, and no memory is
+taken where a network can be made on the meta device."""
 
 import csv
 import sys
@@ -609,7 +609,7 @@ def transformers() -> list:
         )
         return models.BeitForSemanticSegmentation(config)
 
-    add("BEiT", beit, "fpn.fpn1 > fpn.fpn2 > fpn.fpn3|beit > fpn.fpn4", entry, last)
+    add("BEiT", beit, "fpn.fpn1 > fpn.fpn2 > fpn.fpn3|fpn[2] > fpn.fpn4", entry, last)
     for name in ("MobileViT", "MobileViTV2", "MobileNetV2"):
 
         def mobile(name=name):
@@ -812,11 +812,15 @@ def listed(rows: list) -> list:
     return lines
 
 
-def merge(page: Path, paths: list) -> None:
-    "Write the rows of several files as one page"
+def merge(folder: Path, paths: list) -> None:
+    "Write the rows of several files as networks.csv and table.md in a folder"
     rows = read(paths)
+    with open(folder / "networks.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     lines = [*counted(rows), "", *listed(rows)]
-    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
