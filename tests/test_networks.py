@@ -309,6 +309,7 @@ def test_it_trains_and_leaves_the_network_as_it_is(name):
     curve, missing = train(model.train(), x, y, STEPS.get(name, 20))
     assert curve[-1][0] < curve[0][0] and curve[-1][1] < curve[0][1], (curve[0], curve[-1])
     assert missing == idle, missing
+    model.listener.remove()  # as when the model goes
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
