@@ -413,6 +413,7 @@ def test_it_trains(name):
     assert learns(done.semantic), done
     assert learns(done.edge), done
     assert done.missing == idle
+    model.listener.remove()  # as when the model goes
     for layer in model.modules():
         assert not has_hooks(layer)
 
