@@ -91,7 +91,7 @@ def scanned(folder):
     image, _ = scan(3, shape=(40, 18, 30))
     image[:3] = 0
     affine = np.array([[0, -1.2, 0, 5], [0.8, 0, 0, 1], [0, 0, 1.5, 2], [0, 0, 0, 1.0]])
-    return save(folder / "scan.nii.gz", image, affine)
+    return save(folder, "scan.nii.gz", image, affine)
 
 
 def test_numpy_and_onnxruntime_label_a_scan_as_egcnn_predict_does(run, files, tmp_path):

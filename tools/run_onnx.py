@@ -7,64 +7,165 @@ It does what egcnn_predict does, so copy it and translate it to where you need i
 import json
 import sys
 from itertools import product
+from math import ceil
 
 import nibabel as nib
 import numpy as np
 import onnxruntime
 
+OVERLAP = 0.25  # share of a window that the next one covers again
 
-def normalized(x, how):
+
+# ---- reading
+
+
+def open_network(path):
+    "The session of an ONNX file, and what its metadata say about data and labels"
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    metadata = session.get_modelmeta().custom_metadata_map
+    about = {}
+    for name, text in metadata.items():
+        if not name.startswith("pkg."):  # those are the exporter's own
+            about[name] = json.loads(text)
+    return session, about
+
+
+def read_scan(path):
+    "A scan turned to RAS: its image, and its intensities (D,H,W)"
+    image = nib.as_closest_canonical(nib.load(path))
+    voxels = np.asarray(image.dataobj, np.float32)
+    return image, voxels
+
+
+# ---- before the network
+
+
+def box_of(scans, how):
+    "The smallest box with everything that is there, as slices"
+    floor = -500 if how == "hu" else 0  # Hounsfield units above that of fat and lung
+    there = np.zeros(scans[0].shape, bool)
+    for scan in scans:
+        there |= scan > floor if how == "hu" else scan != floor
+    box = []
+    for positions in np.nonzero(there):
+        first, last = positions.min(), positions.max()
+        box.append(slice(int(first), int(last) + 1))
+    return tuple(box)
+
+
+def normalized(scan, how):
     "Intensities of one scan, as in training"
     if how == "hu":
-        return np.clip(x / 1000, -1, 1)
-    inside = x != 0 if how == "zscore_nonzero" else np.ones(x.shape, bool)
-    values = x[inside].astype(float)
-    return np.where(inside, (x - values.mean()) / values.std(), 0)
+        return np.clip(scan / 1000, -1, 1)
+    inside = np.ones(scan.shape, bool)
+    if how == "zscore_nonzero":
+        inside = scan != 0
+    values = scan[inside].astype(float)
+    standard = (scan - values.mean()) / values.std()
+    return np.where(inside, standard, 0)
+
+
+def resized_axis(x, axis, new):
+    "An array with another number of voxels along one axis, linear between the centres of the old ones"
+    old = x.shape[axis]
+    centres = np.arange(new) + 0.5
+    at = centres * old / new - 0.5
+    at = at.clip(0, old - 1)
+    low = at.astype(int)
+    high = np.minimum(low + 1, old - 1)
+    shape = [1] * x.ndim
+    shape[axis] = new
+    share = (at - low).reshape(shape)
+    return x.take(low, axis) * (1 - share) + x.take(high, axis) * share
 
 
 def resized(x, size):
-    "Channels (C,D,H,W) on another grid, linear along one axis after the other"
-    for axis, (old, new) in enumerate(zip(x.shape[1:], size, strict=True), start=1):
-        at = (np.arange(new) + 0.5) * old / new - 0.5
-        at = at.clip(0, old - 1)
-        low = at.astype(int)
-        high = np.minimum(low + 1, old - 1)
-        share = np.expand_dims(at - low, [a for a in range(4) if a != axis])
-        x = x.take(low, axis) * (1 - share) + x.take(high, axis) * share
+    "Channels (C,D,H,W) on another grid, one axis after the other"
+    for axis, new in enumerate(size, start=1):
+        x = resized_axis(x, axis, new)
     return x
+
+
+def size_in_training(size, image, spacing):
+    "The number of voxels along each axis where voxels are as large as in training"
+    voxel = image.header.get_zooms()[:3]
+    found = []
+    for n, own, wanted in zip(size, voxel, spacing, strict=True):
+        ratio = float(np.divide(own, wanted))
+        found.append(max(1, round(n * ratio)))
+    return found
+
+
+# ---- the network, window by window
 
 
 def answer(session, x, multiple):
     "Logits of a window, which is filled up to sides that the network takes"
-    more = [(0, 0)] + [(0, -n % multiple) for n in x.shape[1:]]
-    image = np.pad(x, more, mode="edge")[None].astype(np.float32)
-    (logits,) = session.run(["logits"], {"image": image})
     depth, height, width = x.shape[1:]
+    more = [(0, -n % multiple) for n in x.shape[1:]]
+    filled = np.pad(x, [(0, 0), *more], mode="edge")
+    image = filled[None].astype(np.float32)
+    (logits,) = session.run(["logits"], {"image": image})
     return logits[0, :, :depth, :height, :width]
 
 
 def starts(size, side):
-    "Where windows begin along an axis; they overlap by a quarter"
-    step = max(int(side * 0.75), 1)
-    return [min(i * step, size - side) for i in range(-(-(size - side) // step) + 1)]
+    "Where windows begin along an axis"
+    step = max(int(side * (1 - OVERLAP)), 1)
+    last = size - side
+    count = ceil(last / step) + 1
+    return [min(number * step, last) for number in range(count)]
 
 
-def slid(session, x, patch, multiple):
+def windows(size, patch):
+    "Every window of a volume, as slices"
+    corners = product(*map(starts, size, patch))
+    for corner in corners:
+        yield tuple(slice(a, a + n) for a, n in zip(corner, patch, strict=True))
+
+
+def bell(side):
+    "Weights along a side of a window, highest in the middle"
+    middle = (side - 1) / 2
+    deviations = (np.arange(side) - middle) / (side / 8)
+    return np.exp(-(deviations**2) / 2)
+
+
+def fits_at_once(size, patch):
+    "Whether a volume is hardly larger than a window"
+    return all(n <= 1.25 * side for n, side in zip(size, patch, strict=True))
+
+
+def logits_of(session, x, patch, multiple):
     "Logits of a whole volume: at once, or the mean of windows with Gaussian weights"
-    if all(n <= 1.25 * side for n, side in zip(x.shape[1:], patch, strict=True)):
+    size = x.shape[1:]
+    if fits_at_once(size, patch):
         return answer(session, x, multiple)
-    bells = [np.exp(-(((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2) / 2) for n in patch]
+    bells = [bell(side) for side in patch]
     weight = np.einsum("i,j,k->ijk", *bells).clip(1e-3)
-    total = seen = 0
-    for corner in product(*map(starts, x.shape[1:], patch)):
-        window = tuple(slice(a, a + n) for a, n in zip(corner, patch, strict=True))
-        logits = answer(session, x[(slice(None), *window)], multiple) * weight
-        if isinstance(total, int):
-            total = np.zeros((len(logits), *x.shape[1:]))
-            seen = np.zeros(x.shape[1:])
-        total[(slice(None), *window)] += logits
+    total, seen = None, np.zeros(size)
+    for window in windows(size, patch):
+        place = (slice(None), *window)
+        logits = answer(session, x[place], multiple)
+        if total is None:
+            total = np.zeros((len(logits), *size))
+        total[place] += logits * weight
         seen[window] += weight
     return total / seen
+
+
+def filled_to(x, patch):
+    "A volume that is no smaller than a window, and where the volume lies in it, as slices"
+    padding, inside = [(0, 0)], [slice(None)]
+    for n, side in zip(x.shape[1:], patch, strict=True):
+        missing = max(side - n, 0)
+        before = missing // 2
+        padding.append((before, missing - before))
+        inside.append(slice(before, before + n))
+    return np.pad(x, padding, mode="edge"), tuple(inside)
+
+
+# ---- after the network
 
 
 def probabilities(logits, activation):
@@ -75,6 +176,16 @@ def probabilities(logits, activation):
     return powers / powers.sum(0)
 
 
+def own_value(region, regions):
+    "The label of a region that no smaller region has"
+    inner = set()
+    for other in regions:
+        if len(other) < len(region):
+            inner |= set(other)
+    own = [value for value in region if value not in inner]
+    return own[0] if own else region[0]
+
+
 def labelled(prob, about):
     "The likeliest label, or nested regions above one half, the inner ones last"
     if about["activation"] == "softmax":
@@ -83,39 +194,35 @@ def labelled(prob, about):
     labels = np.zeros(prob.shape[1:], int)
     regions = [about["regions"][name] for name in about["outputs"]]
     for region, map_of in zip(regions, prob, strict=True):
-        smaller = {v for other in regions if len(other) < len(region) for v in other}
-        own = [value for value in region if value not in smaller] or region
-        labels[map_of > 0.5] = own[0]
+        labels[map_of > 0.5] = own_value(region, regions)
     return labels
 
 
-def main(net, out, *scans):
-    session = onnxruntime.InferenceSession(net, providers=["CPUExecutionProvider"])
-    facts = session.get_modelmeta().custom_metadata_map
-    about = {name: json.loads(facts[name]) for name in facts if not name.startswith("pkg.")}
-    images = [nib.as_closest_canonical(nib.load(path)) for path in scans]
-    arrays = [np.asarray(image.dataobj, np.float32) for image in images]
-    threshold = [a > -500 if about["normalize"] == "hu" else a != 0 for a in arrays]
-    found = np.nonzero(np.any(threshold, 0))
-    box = tuple(slice(int(f.min()), int(f.max()) + 1) for f in found)
-    x = np.stack([normalized(a, about["normalize"])[box] for a in arrays])
-    size = x.shape[1:]
-    voxel = np.divide(images[0].header.get_zooms()[:3], about["spacing"])
-    x = resized(x, [max(1, round(n * float(r))) for n, r in zip(size, voxel, strict=True)])
+def turned_as(labels, image, like):
+    "Labels on the grid of the RAS image, turned to the axes of another"
+    here = nib.io_orientation(image.affine)
+    there = nib.io_orientation(like.affine)
+    back = nib.orientations.ornt_transform(here, there)
+    return nib.orientations.apply_orientation(labels, back)
+
+
+def main(net, out, *paths):
+    session, about = open_network(net)
+    images, scans = zip(*map(read_scan, paths), strict=True)
+    how = about["normalize"]
+    box = box_of(scans, how)
+    cropped = np.stack([normalized(scan, how)[box] for scan in scans])
+    size = cropped.shape[1:]
+    x = resized(cropped, size_in_training(size, images[0], about["spacing"]))
     patch = about["patch_size"] or x.shape[1:]
-    missing = [max(p - n, 0) for p, n in zip(patch, x.shape[1:], strict=True)]
-    filled = np.pad(x, [(0, 0)] + [(m // 2, m - m // 2) for m in missing], mode="edge")
-    inside = tuple(slice(m // 2, m // 2 + n) for m, n in zip(missing, x.shape[1:], strict=True))
-    logits = slid(session, filled, patch, about["multiple"])[(slice(None), *inside)]
-    whole = np.zeros(arrays[0].shape, np.int16)
-    prob = probabilities(logits, about["activation"])
-    whole[box] = labelled(resized(prob, size), about)
-    first = nib.load(scans[0])
-    back = nib.orientations.ornt_transform(
-        nib.io_orientation(images[0].affine), nib.io_orientation(first.affine)
-    )
-    turned = nib.orientations.apply_orientation(whole, back)
-    nib.save(nib.Nifti1Image(turned, first.affine), out)
+    filled, inside = filled_to(x, patch)
+    logits = logits_of(session, filled, patch, about["multiple"])[inside]
+    prob = resized(probabilities(logits, about["activation"]), size)
+    whole = np.zeros(scans[0].shape, np.int16)
+    whole[box] = labelled(prob, about)
+    first = nib.load(paths[0])
+    labels = turned_as(whole, images[0], first)
+    nib.save(nib.Nifti1Image(labels, first.affine), out)
 
 
 if __name__ == "__main__":
