@@ -18,6 +18,9 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import books  # noqa: E402
+import make_site  # noqa: E402
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -290,3 +293,10 @@ def test_every_link_leads_somewhere(site):
             target = page.parent / link
             there = leads_elsewhere(link) or target.exists()
             assert there, f"{page.name}: {link}"
+
+
+def test_no_page_takes_the_place_of_another():
+    lessons = [f"{path.stem}.md" for path in books.notebooks()]
+    pages = ["index.md", *lessons, *make_site.PAGES.values()]
+    twice = {page for page in pages if pages.count(page) > 1}
+    assert not twice

@@ -43,7 +43,9 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "CODE_OF_CONDUCT.md": "conduct.md",
-    "results/hippocampus/README.md": "hippocampus.md",
+    "results/hippocampus/README.md": "hippocampus_experiments.md",
+    "results/ablation/README.md": "ablation.md",
+    "results/networks/README.md": "networks_of_others.md",
 }
 
 VIEWS = (
