@@ -453,8 +453,7 @@ class ConvTranspose3d(nn.ConvTranspose3d):
     def forward(
         self,
         x: Tensor,  # (B,C,D,H,W)
-        output_size: Sequence[int]
-        | None = None,  # spatial size to make, where the stride leaves a choice
+        output_size: Sequence[int] | None = None,  # to make, where the stride leaves a choice
     ) -> Tensor:  # (B,K,D',H',W')
         return _transposed(self, x, output_size)
 
@@ -465,8 +464,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     def forward(
         self,
         x: Tensor,  # (B,C,H,W)
-        output_size: Sequence[int]
-        | None = None,  # spatial size to make, where the stride leaves a choice
+        output_size: Sequence[int] | None = None,  # to make, where the stride leaves a choice
     ) -> Tensor:  # (B,K,H',W')
         return _transposed(self, x, output_size)
 

@@ -55,8 +55,7 @@ class EdgeStream(nn.Module):
         fixed_attention: float | None = None,  # a constant in place of alpha; None: learned
         gate_norm: bool = False,  # GroupNorm of both inputs of each gate
         gate_bias: float | None = None,  # initial bias of each gate's sum; None: torch's own
-        most: Sequence[int]
-        | None = None,  # most channels at the start and at each gate; None: no bound
+        most: Sequence[int] | None = None,  # channels at the start and each gate; None: no bound
     ):
         super().__init__()
         self.blocks = nn.ModuleList()
@@ -244,9 +243,8 @@ class EGCNN(nn.Module):
     def __init__(
         self,
         net: nn.Module,  # encoder-decoder; one of ours, or any other with `example_input`
-        example_input: Tensor
-        | tuple
-        | None = None,  # (B,C,D,H,W) for a foreign network; a tuple: see `find_features`
+        # (B,C,D,H,W) for a foreign network; a tuple: see `find_features`
+        example_input: Tensor | tuple | None = None,
         activation: str = "softmax",  # "softmax": an edge map per foreground class (K-1); "sigmoid": per region (K)
         entry: str = "decoder",  # where the edge stream begins: "decoder", "decoder_up", "bottleneck", "bottleneck_up"
         attention_relu: bool = True,  # inner ReLU of eq. 1
@@ -257,21 +255,16 @@ class EGCNN(nn.Module):
         gate_residual: str = "none",  # residual layer w_r inside each gate (eq. 2): "none", "layer" or "block"
         edge_head: str = "plain",  # what the edge head reads: the "plain" feature, or after GroupNorm and ReLU: "norm"
         entry_norm: bool = False,  # GroupNorm of the feature that the edge stream begins with
-        fixed_attention: float
-        | None = None,  # a constant in [0,1] for every alpha, as a control; None: learned
+        fixed_attention: float | None = None,  # a constant for every alpha; None: learned
         gate_norm: bool = False,  # GroupNorm of both inputs of each gate
-        gate_bias: float
-        | None = None,  # initial bias of eq. 1, above 0 so that its ReLU starts alive; None: torch's
+        gate_bias: float | None = None,  # of eq. 1, above 0: its ReLU starts alive; None: torch's
         fuse_by: str = "correction",  # a "correction" added to the main logits, or the "concatenation" convolved
-        features: list[str]
-        | None = None,  # names of the encoder's features, fine to deep; None: those found
+        features: list[str] | None = None,  # the encoder's, fine to deep; None: those found
         decoder_entry: str | None = None,  # name of the first up-sampled map; None: the one found
         head: str | None = None,  # name of the output layer; None: the one found
-        output: int
-        | str
-        | None = None,  # which item of what the network returns holds the logits; None: the first
-        width: int
-        | None = None,  # most channels of the stream; None: the encoder's (foreign network), no bound (ours)
+        output: int | str | None = None,  # the item with the logits; None: the first
+        # most channels of the stream; None: the encoder's (foreign network), no bound (ours)
+        width: int | None = None,
         verbose: bool = True,  # print what was found in a foreign network
     ):
         given = dict(locals())

@@ -167,8 +167,7 @@ def _exponential(shape, key, device):
 
 def gumbel_noise(
     shape: Sequence[int],  # of the noise, (B,...)
-    keys: Sequence[tuple]
-    | None = None,  # whole numbers for each case, e.g. (seed, step, sample); None: torch's stream
+    keys: Sequence[tuple] | None = None,  # (seed, step, sample) of each case; None: no keys
     device: torch.device | str | None = None,  # where the noise is needed
 ) -> Tensor:  # float32, standard Gumbel
     """Gumbel noise -log E, E exponential (eq. 8).
@@ -207,8 +206,7 @@ def gumbel_softmax_probs(
     tau: float = 1.0,  # temperature
     hard: bool = False,  # one-hot forwards, soft gradient backwards (straight-through)
     activation: str = "softmax",  # over exclusive classes, or "sigmoid": each channel against its absence
-    noise: Tensor
-    | None = None,  # Gumbel draws: (B,K,...) for softmax, (2,B,K,...) for sigmoid; None: no noise
+    noise: Tensor | None = None,  # Gumbel draws (B,K,...), for sigmoid (2,B,K,...); None: none
 ) -> Tensor:  # probabilities (B,K,D,H,W)
     "A differentiable stand-in for the arg max (eq. 8)"
     expect(tau > 0, "tau", tau, "a temperature above 0")
@@ -259,8 +257,7 @@ def consistency_loss(
     where: str = "truth",  # voxels: edges of the "truth", their "union" with the prediction's, or "all"
     magnitude: Tensor | None = None,  # `sobel_magnitude` of the target, where it is known already
     consistency_reduce: str = "mean",  # "mean" over these voxels, or their "sum" (eq. 7)
-    edge_logits: Tensor
-    | None = None,  # edge stream's scores (B,C,D,H,W), or (B,1,D,H,W) for any class
+    edge_logits: Tensor | None = None,  # of the stream (B,C,D,H,W), or (B,1,D,H,W) for any
     keep: Tensor | None = None,  # bool (B,1,D,H,W): the voxels that count; None: all
 ) -> Tensor:  # scalar ≥ 0
     "L1 of gradient magnitudes, a flat face counting 1 (eq. 7); a sum is the mean times the voxels compared"
@@ -594,8 +591,7 @@ class EGLoss(nn.Module):
         masks: Tensor,  # truth without background (B,C,D,H,W)
         magnitude: Tensor,  # `sobel_magnitude` of the masks
         keys: Sequence[tuple] | None,  # names of the noise, one a case
-        edge_logits: Tensor
-        | None = None,  # of the edge stream, compared too; None: the masks alone
+        edge_logits: Tensor | None = None,  # of the stream, compared too; None: masks alone
         keep: Tensor | None = None,  # bool (B,1,D,H,W): the voxels that count; None: all
     ) -> Tensor:  # scalar
         "Consistency loss of the decided outputs, case by case; noise in training only (eq. 7-8)"

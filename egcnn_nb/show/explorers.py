@@ -248,8 +248,7 @@ class Explorer(widgets.VBox):
         alt: str = "",  # text for those who cannot see the picture
         title: str = "",  # of the still picture of an RGB array
         legend: dict = None,  # name -> colour, for the still picture of an RGB array
-        tell: Callable
-        | None = None,  # function of the controls' values -> HTML text shown below the picture
+        tell: Callable | None = None,  # function of the controls' values -> HTML below the picture
         rows: list = None,  # names of controls that share a row; None: each its own
     ):
         self.draw: Any = draw
