@@ -88,7 +88,8 @@ def extra_memory(call):
 
 def matmul_rate(dtype=torch.float32, n=2048):
     "Multiply-adds a second of a product of two square matrices"
-    matrix = torch.randn(n, n).to(dtype)
+    noise = torch.randn(n, n)
+    matrix = noise.to(dtype)
     found = medians(5, product=lambda: matrix @ matrix)
     seconds = 1e-3 * found["product"]
     return n**3 / seconds
@@ -192,9 +193,10 @@ def by_monai(channel, gradients):
 def check_magnitudes(x):
     "Our magnitude is that of scipy and of the convolution"
     ours = sobel_magnitude(x)
+    convolved = by_convolution(x)
     scipys = torch.from_numpy(by_scipy(x))
+    assert torch.allclose(ours, convolved, atol=1e-3)
     assert torch.allclose(ours[0], scipys, atol=1e-3)
-    assert torch.allclose(ours, by_convolution(x), atol=1e-3)
 
 
 def sobel():
@@ -427,18 +429,25 @@ def print_rate(size, adds, milliseconds, dtype):
 def batch_of_two(x):
     "A batch of two as it is, or a batch of one twice"
     case = x.shape[1:]
-    return x.expand(2, *case).clone()
+    two = x.expand(2, *case)
+    return two.clone()
 
 
 def segresnet_row(size):
     "Seg-Net beside MONAI's network of the same cost, at batch 2: neither is on torch's slow path"
-    x, target = [batch_of_two(values) for values in problem(size.shape)]
+    x, target = problem(size.shape)
+    x = batch_of_two(x)
+    target = batch_of_two(target)
     ours = size.segnet()
     theirs = monai_segresnet(size)
     own = cost(ours, x)
     other = cost(theirs, x)
     assert own == other, (own, other)
-    t = medians(size.again, ours=step(ours, x, target), theirs=step(theirs, x, target))
+    t = medians(
+        size.again,
+        ours=step(ours, x, target),
+        theirs=step(theirs, x, target),
+    )
     _, adds = own
     print_rate(size, adds, t["ours"], torch.float32)
     if best_precision(CPU) == "bf16":
@@ -457,8 +466,10 @@ def segresnet():
 def bf16_row(size):
     "A step in bfloat16 beside one in float32"
     x, target = problem(size.shape)
-    half = step(size.egcnn(), x, target, "bf16")
-    full = step(size.egcnn(), x, target)
+    half_net = size.egcnn()
+    full_net = size.egcnn()
+    half = step(half_net, x, target, "bf16")
+    full = step(full_net, x, target)
     t = medians(ours=half, fp32=full)
     ours = t.pop("ours")
     what = f"a step in bfloat16, ({size.name})"
@@ -487,8 +498,9 @@ def batch_1():
     one = step(net, x[:1], target[:1])
     two = step(net, x, target)
     t = medians(ours=one, two=two)
-    half = {"half a step at batch 2": t["two"] / 2}
-    return [Row("a step at batch 1, 40×56×40", t["ours"], half, "about 1", SHARE)]
+    half = t["two"] / 2
+    peer = {"half a step at batch 2": half}
+    return [Row("a step at batch 1, 40×56×40", t["ours"], peer, "about 1", SHARE)]
 
 
 # ---- the rest
@@ -516,9 +528,11 @@ def print_extra_memory(calls):
     "Print the most memory that each call adds"
     words = []
     for name, call in calls.items():
-        mebibytes = extra_memory(call) / 2**20
+        extra = extra_memory(call)
+        mebibytes = extra / 2**20
         words.append(f"{name} {mebibytes:.0f}")
-    print("most memory that it adds, MiB: " + ", ".join(words))
+    listed = ", ".join(words)
+    print(f"most memory that it adds, MiB: {listed}")
 
 
 def check_predictions(ours, theirs):
@@ -561,10 +575,12 @@ def two_masks():
     axes = [torch.arange(n) - n / 2 for n in (240, 240, 155)]
     grid = torch.meshgrid(*axes, indexing="ij")
     points = torch.stack(grid)
-    radii = torch.tensor([30, 40, 25]).view(3, 1, 1, 1)
-    truth = ball(points / radii, 1)
+    radii = torch.tensor([30, 40, 25])
+    stretched = points / radii.view(3, 1, 1, 1)
+    truth = ball(stretched, 1)
     shifted = truth.roll(2, 2)
-    found = shifted | ball(points, 27)
+    round_one = ball(points, 27)
+    found = shifted | round_one
     return found, truth
 
 
@@ -704,7 +720,8 @@ def about_this_run(args):
 def print_head(about):
     "Print the line above the table, and the head of the table"
     words = [f"{name} {value}" for name, value in about.items()]
-    print(", ".join(words))
+    listed = ", ".join(words)
+    print(listed)
     print("\n| work | ms | against | ms | ratio | must be |\n|---|---|---|---|---|---|")
 
 
@@ -749,7 +766,8 @@ def write_json(path, about, rows):
     found = [row.values() for row in rows]
     content = {"about": about, "rows": found}
     text = json.dumps(content, indent=1)
-    Path(path).write_text(text)
+    file = Path(path)
+    file.write_text(text)
 
 
 def main():
