@@ -32,14 +32,17 @@ from egcnn_nb.method.sobel import sobel_magnitude
 from egcnn_nb.run.models import infer
 
 SIDES = (32, 48, 64, 96, 128, 192, 256)
+WINDOW = (96, 96, 96)  # of prediction
+LARGE = 192  # volumes with sides from here on are computed once
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # the allocator gives everything back at once
 
 
 def memory(name, side):
     """The most memory in bytes that a call adds, in a process of its own whose allocator gives
     everything back at once"""
     words = [sys.executable, __file__, "--one", name, str(side)]
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(words, check=True, capture_output=True, text=True, env=env)
+    environment = {**os.environ, **GIVE_BACK}
+    done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
     return int(done.stdout)
 
 
@@ -50,18 +53,21 @@ def measured(call, again):
     for _ in range(again):
         start = time.perf_counter()
         call()
-        seconds.append(time.perf_counter() - start)
+        spent = time.perf_counter() - start
+        seconds.append(spent)
     return statistics.median(seconds)
 
 
 def network():
     "Seg-Net with its edge stream"
-    return EGCNN(SegNet(1, 3, 8, 3))
+    backbone = SegNet(1, 3, 8, 3)
+    return EGCNN(backbone)
 
 
 def sobel(side):
     "A call of Sobel's magnitude"
-    x = torch.randn(1, 3, side, side, side)
+    shape = (1, 3, side, side, side)
+    x = torch.randn(shape)
     return lambda: sobel_magnitude(x)
 
 
@@ -75,22 +81,28 @@ def losses(side):
     main = torch.randn(1, 3, *size, requires_grad=True)
 
     def there_and_back():
-        loss(EGOutput(logits, edge, main), target, keys=[(0, 0)]).backward()
+        out = EGOutput(logits, edge, main)
+        total = loss(out, target, keys=[(0, 0)])
+        total.backward()
 
     return there_and_back
 
 
 def train(side):
     "A step of training"
-    x, target = problem((1, 1, side, side, side))
-    return step(network(), x, target)
+    net = network()
+    shape = (1, 1, side, side, side)
+    x, target = problem(shape)
+    return step(net, x, target)
 
 
 def prediction(side):
     "A call of prediction"
-    net = network().eval()
-    x = torch.randn(1, side, side, side)
-    return lambda: infer(net, x, (96, 96, 96))
+    net = network()
+    net.eval()
+    shape = (1, side, side, side)
+    x = torch.randn(shape)
+    return lambda: infer(net, x, WINDOW)
 
 
 @dataclass
@@ -102,13 +114,29 @@ class Roofs:
     adds: float  # multiply-adds of the network for each voxel, forward
 
 
-def roofs():
-    "Measure the roofs"
+def seconds_to_copy():
+    "Seconds to copy a byte: each float32 is read and written, eight bytes"
     x = torch.randn(2**25)
     y = torch.empty_like(x)
-    copy = measured(lambda: y.copy_(x), 5)
-    _, adds = cost(network(), torch.zeros(1, 1, 64, 64, 64))
-    return Roofs(copy / (8 * x.numel()), 1 / matmul_rate(), adds / 64**3)
+    seconds = measured(lambda: y.copy_(x), 5)
+    moved = 8 * x.numel()
+    return seconds / moved
+
+
+def adds_a_voxel():
+    "Multiply-adds of the network for each voxel, forward"
+    net = network()
+    x = torch.zeros(1, 1, 64, 64, 64)
+    _, adds = cost(net, x)
+    return adds / x.numel()
+
+
+def roofs():
+    "Measure the roofs"
+    per_byte = seconds_to_copy()
+    adds = adds_a_voxel()
+    per_add = 1 / matmul_rate()
+    return Roofs(per_byte, per_add, adds)
 
 
 def no_floor(roof):
@@ -123,7 +151,8 @@ def floor_of_sobel(roof):
 
 def floor_of_training(roof):
     "Forward once, and backward twice as much"
-    return 3 * roof.adds * roof.per_add
+    forward = floor_of_prediction(roof)
+    return 3 * forward
 
 
 def floor_of_prediction(roof):
@@ -150,38 +179,83 @@ WORK = {
 
 def slope(sides, values):
     "Exponent over the three largest volumes"
-    voxels = 3 * np.log(sides[-3:])
-    exponent, _ = np.polyfit(voxels, np.log(values[-3:]), 1)
+    largest = np.log(sides[-3:])
+    log_voxels = 3 * largest
+    log_values = np.log(values[-3:])
+    exponent, _ = np.polyfit(log_voxels, log_values, 1)
     return float(exponent)
 
 
-def seconds_of(work, sides, again):
-    "Seconds at each side; the largest volumes are computed once"
-    seconds = []
-    for side in sides:
-        call = work.make(side)
-        seconds.append(measured(call, again if side < 192 else 1))
-    return seconds
+@dataclass
+class Curves:
+    "What was measured of one kind of work, a value for each volume"
+
+    name: str
+    sides: list
+    seconds: list
+    extra: list  # bytes that it adds at most
+    least: list  # seconds at least, or empty where no bound is known
+
+    def voxels(self):
+        "How many voxels each volume has"
+        return [side**3 for side in self.sides]
 
 
-def report(name, work, args, roof, axes, colour):
-    "Measure one kind of work, draw its two curves, and print its row"
-    time_ax, memory_ax = axes
+def measure(name, work, args, roof):
+    "Measure one kind of work at each of its sizes"
     sides = [side for side in work.sides if side <= args.largest]
-    voxels = [side**3 for side in sides]
-    seconds = seconds_of(work, sides, args.again)
+    seconds = [seconds_of(work, side, args.again) for side in sides]
     extra = [memory(name, side) for side in sides]
-    style = {"ms": 4, "color": colour, "label": name}
-    time_ax.loglog(voxels, seconds, "o-", **style)
-    memory_ax.loglog(voxels, np.array(extra) / 2**20, "o-", **style)
-    share = ""
+    least = []
     floor = work.floor(roof)
     if floor:
-        least = [floor * n for n in voxels]
-        time_ax.loglog(voxels, least, ":", lw=1.3, color=colour)
-        share = f"{least[-1] / seconds[-1]:.0%}"
-    grows = f"{slope(sides, seconds):.2f} | {slope(sides, extra):.2f}"
-    print(f"| {name} | {sides[0]}³ to {sides[-1]}³ | {grows} | {share} |", flush=True)
+        least = [floor * side**3 for side in sides]
+    return Curves(name, sides, seconds, extra, least)
+
+
+def seconds_of(work, side, again):
+    "Seconds at one side; the largest volumes are computed once"
+    call = work.make(side)
+    if side >= LARGE:
+        again = 1
+    return measured(call, again)
+
+
+def draw(curves, axes, colour):
+    "Draw time with its bound, and memory"
+    time_ax, memory_ax = axes
+    voxels = curves.voxels()
+    style = {"ms": 4, "color": colour, "label": curves.name}
+    time_ax.loglog(voxels, curves.seconds, "o-", **style)
+    mebibytes = np.array(curves.extra) / 2**20
+    memory_ax.loglog(voxels, mebibytes, "o-", **style)
+    if curves.least:
+        time_ax.loglog(voxels, curves.least, ":", lw=1.3, color=colour)
+
+
+def share_of_roof(curves):
+    "How near the largest volume comes to the bound, as it is printed"
+    if not curves.least:
+        return ""
+    share = curves.least[-1] / curves.seconds[-1]
+    return f"{share:.0%}"
+
+
+def print_row(curves):
+    "Print the row of one kind of work"
+    sides = curves.sides
+    time = slope(sides, curves.seconds)
+    space = slope(sides, curves.extra)
+    share = share_of_roof(curves)
+    cells = [
+        curves.name,
+        f"{sides[0]}³ to {sides[-1]}³",
+        f"{time:.2f}",
+        f"{space:.2f}",
+        share,
+    ]
+    row = " | ".join(cells)
+    print(f"| {row} |", flush=True)
 
 
 def finish(axes):
@@ -196,35 +270,61 @@ def finish(axes):
     time_ax.legend(frameon=False, fontsize=8)
 
 
-def main():
+def arguments():
+    "The arguments of the command line"
+    beside = Path(__file__).with_name("growth.png")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--again", type=int, default=3)
     parser.add_argument("--largest", type=int, default=256, help="longest side")
-    parser.add_argument("--png", default=str(Path(__file__).with_name("growth.png")))
+    parser.add_argument("--png", default=str(beside))
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.one:
-        name, side = args.one
-        call = WORK[name].make(int(side))
-        return print(extra_memory(call))
-    keep_memory()  # as egcnn_train and egcnn_predict do
-    roof = roofs()
+    return parser.parse_args()
+
+
+def print_memory(name, side):
+    "Print the bytes that one kind of work adds: a process of its own does this for `memory`"
+    work = WORK[name]
+    call = work.make(int(side))
+    print(extra_memory(call))
+
+
+def print_head(roof):
+    "Print the roofs, and the head of the table"
+    copied = 1e-9 / roof.per_byte
+    computed = 2e-9 / roof.per_add
     print(
-        f"copy {1e-9 / roof.per_byte:.1f} GB/s, matrix product {2e-9 / roof.per_add:.0f} GFLOP/s, "
+        f"copy {copied:.1f} GB/s, matrix product {computed:.0f} GFLOP/s, "
         f"{roof.adds:.0f} multiply-adds a voxel forward\n\n"
         "| work | volumes | exponent of time | of memory | of the roof at the largest |\n"
         "|---|---|---|---|---|"
     )
+
+
+def report(args):
+    "Measure all kinds of work, print a row of each, and draw them"
+    roof = roofs()
+    print_head(roof)
     fig = Figure(figsize=(11, 4.2), layout="constrained")
     axes = fig.subplots(1, 2)
     for k, (name, work) in enumerate(WORK.items()):
-        report(name, work, args, roof, axes, f"C{k}")
+        curves = measure(name, work, args, roof)
+        draw(curves, axes, f"C{k}")
+        print_row(curves)
     finish(axes)
     fig.savefig(args.png, dpi=90)
+
+
+def main():
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    if args.one:
+        print_memory(*args.one)
+        return
+    keep_memory()  # as egcnn_train and egcnn_predict do
+    report(args)
 
 
 if __name__ == "__main__":

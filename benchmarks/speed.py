@@ -39,6 +39,17 @@ from egcnn_nb.tensors import one_hot
 CPU = torch.device("cpu")
 FASTER = "times as fast"
 SHARE = "of the peer's time"
+PAGE = 4096  # bytes
+THREE_CHANNELS = (1, 3, 128, 128, 128)
+WINDOW = (96, 96, 96)
+
+
+def time_of(call):
+    "Milliseconds that a call takes"
+    start = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
+    return 1e3 * seconds
 
 
 def medians(again=5, **calls):
@@ -46,53 +57,88 @@ def medians(again=5, **calls):
     times = {name: [] for name in calls}
     for turn in range(again + 1):
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds = time.perf_counter() - start
+            taken = time_of(call)
             if turn > 0:
-                times[name].append(1e3 * seconds)
+                times[name].append(taken)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def status(name):
     "A line of /proc/self/status in bytes"
     lines = Path("/proc/self/status").read_text()
-    kilobytes = re.search(rf"{name}:\s+(\d+)", lines)[1]
-    return int(kilobytes) * 1024
+    found = re.search(rf"{name}:\s+(\d+)", lines)
+    kilobytes = int(found[1])
+    return 1024 * kilobytes
+
+
+def forget_peak():
+    "The most memory that this process held is counted from now on"
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def extra_memory(call):
-    "The most memory in bytes that a call adds to what is there"
+    "The most memory in bytes that a call adds to what is there, a page at least"
     call()
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
     call()
-    return max(status("VmHWM") - before, 4096)
+    added = status("VmHWM") - before
+    return max(added, PAGE)
 
 
 def matmul_rate(dtype=torch.float32, n=2048):
     "Multiply-adds a second of a product of two square matrices"
-    matrix = torch.randn(n, n).to(dtype)
+    noise = torch.randn(n, n)
+    matrix = noise.to(dtype)
     found = medians(5, product=lambda: matrix @ matrix)
     seconds = 1e-3 * found["product"]
     return n**3 / seconds
 
 
-def row(what, ours, peers, must, better=FASTER):
-    "One line of the table: the best of the peers is what counts"
-    name = min(peers, key=peers.get)
-    peer = peers[name]
-    ratio = peer / ours if better == FASTER else ours / peer
-    return {
-        "what": what,
-        "ours_ms": round(ours, 2),
-        "peer": name,
-        "peer_ms": round(peer, 2),
-        "ratio": round(ratio, 2),
-        "is": better,
-        "must be": must,
-        "all": {name: round(value, 1) for name, value in peers.items()},
-    }
+@dataclass
+class Row:
+    "One line of the table: our time beside that of the fastest peer"
+
+    what: str  # the work
+    ours: float  # ms
+    peers: dict  # name -> ms
+    must: str  # the goal of the ratio
+    better: str = FASTER  # what the ratio is
+
+    def peer(self):
+        "The name of the fastest peer"
+        return min(self.peers, key=self.peers.get)
+
+    def peer_ms(self):
+        "The time of the fastest peer"
+        name = self.peer()
+        return self.peers[name]
+
+    def ratio(self):
+        "How many times as fast as the peer, or the share of its time"
+        if self.better == FASTER:
+            return self.peer_ms() / self.ours
+        return self.ours / self.peer_ms()
+
+    def goal(self):
+        "The goal as it is printed, with a sign where it is a number"
+        if not self.must[0].isdigit():
+            return self.must
+        sign = "≥" if self.better == FASTER else "≤"
+        return f"{sign} {self.must}"
+
+    def values(self):
+        "The numbers of the row, rounded, as the JSON file holds them"
+        return {
+            "what": self.what,
+            "ours_ms": round(self.ours, 2),
+            "peer": self.peer(),
+            "peer_ms": round(self.peer_ms(), 2),
+            "ratio": round(self.ratio(), 2),
+            "is": self.better,
+            "must be": self.must,
+            "all": {name: round(value, 1) for name, value in self.peers.items()},
+        }
 
 
 # ---- Sobel
@@ -106,75 +152,95 @@ def sobel_kernels():
     for axis in range(3):
         along = [smooth, smooth, smooth]
         along[axis] = difference
-        kernels.append(torch.einsum("i,j,k->ijk", *along))
+        kernel = torch.einsum("i,j,k->ijk", *along)
+        kernels.append(kernel)
     return torch.stack(kernels)[:, None]
 
 
 KERNELS = sobel_kernels()
+BORDER = (1, 1, 1, 1, 1, 1)  # one voxel at each side
 
 
 def by_convolution(x):
     "The magnitude by one depthwise convolution"
-    padded = F.pad(x, (1, 1, 1, 1, 1, 1), mode="replicate")
-    gradient = F.conv3d(padded.flatten(0, 1)[:, None], KERNELS)
+    padded = F.pad(x, BORDER, mode="replicate")
+    channels = padded.flatten(0, 1)[:, None]
+    gradient = F.conv3d(channels, KERNELS)
     squared = gradient.square().sum(1)
-    return (squared + 1e-8).sqrt().view_as(x)
+    magnitude = (squared + 1e-8).sqrt()
+    return magnitude.view_as(x)
 
 
 def by_scipy(x):
     "The magnitude by scipy, channel by channel"
     from scipy.ndimage import sobel
 
+    image = x[0].numpy()
     squared = 0
     for axis in range(3):
-        channels = [sobel(channel, axis=axis, mode="nearest") for channel in x[0].numpy()]
+        channels = [sobel(channel, axis=axis, mode="nearest") for channel in image]
         squared = squared + np.stack(channels) ** 2
     return np.sqrt(squared)
 
 
-def by_monai(x, gradients):
-    "The magnitude by MONAI's transform, channel by channel"
-    return [gradients(channel[None]).square().sum(0).sqrt() for channel in x[0]]
+def by_monai(channel, gradients):
+    "The magnitude of one channel by MONAI's transform"
+    gradient = gradients(channel[None])
+    squared = gradient.square().sum(0)
+    return squared.sqrt()
+
+
+def check_magnitudes(x):
+    "Our magnitude is that of scipy and of the convolution"
+    ours = sobel_magnitude(x)
+    convolved = by_convolution(x)
+    scipys = torch.from_numpy(by_scipy(x))
+    assert torch.allclose(ours, convolved, atol=1e-3)
+    assert torch.allclose(ours[0], scipys, atol=1e-3)
 
 
 def sobel():
+    "Sobel's magnitude, as it is and compiled"
     from monai.transforms import SobelGradients
 
     gradients = SobelGradients(padding_mode="replicate")
-    x = torch.randn(1, 3, 128, 128, 128)
-    ours = sobel_magnitude(x)
-    assert np.allclose(ours[0].numpy(), by_scipy(x), atol=1e-3)
-    assert torch.allclose(ours, by_convolution(x), atol=1e-3)
+    x = torch.randn(THREE_CHANNELS)
+    check_magnitudes(x)
     t = medians(
         ours=lambda: sobel_magnitude(x),
         scipy=lambda: by_scipy(x),
         conv3d=lambda: by_convolution(x),
-        MONAI=lambda: by_monai(x, gradients),
+        MONAI=lambda: [by_monai(channel, gradients) for channel in x[0]],
     )
+    ours = t.pop("ours")
     compiled = torch.compile(sobel_magnitude)
     fast = medians(compiled=lambda: compiled(x))
     return [
-        row("Sobel magnitude, 3×128³", t.pop("ours"), t, "2.5"),
-        row("the same, torch.compile", fast["compiled"], t, "5"),
+        Row("Sobel magnitude, 3×128³", ours, t, "2.5"),
+        Row("the same, torch.compile", fast["compiled"], t, "5"),
     ]
 
 
+def there_and_back(magnitude, x):
+    "The gradient of the sum of all magnitudes with respect to the image"
+    image = x.clone().requires_grad_()
+    total = magnitude(image).sum()
+    total.backward()
+    return image.grad
+
+
 def sobel_backward():
-    x = torch.randn(1, 3, 128, 128, 128)
-
-    def there_and_back(magnitude):
-        y = x.clone().requires_grad_()
-        magnitude(y).sum().backward()
-        return y.grad
-
-    ours = there_and_back(sobel_magnitude)
-    theirs = there_and_back(by_convolution)
+    "Sobel's magnitude and its gradient"
+    x = torch.randn(THREE_CHANNELS)
+    ours = there_and_back(sobel_magnitude, x)
+    theirs = there_and_back(by_convolution, x)
     assert torch.allclose(ours, theirs, atol=1e-2)
     t = medians(
-        ours=lambda: there_and_back(sobel_magnitude),
-        conv3d=lambda: there_and_back(by_convolution),
+        ours=lambda: there_and_back(sobel_magnitude, x),
+        conv3d=lambda: there_and_back(by_convolution, x),
     )
-    return [row("Sobel magnitude, forward and backward", t.pop("ours"), t, "3")]
+    taken = t.pop("ours")
+    return [Row("Sobel magnitude, forward and backward", taken, t, "3")]
 
 
 # ---- training steps
@@ -192,7 +258,10 @@ class Size:
 
     def segnet(self, width=None):
         "Seg-Net of this size, perhaps of another width"
-        return SegNet(self.shape[1], 3, width or self.width, self.levels)
+        channels = self.shape[1]
+        if width is None:
+            width = self.width
+        return SegNet(channels, 3, width, self.levels)
 
     def egcnn(self):
         "The same with an edge stream"
@@ -204,19 +273,21 @@ SIZES = (SMALL, Size("b", 16, 4, (1, 4, 96, 96, 96), 3))
 
 
 def problem(shape):
-    "An image and a target with two nested boxes of an eighth of each side and more"
+    "Noise as an image, and a target with two nested boxes, a half and a sixth of each side long"
     batch, _, *size = shape
     labels = torch.zeros(batch, *size, dtype=torch.long)
     outer = [slice(n // 4, 3 * n // 4) for n in size]
     inner = [slice(n // 3, n // 2) for n in size]
-    labels[(slice(None), *outer)] = 1
-    labels[(slice(None), *inner)] = 2
-    return torch.randn(shape), one_hot(labels, range(3))
+    labels[:, *outer] = 1
+    labels[:, *inner] = 2
+    target = one_hot(labels, range(3))
+    return torch.randn(shape), target
 
 
 def keys_of(x):
     "Names of the noise, one a case"
-    return [(0, i) for i in range(len(x))]
+    cases = len(x)
+    return [(0, i) for i in range(cases)]
 
 
 def step(net, x, target, precision="fp32", eg=None):
@@ -245,58 +316,87 @@ def cost(net, x):
     from torch.utils.flop_counter import FlopCounterMode
 
     twin = deepcopy(net).to("meta")
+    image = x.to("meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        twin(x.to("meta"))
-    parameters = sum(weight.numel() for weight in net.parameters())
-    return parameters, counter.get_total_flops() // 2
+        twin(image)
+    sizes = [weight.numel() for weight in net.parameters()]
+    adds = counter.get_total_flops() // 2
+    return sum(sizes), adds
+
+
+def losses_alone(net, x, target):
+    "A function that computes all losses of the network's output, forward and backward"
+    loss = EGLoss()
+    keys = keys_of(x)
+    with torch.no_grad():
+        outputs = net(x, full=True)[:3]
+
+    def alone():
+        leaves = [output.clone().requires_grad_() for output in outputs]
+        out = EGOutput(*leaves)
+        total = loss(out, target, keys=keys)
+        total.backward()
+
+    return alone
+
+
+def losses_row(size):
+    "The losses beside the step that they are part of"
+    x, target = problem(size.shape)
+    net = size.egcnn()
+    t = medians(
+        min(size.again, 5),
+        losses=losses_alone(net, x, target),
+        step=step(net, x, target),
+    )
+    what = f"edge targets and all losses, ({size.name})"
+    whole = {"the whole step": t["step"]}
+    return Row(what, t["losses"], whole, "0.05", SHARE)
 
 
 def losses():
-    found = []
-    for size in SIZES:
-        x, target = problem(size.shape)
-        net = size.egcnn()
-        loss = EGLoss()
-        keys = keys_of(x)
-        with torch.no_grad():
-            outputs = net(x, full=True)[:3]
-
-        def alone(loss=loss, outputs=outputs, target=target, keys=keys):
-            out = EGOutput(*[output.clone().requires_grad_() for output in outputs])
-            loss(out, target, keys=keys).backward()
-
-        t = medians(min(size.again, 5), losses=alone, step=step(net, x, target))
-        what = f"edge targets and all losses, ({size.name})"
-        found.append(row(what, t["losses"], {"the whole step": t["step"]}, "0.05", SHARE))
-    return found
+    "The share of the losses in a step"
+    return [losses_row(size) for size in SIZES]
 
 
 def wider_than(size, x, least):
     "The narrowest Seg-Net with at least this cost"
+    least_parameters, least_adds = least
     for width in count(size.width):
         net = size.segnet(width)
         parameters, adds = cost(net, x)
-        if parameters >= least[0] and adds >= least[1]:
+        if parameters >= least_parameters and adds >= least_adds:
             return net
 
 
+def step_rows(size):
+    "EG-CNN beside its bare backbone, and beside a backbone that costs as much"
+    x, target = problem(size.shape)
+    eg = size.egcnn()
+    bare = size.segnet()
+    least = cost(eg, x)
+    wider = wider_than(size, x, least)
+    t = medians(
+        size.again,
+        ours=step(eg, x, target),
+        bare=step(bare, x, target),
+        wider=step(wider, x, target),
+    )
+    what = f"a step of EG-CNN, ({size.name})"
+    width = wider.channels[0]
+    alone = {"the bare backbone": t["bare"]}
+    as_costly = {f"bare, width {width}": t["wider"]}
+    return [
+        Row(what, t["ours"], alone, "1.25", SHARE),
+        Row(what, t["ours"], as_costly, "1.0", SHARE),
+    ]
+
+
 def steps():
+    "Steps of EG-CNN beside those of backbones"
     found = []
     for size in SIZES:
-        x, target = problem(size.shape)
-        eg = size.egcnn()
-        bare = size.segnet()
-        wider = wider_than(size, x, cost(eg, x))
-        t = medians(
-            size.again,
-            ours=step(eg, x, target),
-            bare=step(bare, x, target),
-            wider=step(wider, x, target),
-        )
-        what = f"a step of EG-CNN, ({size.name})"
-        name = f"bare, width {wider.channels[0]}"
-        found.append(row(what, t["ours"], {"the bare backbone": t["bare"]}, "1.25", SHARE))
-        found.append(row(what, t["ours"], {name: t["wider"]}, "1.0", SHARE))
+        found += step_rows(size)
     return found
 
 
@@ -304,176 +404,277 @@ def monai_segresnet(size):
     "MONAI's network with the same parameters"
     from monai.networks.nets import SegResNet
 
+    channels = size.shape[1]
+    blocks_down = (1, 2, 2, 4)[: size.levels]
+    blocks_up = (1,) * (size.levels - 1)
     return SegResNet(
         3,
         size.width,
-        size.shape[1],
+        channels,
         3,
-        blocks_down=(1, 2, 2, 4)[: size.levels],
-        blocks_up=(1,) * (size.levels - 1),
+        blocks_down=blocks_down,
+        blocks_up=blocks_up,
     )
 
 
 def print_rate(size, adds, milliseconds, dtype):
     "Print the share of a matrix product's rate; forward, and backward twice as much"
-    rate = 3 * adds / (1e-3 * milliseconds)
-    share = rate / matmul_rate(dtype)
+    seconds = 1e-3 * milliseconds
+    rate = 3 * adds / seconds
+    fastest = matmul_rate(dtype)
+    share = rate / fastest
     print(f"Seg-Net ({size.name}) in {dtype}: {share:.0%} of the rate of a matrix product")
 
 
+def batch_of_two(x):
+    "A batch of two as it is, or a batch of one twice"
+    case = x.shape[1:]
+    two = x.expand(2, *case)
+    return two.clone()
+
+
+def segresnet_row(size):
+    "Seg-Net beside MONAI's network of the same cost, at batch 2: neither is on torch's slow path"
+    x, target = problem(size.shape)
+    x = batch_of_two(x)
+    target = batch_of_two(target)
+    ours = size.segnet()
+    theirs = monai_segresnet(size)
+    own = cost(ours, x)
+    other = cost(theirs, x)
+    assert own == other, (own, other)
+    t = medians(
+        size.again,
+        ours=step(ours, x, target),
+        theirs=step(theirs, x, target),
+    )
+    _, adds = own
+    print_rate(size, adds, t["ours"], torch.float32)
+    if best_precision(CPU) == "bf16":
+        half = medians(3, ours=step(ours, x, target, "bf16"))
+        print_rate(size, adds, half["ours"], torch.bfloat16)
+    what = f"a step of Seg-Net, ({size.name}), batch 2"
+    peer = {"MONAI SegResNet": t["theirs"]}
+    return Row(what, t["ours"], peer, "1.0", SHARE)
+
+
 def segresnet():
-    found = []
-    for size in SIZES:
-        x, target = problem(size.shape)
-        # batch 2: neither is on torch's slow path
-        x = x.expand(2, *x.shape[1:]).clone()
-        target = target.expand(2, *target.shape[1:]).clone()
-        ours = size.segnet()
-        theirs = monai_segresnet(size)
-        own = cost(ours, x)
-        other = cost(theirs, x)
-        assert own == other, (own, other)
-        t = medians(size.again, ours=step(ours, x, target), theirs=step(theirs, x, target))
-        what = f"a step of Seg-Net, ({size.name}), batch 2"
-        found.append(row(what, t["ours"], {"MONAI SegResNet": t["theirs"]}, "1.0", SHARE))
-        _, adds = own
-        print_rate(size, adds, t["ours"], torch.float32)
-        if best_precision(CPU) == "bf16":
-            half = medians(3, ours=step(ours, x, target, "bf16"))
-            print_rate(size, adds, half["ours"], torch.bfloat16)
-    return found
+    "Steps of Seg-Net beside those of MONAI's network"
+    return [segresnet_row(size) for size in SIZES]
+
+
+def bf16_row(size):
+    "A step in bfloat16 beside one in float32"
+    x, target = problem(size.shape)
+    half_net = size.egcnn()
+    full_net = size.egcnn()
+    half = step(half_net, x, target, "bf16")
+    full = step(full_net, x, target)
+    t = medians(ours=half, fp32=full)
+    ours = t.pop("ours")
+    what = f"a step in bfloat16, ({size.name})"
+    return Row(what, ours, t, "1.8")
 
 
 def bf16():
+    "Steps in bfloat16, where the processor computes it fast"
     if best_precision(CPU) != "bf16":
         return []
-    found = []
-    for size in SIZES:
-        x, target = problem(size.shape)
-        half = step(size.egcnn(), x, target, "bf16")
-        t = medians(ours=half, fp32=step(size.egcnn(), x, target))
-        found.append(row(f"a step in bfloat16, ({size.name})", t.pop("ours"), t, "1.8"))
-    return found
+    return [bf16_row(size) for size in SIZES]
+
+
+def corner(volumes):
+    "A part of 40×56×40 voxels (B,C,D,H,W)"
+    part = volumes[..., :40, :56, :40]
+    return part.contiguous()
 
 
 def batch_1():
+    "A step at batch 1 beside half a step at batch 2"
     x, target = problem(SMALL.shape)
-    x = x[..., :40, :56, :40].contiguous()
-    target = target[..., :40, :56, :40].contiguous()
+    x = corner(x)
+    target = corner(target)
     net = SMALL.egcnn()
-    t = medians(ours=step(net, x[:1], target[:1]), two=step(net, x, target))
-    half = {"half a step at batch 2": t["two"] / 2}
-    return [row("a step at batch 1, 40×56×40", t["ours"], half, "about 1", SHARE)]
+    one = step(net, x[:1], target[:1])
+    two = step(net, x, target)
+    t = medians(ours=one, two=two)
+    half = t["two"] / 2
+    peer = {"half a step at batch 2": half}
+    return [Row("a step at batch 1, 40×56×40", t["ours"], peer, "about 1", SHARE)]
 
 
 # ---- the rest
 
 
-def predict():
+def image_and_head():
+    "An image that is zero outside the head, and the part with the head (C,D,H,W)"
+    image = torch.zeros(4, 240, 240, 155)
+    head = image[:, 40:200, 25:215, 5:150]
+    head.normal_()
+    return image, head.contiguous()
+
+
+def by_sliding_window(volume, net):
+    "MONAI's prediction for a volume"
     from monai.inferers import sliding_window_inference
 
-    window = (96, 96, 96)
+    options = {"mode": "gaussian", "padding_mode": "replicate"}
+    batch = volume[None]
+    logits = sliding_window_inference(batch, WINDOW, 2, net, 0.25, **options)
+    return logits[0]
+
+
+def print_extra_memory(calls):
+    "Print the most memory that each call adds"
+    words = []
+    for name, call in calls.items():
+        extra = extra_memory(call)
+        mebibytes = extra / 2**20
+        words.append(f"{name} {mebibytes:.0f}")
+    listed = ", ".join(words)
+    print(f"most memory that it adds, MiB: {listed}")
+
+
+def check_predictions(ours, theirs):
+    "Both calls give the same"
+    own = ours()
+    other = theirs()
+    assert torch.allclose(own, other, atol=1e-4)
+
+
+def predict():
+    "Prediction beside MONAI's, of the whole image and of the head alone"
     net = SegNet(4, 3, 8, 4).eval()
-    head = (slice(None), slice(40, 200), slice(25, 215), slice(5, 150))
-    whole = torch.zeros(4, 240, 240, 155)
-    whole[head] = torch.randn(4, 160, 190, 145)
-    inside = whole[head].contiguous()
-
-    def by_monai_of(volume):
-        options = {"mode": "gaussian", "padding_mode": "replicate"}
-        return sliding_window_inference(volume[None], window, 2, net, 0.25, **options)[0]
-
+    whole, inside = image_and_head()
     calls = {
-        "ours": lambda: infer(net, inside, window),
-        "theirs": lambda: by_monai_of(whole),
-        "cropped": lambda: by_monai_of(inside),
+        "ours": lambda: infer(net, inside, WINDOW),
+        "theirs": lambda: by_sliding_window(whole, net),
+        "cropped": lambda: by_sliding_window(inside, net),
     }
     with torch.no_grad():
-        assert torch.allclose(calls["ours"](), calls["cropped"](), atol=1e-4)
+        check_predictions(calls["ours"], calls["cropped"])
         t = medians(2, **calls)
-    extra = []
-    for name, call in calls.items():
-        extra.append(f"{name} {extra_memory(call) / 2**20:.0f}")
-    print("most memory that it adds, MiB: " + ", ".join(extra))
+    print_extra_memory(calls)
     what = "240×240×155×4, windows of 96³"
     same = "the same, both cropped to the head"
     return [
-        row(what, t["ours"], {"MONAI, whole image": t["theirs"]}, "0.8", SHARE),
-        row(same, t["ours"], {"MONAI": t["cropped"]}, "1.0", SHARE),
+        Row(what, t["ours"], {"MONAI, whole image": t["theirs"]}, "0.8", SHARE),
+        Row(same, t["ours"], {"MONAI": t["cropped"]}, "1.0", SHARE),
     ]
+
+
+def ball(points, radius):
+    "Mask of the points that are nearer than the radius (1,1,D,H,W)"
+    squared = points.square().sum(0)
+    inside = squared < radius**2
+    return inside[None, None]
 
 
 def two_masks():
     "A mask of an ellipsoid, and one that is a little off (1,1,240,240,155)"
     axes = [torch.arange(n) - n / 2 for n in (240, 240, 155)]
-    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))
-    radii = torch.tensor([30, 40, 25]).view(3, 1, 1, 1)
-    truth = (grid / radii).square().sum(0)[None, None] < 1
-    ball = grid.square().sum(0)[None, None] < 27**2
-    return truth.roll(2, 2) | ball, truth
+    grid = torch.meshgrid(*axes, indexing="ij")
+    points = torch.stack(grid)
+    radii = torch.tensor([30, 40, 25])
+    stretched = points / radii.view(3, 1, 1, 1)
+    truth = ball(stretched, 1)
+    shifted = truth.roll(2, 2)
+    round_one = ball(points, 27)
+    found = shifted | round_one
+    return found, truth
+
+
+def by_monai_metrics(found, truth):
+    "HD95 and surface Dice by MONAI"
+    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+
+    distance = compute_hausdorff_distance(found, truth, include_background=True, percentile=95)
+    dice = compute_surface_dice(found, truth, [1.0], include_background=True)
+    return distance, dice
 
 
 def metric():
-    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
-
-    found, truth = two_masks()
-
-    def by_monai_metrics():
-        distance = compute_hausdorff_distance(found, truth, include_background=True, percentile=95)
-        dice = compute_surface_dice(found, truth, [1.0], include_background=True)
-        return distance, dice
-
-    for ours, theirs in zip(distances(found, truth), by_monai_metrics(), strict=True):
-        assert torch.allclose(ours, theirs.float(), atol=1e-4)
-    t = medians(3, ours=lambda: distances(found, truth), MONAI=by_monai_metrics)
-    return [row("HD95 and surface Dice, 240×240×155", t.pop("ours"), t, "5")]
+    "HD95 and surface Dice beside MONAI's"
+    masks = two_masks()
+    theirs = by_monai_metrics(*masks)
+    for own, other in zip(distances(*masks), theirs, strict=True):
+        assert torch.allclose(own, other.float(), atol=1e-4)
+    t = medians(
+        3,
+        ours=lambda: distances(*masks),
+        MONAI=lambda: by_monai_metrics(*masks),
+    )
+    ours = t.pop("ours")
+    return [Row("HD95 and surface Dice, 240×240×155", ours, t, "5")]
 
 
 LESSON = Path(__file__).parents[1] / "nbs/1_method"
 
 
-def first_picture():
-    "Start a kernel and run the cells of 02_scans_and_masks until a picture has arrived"
-    notebook = json.loads((LESSON / "02_scans_and_masks.ipynb").read_text())
+def code_cells(path):
+    "The code of a notebook, cell by cell"
+    text = path.read_text()
+    notebook = json.loads(text)
+    cells = []
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            code = "".join(cell["source"])
+            cells.append(code)
+    return cells
+
+
+def run_until_picture(client, cells):
+    "Run cells in a kernel until a picture has arrived"
     pictures = []
 
     def keep(message):
-        if "image/png" in message["content"].get("data", {}):
+        data = message["content"].get("data", {})
+        if "image/png" in data:
             pictures.append(message)
 
+    for cell in cells:
+        reply = client.execute_interactive(cell, output_hook=keep)
+        content = reply["content"]
+        assert content["status"] == "ok"
+        if pictures:
+            break
+    assert pictures, "the notebook draws no picture"
+
+
+def first_picture():
+    "Start a kernel and run the cells of 02_scans_and_masks until a picture has arrived"
+    cells = code_cells(LESSON / "02_scans_and_masks.ipynb")
     manager, client = start_new_kernel(cwd=str(LESSON))
     try:
-        for cell in notebook["cells"]:
-            if pictures:
-                return
-            if cell["cell_type"] == "code":
-                reply = client.execute_interactive("".join(cell["source"]), output_hook=keep)
-                assert reply["content"]["status"] == "ok"
-        assert pictures, "the notebook draws no picture"
+        run_until_picture(client, cells)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
 
 
-def startup():
-    def run(*words):
-        return lambda: subprocess.run([sys.executable, *words], check=True, capture_output=True)
+def python(*words):
+    "A function that runs Python with these words, in a process of its own"
+    line = [sys.executable, *words]
+    return lambda: subprocess.run(line, check=True, capture_output=True)
 
+
+def startup():
+    "The command's help, an import, and the first picture of a lesson"
     t = medians(
         3,
         picture=first_picture,
-        help=run("-m", "egcnn_nb.train", "--help"),
-        sobel=run("-c", "import egcnn_nb.method.sobel"),
-        torch=run("-c", "import torch"),
-        monai=run("-c", "import monai"),
+        help=python("-m", "egcnn_nb.train", "--help"),
+        sobel=python("-c", "import egcnn_nb.method.sobel"),
+        torch=python("-c", "import torch"),
+        monai=python("-c", "import monai"),
     )
     monai = {"import monai": t["monai"]}
     picture = "first picture of 02_scans_and_masks, a fresh kernel"
     imported = {"import torch": t["torch"]}
     return [
-        row("egcnn_train --help", t["help"], monai, "0.5 s", SHARE),
-        row("import egcnn_nb.method.sobel", t["sobel"], imported, "+ 0.1 s", SHARE),
-        row(picture, t["picture"], monai, "3 s", SHARE),
+        Row("egcnn_train --help", t["help"], monai, "0.5 s", SHARE),
+        Row("import egcnn_nb.method.sobel", t["sobel"], imported, "+ 0.1 s", SHARE),
+        Row(picture, t["picture"], monai, "3 s", SHARE),
     ]
 
 
@@ -494,30 +695,62 @@ ROWS = {
 def processor():
     "The name of this machine's processor"
     if platform.system() == "Linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        text = Path("/proc/cpuinfo").read_text()
+        for line in text.splitlines():
             if line.startswith("model name"):
                 _, _, name = line.partition(":")
                 return name.strip()
     return platform.processor() or "a CPU"
 
 
-def print_row(found):
+def about_this_run(args):
+    "The machine, the settings and the versions of packages; memory is kept from here on, if wanted"
+    kept = keep_memory() if args.keep_memory else False
+    capability = torch.backends.cpu.get_cpu_capability()
+    about = {
+        "cpu": f"{processor()}, {capability}",
+        "threads": args.threads,
+        "memory kept": kept,
+    }
+    for package in ("torch", "monai", "scipy", "numpy"):
+        about[package] = version(package)
+    return about
+
+
+def print_head(about):
+    "Print the line above the table, and the head of the table"
+    words = [f"{name} {value}" for name, value in about.items()]
+    listed = ", ".join(words)
+    print(listed)
+    print("\n| work | ms | against | ms | ratio | must be |\n|---|---|---|---|---|---|")
+
+
+def print_row(row):
     "Print one line of the table"
-    sign = ""
-    if found["must be"][0].isdigit():
-        sign = "≥ " if found["is"] == FASTER else "≤ "
-    print(
-        f"| {found['what']} | {found['ours_ms']} | {found['peer']} | {found['peer_ms']} "
-        f"| {found['ratio']} {found['is']} | {sign}{found['must be']} |",
-        flush=True,
-    )
+    values = row.values()
+    goal = row.goal()
+    cells = "| {what} | {ours_ms} | {peer} | {peer_ms} | {ratio} {is}".format(**values)
+    print(f"{cells} | {goal} |", flush=True)
 
 
-def main():
+def measured(names):
+    "The rows with these names; each is printed when it is measured"
+    found = []
+    for name in names:
+        measure = ROWS[name]
+        for row in measure():
+            found.append(row)
+            print_row(row)
+    return found
+
+
+def arguments():
+    "The arguments of the command line"
+    names = " ".join(ROWS)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"out of {' '.join(ROWS)}")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"out of {names}")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--keep_memory", action="store_true")
@@ -525,23 +758,26 @@ def main():
     odd = set(args.rows) - set(ROWS)
     if odd:
         parser.error(f"no row {sorted(odd)}")
+    return args
+
+
+def write_json(path, about, rows):
+    "Write the rows and what is known about the run"
+    found = [row.values() for row in rows]
+    content = {"about": about, "rows": found}
+    text = json.dumps(content, indent=1)
+    file = Path(path)
+    file.write_text(text)
+
+
+def main():
+    args = arguments()
     torch.set_num_threads(args.threads)
-    about = {
-        "cpu": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": args.threads,
-        "memory kept": keep_memory() if args.keep_memory else False,
-    }
-    for package in ("torch", "monai", "scipy", "numpy"):
-        about[package] = version(package)
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    print("\n| work | ms | against | ms | ratio | must be |\n|---|---|---|---|---|---|")
-    found = []
-    for name in args.rows or ROWS:
-        for result in ROWS[name]():
-            found.append(result)
-            print_row(result)
+    about = about_this_run(args)
+    print_head(about)
+    rows = measured(args.rows or ROWS)
     if args.json:
-        Path(args.json).write_text(json.dumps({"about": about, "rows": found}, indent=1))
+        write_json(args.json, about, rows)
 
 
 if __name__ == "__main__":

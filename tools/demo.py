@@ -1,4 +1,5 @@
-"""Watch EG-CNN learn: train it and its bare backbone on the brain phantoms, predict a held-out one, draw both.
+"""Watch EG-CNN learn: train it and its bare backbone on the brain phantoms, predict a held-out one,
+draw both.
 
     python tools/demo.py [--epochs 80] [--out demo]
 
@@ -8,6 +9,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -26,15 +28,40 @@ from egcnn_nb.run.predict import load_run, predict_case
 DATA = Path(__file__).parents[1] / "data_samples/brats2019"
 FLAGS = "--levels 3 --width 8 --lr 3e-3 --batch_size 2 --patch_size 40 48 40".split()
 CLASSES = {2: "edema", 4: "enhancing", 1: "necrosis"}  # label -> name, the outer first
+T1CE = 1  # which image of a case is drawn
+RUNS = {"bare": "off", "eg": "on"}  # folder of a run -> its --edge
+
+
+@dataclass
+class Scores:
+    "What both runs reach on the cases that neither trained on"
+
+    cases: list  # names
+    of: dict  # (run, name of a case) -> region -> metric -> value
+
+    def regions(self):
+        "The regions that are scored, and the mean of all"
+        first = self.cases[0]
+        return list(self.of["eg", first])
+
+    def average(self, run, region, metric):
+        "Mean of a metric of a run over the cases"
+        values = []
+        for case in self.cases:
+            found = self.of[run, case]
+            metrics = found[region]
+            values.append(metrics[metric])
+        return sum(values) / len(values)
 
 
 def train(out, edge, epochs):
     "One run of the command egcnn_train, its progress bar in this terminal"
     name = "EG-CNN" if edge == "on" else "bare Seg-Net"
-    words = ["--out", str(out)]
+    words = [str(DATA)]
+    words += ["--out", str(out)]
     words += ["--edge", edge]
     words += ["--epochs", str(epochs)]
-    words = [str(DATA), *words, *FLAGS]
+    words += FLAGS
     line = " ".join(words)
     print(f"\n{name}: egcnn_train {line}", flush=True)
     script = [sys.executable, "-m", "egcnn_nb.train"]
@@ -43,7 +70,8 @@ def train(out, edge, epochs):
 
 def held_out(run):
     "The cases that a run did not train on"
-    text = (run / "config.json").read_text()
+    path = run / "config.json"
+    text = path.read_text()
     config = json.loads(text)
     names = config["split"]["validation"]
     data = find_dataset(DATA)
@@ -58,56 +86,55 @@ def truth_of(case):
 
 def number_of_labels(case):
     "How many labels a case has"
-    found = np.unique(truth_of(case))
+    truth = truth_of(case)
+    found = np.unique(truth)
     return len(found)
 
 
-def scored(run, case):
-    "The label map that a run predicts, and its scores"
+def predicted(run, case):
+    "The label map that a run predicts for a case, and its scores"
     _, _, task, *_ = run
     labels, loaded = predict_case(*run, case)
-    spacing = loaded.grid.spacing
-    scores = score_case(labels.astype(int), truth_of(case), task, spacing)
+    labels = labels.astype(int)
+    truth = truth_of(case)
+    scores = score_case(labels, truth, task, loaded.grid.spacing)
     return labels, scores
 
 
+def maps_before(case):
+    "The maps of a case that need no run"
+    truth = truth_of(case)
+    image = read_volume(case.images[T1CE])
+    return {"truth": truth, "image": image.array}
+
+
 def results(out):
-    """Predictions of both runs on the cases that neither trained on: (run, case) -> scores, and all
-    that can be shown of one of them"""
+    "Scores of both runs on the cases that neither trained on, and all maps of one of these cases"
     cases = held_out(out / "eg")
     richest = max(cases, key=number_of_labels)
-    image = read_volume(richest.images[1])
-    shown = {"truth": truth_of(richest), "image": image.array}
+    shown = maps_before(richest)
     scores = {}
-    for name in ("bare", "eg"):
+    for name in RUNS:
         run = load_run(out / name)
         for case in cases:
-            labels, found = scored(run, case)
+            labels, found = predicted(run, case)
             scores[name, case.name] = found
             if case is richest:
                 shown[name] = labels
     inside = look_inside(*run, richest)
     shown["edge"] = inside["edge"]
     shown["attention"] = inside["attention"]
-    return scores, shown
-
-
-def average(scores, run, region, metric):
-    "Mean of a metric of a run over the cases"
-    values = []
-    for (name, _), found in scores.items():
-        if name == run:
-            values.append(found[region][metric])
-    return sum(values) / len(values)
+    names = [case.name for case in cases]
+    return Scores(names, scores), shown
 
 
 def table(scores):
     "Print Dice per region, bare against EG-CNN, averaged over the held-out cases"
-    cases = sorted({case for _, case in scores})
+    cases = sorted(scores.cases)
     names = ", ".join(cases)
     print(f"\nHeld-out phantoms: {names}")
     print_columns("Dice", "bare", "EG-CNN")
-    for region in scores["eg", cases[0]]:
+    for region in scores.regions():
         print_region(f"{region} ", scores, region, "dice")
     for metric in ("surface_dice", "hd95"):
         print_region(f"mean {metric}", scores, "mean", metric)
@@ -115,21 +142,22 @@ def table(scores):
 
 def print_region(title, scores, region, metric):
     "Print a line of the table"
-    bare = average(scores, "bare", region, metric)
-    eg = average(scores, "eg", region, metric)
+    bare = scores.average("bare", region, metric)
+    eg = scores.average("eg", region, metric)
     print_columns(title, f"{bare:.3f}", f"{eg:.3f}")
 
 
 def print_columns(title, bare, eg):
     "Print three columns of a table"
-    print(f"{title:22} {bare:>8} {eg:>8}")
+    cells = [title.ljust(22), bare.rjust(8), eg.rjust(8)]
+    print(*cells)
 
 
 def slices(shown):
     "The axial slice of each map with most tumour, with the front of the head up"
     tumour = shown["truth"] > 0
-    sizes = tumour.sum((0, 1))
-    k = sizes.argmax()
+    voxels = tumour.sum((0, 1))
+    k = voxels.argmax()
     cut = {}
     for name, array in shown.items():
         plane = array[:, ::-1, k]  # the phantoms' second axis runs to the back
@@ -150,15 +178,31 @@ def draw_labels(ax, title, image, labels=None):
 
 
 def draw_legend(fig):
-    "The colours of the classes"
+    "The colours of the classes, and the outline"
     handles = []
-    for value in CLASSES:
-        patch = plt.Rectangle((0, 0), 1, 1, color=COLOURS[value], alpha=0.6)
+    names = []
+    for value, name in CLASSES.items():
+        colour = COLOURS[value]
+        patch = plt.Rectangle((0, 0), 1, 1, color=colour, alpha=0.6)
         handles.append(patch)
-    line = plt.Line2D([], [], color="grey")
-    handles.append(line)
-    names = [*CLASSES.values(), "outline of the truth (white)"]
+        names.append(name)
+    outline = plt.Line2D([], [], color="grey")
+    handles.append(outline)
+    names.append("outline of the truth (white)")
     fig.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+
+
+def draw_prediction(ax, title, image, labels, truth):
+    "The labels that a run predicts, with the outline of the truth"
+    draw_labels(ax, title, image, labels)
+    tumour = truth > 0
+    ax.contour(tumour, [0.5], colors="white", linewidths=1)
+
+
+def draw_edges(ax, edges):
+    "The edges that a run predicts"
+    ax.imshow(edges, cmap="inferno", vmin=0, vmax=1, origin="lower")
+    ax.set_title("predicted edges")
 
 
 def picture(path, shown):
@@ -169,15 +213,13 @@ def picture(path, shown):
     image_ax, truth_ax, bare_ax, eg_ax, edge_ax, attention_ax = axes.flat
     for ax in axes.flat:
         ax.axis("off")
-    image, truth = cut["image"], cut["truth"]
+    image = cut["image"]
+    truth = cut["truth"]
     draw_labels(image_ax, "image (t1ce)", image)
     draw_labels(truth_ax, "truth", image, truth)
-    draw_labels(bare_ax, "bare Seg-Net", image, cut["bare"])
-    draw_labels(eg_ax, "Seg-Net + EG-CNN", image, cut["eg"])
-    for ax in (bare_ax, eg_ax):
-        ax.contour(truth > 0, [0.5], colors="white", linewidths=1)
-    edge_ax.imshow(cut["edge"], cmap="inferno", vmin=0, vmax=1, origin="lower")
-    edge_ax.set_title("predicted edges")
+    draw_prediction(bare_ax, "bare Seg-Net", image, cut["bare"], truth)
+    draw_prediction(eg_ax, "Seg-Net + EG-CNN", image, cut["eg"], truth)
+    draw_edges(edge_ax, cut["edge"])
     draw_attention(attention_ax, cut["attention"])
     draw_legend(fig)
     fig.savefig(path, dpi=110)
@@ -188,29 +230,37 @@ def draw_attention(ax, attention):
     inside = np.ma.masked_equal(attention, 0)
     drawn = ax.imshow(inside, cmap="magma", vmin=0.5, vmax=1, origin="lower")
     ax.set_title("attention α of the finest gate")
-    ax.figure.colorbar(drawn, ax=ax, shrink=0.7)
+    figure = ax.figure
+    figure.colorbar(drawn, ax=ax, shrink=0.7)
+
+
+def arguments():
+    "The arguments of the command line"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--epochs", type=int, default=80)
+    parser.add_argument("--out", type=Path, default=Path("demo"))
+    return parser.parse_args()
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--epochs", type=int, default=80)
-    p.add_argument("--out", type=Path, default=Path("demo"))
-    args = p.parse_args()
+    args = arguments()
+    out = args.out
     expect(
-        not args.out.exists(),
-        args.out,
+        not out.exists(),
+        out,
         "a folder that exists",
         "a new folder",
         "remove it or choose another --out",
     )
-    for name, edge in (("bare", "off"), ("eg", "on")):
-        train(args.out / name, edge, args.epochs)
-    scores, shown = results(args.out)
+    for name, edge in RUNS.items():
+        train(out / name, edge, args.epochs)
+    scores, shown = results(out)
     table(scores)
-    picture(args.out / "demo.png", shown)
-    print(f"\nThe picture: {args.out / 'demo.png'}")
+    drawn = out / "demo.png"
+    picture(drawn, shown)
+    print(f"\nThe picture: {drawn}")
 
 
 if __name__ == "__main__":

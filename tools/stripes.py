@@ -7,6 +7,7 @@ RUN is a folder written by egcnn_train; of the last one the predicted edges are 
 an edge stream."""
 
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,7 +20,20 @@ from egcnn_nb.run.predict import load_run
 from egcnn_nb.study.report import _overlay
 
 EDGES = "its edges"  # title of the edges
-AXES = ((2, "D, H"), (0, "H, W"))  # a cut across an axis, and the axes that it shows
+AXES = "DHW"
+CUTS = {2: "D, H", 0: "H, W"}  # the axis that a cut goes across -> the axes that it shows
+
+
+@dataclass
+class Shown:
+    "All that is drawn of a case"
+
+    maps: dict  # title -> labels or edges (D,H,W), the truth first
+    image: np.ndarray  # (D,H,W)
+
+    def truth(self):
+        "The true labels"
+        return self.maps["truth"]
 
 
 def case_of(data, name):
@@ -34,7 +48,8 @@ def largest_plane(labels, axis):
     first = labels == 1
     others = {0, 1, 2} - {axis}
     sizes = first.sum(tuple(others))
-    return int(sizes.argmax())
+    largest = sizes.argmax()
+    return int(largest)
 
 
 def plane_of(volume, plane, axis):
@@ -53,50 +68,62 @@ def draw(ax, title, cut, image, colours):
     _overlay(ax, cut, colours)
 
 
-def maps_of(case, runs, titles):
-    "Title -> labels or edges, and the image"
+def shown_of(case, runs):
+    "The truth, the labels that each run predicts, and the edges that the last run predicts"
     truth = read_labels(case.label)
     maps = {"truth": truth.array.astype(int)}
-    for folder, title in zip(runs, titles, strict=True):
+    seen = {}
+    for title, folder in runs.items():
         run = load_run(folder)
         seen = look_inside(*run, case)
         maps[title] = seen["labels"]
     if "edge" in seen:
         maps[EDGES] = seen["edge"]
-    return maps, seen["image"]
+    return Shown(maps, seen["image"])
 
 
 def colours_of(labels):
     "The colour of each class"
     last = int(labels.max())
-    return {value: COLOURS[value] for value in range(1, last + 1)}
+    classes = range(1, last + 1)
+    return {value: COLOURS[value] for value in classes}
 
 
-def draw_row(row, maps, image, axis):
-    "All maps, cut across an axis; the number of the plane"
-    truth = maps["truth"]
+def draw_row(row, shown, axis):
+    "All maps, cut across an axis where the first class is largest"
+    truth = shown.truth()
     colours = colours_of(truth)
     plane = largest_plane(truth, axis)
-    below = plane_of(image, plane, axis)
-    for ax, (title, values) in zip(row, maps.items(), strict=True):
+    image = plane_of(shown.image, plane, axis)
+    maps = shown.maps.items()
+    for ax, (title, values) in zip(row, maps, strict=True):
         cut = plane_of(values, plane, axis)
-        draw(ax, title, cut, below, colours)
-    return plane
+        draw(ax, title, cut, image, colours)
+    left = row[0]
+    left.set_ylabel(f"{CUTS[axis]}: plane {plane} of {AXES[axis]}", fontsize=9)
 
 
-def main(data, name, png, credit, *runs):
-    case = case_of(data, name)
-    maps, image = maps_of(case, runs[::2], runs[1::2])
-    columns = len(maps)
-    fig = Figure(figsize=(2.3 * columns, 5.2), layout="constrained")
+def picture(shown, credit):
+    "A row for each cut, and a column for each map"
+    columns = len(shown.maps)
+    width = 2.3 * columns
+    fig = Figure(figsize=(width, 5.2), layout="constrained")
     rows = fig.subplots(2, columns)
-    for row, (axis, shown) in zip(rows, AXES, strict=True):
-        plane = draw_row(row, maps, image, axis)
-        across = "DHW"[axis]
-        row[0].set_ylabel(f"{shown}: plane {plane} of {across}", fontsize=9)
-    for ax, title in zip(rows[0], maps, strict=True):
+    for row, axis in zip(rows, CUTS, strict=True):
+        draw_row(row, shown, axis)
+    for ax, title in zip(rows[0], shown.maps, strict=True):
         ax.set_title(title, fontsize=9)
     fig.suptitle(credit, fontsize=7, color="gray")
+    return fig
+
+
+def main(data, name, png, credit, *words):
+    case = case_of(data, name)
+    folders = words[::2]
+    titles = words[1::2]
+    runs = dict(zip(titles, folders, strict=True))
+    shown = shown_of(case, runs)
+    fig = picture(shown, credit)
     fig.savefig(png, dpi=100)
 
 
