@@ -1,4 +1,4 @@
-"""Steps and predictions on a GPU: EG-CNN beside its bare backbone, and bfloat16 beside float32.
+"""Steps on a GPU: EG-CNN beside its bare backbone, and bfloat16 beside float32.
 
     python benchmarks/gpu.py [--json FILE]
 

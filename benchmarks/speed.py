@@ -554,7 +554,7 @@ def predict():
     with torch.no_grad():
         check_predictions(calls["ours"], calls["cropped"])
         t = medians(2, **calls)
-    print_extra_memory(calls)
+        print_extra_memory(calls)
     what = "240×240×155×4, windows of 96³"
     same = "the same, both cropped to the head"
     return [
