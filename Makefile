@@ -27,6 +27,7 @@ lab: install
 
 check: install    # the inner loop: under a minute where one notebook has changed
 	$(BIN)/ruff check nbs tests tools benchmarks setup.py results/ablation && $(BIN)/ruff format --check nbs tests tools benchmarks setup.py results/ablation
+	$(BIN)/python tools/style.py --check
 	$(BIN)/nbdev_export && $(BIN)/python tools/make_readme.py --check && $(BIN)/pyright
 	$(BIN)/pytest -q tests/test_layers.py
 	for nb in $$(git diff --name-only --diff-filter=d HEAD -- 'nbs/*.ipynb'); do OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path $$nb || exit 1; done
