@@ -287,7 +287,7 @@ def test_a_loss_gets_what_is_documented(data, tmp_path, edge):
 
     def own(output, target, keys=None):
         calls.append((output, target, keys))
-        logits = output[0] if edge else output
+        logits = output.logits if edge else output
         distance = (logits - target).square().mean()
         return {"total": 2 * distance, "distance": distance}
 
@@ -303,14 +303,15 @@ def test_a_loss_gets_what_is_documented(data, tmp_path, edge):
 
 
 def expect_documented(output, target, keys, edge):
-    "A loss got logits, edge logits and main logits, or logits alone; masks; a name for each case"
+    "A loss got the fields of an EGOutput, or logits alone; masks; a name for each case"
     logits_shape = (4, 3, *PATCH)
     if edge:
-        shapes = [tuple(part.shape) for part in output]
-        assert shapes == [logits_shape, (4, 2, *PATCH), logits_shape]
+        assert output.logits.shape == output.main.shape == logits_shape
+        assert output.edge.shape == (4, 2, *PATCH)
+        (alpha,) = output.attention
+        assert alpha.shape == (4, 1, *PATCH)
     else:
-        assert tuple(output.shape) == logits_shape
-    assert target.shape == logits_shape
+        assert output.shape == logits_shape
     assert torch.equal(target.sum(1), torch.ones(4, *PATCH))
     assert [len(key) for key in keys] == [4] * 4
     assert keys[0][:3] == (0, 3, 0)
@@ -323,7 +324,7 @@ def test_a_loss_of_two_arguments(data, tmp_path):
     rows = fit(config, quiet=True, loss=DiceCELoss(softmax=True))
     assert list(rows[0])[2:4] == ["total", "skipped"]
     assert rows[2]["total"] < rows[0]["total"]
-    fails = "loss=DiceCELoss fails .*It gets what the network returns .a tuple of tensors"
+    fails = "loss=DiceCELoss fails .*It gets what the network returns .EGOutput"
     with pytest.raises(InputError, match=fails):
         fit(settings(data, tmp_path / "none"), quiet=True, loss=DiceCELoss(softmax=True))
     assert not (tmp_path / "none").exists()
