@@ -32,6 +32,8 @@ from latex2mathml.converter import convert
 from nbclient import NotebookClient
 from PIL import Image
 
+from egcnn_nb.core import InputError
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "_site_src"
 MOST_BYTES = 2e6  # of the pictures below the sliders of one page
@@ -426,8 +428,12 @@ def arguments(function):
 
 def reference(module, page):
     "What a module offers, as Markdown"
-    m = importlib.import_module(f"egcnn_nb.{module}")
     defined = f"Defined and explained in [{page}](../{page}.md)."
+    try:
+        m = importlib.import_module(f"egcnn_nb.{module}")
+    except InputError as error:  # an adapter whose framework is not installed here
+        missing = html.escape(str(error))
+        return f"# {module}\n\n{defined}\n\nThis module could not be described here. {missing}"
     text = [f"# {module}\n\n{inspect.getdoc(m)}\n\n{defined}"]
     for name in m.__all__:
         thing = getattr(m, name)
