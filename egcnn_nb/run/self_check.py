@@ -181,8 +181,9 @@ def _watch(layer, precision, kind):
             return calls[-1].leave(args[0], out)
         return None
 
-    before = layer.register_forward_pre_hook(enter)
-    after = layer.register_forward_hook(leave)
+    # First of all hooks, so that the edge stream reads what these return.
+    before = layer.register_forward_pre_hook(enter, prepend=True)
+    after = layer.register_forward_hook(leave, prepend=True)
     return [before, after], calls
 
 
