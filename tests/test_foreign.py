@@ -23,11 +23,23 @@ def test_monais_networks():
     assert wrong(rows) == []
 
 
-def test_nnunets_networks():
-    pytest.importorskip(
-        "dynamic_network_architectures", reason="pip install dynamic-network-architectures"
-    )
-    rows = [networks.look(network) for network in networks.dynamic_all()]
+def need_nnunets_package():
+    "Skip a test where the package with nnU-Net's networks is missing"
+    package = "dynamic-network-architectures"
+    pytest.importorskip(package.replace("-", "_"), reason=f"pip install {package}")
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_nnunets_networks(dims):
+    need_nnunets_package()
+    rows = [networks.look(network) for network in networks.dynamic(dims)]
+    assert wrong(rows) == []
+
+
+def test_nnunets_transformers():
+    need_nnunets_package()
+    pytest.importorskip("timm", reason="pip install timm")
+    rows = [networks.look(network) for network in networks.primus_networks()]
     assert wrong(rows) == []
 
 

@@ -399,10 +399,10 @@ def dynamic(dims: int) -> list:
 
 def dynamic_all() -> list:
     "nnU-Net's networks"
-    return [*dynamic(2), *dynamic(3), *_primus()]
+    return [*dynamic(2), *dynamic(3), *primus_networks()]
 
 
-def _primus():
+def primus_networks() -> list:
     "nnU-Net's transformers: the first has one resolution, the second one a convolutional stem"
     primus = import_module("dynamic_network_architectures.architectures.primus")
     package = "dynamic-network-architectures"
