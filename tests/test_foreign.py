@@ -13,7 +13,12 @@ LARGE = ("MedNeXt-B", "MedNeXt-M", "MedNeXt-L", "HoVerNet")  # these take second
 
 def wrong(rows):
     "A line for each network that did not come out as it should"
-    return [f"{row.network}: {row.verdict}" for row in rows if row.verdict != row.should]
+    found = []
+    for row in rows:
+        verdict = row.verdict
+        if verdict != row.should:
+            found.append(f"{row.network}: {verdict}")
+    return found
 
 
 def test_monais_networks():
@@ -26,7 +31,9 @@ def test_monais_networks():
 def need_nnunets_package():
     "Skip a test where the package with nnU-Net's networks is missing"
     package = "dynamic-network-architectures"
-    pytest.importorskip(package.replace("-", "_"), reason=f"pip install {package}")
+    module = package.replace("-", "_")
+    advice = f"pip install {package}"
+    pytest.importorskip(module, reason=advice)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
