@@ -14,7 +14,13 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from ..core import require
-from .volumes import bumpy_distance, distance_from, smooth_noise, write_brats_case
+from egcnn_nb.data.volumes import (
+    bumpy_distance,
+    distance_from,
+    smooth_noise,
+    stored,
+    write_brats_case,
+)
 
 # %% ../../nbs/4_inside/phantoms.ipynb #9012ce81
 SHAPES = ("round", "lobed", "bent")
@@ -276,16 +282,8 @@ def phantom_scans(
         clean = gaussian_filter(sharp, 0.6)
         grain = rng.standard_normal(size)
         scan = clean * bias + noise * grain
-        scans[name] = _stored(scan, head)
+        scans[name] = stored(scan, head, least=8)
     return scans
-
-
-def _stored(scan, head):
-    "A scan as it is written: int16, above 0 in the head alone, in steps of 8 for smaller files"
-    scan = scan.clip(8)
-    scan[~head] = 0
-    steps = np.rint(scan / 8)
-    return steps.astype(np.int16) * 8
 
 
 def phantom(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Volume', 'read_shape', 'expect_finite', 'read_volume', 'whole_numbers', 'read_labels', 'write_volume', 'smooth_noise',
-           'distance_from', 'bumpy_distance', 'brain_labels', 'brain_images', 'abdomen', 'brain', 'write_brats_case',
-           'write_brain', 'write_abdomen', 'write_data_samples', 'data_samples']
+           'distance_from', 'bumpy_distance', 'brain_labels', 'brain_images', 'stored', 'abdomen', 'brain',
+           'write_brats_case', 'write_brain', 'write_abdomen', 'write_data_samples', 'data_samples']
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #79ba687b
 import os
@@ -397,7 +397,7 @@ def brain_images(
         bright = look_alike * (means[_EDEMA] - gray) * 1.3
         noise = 30 * rng.standard_normal(shape)
         image += bright + 28 * grain + noise
-        images[name] = _stored(image * bias, head)
+        images[name] = stored(image * bias, head)
     return images
 
 
@@ -411,9 +411,13 @@ def _blurred_tissue(means, tissue, blobs, strength):
     return gaussian_filter(flat + texture * strength, 0.7)
 
 
-def _stored(image, head):
-    "An image as it is written: int16, above 0 in the head alone, in steps of 8 for smaller files"
-    image = image.clip(1)
+def stored(
+    image: np.ndarray,  # (D,H,W)
+    head: np.ndarray,  # (D,H,W) bool
+    least: float = 1,  # lowest value inside the head
+) -> np.ndarray:  # int16 (D,H,W), 0 outside the head, in steps of 8 for smaller files
+    "An image of a phantom as it is written"
+    image = image.clip(least)
     image[~head] = 0
     steps = np.rint(image / 8)
     return steps.astype(np.int16) * 8
