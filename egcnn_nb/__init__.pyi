@@ -3,7 +3,7 @@ from .core import KITS as KITS
 from .core import InputError as InputError
 from .core import Task as Task
 from .core import register as register
-from .data.volumes import data_samples as data_samples
+from .data.samples import data_samples as data_samples
 from .method.backbones import SegNet as SegNet
 from .method.backbones import UNet3d as UNet3d
 from .method.backbones import VNet as VNet

@@ -137,6 +137,8 @@ def exit_on_error(
         message = _in_one_line(e)
         if message is None:
             raise
+        if worker_died(e):  # that may have cut off a progress bar in the middle of its line
+            print(file=sys.stderr)
     words = message.split()
     print("error:", *words, file=sys.stderr)
     return 2

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['Volume', 'read_shape', 'expect_finite', 'read_volume', 'whole_numbers', 'read_labels', 'write_volume', 'smooth_noise',
            'distance_from', 'bumpy_distance', 'brain_labels', 'brain_images', 'stored', 'abdomen', 'brain',
-           'write_brats_case', 'write_brain', 'write_abdomen', 'write_data_samples', 'data_samples']
+           'write_brats_case', 'write_abdomen']
 
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #79ba687b
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -539,15 +538,6 @@ def write_brats_case(
         write_volume(file, array, grid)
     return folder
 
-
-def write_brain(
-    root: str | Path,  # dataset folder
-    number: int,  # seed and name of the case
-) -> Path:  # folder of the case
-    "Write one brain phantom in the layout of BraTS 2019: high grades in HGG/, low ones in LGG/"
-    images, labels = brain(number)
-    return write_brats_case(root, number, images, labels)
-
 # %% ../../nbs/1_method/02_scans_and_masks.ipynb #c93c7ade
 _CT_AFFINE = np.array([[0, 0, -0.8, 0], [0, -0.8, 0, 0], [-3.0, 0, 0, 0], [0, 0, 0, 1]])
 
@@ -565,49 +555,3 @@ def write_abdomen(
     write_volume(folder / "imaging.nii.gz", hu, grid)
     write_volume(folder / "segmentation.nii.gz", labels, grid)
     return folder
-
-
-def write_data_samples(
-    root: str | Path,  # folder to write, must not hold these cases yet
-    brains: int = 12,  # number of brain phantoms
-    abdomens: int = 5,  # number of CT phantoms
-) -> Path:  # the folder
-    "Write `data_samples/`: phantoms in the layouts of BraTS 2019 and KiTS 2019, the same at each call"
-    root = Path(root)
-    for number in range(1, brains + 1):
-        write_brain(root / "brats2019", number)
-    for number in range(abdomens):
-        write_abdomen(root / "kits2019", number)
-    return root
-
-
-def _first_folder(found: Callable[[Path], bool]) -> Path | None:
-    "The current folder or the first one above it for which `found` is true"
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if found(folder):
-            return folder
-    return None
-
-
-def _has_samples(folder):
-    "Whether the phantoms lie in a folder"
-    return (folder / "data_samples/kits2019").is_dir()
-
-
-def _is_project(folder):
-    "Whether a folder is the clone of this repository"
-    return (folder / "settings.ini").is_file()
-
-
-def data_samples(
-    path: str = "",  # of a file or folder in it, such as "brats2019"
-) -> Path:  # relative to the current folder
-    "A path in `data_samples/`, found in the current folder or above it, and written if it is missing"
-    folder = _first_folder(_has_samples)
-    if folder is None:
-        folder = _first_folder(_is_project) or Path.cwd()
-        write_data_samples(folder / "data_samples")
-    wanted = folder / "data_samples" / path
-    relative = os.path.relpath(wanted)
-    return Path(relative)

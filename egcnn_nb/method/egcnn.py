@@ -49,8 +49,8 @@ class EdgeStream(nn.Module):
         attention_channels: str = "one",  # "one" map a gate, or "each" feature its own
         last_block: bool = False,  # a residual block after the last gate
         dims: int = 3,  # 2 or 3 spatial axes
-        gate_residual: str = "none",  # residual layer w_r inside each gate: "none", "layer" or "block"
-        edge_head: str = "plain",  # what the head reads: the "plain" feature, or after GroupNorm and ReLU: "norm"
+        gate_residual: str = "layer",  # residual layer w_r inside each gate: "none", "layer" or "block"
+        edge_head: str = "norm",  # what the head reads: the "plain" feature, or after GroupNorm and ReLU: "norm"
         entry_norm: bool = False,  # GroupNorm of the feature it begins with
         fixed_attention: float | None = None,  # a constant in place of alpha; None: learned
         gate_norm: bool = False,  # GroupNorm of both inputs of each gate
@@ -252,8 +252,8 @@ class EGCNN(nn.Module):
         fuse: str = "logits",  # what is concatenated: main "logits", last "features", or "probabilities"
         edge_classes: str = "each",  # an edge map for "each" class, or one for "any"
         last_block: bool = False,  # a residual block after the last gate
-        gate_residual: str = "none",  # residual layer w_r inside each gate (eq. 2): "none", "layer" or "block"
-        edge_head: str = "plain",  # what the edge head reads: the "plain" feature, or after GroupNorm and ReLU: "norm"
+        gate_residual: str = "layer",  # residual layer w_r inside each gate (eq. 2): "none", "layer" or "block"
+        edge_head: str = "norm",  # what the edge head reads: the "plain" feature, or after GroupNorm and ReLU: "norm"
         entry_norm: bool = False,  # GroupNorm of the feature that the edge stream begins with
         fixed_attention: float | None = None,  # a constant for every alpha; None: learned
         gate_norm: bool = False,  # GroupNorm of both inputs of each gate

@@ -130,7 +130,7 @@ def _edge_share(target, beta_over, keep):
 def balanced_bce(
     logits: Tensor,  # edge scores (B,C,D,H,W), before the sigmoid
     target: Tensor,  # edges {0,1}, same shape
-    weight_negatives: bool = True,  # 1-beta on non-edge voxels as in the equation; False: 1
+    weight_negatives: bool = False,  # 1-beta on non-edge voxels as in the equation; False: 1
     beta_over: str = "case",  # beta per "case" and class, or per class over the "batch"
     keep: Tensor | None = None,  # bool (B,1,D,H,W): the voxels that count; None: all
 ) -> Tensor:  # scalar ≥ 0
@@ -494,7 +494,7 @@ class EGLoss(nn.Module):
         eps_in: str = "both",  # see `dice_loss`
         reduce: str = "case",  # see `dice_loss`
         where: str = "truth",  # see `consistency_loss`
-        weight_negatives: bool = True,  # see `balanced_bce`
+        weight_negatives: bool = False,  # see `balanced_bce`
         beta_over: str = "case",  # see `balanced_bce`
         consistency_alone: bool = False,  # the consistency loss without an edge stream too: a control
         # Dice with the cross entropy of the masks, or "dice" alone (eq. 4), or what is registered
