@@ -74,7 +74,7 @@ def _like(label, edges):
 
 # %% ../../nbs/4_inside/adapter_monai.ipynb #73d622c2
 def _network(in_channels, out_channels):
-    "A Seg-Net with the edge stream that our study found best"
+    "A Seg-Net with an edge stream"
     net = {
         "_target_": "egcnn_nb.method.backbones.SegNet",
         "in_channels": in_channels,
@@ -82,12 +82,7 @@ def _network(in_channels, out_channels):
         "width": 8,
         "levels": 3,
     }
-    return {
-        "_target_": "egcnn_nb.method.egcnn.EGCNN",
-        "net": net,
-        "gate_residual": "block",
-        "edge_head": "norm",
-    }
+    return {"_target_": "egcnn_nb.method.egcnn.EGCNN", "net": net}
 
 
 def _step(name, keys, **arguments):
@@ -204,7 +199,7 @@ def train_config(
         "epochs": 100,
         "learning_rate": 0.002,
         "train": {
-            "loss": {"_target_": "egcnn_nb.method.losses.EGLoss", "weight_negatives": False},
+            "loss": {"_target_": "egcnn_nb.method.losses.EGLoss"},
             "optimizer": optimizer,
             "loader": _loader(dataset, 1),
             "trainer": _trainer(),

@@ -121,9 +121,8 @@ class LossWithEdges(nn.Module):
 class nnUNetTrainerEGCNN(trainer_module.nnUNetTrainer):
     "nnU-Net's trainer with an edge stream; change `of_network` and `of_loss` in a subclass"
 
-    # a stream that stays bounded at nnU-Net's learning rate of 0.01
-    of_network = {"gate_residual": "block", "edge_head": "norm"}
-    of_loss = {"weight_negatives": False}
+    of_network: dict[str, Any] = {}  # readings of `EGCNN` other than its defaults
+    of_loss: dict[str, Any] = {}  # readings of `EGLoss` other than its defaults
 
     @classmethod
     def _with_edges(cls, net, strides, channels):

@@ -82,7 +82,7 @@ class EdgeGate(nn.Module):
         attention_relu: bool = True,  # the inner ReLU of eq. 1; False as in Gated-SCNN
         attention_channels: int = 1,  # 1 map for all features, or `edge_channels`: one each
         dims: int = 3,  # 2 or 3 spatial axes
-        residual: str = "none",  # the layer with kernel w_r after the product: "none", "layer" or "block"
+        residual: str = "layer",  # the layer with kernel w_r after the product: "none", "layer" or "block"
         fixed_attention: float | None = None,  # for alpha, takes the gate out; None: learned
         norm_inputs: bool = False,  # GroupNorm of e and of m before their convolutions
         bias: float | None = None,  # initial bias of the sum; None: torch's own small random number

@@ -31,7 +31,7 @@ from ..method.egcnn import EGCNN
 from ..method.losses import EGLoss
 from ..run.folders import read_config, readings_in_force, settings_of_config
 from ..run.models import infer, make_model, maker_of, reading_for
-from ..run.settings import Settings, readings_of
+from ..run.settings import Settings, preset_values, readings_of
 from ..run.steps import train_step
 from ..tensors import to_target
 
@@ -454,7 +454,9 @@ def check_readings(
         run = Path(out) / cell.name
         if not (run / "config.json").is_file():
             continue
-        edge, readings = arm_with(cell.arm, recipe.get("readings"))
+        edge, given = arm_with(cell.arm, recipe.get("readings"))
+        preset = recipe.get("preset", "default")
+        readings = preset_values(preset, edge, given)["readings"]
         settings = Settings("", "", cell.backbone, edge, readings=readings or None)
         want = readings_in_force(settings)
         found, *_ = settings_of_config(read_config(run), run / "config.json")
