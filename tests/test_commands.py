@@ -428,7 +428,8 @@ def test_the_demo_runs_to_its_picture(tmp_path):
     line = [sys.executable, script, "--epochs", 1, "--out", out]
     done = started(line)
     succeed(done)
-    assert "bare   EG-CNN" in done.stdout
+    assert "surface Dice" in done.stdout
+    assert "F1 of Sobel on its mask" in done.stdout
     picture = out / "demo.png"
     assert picture.stat().st_size > 20_000
 

@@ -38,7 +38,7 @@ READINGS = [
     {"consistency": "both"},
     {"where": "all", "consistency": "both", "consistency_reduce": "sum"},
     {"reduce": "batch", "beta_over": "batch"},
-    {"weight_negatives": False, "supervise": "main"},
+    {"weight_negatives": True, "supervise": "main"},
     {"semantic": "dice", "supervise": "fused"},
     {"edge_classes": "any", "thickness": 4},
     {"thickness": 1},

@@ -9,7 +9,6 @@ four phantoms are held out. They are of a high grade, so each has all three regi
 import argparse
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -17,43 +16,28 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
 from egcnn_nb.core import COLOURS, exit_on_error, expect
 from egcnn_nb.data.layouts import find_dataset
 from egcnn_nb.data.phantoms import write_phantom
 from egcnn_nb.data.volumes import read_labels, read_volume
 from egcnn_nb.run.inside import look_inside
-from egcnn_nb.run.metrics import score_case
 from egcnn_nb.run.predict import load_run, predict_case
+from egcnn_nb.study.evaluation import score_run
 
 TRAINED = range(301, 325)  # numbers of the phantoms
 HELD_OUT = (325, 326, 328, 329)
 FLAGS = "--levels 3 --width 8 --lr 3e-3 --batch_size 2 --patch_size 40 48 40 --augment intensity"
 CLASSES = {2: "edema", 4: "enhancing", 1: "necrosis"}  # label -> name, the outer first
 T1CE = 1  # which image of a case is drawn
+EDGE_COLUMNS = {
+    "edge_f1": "F1",
+    "edge_width": "width",
+    "filled": "filled",
+    "mask_edge_f1": "F1 of Sobel on its mask",
+}
 RUNS = {"bare": "off", "eg": "on"}  # folder of a run -> its --edge
-
-
-@dataclass
-class Scores:
-    "What both runs reach on the cases that neither trained on"
-
-    cases: list  # names
-    of: dict  # (run, name of a case) -> region -> metric -> value
-
-    def regions(self):
-        "The regions that are scored, and the mean of all"
-        first = self.cases[0]
-        return list(self.of["eg", first])
-
-    def average(self, run, region, metric):
-        "Mean of a metric of a run over the cases"
-        values = []
-        for case in self.cases:
-            found = self.of[run, case]
-            metrics = found[region]
-            values.append(metrics[metric])
-        return sum(values) / len(values)
 
 
 def write_data(out):
@@ -89,72 +73,51 @@ def held_out(out):
     return [case for case in data.cases if case.name in names]
 
 
-def truth_of(case):
-    "The label map of a case"
-    labels = read_labels(case.label)
-    return labels.array.astype(int)
-
-
-def predicted(run, case):
-    "The label map that a run predicts for a case, and its scores"
-    _, _, task, *_ = run
-    labels, loaded = predict_case(*run, case)
-    labels = labels.astype(int)
-    truth = truth_of(case)
-    scores = score_case(labels, truth, task, loaded.grid.spacing)
-    return labels, scores
-
-
-def maps_before(case):
-    "The maps of a case that need no run"
-    truth = truth_of(case)
-    image = read_volume(case.images[T1CE])
-    return {"truth": truth, "image": image.array}
-
-
-def results(out):
-    "Scores of both runs on the cases that neither trained on, and all maps of one of these cases"
-    cases = held_out(out)
-    drawn = cases[0]
-    shown = maps_before(drawn)
-    scores = {}
+def score(out, cases):
+    "Scores of both runs, a row for each case and region"
+    tables = []
     for name in RUNS:
         run = load_run(out / name)
-        for case in cases:
-            labels, found = predicted(run, case)
-            scores[name, case.name] = found
-            if case is drawn:
-                shown[name] = labels
-    inside = look_inside(*run, drawn)
+        rows = score_run(run, cases)
+        table = pd.DataFrame(rows)
+        table["run"] = name
+        tables.append(table)
+    return pd.concat(tables)
+
+
+def side_by_side(means, score):
+    "A score of both runs, a row for each region"
+    columns = {"bare": means.loc["bare", score], "EG-CNN": means.loc["eg", score]}
+    return pd.DataFrame(columns)
+
+
+def print_tables(scores):
+    "Print the means over the cases: the masks of both runs, and the edges of EG-CNN"
+    means = scores.groupby(["run", "region"], sort=False).mean(numeric_only=True)
+    dice = side_by_side(means, "dice")
+    surface = side_by_side(means, "surface_dice")
+    masks = pd.concat({"Dice": dice, "surface Dice": surface}, axis=1)
+    edges = means.loc["eg", list(EDGE_COLUMNS)]
+    edges = edges.rename(columns=EDGE_COLUMNS)
+    print("\nMeans over the held-out phantoms", *sorted(set(scores["case"])))
+    print(masks.rename_axis(None).to_string(float_format="{:.3f}".format))
+    print("\nEdges that EG-CNN predicts (a true edge has width 2)")
+    print(edges.rename_axis(None).to_string(float_format="{:.3f}".format))
+
+
+def maps(out, case):
+    "What is drawn of a case: image, truth, both predictions, edges and attention"
+    labels = read_labels(case.label)
+    image = read_volume(case.images[T1CE])
+    shown = {"truth": labels.array.astype(int), "image": image.array}
+    for name in RUNS:
+        run = load_run(out / name)
+        found, _ = predict_case(*run, case)
+        shown[name] = found.astype(int)
+    inside = look_inside(*run, case)
     shown["edge"] = inside["edge"]
     shown["attention"] = inside["attention"]
-    names = [case.name for case in cases]
-    return Scores(names, scores), shown
-
-
-def table(scores):
-    "Print Dice per region, bare against EG-CNN, averaged over the held-out cases"
-    cases = sorted(scores.cases)
-    names = ", ".join(cases)
-    print(f"\nHeld-out phantoms: {names}")
-    print_columns("Dice", "bare", "EG-CNN")
-    for region in scores.regions():
-        print_region(f"{region} ", scores, region, "dice")
-    for metric in ("surface_dice", "hd95"):
-        print_region(f"mean {metric}", scores, "mean", metric)
-
-
-def print_region(title, scores, region, metric):
-    "Print a line of the table"
-    bare = scores.average("bare", region, metric)
-    eg = scores.average("eg", region, metric)
-    print_columns(title, f"{bare:.3f}", f"{eg:.3f}")
-
-
-def print_columns(title, bare, eg):
-    "Print three columns of a table"
-    cells = [title.ljust(22), bare.rjust(8), eg.rjust(8)]
-    print(*cells)
+    return shown
 
 
 def slices(shown):
@@ -262,9 +225,11 @@ def main():
     write_data(out)
     for name in RUNS:
         train(out, name, args.epochs, args.seed)
-    scores, shown = results(out)
-    table(scores)
+    cases = held_out(out)
+    scores = score(out, cases)
+    print_tables(scores)
     drawn = out / "demo.png"
+    shown = maps(out, cases[0])
     picture(drawn, shown)
     print(f"\nThe picture: {drawn}")
 
