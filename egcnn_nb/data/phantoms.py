@@ -268,6 +268,7 @@ def phantom_scans(
     head: np.ndarray,  # (D,H,W) bool
     tissue: np.ndarray,  # (D,H,W) int, see `phantom_tissues`
     noise: float = 50.0,  # standard deviation of the noise
+    contrast: float = 30.0,  # standard deviation of the textures
 ) -> dict:  # scan -> int16 (D,H,W), 0 outside the head
     "The four scans of a large brain phantom"
     size = head.shape
@@ -278,7 +279,7 @@ def phantom_scans(
     bias = 1 + 0.1 * smooth_noise(rng, size, 14)
     scans = {}
     for name, means in BRIGHTNESS.items():
-        sharp = np.take(means, tissue) + 30 * pattern
+        sharp = np.take(means, tissue) + contrast * pattern
         clean = gaussian_filter(sharp, 0.6)
         grain = rng.standard_normal(size)
         scan = clean * bias + noise * grain
@@ -289,13 +290,14 @@ def phantom_scans(
 def phantom(
     number: int,  # seed of the phantom; every third has a low grade
     size: tuple = PHANTOM_SIZE,  # (D,H,W)
+    contrast: float = 30.0,  # see `phantom_scans`
 ) -> tuple:  # scans (name -> int16 (D,H,W)), labels int16 (D,H,W), tissue int (D,H,W)
     "A large brain phantom in memory: a number always gives the same one"
     rng = np.random.default_rng(number)
     high_grade = number % 3 != 0
     head, labels = tumor_labels(rng, size, high_grade)
     tissue = phantom_tissues(rng, head, labels)
-    scans = phantom_scans(rng, head, tissue)
+    scans = phantom_scans(rng, head, tissue, contrast=contrast)
     return scans, labels, tissue
 
 # %% ../../nbs/4_inside/phantoms.ipynb #ec446010
