@@ -28,7 +28,7 @@ from egcnn_nb.study.evaluation import score_run
 
 TRAINED = range(301, 325)  # numbers of the phantoms
 HELD_OUT = (325, 326, 328, 329)
-FLAGS = "--levels 3 --width 8 --lr 3e-3 --batch_size 2 --patch_size 40 48 40 --augment intensity"
+FLAGS = "--levels 3 --width 8 --lr 3e-3 --batch_size 1 --patch_size 40 40 40 --augment intensity"
 CLASSES = {2: "edema", 4: "enhancing", 1: "necrosis"}  # label -> name, the outer first
 T1CE = 1  # which image of a case is drawn
 EDGE_COLUMNS = {
