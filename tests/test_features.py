@@ -2,6 +2,7 @@
 which the order of computation misleads, then MONAI's."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -995,6 +996,29 @@ def test_each_call_is_caught_by_its_number():
     assert torch.equal(seen["block#1"], a)
     assert torch.equal(seen["block#3"], c)
     assert seen["join#2:input"].shape == (1, 16, 64, 64)
+
+
+def hooks_in(net):
+    "Number of hooks in all modules of a network"
+    count = 0
+    for module in net.modules():
+        count += len(module._forward_hooks)
+        count += len(module._forward_pre_hooks)
+    return count
+
+
+def test_hooks_in_a_module_that_came_later_go_with_the_listener():
+    net = UNet()
+    model = EGCNN(net, IMAGE, fuse="features", verbose=False)
+    before = hooks_in(net)
+    net.b = block(8, 16, 2)
+    net.out = nn.Conv2d(8, 3, 1)
+    model(IMAGE)
+    model(IMAGE)
+    assert hooks_in(net) == before
+    del model
+    gc.collect()
+    assert hooks_in(net) == 0
 
 
 # ---- arguments and attributes

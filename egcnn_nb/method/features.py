@@ -78,15 +78,25 @@ class _Catcher:
         self.seen = seen
         self.calls = 0
 
+    def attach(self, net):
+        "The handle of the newly registered hook, or None where the module has it already"
+        module = net.get_submodule(self.module)
+        hooks = self.hooks_of(module)
+        if self in hooks.values():
+            return None
+        return self.register(module)
+
 
 class _AfterCatcher(_Catcher):
     "A hook that keeps what a module puts out"
 
-    def attach(self, net):
-        "Register the hook, unless the module has it"
-        module = net.get_submodule(self.module)
-        if self not in module._forward_hooks.values():
-            return module.register_forward_hook(self)
+    def hooks_of(self, module):
+        "The hooks of a module among which this one belongs"
+        return module._forward_hooks
+
+    def register(self, module):
+        "Become a hook of a module"
+        return module.register_forward_hook(self)
 
     def __call__(self, module, taken, out):
         "Keep what the module puts out"
@@ -101,11 +111,13 @@ class _AfterCatcher(_Catcher):
 class _BeforeCatcher(_Catcher):
     "A hook that keeps the first input of a module"
 
-    def attach(self, net):
-        "Register the hook, unless the module has it"
-        module = net.get_submodule(self.module)
-        if self not in module._forward_pre_hooks.values():
-            return module.register_forward_pre_hook(self)
+    def hooks_of(self, module):
+        "The hooks of a module among which this one belongs"
+        return module._forward_pre_hooks
+
+    def register(self, module):
+        "Become a hook of a module"
+        return module.register_forward_pre_hook(self)
 
     def __call__(self, module, taken):
         "Keep the first input of the module"
@@ -140,7 +152,8 @@ class Listener:
             self.catchers.append(_AfterCatcher(name, places))
         for name, places in _by_module(inputs).items():
             self.catchers.append(_BeforeCatcher(name, places))
-        self.handles = self.attach(net)
+        self.handles = []  # of all hooks that were ever registered
+        self.attach(net)
         weakref.finalize(self, _remove, self.handles)  # hooks live as long as the listener
 
     def attach(
@@ -148,8 +161,10 @@ class Listener:
         net: nn.Module,  # network to listen to
     ) -> list:  # handles of the hooks that it did not have
         "Register the hooks in modules that do not have them, as when a module has been replaced"
-        handles = [catcher.attach(net) for catcher in self.catchers]
-        return [handle for handle in handles if handle is not None]
+        attached = [catcher.attach(net) for catcher in self.catchers]
+        new = [handle for handle in attached if handle is not None]
+        self.handles.extend(new)
+        return new
 
     def start(
         self,
