@@ -2,6 +2,7 @@
 which the order of computation misleads, then MONAI's."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -631,6 +632,151 @@ class AsDict(UNet):
         return {"feature": d, "out": self.out(e)}
 
 
+class Branches(UNet):
+    "Three branches side by side, which exchange their maps at the end of the encoder"
+
+    def __init__(self):
+        super().__init__()
+        self.branch_a = block(8, 8)
+        self.branch_b = block(16, 16)
+        self.branch_c = block(32, 32)
+        self.raise_b = nn.Conv2d(16, 8, 1)
+        self.raise_c = nn.Conv2d(32, 16, 1)
+        self.lower_a = nn.Conv2d(8, 16, 3, 2, 1)
+        self.lower_b = nn.Conv2d(16, 32, 3, 2, 1)
+        self.last_a = nn.ReLU()
+        self.last_b = nn.ReLU()
+        self.last_c = nn.ReLU()
+
+    def encode(self, x):
+        a, b, c = super().encode(x)
+        a = self.branch_a(a)
+        b = self.branch_b(b)
+        c = self.branch_c(c)
+        finer = a + resized(self.raise_b(b), a)
+        same = b + self.lower_a(a) + resized(self.raise_c(c), b)
+        deeper = c + self.lower_b(b)
+        return self.last_a(finer), self.last_b(same), self.last_c(deeper)
+
+
+class Lattice(UNet):
+    "The deepest map is raised twice, and convolved in between"
+
+    def __init__(self):
+        super().__init__()
+        self.raise_1 = nn.Conv2d(32, 16, 1)
+        self.go_on = block(32, 32)
+        self.raise_2 = nn.Conv2d(32, 16, 1)
+        self.between = block(16, 16)
+
+    def forward(self, x):
+        a, b, c = self.encode(x)
+        d = self.between(b + resized(self.raise_1(c), b))
+        c = self.go_on(c)
+        d = d + resized(self.raise_2(c), d)
+        e = self.e(joined(self.up2(d), a))
+        return self.out(e)
+
+
+class HalfStep(nn.Module):
+    "Halves one axis in the middle of a block, and pools the other at its end"
+
+    def __init__(self, before, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, channels, 3, (2, 1), 1)
+        self.norm = nn.BatchNorm2d(channels)
+        self.pool = nn.MaxPool2d((1, 2))
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1)
+
+    def forward(self, x):
+        y = self.norm(self.conv1(x)).relu()
+        return self.conv2(self.pool(y))
+
+
+class HalfSteps(UNet):
+    "The encoder halves one axis after the other, and the decoder doubles both at once"
+
+    def __init__(self):
+        super().__init__()
+        self.b = HalfStep(8, 16)
+        self.c = HalfStep(16, 32)
+
+
+class TwoPaths(nn.Module):
+    "A stage that puts out two maps, and takes two"
+
+    def __init__(self, before, channels, stride):
+        super().__init__()
+        half = channels // 2
+        self.left = block(before, half, stride)
+        self.right = block(before, half, stride)
+
+    def forward(self, x):
+        if isinstance(x, tuple):
+            x = joined(*x)
+        return self.left(x), self.right(x)
+
+
+class PathsOfTwo(nn.Module):
+    "Each stage hands two maps to the next; the decoder takes both joined"
+
+    def __init__(self):
+        super().__init__()
+        self.a = TwoPaths(1, 8, 1)
+        self.b = TwoPaths(8, 16, 2)
+        self.c = TwoPaths(16, 32, 2)
+
+    def forward(self, x):
+        a = self.a(x)
+        b = self.b(a)
+        c = self.c(b)
+        return joined(*a), joined(*b), joined(*c)
+
+
+class JoinedPaths(UNet):
+    "The encoder joins two maps of each stage, but its next stage takes both"
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = PathsOfTwo()
+        del self.a, self.b, self.c
+
+    def encode(self, x):
+        return self.encoder(x)
+
+
+class LoosePaths(JoinedPaths):
+    "Nothing in the encoder joins its two maps; the decoder does"
+
+    def encode(self, x):
+        a = self.encoder.a(x)
+        b = self.encoder.b(a)
+        c = self.encoder.c(b)
+        return joined(*a), joined(*b), joined(*c)
+
+
+class TwoEncoders(UNet):
+    "A second encoder, whose maps are fused with those of the first by 1×1 convolutions"
+
+    def __init__(self):
+        super().__init__()
+        self.second_a = block(1, 8)
+        self.second_b = block(8, 16, 2)
+        self.second_c = block(16, 32, 2)
+        self.fuse_a = nn.Conv2d(16, 8, 1)
+        self.fuse_b = nn.Conv2d(32, 16, 1)
+        self.fuse_c = nn.Conv2d(64, 32, 1)
+
+    def encode(self, x):
+        a, b, c = super().encode(x)
+        a2 = self.second_a(x)
+        b2 = self.second_b(a2)
+        c2 = self.second_c(b2)
+        fused_a = self.fuse_a(joined(a, a2))
+        fused_b = self.fuse_b(joined(b, b2))
+        return fused_a, fused_b, self.fuse_c(joined(c, c2))
+
+
 SMALL = {  # network -> encoder fine to deep, entry
     UNet: (["a", "b", "c"], "up1"),
     LateHeads: (["a", "b", "c"], "up1"),
@@ -659,6 +805,11 @@ SMALL = {  # network -> encoder fine to deep, entry
     ResizedScores: (["a", "b", "c"], "up1"),
     PlainTransformer: (["finer", "patches", "deeper"], "up1"),
     LinearHeads: (["encoder.a", "encoder.b", "encoder.c"], "fuse"),
+    Branches: (["last_a", "last_b", "last_c"], "up1"),
+    Lattice: (["a", "b", "c"], "between"),
+    HalfSteps: (["a", "b", "c"], "up1"),
+    JoinedPaths: (["encoder[0]", "encoder[1]", "encoder[2]"], "up1"),
+    TwoEncoders: (["fuse_a", "fuse_b", "fuse_c"], "up1"),
 }
 
 
@@ -913,6 +1064,37 @@ def test_a_feature_with_no_more_channels_than_classes_is_told():
         EGCNN(ThinEntry(), IMAGE, verbose=False)
 
 
+def test_one_of_two_paths_that_the_decoder_takes_is_told():
+    found = find_features(LoosePaths(), IMAGE)
+    told = "The decoder takes encoder.a.left beside encoder.a.right, which alone is gated. If one"
+    assert len(found["doubts"]) == 2
+    assert found["doubts"][0].startswith(told)
+    named = find_features(LoosePaths(), IMAGE, features=["encoder.a[0]", "encoder.b[0]"])
+    assert named["doubts"] == []
+
+
+class TwoInARow(nn.Module):
+    "A U-Net behind a U-Net"
+
+    def __init__(self):
+        super().__init__()
+        self.first = UNet()
+        self.first.out = nn.Identity()
+        self.second = UNet()
+        self.second.a = block(8, 8)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_a_network_that_goes_down_and_up_twice_is_told():
+    found = find_features(TwoInARow(), IMAGE)
+    (told,) = found["doubts"]
+    assert told.startswith("The network goes down and up again more than once, so the maps that")
+    assert told.endswith("or name others: features=[...], decoder_entry=...")
+    assert names(found) == (["second.a", "second.b", "second.c"], "second.up1")
+
+
 def test_a_costly_stream_is_told_and_width_bounds_it():
     net = nn.Sequential(
         nn.Conv2d(1, 64, 1),
@@ -995,6 +1177,29 @@ def test_each_call_is_caught_by_its_number():
     assert torch.equal(seen["block#1"], a)
     assert torch.equal(seen["block#3"], c)
     assert seen["join#2:input"].shape == (1, 16, 64, 64)
+
+
+def hooks_in(net):
+    "Number of hooks in all modules of a network"
+    count = 0
+    for module in net.modules():
+        count += len(module._forward_hooks)
+        count += len(module._forward_pre_hooks)
+    return count
+
+
+def test_hooks_in_a_module_that_came_later_go_with_the_listener():
+    net = UNet()
+    model = EGCNN(net, IMAGE, fuse="features", verbose=False)
+    before = hooks_in(net)
+    net.b = block(8, 16, 2)
+    net.out = nn.Conv2d(8, 3, 1)
+    model(IMAGE)
+    model(IMAGE)
+    assert hooks_in(net) == before
+    del model
+    gc.collect()
+    assert hooks_in(net) == 0
 
 
 # ---- arguments and attributes

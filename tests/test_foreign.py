@@ -8,7 +8,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import networks
 
-LARGE = ("MedNeXt-B", "MedNeXt-M", "MedNeXt-L", "HoVerNet")  # these take seconds each
+LARGE = (
+    "MedNeXt-B",
+    "MedNeXt-M",
+    "MedNeXt-L",
+    "HoVerNet",
+    "DiNTS, every",
+)  # these take seconds each
 
 
 def wrong(rows):

@@ -335,7 +335,7 @@ def monai_2d() -> list:
             should="refused",
         ),
     ]
-    return [*monai(2), *special]
+    return [*monai(2), *special, *lattices(2), *anisotropic(2)]
 
 
 def monai_3d() -> list:
@@ -350,7 +350,57 @@ def monai_3d() -> list:
         f"{fpn}.body.layer0 > {fpn}.body.layer1 > {fpn}.body.layer4",
         f"{fpn}.fpn[feat1]",
     )
-    return [*monai(3), daf]
+    return [*monai(3), daf, *lattices(3), *anisotropic(3)]
+
+
+LADDER = (0, 1, 2, 3, 2, 1, 2, 3, 2, 1, 0, 0, 0)  # levels of a way that goes down and up twice
+
+
+def dints(dims: int, way: tuple = ()) -> nn.Module:
+    "MONAI's DiNTS with every path of each block, or with those along a way through its levels"
+    nets = import_module("monai.networks.nets.dints")
+    blocks = 12
+    paths = [(0, 0), (1, 0), (0, 1), (1, 1), (2, 1), (1, 2), (2, 2), (3, 2), (2, 3), (3, 3)]
+    codes = torch.ones(blocks, len(paths))
+    nodes = torch.ones(blocks + 1, 4)
+    if way:
+        codes.zero_()
+        nodes.zero_()
+        nodes[0, way[0]] = 1
+        for b in range(blocks):
+            path = (way[b], way[b + 1])
+            codes[b, paths.index(path)] = 1
+            nodes[b + 1, way[b + 1]] = 1
+    operations = torch.ones_like(codes)
+    code = [codes.numpy(), operations.numpy()]
+    options = {"num_blocks": blocks, "num_depths": 4, "use_downsample": True}
+    space = nets.TopologyInstance(code, 0.25, spatial_dims=dims, **options)
+    return nets.DiNTS(space, 1, CLASSES, spatial_dims=dims, node_a=nodes)
+
+
+def lattices(dims: int) -> list:
+    "Networks whose blocks each go up and down between all resolutions, and one that goes twice"
+    image = (1, *[64] * dims)
+    right = "stem_down.0.mod.3 > " + stages("dints_space[", ("0]", "1]", "2]", "3]"))
+    entry, head = "stem_up.3.mod", "stem_finals.1"
+    every = f"DiNTS, every path {dims}D"
+    twice = f"DiNTS, twice down and up {dims}D"
+    return [
+        Network("monai", every, lambda: dints(dims), image, right, entry, head),
+        Network("monai", twice, lambda: dints(dims, LADDER), image, should="told"),
+    ]
+
+
+def anisotropic(dims: int) -> list:
+    "A network that halves one axis at a time"
+    nets = import_module("monai.networks.nets")
+    right = "relu > " + stages("layer", (1, 2, 3, 4))
+    image = {2: (1, 128, 128), 3: (1, 128, 128, 32)}[dims]
+
+    def make():
+        return nets.AHNet(spatial_dims=dims, out_channels=CLASSES)
+
+    return [Network("monai", f"AHNet {dims}D", make, image, right, "up0", "final.up")]
 
 
 def dynamic(dims: int) -> list:
@@ -452,7 +502,8 @@ SMP_ENCODERS = {  # encoder -> its features
     "inceptionv4": stages("encoder.features.", (2, 4, 8, 14, 21)),
     "inceptionresnetv2": "encoder.conv2d_2b > encoder.conv2d_4a > encoder.repeat > "
     "encoder.repeat_1 > encoder.conv2d_7b",
-    "dpn68": "encoder.features.conv1_1.act > encoder[2] > encoder[3] > encoder[4] > encoder[5]",
+    "dpn68": "encoder.features.conv1_1.act > encoder[2] > encoder[3] > encoder[4] > "
+    "encoder[5]|encoder.features.conv5_bn_ac",
     "xception": "encoder.relu2 > encoder.block1 > encoder.block2 > encoder.block11 > encoder.bn4",
     "mobileone_s0": stages("encoder.stage", (0, 1, 2, 3, 4)),
     "timm-regnety_002": "encoder.model.stem > " + stages("encoder.model.s", (1, 2, 3, 4)),

@@ -78,15 +78,31 @@ class _Catcher:
         self.seen = seen
         self.calls = 0
 
+    def attach(self, net):
+        "The handle of the newly registered hook, or None where the module has it already"
+        module = net.get_submodule(self.module)
+        hooks = self.hooks_of(module)
+        if self in hooks.values():
+            return None
+        return self.register(module)
+
+    def hooks_of(self, module):
+        "The hooks of a module among which this one belongs"
+        raise NotImplementedError
+
+    def register(self, module):
+        "Become a hook of a module"
+        raise NotImplementedError
+
 
 class _AfterCatcher(_Catcher):
     "A hook that keeps what a module puts out"
 
-    def attach(self, net):
-        "Register the hook, unless the module has it"
-        module = net.get_submodule(self.module)
-        if self not in module._forward_hooks.values():
-            return module.register_forward_hook(self)
+    def hooks_of(self, module):
+        return module._forward_hooks
+
+    def register(self, module):
+        return module.register_forward_hook(self)
 
     def __call__(self, module, taken, out):
         "Keep what the module puts out"
@@ -101,11 +117,11 @@ class _AfterCatcher(_Catcher):
 class _BeforeCatcher(_Catcher):
     "A hook that keeps the first input of a module"
 
-    def attach(self, net):
-        "Register the hook, unless the module has it"
-        module = net.get_submodule(self.module)
-        if self not in module._forward_pre_hooks.values():
-            return module.register_forward_pre_hook(self)
+    def hooks_of(self, module):
+        return module._forward_pre_hooks
+
+    def register(self, module):
+        return module.register_forward_pre_hook(self)
 
     def __call__(self, module, taken):
         "Keep the first input of the module"
@@ -140,7 +156,8 @@ class Listener:
             self.catchers.append(_AfterCatcher(name, places))
         for name, places in _by_module(inputs).items():
             self.catchers.append(_BeforeCatcher(name, places))
-        self.handles = self.attach(net)
+        self.handles = []  # of all hooks that were ever registered
+        self.attach(net)
         weakref.finalize(self, _remove, self.handles)  # hooks live as long as the listener
 
     def attach(
@@ -148,8 +165,10 @@ class Listener:
         net: nn.Module,  # network to listen to
     ) -> list:  # handles of the hooks that it did not have
         "Register the hooks in modules that do not have them, as when a module has been replaced"
-        handles = [catcher.attach(net) for catcher in self.catchers]
-        return [handle for handle in handles if handle is not None]
+        attached = [catcher.attach(net) for catcher in self.catchers]
+        new = [handle for handle in attached if handle is not None]
+        self.handles.extend(new)
+        return new
 
     def start(
         self,
@@ -793,6 +812,12 @@ def _below(steps, start):
     return found - {start}
 
 
+def _is_smaller_along_some(before, after):
+    "Whether a map of the second scale is smaller than one of the first along some axes, not along all"
+    axes = list(zip(before, after, strict=True))
+    return all(n <= m for n, m in axes) and any(n == m for n, m in axes)
+
+
 class _Trace(NamedTuple):
     "Where the data of one step has been"
 
@@ -818,36 +843,99 @@ class _Flow:
         self.counted = _above(steps, logits, gates=False)
         self.levels = self._levels()
         self.reach = self._reach()
-        self.homes = []  # the level of each map, or of tokens that others are added to
-        self.traces = []
-        for n in range(len(steps)):
-            self.homes.append(self._home(n))
-            self.traces.append(self._trace(n))
-        self.rises = self._rises()
+        self.exchanges = set()  # (before, after) of each rise between branches side by side
+        self._follow()
+        self.source = logits
         self.above = self.counted
         self.below = set()
         if self.rises:
             self.deepest = max(rise.level for rise in self.rises)
-            source = self._source()
-            self.above = _above(steps, source)
-            self.below = _below(steps, source)
+            self.source = self._source()
+            self.above = self._way_to(self.source)
+            self.below = _below(steps, self.source)
         else:
             self.deepest = max(level for level in self.levels if level is not None)
         self.touching = self._touching()
 
+    def _follow(self):
+        "Follow all steps, again and again until no rise is an exchange between branches any more"
+        found = True
+        while found:
+            self._trace_all()
+            self.rises = self._rises()
+            found = [rise for rise in self.rises if self._is_exchange(rise)]
+            self.exchanges.update((rise.before, rise.after) for rise in found)
+
+    def _trace_all(self):
+        "Where the data of each step has been"
+        self.homes = []  # the level of each map, or of tokens that others are added to
+        self.traces = []
+        for n in range(len(self.steps)):
+            self.homes.append(self._home(n))
+            self.traces.append(self._trace(n))
+
+    def _is_exchange(self, rise):
+        """Whether a map is lent to a finer branch while its own branch goes on beside it, and takes
+        from finer maps again"""
+        earlier = _above(self.steps, rise.before)
+        own = {n for n in earlier if self.levels[n] == rise.level}  # and what is made from it
+        lent = {rise.after}  # and what is made from it
+        finer = set()  # maps that the lent one is not made from, and what is made from them
+        for n in sorted(self.counted - earlier - lent):
+            inputs = self.steps[n].inputs
+            if not lent.isdisjoint(inputs):
+                lent.add(n)
+                continue
+            if not own.isdisjoint(inputs):
+                own.add(n)
+            level = self.levels[n]
+            is_finer = level is not None and level < rise.level and self.traces[n].worked
+            if is_finer or not finer.isdisjoint(inputs):
+                finer.add(n)
+            if level == rise.level and n in own and n in finer:
+                return True
+        return False
+
     def _levels(self):
         "The level of each step that is a map; None where it does not count"
-        real = {0.0}
-        for n in self.counted:
-            step = self.steps[n]
-            made = step.scale is not None and step.op in _RESHAPES | _TURNS
-            if step.spatial or step.widens or made:
-                real.add(step.level)
+        real = self._real_scales()
         levels = []
         for n, step in enumerate(self.steps):
-            counts = n in self.counted and step.scale is not None and step.level in real
+            counts = n in self.counted and step.scale in real
             levels.append(step.level if counts else None)
         return levels
+
+    def _real_scales(self):
+        "The scales at which a convolution looks at neighbours or widens a map, and that of the image"
+        image = self.steps[0].scale
+        real = {image}
+        halfway = self._halfway_scales()
+        for n in self.counted:
+            step = self.steps[n]
+            turned = step.op in _RESHAPES | _TURNS
+            if step.spatial or step.widens or turned:
+                real.add(step.scale)
+        return (real | {image}) - halfway - {None}
+
+    def _halfway_scales(self):
+        """Scales at which one convolution at most looks at neighbours, and from which the data only
+        goes on to be made smaller along the other axes"""
+        convolutions = Counter()
+        passed = set()
+        stays = set()
+        for n in self.counted:
+            step = self.steps[n]
+            convolutions[step.scale] += step.spatial
+            for before in {self.steps[i].scale for i in step.inputs}:
+                if before is None or step.scale is None or before == step.scale:
+                    continue
+                if _is_smaller_along_some(before, step.scale):
+                    passed.add(before)
+                else:
+                    stays.add(before)
+                if sum(map(log2, before)) > step.level:
+                    stays.add(step.scale)
+        return {scale for scale in passed - stays if convolutions[scale] <= 1}
 
     def _reach(self):
         "The deepest level at which something is computed from each step"
@@ -883,6 +971,8 @@ class _Flow:
         "Whether a step makes a larger map, from which the data goes down again later"
         if not self._goes_up(before, after):
             return False
+        if (before, after) in self.exchanges:
+            return True
         return self.reach[after] >= self.traces[before].carried
 
     def _trace(self, n):
@@ -909,15 +999,67 @@ class _Flow:
             return trace._replace(depth=self.homes[after], aside=True)
         return trace
 
-    def _rises(self):
-        "The steps that go up, without detours and gates"
+    def _all_rises(self):
+        "The steps that go up, without gates"
         rises = []
         for n, step in enumerate(self.steps):
             for i in step.inputs:
-                if i in step.gates or self._is_detour(i, n) or not self._goes_up(i, n):
-                    continue
-                rises.append(_Rise(i, n, self.traces[i].carried))
+                if i not in step.gates and self._goes_up(i, n):
+                    rises.append(_Rise(i, n, self.traces[i].carried))
         return rises
+
+    def _rises(self):
+        "The steps that go up, without detours and gates"
+        return [rise for rise in self._all_rises() if not self._is_detour(rise.before, rise.after)]
+
+    def turns(self):
+        """Whether the data goes down to the deepest level and up again over several levels more than
+        once, not by an exchange between branches"""
+        detours = []
+        for rise in self._all_rises():
+            if rise.after in self.counted and self._is_detour(rise.before, rise.after):
+                detours.append(rise)
+        deep = [rise for rise in detours if rise.level == self.deepest]
+        return any(self._goes_on(rise, detours) for rise in deep)
+
+    def _goes_on(self, rise, others):
+        "Whether one of other rises begins where a rise ends, and neither is an exchange"
+        after = _below(self.steps, rise.after) | {rise.after}
+        level = self.homes[rise.after]
+        later = [other for other in others if other.before in after and other.level == level]
+        if not later or self._is_exchange(rise):
+            return False
+        return not all(self._is_exchange(other) for other in later)
+
+    def _way_to(self, end):
+        "Numbers of the steps that a step is made from, and its own, without those on a detour alone"
+        found = set()
+        waiting = [end]
+        while waiting:
+            n = waiting.pop()
+            if n in found:
+                continue
+            found.add(n)
+            waiting += [i for i in self.steps[n].inputs if not self._is_detour(i, n)]
+        return found
+
+    def _takers(self):
+        "How many steps take each step"
+        takers = Counter()
+        for n in self.counted:
+            takers.update(self.steps[n].inputs)
+        return takers
+
+    def _branching(self, n, takers):
+        "The step that a step is made from by operations on each place alone, where others take it too"
+        found = n
+        while len(self.steps[n].inputs) == 1 and not self.steps[n].spatial:
+            (n,) = self.steps[n].inputs
+            if self.levels[n] != self.levels[found]:
+                break
+            if takers[n] > 1:
+                found = n
+        return found
 
     def _source(self):
         """The map that the decoder begins with: the last at the deepest level that a larger one is
@@ -925,10 +1067,12 @@ class _Flow:
         rises = [rise for rise in self.rises if rise.level == self.deepest]
         first = set()
         later = set()
+        takers = self._takers()
         for i in sorted({rise.before for rise in rises}):
-            if i not in later:
+            origin = self._branching(i, takers)
+            if origin not in later and i not in later:
                 first.add(i)
-                later |= _below(self.steps, i)
+                later |= _below(self.steps, origin)
         rises = [rise for rise in rises if rise.before in first]
         near = max(self.homes[rise.after] for rise in rises)
         return max(rise.before for rise in rises if self.homes[rise.after] == near)
@@ -954,12 +1098,13 @@ class _Flow:
             if n in self.below:
                 if not same.isdisjoint(made):
                     return True
-            elif same.issuperset(made) and self._stays(step, level):
+            elif same.issuperset(made) and self.stays(n, level):
                 same.add(n)
         return False
 
-    def _stays(self, step, level):
+    def stays(self, n, level):
         "Whether an operation changes each place of a map alone, and not the resolution"
+        step = self.steps[n]
         if step.spatial or (step.op in _PRODUCTS and len(step.inputs) > 1):
             return False
         return step.scale is None or step.level == level
@@ -978,7 +1123,7 @@ class _Flow:
         source = self.steps[before]
         if source.scale is None:
             return False
-        return self._stays(self.steps[after], source.level)
+        return self.stays(after, source.level)
 
 # %% ../../nbs/4_inside/features.ipynb #6c000014
 def _preferably(sites: list, good: Callable) -> list:
@@ -1115,8 +1260,32 @@ def _encoder_maps(run, flow, level):
 
 
 def _feature_at(run, flow, level):
-    "The encoder's feature at one level, or None"
+    "The encoder's feature at one level, together with what the decoder joins to it; or None"
     pool = _encoder_maps(run, flow, level)
+    feature = _own_feature(run, flow, pool)
+    if feature is None:
+        return None
+    joined = [site for site in pool if _joins(flow, feature, site)]
+    return _last(run, joined) if joined else feature
+
+
+def _joins(flow, feature, site):
+    "Whether the decoder takes a map that is made from a feature and others by each place alone"
+    level = flow.levels[feature.node]
+    after = _below(flow.steps, feature.node)
+    raised = {rise.before for rise in flow.rises}
+    is_taken = site.node in flow.touching or site.node in raised
+    if site.node not in after or not is_taken or not flow.strict(site.node):
+        return False
+    made = _above(flow.steps, site.node, gates=False)
+    if not all(flow.stays(n, level) for n in made & after):
+        return False
+    others = made - after - _above(flow.steps, feature.node)
+    return any(flow.levels[n] == level for n in others)
+
+
+def _own_feature(run, flow, pool):
+    "The encoder's feature among the maps of one level, or None"
     trunk = [site for site in pool if flow.strict(site.node) and site.node in flow.above]
     trunk = _preferably(trunk, partial(_stays_at_level, run, flow))
     if trunk:
@@ -1144,11 +1313,22 @@ def _before_laterals(run, flow, pool):
 
 
 def _is_inside_rise(run, flow, site):
-    "Whether a map lies in a block that puts out a larger map of the decoder"
+    "Whether a map lies in a block of the decoder that puts out a larger map"
     for call in run.calls_around(site):
+        if _holds_encoder(flow, call):
+            continue
         for item in call.items:
             if item.node in flow.below and flow.levels[item.node] is not None:
                 return True
+    return False
+
+
+def _holds_encoder(flow, call):
+    "Whether a call convolves an encoder's maps of finer levels on the way to the source"
+    for n in range(call.first, call.last):
+        on_the_way = n in flow.above and flow.steps[n].spatial and flow.strict(n)
+        if on_the_way and flow.levels[n] < flow.deepest:
+            return True
     return False
 
 
@@ -1347,6 +1527,48 @@ def _maps_above(run, node):
     return count
 
 
+def _is_left_behind(flow, feature):
+    "Whether the data goes up and down again between the deepest feature and the decoder"
+    between = _above(flow.steps, flow.source) & _below(flow.steps, feature.node)
+    for n in between:
+        level = flow.levels[n]
+        if level is not None and level < flow.deepest and flow.steps[n].spatial:
+            return True
+    return False
+
+
+def _beside(run, flow, feature):
+    "A map of the encoder that the decoder takes at the level of a feature, made beside it; or None"
+    after = _below(flow.steps, feature.node)
+    related = after | _above(flow.steps, feature.node)
+    others = []
+    for site in _at_level(run, flow, flow.levels[feature.node]):
+        n = site.node
+        on_the_way = n in flow.above and flow.strict(n) and flow.traces[n].worked
+        if on_the_way and n in flow.touching and n not in related:
+            others.append(site)
+    return _last(run, others) if others else None
+
+
+def _encoder_doubts(run, flow, encoder):
+    "What may be wrong with the features that were found: sentences that say what to name"
+    doubts = []
+    if flow.turns() or _is_left_behind(flow, encoder[-1]):
+        doubts.append(
+            "The network goes down and up again more than once, so the maps that were found may "
+            "not be those you mean. Look at model.summary(), or name others: "
+            "features=[...], decoder_entry=..."
+        )
+    for site in encoder[:-1]:
+        other = _beside(run, flow, site)
+        if other is not None:
+            doubts.append(
+                f"The decoder takes {other.name} beside {site.name}, which alone is gated. "
+                "If one map holds both, name it: features=[...]"
+            )
+    return doubts
+
+
 def _doubts(run, logits, searched, output):
     "What may be wrong with what was found: sentences that say what to name"
     doubts = []
@@ -1477,6 +1699,9 @@ def find_features(
     searched = [] if features else list(encoder)
     if not decoder_entry:
         searched.append(entry)
+    doubts = _doubts(run, logits, searched, output)
+    if not features:
+        doubts += _encoder_doubts(run, flow, encoder)
     return {
         "encoder": [(site.name, site.channels) for site in encoder],
         "entry": (entry.name, entry.channels),
@@ -1488,7 +1713,7 @@ def find_features(
         "shape": run.steps[0].shape,
         "macs": sum(step.macs for step in run.steps),
         "memory": sum(step.memory for step in run.steps),
-        "doubts": _doubts(run, logits, searched, output),
+        "doubts": doubts,
     }
 
 
