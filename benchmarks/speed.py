@@ -3,10 +3,11 @@ several.
 
     python benchmarks/speed.py [ROW ...] [--threads 1] [--json FILE] [--keep_memory]
 
-Rows (default: all): sobel sobel_backward losses step segresnet bf16 batch_1 predict distances startup.
+Rows (default: all): sobel sobel_backward losses step segresnet bf16 batch_1 compile predict distances
+startup.
 Seg-Net (a): width 8, 3 levels, batch 2 of 1×48×64×48; (b): width 16, 4 levels, batch 1 of 4×96³; 3
-classes, readings by default. With --keep_memory the allocator keeps freed memory, as egcnn_train and
-egcnn_predict do, for both sides."""
+classes, readings by default; (c): as (a), batch 2 of 1×40³. With --keep_memory the allocator keeps
+freed memory, as egcnn_train and egcnn_predict do, for both sides."""
 
 import argparse
 import json
@@ -34,6 +35,7 @@ from egcnn_nb.method.losses import EGLoss, EGOutput
 from egcnn_nb.method.sobel import sobel_magnitude
 from egcnn_nb.run.metrics import distances
 from egcnn_nb.run.models import autocast, best_precision, infer
+from egcnn_nb.run.steps import compiled, seconds_of_compiling
 from egcnn_nb.tensors import one_hot
 
 CPU = torch.device("cpu")
@@ -269,6 +271,7 @@ class Size:
 
 
 SMALL = Size("a", 8, 3, (2, 1, 48, 64, 48), 7)
+DEFAULT = Size("c", 8, 3, (2, 1, 40, 40, 40), 9)
 SIZES = (SMALL, Size("b", 16, 4, (1, 4, 96, 96, 96), 3))
 
 
@@ -503,6 +506,34 @@ def batch_1():
     return [Row("a step at batch 1, 40×56×40", t["ours"], peer, "about 1", SHARE)]
 
 
+def compiled_row(size, precision):
+    "A step whose forward pass torch.compile has translated beside one as it is"
+    x, target = problem(size.shape)
+    net = size.egcnn()
+    translated = compiled(net)
+    torch.compiler.reset()  # nothing that was compiled before is taken
+    before = seconds_of_compiling()
+    t = medians(
+        size.again,
+        ours=step(translated, x, target, precision, eg=True),
+        eager=step(net, x, target, precision),
+    )
+    seconds = seconds_of_compiling() - before
+    ours = t.pop("ours")
+    what = f"a compiled step in {precision}, ({size.name})"
+    print(f"{what}: compiling took {seconds:.0f} s")
+    return Row(what, ours, t, "1.0")
+
+
+def compiled_steps():
+    "Steps of `egcnn_train --compile` beside those without"
+    found = []
+    for size in (DEFAULT, SMALL):
+        for precision in ("fp32", "bf16"):
+            found.append(compiled_row(size, precision))
+    return found
+
+
 # ---- the rest
 
 
@@ -686,6 +717,7 @@ ROWS = {
     "segresnet": segresnet,
     "bf16": bf16,
     "batch_1": batch_1,
+    "compile": compiled_steps,
     "predict": predict,
     "distances": metric,
     "startup": startup,
