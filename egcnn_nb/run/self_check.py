@@ -77,7 +77,7 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         grad = grads[0]
         ctx.call.compare(grad)
         return grad, None
@@ -93,7 +93,7 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         call = ctx.call
         call.grad = _rounded(grads[0], call.kind)
         return call.grad, None

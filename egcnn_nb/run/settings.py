@@ -252,7 +252,7 @@ class PresetParser(argparse.ArgumentParser):
         self.add_argument("--preset", choices=list(PRESETS), default="default", help=PRESET_HELP)
         add_import_flag(self)
 
-    def parse_known_args(
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         args: Iterable[str] | None = None,  # words; None: those of this process
         namespace: Any = None,  # to which the values are added; None: a new one
