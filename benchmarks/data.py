@@ -147,7 +147,7 @@ def largest_shape(cases, patch):
     "A shape that holds every case and a patch"
     shapes = [patch]
     for case in cases:
-        image = nib.load(case.images[0])
+        image = nib.Nifti1Image.load(case.images[0])
         shapes.append(image.shape)
     largest = np.max(shapes, 0)
     return largest.tolist()
@@ -155,7 +155,7 @@ def largest_shape(cases, patch):
 
 def torchio_subjects(cases):
     "The cases, as TorchIO takes them"
-    import torchio as tio
+    import torchio as tio  # pyright: ignore[reportMissingImports]
 
     subjects = []
     for case in cases:
@@ -169,7 +169,7 @@ def torchio_subjects(cases):
 
 def queue(cases, task, patch, workers, cache):
     "An epoch of TorchIO's queue of patches"
-    import torchio as tio
+    import torchio as tio  # pyright: ignore[reportMissingImports]
 
     fit = tio.Lambda(same)
     if len(cases[0].images) == 1:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ SIZES = {
     "b": Size(16, 4, (1, 4, 96, 96, 96)),
     "c": Size(32, 5, (2, 4, 128, 128, 128)),
 }
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "0.1": {"edge_head": "plain", "gate_residual": "none"},
     "one layer": {"edge_head": "norm", "gate_residual": "layer"},
     "block": {"edge_head": "norm", "gate_residual": "block"},
@@ -179,7 +180,7 @@ def print_row(row):
 
 def arguments():
     "The arguments of the command line"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="also write the rows here")
     parser.add_argument("--again", type=int, default=9, help="steps of each (default: 9)")
     parser.add_argument("sizes", nargs="*", default=list(SIZES), help="of a, b and c")

@@ -28,6 +28,7 @@ def number(text):
     "The first number in a cell of the table"
     plain = text.replace("**", "")
     found = re.search(r"\d+(\.\d+)?", plain)
+    assert found, text
     return float(found[0])
 
 

@@ -1,12 +1,14 @@
 """How fast it is, as ratios to what others would run: both in this process, in turn, the median of
 several.
 
-    python benchmarks/speed.py [ROW ...] [--threads 1] [--json FILE] [--keep_memory]
+    python benchmarks/speed.py [ROW ...] [--threads 1] [--json FILE] [--keep_memory] [--cpu_time]
 
-Rows (default: all): sobel sobel_backward losses step segresnet bf16 batch_1 predict distances startup.
+Rows (default: all): sobel sobel_backward losses step segresnet bf16 batch_1 compile predict distances
+startup.
 Seg-Net (a): width 8, 3 levels, batch 2 of 1×48×64×48; (b): width 16, 4 levels, batch 1 of 4×96³; 3
-classes, readings by default. With --keep_memory the allocator keeps freed memory, as egcnn_train and
-egcnn_predict do, for both sides."""
+classes, readings by default; (c): as (a), batch 2 of 1×40³. With --keep_memory the allocator keeps
+freed memory, as egcnn_train and egcnn_predict do, for both sides. With --cpu_time a time is what the
+processor spends on this process, which other work on the machine changes little; use one thread."""
 
 import argparse
 import json
@@ -34,6 +36,7 @@ from egcnn_nb.method.losses import EGLoss, EGOutput
 from egcnn_nb.method.sobel import sobel_magnitude
 from egcnn_nb.run.metrics import distances
 from egcnn_nb.run.models import autocast, best_precision, infer
+from egcnn_nb.run.steps import compiled, seconds_of_compiling
 from egcnn_nb.tensors import one_hot
 
 CPU = torch.device("cpu")
@@ -44,11 +47,17 @@ THREE_CHANNELS = (1, 3, 128, 128, 128)
 WINDOW = (96, 96, 96)
 
 
+class Clock:
+    "What `time_of` reads"
+
+    seconds = time.perf_counter
+
+
 def time_of(call):
     "Milliseconds that a call takes"
-    start = time.perf_counter()
+    start = Clock.seconds()
     call()
-    seconds = time.perf_counter() - start
+    seconds = Clock.seconds() - start
     return 1e3 * seconds
 
 
@@ -67,6 +76,7 @@ def status(name):
     "A line of /proc/self/status in bytes"
     lines = Path("/proc/self/status").read_text()
     found = re.search(rf"{name}:\s+(\d+)", lines)
+    assert found, name
     kilobytes = int(found[1])
     return 1024 * kilobytes
 
@@ -107,7 +117,7 @@ class Row:
 
     def peer(self):
         "The name of the fastest peer"
-        return min(self.peers, key=self.peers.get)
+        return min(self.peers, key=self.peers.__getitem__)
 
     def peer_ms(self):
         "The time of the fastest peer"
@@ -226,6 +236,7 @@ def there_and_back(magnitude, x):
     image = x.clone().requires_grad_()
     total = magnitude(image).sum()
     total.backward()
+    assert image.grad is not None
     return image.grad
 
 
@@ -269,6 +280,7 @@ class Size:
 
 
 SMALL = Size("a", 8, 3, (2, 1, 48, 64, 48), 7)
+DEFAULT = Size("c", 8, 3, (2, 1, 40, 40, 40), 9)
 SIZES = (SMALL, Size("b", 16, 4, (1, 4, 96, 96, 96), 3))
 
 
@@ -367,6 +379,7 @@ def wider_than(size, x, least):
         parameters, adds = cost(net, x)
         if parameters >= least_parameters and adds >= least_adds:
             return net
+    raise AssertionError("no width is enough")
 
 
 def step_rows(size):
@@ -503,6 +516,35 @@ def batch_1():
     return [Row("a step at batch 1, 40×56×40", t["ours"], peer, "about 1", SHARE)]
 
 
+def compiled_row(size, precision):
+    "A step whose forward pass torch.compile has translated beside one as it is"
+    x, target = problem(size.shape)
+    net = size.egcnn()
+    translated = compiled(net)
+    torch.compiler.reset()  # nothing that was compiled before is taken
+    before = seconds_of_compiling()
+    t = medians(
+        size.again,
+        ours=step(translated, x, target, precision, eg=True),
+        eager=step(net, x, target, precision),
+    )
+    seconds = seconds_of_compiling() - before
+    ours = t.pop("ours")
+    what = f"a compiled step in {precision}, ({size.name})"
+    print(f"{what}: compiling took {seconds:.0f} s")
+    return Row(what, ours, t, "1.0")
+
+
+def compiled_steps():
+    "Steps of `egcnn_train --compile` beside those without"
+    precisions = ["fp32"]
+    if best_precision(CPU) == "bf16":
+        precisions.append("bf16")
+    for size in (DEFAULT, SMALL):
+        for precision in precisions:
+            yield compiled_row(size, precision)
+
+
 # ---- the rest
 
 
@@ -518,9 +560,10 @@ def by_sliding_window(volume, net):
     "MONAI's prediction for a volume"
     from monai.inferers import sliding_window_inference
 
-    options = {"mode": "gaussian", "padding_mode": "replicate"}
     batch = volume[None]
-    logits = sliding_window_inference(batch, WINDOW, 2, net, 0.25, **options)
+    logits = sliding_window_inference(
+        batch, WINDOW, 2, net, 0.25, mode="gaussian", padding_mode="replicate"
+    )
     return logits[0]
 
 
@@ -686,6 +729,7 @@ ROWS = {
     "segresnet": segresnet,
     "bf16": bf16,
     "batch_1": batch_1,
+    "compile": compiled_steps,
     "predict": predict,
     "distances": metric,
     "startup": startup,
@@ -754,6 +798,7 @@ def arguments():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--keep_memory", action="store_true")
+    parser.add_argument("--cpu_time", action="store_true")
     args = parser.parse_args()
     odd = set(args.rows) - set(ROWS)
     if odd:
@@ -773,6 +818,8 @@ def write_json(path, about, rows):
 def main():
     args = arguments()
     torch.set_num_threads(args.threads)
+    if args.cpu_time:
+        Clock.seconds = time.process_time
     about = about_this_run(args)
     print_head(about)
     rows = measured(args.rows or ROWS)

@@ -25,8 +25,8 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
+from typing import Any
 
 GOAL = 0.85
 PATCH = (40, 56, 40)
@@ -60,7 +60,7 @@ OURS = {
     "Seg-Net + cross entropy, plain head": ["--edge", "off", *ENTROPY, *PLAIN],
     "Seg-Net + consistency loss + cross entropy, plain head": [*CONSISTENT, *ENTROPY, *PLAIN],
 }
-BEST = {
+BEST: dict[str, tuple[float, int]] = {
     "EG-CNN": (3e-3, 6),
     "EG-CNN + cross entropy": (3e-3, 12),
     "Seg-Net + consistency loss + cross entropy": (1e-3, 12),
@@ -167,12 +167,13 @@ def monai_dice(net, loader):
     from monai.metrics import DiceMetric
 
     dice = DiceMetric(include_background=False)
-    one_hot = T.AsDiscrete(to_onehot=3)
+    one_hot: Any = T.AsDiscrete(to_onehot=3)
     for batch in loader:
         out = sliding_window_inference(batch["x"], PATCH, 2, net, 0.25)
         predicted = one_hot(out[0].argmax(0, keepdim=True))
         dice([predicted], [one_hot(batch["y"][0])])
-    return dice.aggregate().item()
+    mean: Any = dice.aggregate()
+    return mean.item()
 
 
 def monai(args):
@@ -389,20 +390,21 @@ def expect_columns(path):
 def tune(args):
     "Try every learning rate and length on every side"
     lengths = EPOCHS[args.mirror]
-    for lr, epochs, side in product(RATES, lengths, args.sides):
-        trial = Trial(side, 100, lr, epochs)
-        told(trial, args)
+    for lr in RATES:
+        for epochs in lengths:
+            for side in args.sides:
+                told(Trial(side, 100, lr, epochs), args)
 
 
 def compare(args):
     "Run every side with every seed, and print the medians"
     seconds = {side: [] for side in args.sides}
-    seeds = range(args.seeds)
-    for seed, side in product(seeds, args.sides):
-        lr, epochs = BEST[side]
-        trial = Trial(side, seed, args.lr or lr, args.epochs or epochs)
-        spent = told(trial, args)
-        seconds[side].append(spent)
+    for seed in range(args.seeds):
+        for side in args.sides:
+            lr, epochs = BEST[side]
+            trial = Trial(side, seed, args.lr or lr, args.epochs or epochs)
+            spent = told(trial, args)
+            seconds[side].append(spent)
     print("\n| side | median seconds |\n|---|---|")
     for side, spent in seconds.items():
         median = statistics.median(spent)

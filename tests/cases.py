@@ -492,7 +492,7 @@ def predicted(tmp, *inputs, out="out"):
     paths = [tmp / "data" / name for name in inputs]
     code, _, err = command(predict_main, tmp / "run", *paths, "--out", folder)
     assert code == 0, err
-    return {name_of(path): nib.load(path) for path in folder.glob("*.nii.gz")}
+    return {name_of(path): nib.Nifti1Image.load(path) for path in folder.glob("*.nii.gz")}
 
 
 def voxels(image):
@@ -957,6 +957,7 @@ SENSELESS_LABELS = (
     "each refused, dataset.json named",
 )
 def labels_without_sense(tmp):
+    told = ""
     for i, labels in enumerate(SENSELESS_LABELS):
         root = tmp / str(i)
         nnunet(root, cases=1)
@@ -1015,6 +1016,7 @@ def channel_too_many(tmp):
 @row("channel_names as a list, and numbered from 1", "refused: how to number them")
 def channel_names_wrong(tmp):
     wrong = (["T1"], {"1": "T1"}, {"0": "T1", "2": "T2"}, {})
+    told = ""
     for i, names in enumerate(wrong):
         root = tmp / str(i)
         nnunet(root, cases=1)
@@ -1402,6 +1404,7 @@ def regions_refused(tmp, labels, *texts, **info):
 def regions_class_order_wrong(tmp):
     labels = {"background": 0, "whole": [1, 2], "core": 2}
     wrong = ([1], [9, 2], [2, 2], "12", [None, 2])
+    told = ""
     for i, order in enumerate(wrong):
         folder = tmp / str(i)
         told = regions_refused(folder, labels, "regions_class_order", regions_class_order=order)
@@ -2081,6 +2084,7 @@ def check_as_json(tmp):
     table(tmp, affine=FAR_APART)
     code, text = checked(tmp, "--json", "--readers", "1")
     found = re.search(r"\{.*\}", text, re.S)
+    assert found, text
     report = json.loads(found[0])
     (warning,) = report["warnings"]
     assert code == SOUND

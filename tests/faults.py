@@ -78,8 +78,7 @@ def never():
 def fit(tmp, resume=False, stop=never, on_step=None, **changes):
     "Train a quick run"
     config = settings(tmp, **changes)
-    options = dict(quiet=True, stop=stop, on_step=on_step)
-    return training.fit(config, resume, **options)
+    return training.fit(config, resume, quiet=True, stop=stop, on_step=on_step)
 
 
 def refused(f, text):
@@ -395,9 +394,9 @@ def two_processes_fill_one_cache(tmp):
     "two processes prepare the same cases at once -> both see every case, no half file"
     data, cache = str(tmp / "data"), str(tmp / "cache")
     line = [sys.executable, "-c", PREPARE, data, cache]
-    options = dict(stdout=subprocess.PIPE, text=True, env=ENV)
-    one = subprocess.Popen(line, **options)
-    two = subprocess.Popen(line, **options)
+    one, two = [
+        subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=ENV) for _ in range(2)
+    ]
     first_sum, _ = one.communicate(timeout=120)
     second_sum, _ = two.communicate(timeout=120)
     assert first_sum.strip()
@@ -525,7 +524,7 @@ def a_hundred_thousand_files_in_the_folder(tmp):
 def image_and_label_differ_only_in_sform(tmp):
     "the label has the image's qform and another sform -> refused, since the sform counts"
     path = tmp / "data/label04.nii.gz"
-    image = nib.load(path)
+    image = nib.Nifti1Image.load(path)
     same = np.eye(4)
     image.set_qform(same, 1)
     stretched = np.diag([1, 1, 1.5, 1])
@@ -586,7 +585,7 @@ def relabelled(tmp, change):
     "Change every label map of the data set"
     paths = (tmp / "data").glob("label*.nii.gz")
     for path in sorted(paths):
-        image = nib.load(path)
+        image = nib.Nifti1Image.load(path)
         labels = np.asarray(image.dataobj)
         changed = change(labels).astype(np.uint8)
         new = nib.Nifti1Image(changed, image.affine)
@@ -636,6 +635,7 @@ def a_name_to_leave_out_that_is_misspelt(tmp):
         "case3\n": "does not have: case3",
         "case03.nii.gz\n": "Write case03 without the ending",
     }
+    told = ""
     for text, why in misspelt.items():
         path.write_text(text)
         told = fit_refused(tmp, why, exclude=str(path))

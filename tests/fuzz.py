@@ -20,10 +20,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
+from nibabel import imageglobals
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 from safetensors.torch import save_file
 
 from egcnn_nb.core import KITS, InputError
@@ -151,9 +155,11 @@ def header_mutated(data, rng):
         return mutate(data, rng)
     data = bytearray(data)
     template = nib.Nifti1Header.template_dtype
+    fields = template.fields
+    assert fields
     for _ in range(rng.randint(1, 2)):
         name = rng.choice(template.names)
-        kind, at, *_ = template.fields[name]
+        kind, at, *_ = fields[name]
         size = kind.base.itemsize
         numbers = max(kind.itemsize // size, 1)
         at += size * rng.randrange(numbers)
@@ -171,9 +177,9 @@ def nifti(path):
     "Read a NIfTI file, and compare its voxels and its affine in mm with nibabel's"
     array, affine, header = read_array(path)
     try:
-        theirs = nib.load(path)
+        theirs: Any = nib.load(path)
         voxels = np.asanyarray(theirs.dataobj)
-    except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError):
+    except (ImageFileError, HeaderDataError):
         return  # nibabel is stricter with fields that say nothing of the voxels
     ours = np.asarray(array).reshape(theirs.shape)
     expected = np.asarray(voxels).astype(array.dtype)
@@ -388,6 +394,7 @@ def limit_memory(more):
     "Let this process take so many bytes more than it has"
     status = Path("/proc/self/status").read_text()
     found = re.search(r"VmSize:\s+(\d+)", status)
+    assert found
     kilobytes = int(found[1])
     limit = 1024 * kilobytes + more
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -407,7 +414,7 @@ def fuzz(count, seed=0, show=None):
     "Findings, and a row for each kind: inputs, read, refused, seconds"
     signal.signal(signal.SIGALRM, hang)
     torch.set_num_threads(1)
-    nib.imageglobals.logger.setLevel(100)
+    imageglobals.logger.setLevel(100)
     findings, rows = [], []
     with tempfile.TemporaryDirectory() as tmp:
         kinds = Inputs(Path(tmp)).kinds

@@ -63,6 +63,7 @@ def status(name):
     "A number that the kernel tells of this process"
     text = Path("/proc/self/status").read_text()
     found = re.search(rf"{name}:\s+(\d+)", text)
+    assert found, name
     return int(found[1])
 
 

@@ -108,7 +108,8 @@ def test_the_first_part_has_three_readings():
 @pytest.mark.parametrize("name", ["phantoms", "hippocampus"])
 def test_the_recorded_scores_choose_no_arm(name):
     rows = choose.read_scores(choose.HERE / name)
-    table = choose.judge(rows[rows.arm.map(choose.is_of_first_part)])
+    of_first_part = rows.arm.map(choose.is_of_first_part)
+    table = choose.judge(rows.loc[of_first_part])
     assert len(table) == 7
     good = set(table.index[table["good enough"] & table.safe])
     weighted = {arm for arm in good if arm.endswith("weight_negatives=True")}

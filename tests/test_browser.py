@@ -393,6 +393,7 @@ class Board:
         "The number of the step"
         text = self.text()
         found = re.search(r"step (\d+)", text)
+        assert found, text
         return int(found[1])
 
     def press(self, name):

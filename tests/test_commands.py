@@ -166,12 +166,13 @@ def test_prediction_keeps_grid_and_values(run, tmp_path):
     scan = case / "imaging.nii.gz"
     done = predict(run, case, scan, "--out", tmp_path)
     succeed(done)
-    source = nib.load(scan)
+    source = nib.Nifti1Image.load(scan)
     for name in ("case_00003", "imaging"):
         path = tmp_path / f"{name}.nii.gz"
-        image = nib.load(path)
+        image = nib.Nifti1Image.load(path)
         assert image.shape == source.shape
-        assert np.array_equal(image.affine, source.affine)
+        found, expected = np.asarray(image.affine), np.asarray(source.affine)
+        assert np.array_equal(found, expected)
         values = set(np.unique(image.dataobj))
         assert values <= {0, 1, 2}
     again = predict(run, case, "--out", tmp_path)
@@ -197,7 +198,7 @@ def edit(name, new):
 
     def change(folder):
         path = folder / name
-        image = nib.load(path)
+        image = nib.Nifti1Image.load(path)
         old = np.array(image.dataobj)
         voxels, affine = new(old, image.affine)
         changed = nib.Nifti1Image(voxels, affine)
@@ -376,7 +377,7 @@ def test_networks_of_monai_train_and_predict(peer, edge, tmp_path):
     done = predict(out, scan, "--out", predicted)
     succeed(done)
     (path,) = predicted.rglob("*.nii.gz")
-    label_map = nib.load(path)
+    label_map = nib.Nifti1Image.load(path)
     assert label_map.shape == (18, 17, 16)
     other = tmp_path / "other"
     done = tiny_run(data, other, *words, "--patch_size", 16, 16, 18)

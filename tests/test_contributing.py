@@ -6,8 +6,10 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -61,12 +63,12 @@ def around(voxel):
 def small(source, target):
     "Copy a phantom, cut to the box around its kidneys"
     path = source / "segmentation.nii.gz"
-    labels = np.asarray(nib.load(path).dataobj)
+    labels = np.asarray(nib.Nifti1Image.load(path).dataobj)
     kidneys = np.argwhere(labels == 2)
     box = around(kidneys.mean(0))
     target.mkdir(parents=True)
     for name in ("imaging.nii.gz", "segmentation.nii.gz"):
-        whole = nib.load(source / name)
+        whole = nib.Nifti1Image.load(source / name)
         cut = whole.slicer[box]
         cut.to_filename(target / name)
 
@@ -106,7 +108,7 @@ def place(phantoms, tmp_path, monkeypatch):
 
 def config(**changes):
     "The settings of the page, made small"
-    given = dict(
+    given: dict[str, Any] = dict(
         epochs=1,
         patch_size=(16, 16, 16),
         validation=1,
@@ -193,6 +195,7 @@ def test_every_notebook_and_file_that_the_page_names_is_there():
 
 def test_the_first_lines_give_the_names_of_the_others():
     begin = re.search(r"begin like this:\n\n```python\n(.*?)```", PAGE, re.S)
+    assert begin
     names = {}
     exec(begin[1], names)
     assert names["config"] == Settings("DATA", "RUN")
@@ -339,9 +342,9 @@ class Image:
 @pytest.fixture
 def torchio(monkeypatch):
     "TorchIO, or what stands for it"
-    if importlib.util.find_spec("torchio"):
+    if find_spec("torchio"):
         return
-    stub = ModuleType("torchio")
+    stub: Any = ModuleType("torchio")
     monkeypatch.setattr(Flip, "__module__", "torchio.transforms")
     stub.Compose = stub.RandomFlip = stub.RandomNoise = Flip
     stub.ScalarImage = stub.LabelMap = Image

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -133,7 +134,7 @@ def kill_after(folder, words, count):
 
 def voxels(path):
     "The array of a NIfTI file"
-    image = nib.load(path)
+    image = nib.Nifti1Image.load(path)
     return np.asarray(image.dataobj)
 
 
@@ -267,7 +268,7 @@ def whole_case(shape):
     from egcnn_nb.data.volumes import Volume
 
     nothing = np.zeros((0, 0, 0), np.float32)
-    grid = Volume(nothing, np.eye(4), nib.Nifti1Header(), "none.nii")
+    grid = Volume(nothing, np.eye(4), nib.Nifti1Header(), Path("none.nii"))
     box = tuple(slice(0, n) for n in shape)
     x = torch.zeros(1, *shape)
     return Loaded("case", x, None, None, grid, shape, box)
@@ -307,7 +308,8 @@ def test_a_run_of_python_whose_files_are_paths_is_described_in_json():
 
     data, out = Path("data"), Path("out")
     names = Path("names.txt")
-    settings = Settings(data, out, validation=names)
+    paths: dict[str, Any] = {"data": data, "out": out, "validation": names}
+    settings = Settings(**paths)
     about = describe(settings, BRATS, [], [])
     text = json.dumps(about)
     config = json.loads(text)

@@ -40,8 +40,7 @@ def command(*words):
 
 def run(line, timeout=300, env=ENV):
     "Run a command to its end"
-    options = dict(capture_output=True, text=True)
-    return subprocess.run(line, **options, env=env, timeout=timeout)
+    return subprocess.run(line, capture_output=True, text=True, env=env, timeout=timeout)
 
 
 def succeeded(line, **options):
@@ -121,6 +120,7 @@ def network_of(line):
     name = line["network"]
     arm = arm_of(name)
     found = re.match("[A-Za-z-]*Net", name)
+    assert found, name
     backbone = BACKBONES[found[0]]
     return backbone, arm
 

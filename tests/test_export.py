@@ -15,6 +15,7 @@ from tiny import dataset
 from egcnn_nb.commands.export import main as export_main
 from egcnn_nb.commands.predict import main as predict_main
 from egcnn_nb.commands.train import main as train_main
+from egcnn_nb.method.egcnn import EGCNN
 from egcnn_nb.run.predict import load_run
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'egcnn_nb[onnx]'")
@@ -51,6 +52,7 @@ def files(run):
 def expected(run, image):
     "Logits and edge logits of the run itself"
     model, _, _ = load_run(run)
+    assert isinstance(model, EGCNN)
     with torch.no_grad():
         found = model.streams(image)
     return found.logits, found.edge
@@ -102,8 +104,10 @@ def test_numpy_and_onnxruntime_label_a_scan_as_egcnn_predict_does(run, files, tm
     alone = tmp_path / "alone.nii.gz"
     script = ROOT / "tools/run_onnx.py"
     subprocess.run([sys.executable, script, net, alone, path], check=True)
-    wanted, found = nib.load(tmp_path / "labels/scan.nii.gz"), nib.load(alone)
-    assert np.allclose(wanted.affine, found.affine, atol=1e-4)
+    wanted = nib.Nifti1Image.load(tmp_path / "labels/scan.nii.gz")
+    found = nib.Nifti1Image.load(alone)
+    affine, expected = np.asarray(found.affine), np.asarray(wanted.affine)
+    assert np.allclose(expected, affine, atol=1e-4)
     wanted, found = np.asarray(wanted.dataobj), np.asarray(found.dataobj)
     assert wanted.shape == found.shape and len(np.unique(wanted)) > 1
     assert (wanted == found).mean() > 0.999

@@ -4,6 +4,7 @@ which the order of computation misleads, then MONAI's."""
 import copy
 import gc
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -1125,7 +1126,9 @@ def test_a_whole_block_is_taken_rather_than_a_wide_layer():
     found = find_features(WideUp(), IMAGE)
     assert found["entry"] == ("d", 16)
     model = EGCNN(WideUp(), IMAGE, decoder_entry="up1", verbose=False)
-    assert model.edge.blocks[0].conv1.in_channels == 16  # no more than b, which is gated there
+    assert (
+        model.edge.blocks[0].get_submodule("conv1").in_channels == 16
+    )  # no more than b, which is gated there
 
 
 # ---- names
@@ -1208,7 +1211,8 @@ def test_hooks_in_a_module_that_came_later_go_with_the_listener():
 class TakesMore(UNet):
     "Takes a time and a flag beside the image"
 
-    def forward(self, x, time, negate=False):
+    def forward(self, x, time=None, negate=False):
+        assert time is not None
         offset = time.view(-1, 1, 1, 1)
         y = super().forward(x) + offset
         return -y if negate else y
@@ -1225,7 +1229,7 @@ def test_further_arguments_are_passed_on():
 
 
 def test_attributes_of_the_network_are_reachable():
-    net = UNet()
+    net: Any = UNet()
     net.note = "kept"
     model = EGCNN(net, IMAGE, verbose=False)
     assert model.up1 is net.up1

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -61,7 +62,7 @@ def data(tmp_path_factory):
 
 def settings(data, out, ours=True, **changes):
     "Ten training cases in batches of 4, 4 and 2; `ours`: with the size of our network"
-    given = dict(
+    given: dict[str, Any] = dict(
         epochs=2,
         batch_size=4,
         patch_size=PATCH,
@@ -190,7 +191,8 @@ def test_fit_does_not_change_what_it_is_given(data, tmp_path):
     fit(config, quiet=True, transforms=lambda x, labels: (x, labels))
     assert repr(config) == before
     with pytest.raises(InputError, match="resume is Foreign. Give True or False"):
-        fit(config, Foreign(1, 3))
+        resume: Any = Foreign(1, 3)
+        fit(config, resume)
 
 
 def test_parts_that_equal_ours_give_the_same_run(data, tmp_path):
@@ -473,7 +475,7 @@ OTHER_PARTS = [
 def test_what_cannot_be_rebuilt_is_told(data, tmp_path):
     whole(data, tmp_path / "run", stop=after(2))
     config = settings(data, tmp_path / "run", ours=False, epochs=3)
-    begun_with = dict(model=Foreign, optimizer=sgd(0.05), transforms=drawn)
+    begun_with: dict[str, Any] = dict(model=Foreign, optimizer=sgd(0.05), transforms=drawn)
     for other, told in OTHER_PARTS:
         with pytest.raises(InputError, match=told):
             fit(config, True, quiet=True, **(begun_with | other))
@@ -643,13 +645,12 @@ def test_wrong_callbacks_are_told_at_once(data, tmp_path):
 
 
 def test_tensorboard_gets_the_numbers_of_the_run(data, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    folder = "tensorboard.backend.event_processing"
+    reader = pytest.importorskip(f"{folder}.event_accumulator")
     config = settings(data, tmp_path / "run")
     fit(config, quiet=True, callbacks=[TensorBoardLogger()], stop=after(2))
     rows = fit(config, True, quiet=True, callbacks=[TensorBoardLogger()])
-    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events = reader.EventAccumulator(str(tmp_path / "run/tensorboard"))
     events.Reload()
     dice = events.Scalars("epoch/dice_mean")
     assert [event.step for event in dice] == [2, 5]
@@ -763,7 +764,7 @@ def expect_prediction(data, has_edge):
     "The run in the current directory predicts a scan, with edges where it has an edge stream"
     saves = ["--save", "edges"] if has_edge else []
     assert predict(data, *saves) == 0
-    assert nib.load("out/scan03.nii.gz").shape == (18, 17, 16)
+    assert nib.Nifti1Image.load("out/scan03.nii.gz").shape == (18, 17, 16)
     assert Path("out/scan03_edges.nii.gz").exists() is has_edge
     network, _, _ = load_run("run")
     patch = torch.zeros(1, 1, *PATCH)

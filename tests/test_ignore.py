@@ -1,11 +1,13 @@
 "What the loss takes: outputs and targets of each form, and voxels that are left out of every term."
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from egcnn_nb import EGCNN, EGLoss, EGOutput, SegNet
 from egcnn_nb.core import InputError
@@ -191,9 +193,15 @@ def grown(mask: Tensor) -> Tensor:
     return largest > 0
 
 
+def outputs_of(out: EGOutput) -> list[Tensor]:
+    "Fused logits, edge logits, logits of the main stream"
+    assert out.edge is not None and out.main is not None
+    return [out.logits, out.edge, out.main]
+
+
 def spoilt(out: EGOutput, ignored: Tensor) -> EGOutput:
     "An output that is not a number where it is ignored"
-    changed = [logits.masked_fill(ignored, float("nan")) for logits in out[:3]]
+    changed: list[Any] = [logits.masked_fill(ignored, float("nan")) for logits in outputs_of(out)]
     return EGOutput(*changed)
 
 
@@ -206,7 +214,7 @@ def test_what_is_ignored_has_no_gradient_and_no_value(reading, activation):
     terms = loss.terms(out, target, ignored, KEYS)
     for term in terms.values():
         assert torch.isfinite(term)
-    found = torch.autograd.grad(terms["total"], out[:3], allow_unused=True)
+    found = torch.autograd.grad(terms["total"], outputs_of(out), allow_unused=True)
     of_logits, of_edge, of_main = found
     expect_no_gradient(of_logits, ignored)
     expect_no_gradient(of_edge, grown(ignored))
@@ -375,7 +383,7 @@ def test_in_training_a_network_answers_with_everything(model, x):
     assert out.edge.shape == (1, 2, 8, 8, 8)
     gates = model.edge.gates
     assert len(out.attention) == len(gates)
-    leaves, _ = torch.utils._pytree.tree_flatten(out)
+    leaves, _ = tree_flatten(out)
     for leaf in leaves:
         assert isinstance(leaf, Tensor)
 
@@ -397,5 +405,5 @@ def test_a_network_can_be_exported_and_traced(model, x):
     found = exported(x)
     assert type(found) is Tensor
     assert torch.allclose(found, logits, atol=1e-5)
-    traced = torch.jit.trace(model, x)
+    traced: Any = torch.jit.trace(model, x)
     assert torch.allclose(traced(x), logits, atol=1e-5)

@@ -66,6 +66,7 @@ def test_import_of_the_package_alone_loads_nothing():
     told = done.stderr
     assert done.returncode == 0, told
     found = re.search(r"\|\s+(\d+) \| egcnn_nb$", told, re.M)
+    assert found, told
     microseconds = int(found[1])  # with all that it imports
     assert microseconds < 300_000
 
@@ -146,6 +147,7 @@ def test_the_version_is_the_same_everywhere():
 
 def test_torch_is_pinned_alike_everywhere():
     found = re.search(r"torch==.+", text_of("Dockerfile"))
+    assert found
     pin = found[0]
     assert pin in text_of("environment.yml")
     assert pin in text_of("README.md")

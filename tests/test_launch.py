@@ -71,6 +71,7 @@ def test_the_slurm_file():
 def test_the_slurm_file_knows_when_a_run_is_finished(tmp_path):
     text = (FOLDER / "slurm.sbatch").read_text()
     found = re.search(r"python -c '(.*?)' \"", text)
+    assert found
     line = ["python3", "-c", found[1], tmp_path]
     config, metrics = tmp_path / "config.json", tmp_path / "metrics.csv"
     config.write_text('{"settings": {"epochs": 2}}')

@@ -1,5 +1,7 @@
 "Lightning trains an EG-CNN, and a checkpoint gives the same logits."
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ def network(seed=0):
 
 def loader(as_pairs=False):
     "Two batches of cubes"
-    samples = []
+    samples: Any = []
     for number in range(4):
         label = torch.zeros(1, 12, 12, 12, dtype=torch.long)
         label[:, 3 : 8 + number % 2, 3:8, 3:9] = 1

@@ -235,6 +235,7 @@ def weighted(terms):
 def test_the_box_of_the_edges_changes_no_reading(where, reduce, kind):
     logits, main, target = softmax_task()
     edges = edges_for("each" if kind == "masks" else kind)
+    assert edges is not None
     loss = criterion(where, reduce, kind)
     loss.eval()
     terms = loss.terms(EGOutput(logits, edges, main), target)
@@ -266,7 +267,7 @@ TAU = 0.7
 
 def decided(logits, key, activation):
     "What the Gumbel form makes of the logits of one case"
-    z = as_numpy(logits)
+    z = logits.detach().numpy()
     if activation == "softmax":
         noise = gumbel_noise(z.shape, [key]).numpy()
         return softmax((z + noise) / TAU, 1)
@@ -345,6 +346,7 @@ def test_the_part_of_the_edge_stream_reaches_the_masks_too():
     both = EGLoss(supervise="fused", where="all", consistency="both")
     alone = pulls(masks.eval()).fused
     together = pulls(both.eval()).fused
+    assert alone is not None and together is not None
     added = together - alone
     assert size(added) > 0.1 * size(alone)
 
@@ -352,6 +354,7 @@ def test_the_part_of_the_edge_stream_reaches_the_masks_too():
 def test_the_gradient_of_the_edge_logits_by_hand():
     logits, _, target = softmax_task()
     edges = edges_for("each")
+    assert edges is not None
     edges.requires_grad_()
     loss = EGLoss(where="all", consistency="both", supervise="fused")
     loss.eval()
@@ -364,6 +367,7 @@ def test_the_gradient_of_the_edge_logits_by_hand():
         wanted[place] = np.minimum(strength(prob), 1)
     slope = p * (1 - p)
     expected = np.sign(p - wanted) * slope / p.size
+    assert edges.grad is not None
     assert edges.grad.numpy() == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 

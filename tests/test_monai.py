@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -47,7 +48,7 @@ def test_the_sliding_window_of_monai_sees_what_predict_sees(size):
     image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
     inferer = SlidingWindowInferer((16, 16, 16), mode="gaussian", overlap=0.25)
     with torch.no_grad():
-        logits = inferer(image[None], model)
+        logits: Any = inferer(image[None], model)
     wanted = predict(model, image, patch_size=(16, 16, 16))
     assert (logits.softmax(1)[0] - wanted).abs().max() < 1e-5
 
@@ -59,7 +60,8 @@ def test_a_meta_tensor_goes_through():
     loss = EGLoss()(model(image), label)
     loss.backward()
     assert loss.dim() == 0 and bool(loss.isfinite())
-    assert model.edge.head.weight.grad.abs().sum() > 0
+    slope = model.edge.head.weight.grad
+    assert slope is not None and slope.abs().sum() > 0
 
 
 def test_edges_keep_their_place_in_space():
@@ -135,7 +137,7 @@ def test_a_bundle_trains_and_labels_scans(tmp_path):
     bundle(root, "inference", "--scans", scans, "--patch_size", patch)
     made = sorted((root / "labels").rglob("*.nii.gz"))
     assert len(made) == 2
-    image = nib.load(made[0])
+    image = nib.Nifti1Image.load(made[0])
     assert image.shape == (24, 24, 24)
     assert set(np.unique(np.asarray(image.dataobj))) <= {0, 1, 2}
     assert json.loads((root / "configs/metadata.json").read_text())["version"]

@@ -11,6 +11,7 @@ import shutil
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -361,7 +362,9 @@ def unreached(net, x, y):
 def own_logits(output, x):
     "The logits in what a network returns for an image"
     axes = x.dim() - 2
-    return logits_of(output, axes)
+    logits = logits_of(output, axes)
+    assert logits is not None
+    return logits
 
 
 def wrapped(name):
@@ -461,7 +464,7 @@ def test_without_kernels_a_model_can_be_traced_and_differentiated_twice(monkeypa
     seed_everything(0)
     model = EGCNN(SegNet(1, 2, width=4, levels=2)).eval()
     x = torch.randn(1, 1, 8, 8, 8, requires_grad=True)
-    traced = torch.jit.trace(model, x)
+    traced: Any = torch.jit.trace(model, x)
     other = 2 * x
     assert torch.allclose(traced(other), model(other), atol=1e-5)
     out = model(x, full=True)
@@ -471,7 +474,9 @@ def test_without_kernels_a_model_can_be_traced_and_differentiated_twice(monkeypa
     second.backward()
     head = model.edge.head
     for parameter in head.parameters():
+        assert parameter.grad is not None
         assert parameter.grad.isfinite().all()
+    assert head.weight.grad is not None
     assert head.weight.grad.any()
 
 
@@ -494,7 +499,8 @@ def test_autocast_and_channels_last():
         with torch.autocast("cpu", torch.bfloat16):
             half = model(x, full=True)
         last_x = x.contiguous(memory_format=torch.channels_last_3d)
-        model.to(memory_format=torch.channels_last_3d)
+        moved: Any = model
+        moved.to(memory_format=torch.channels_last_3d)
         last = model(last_x, full=True)
     for a, b, c in zip(plain[:2], half[:2], last[:2], strict=True):
         error = (a - b.float()).abs()

@@ -19,7 +19,7 @@ import torch
 pytest.importorskip("nnunetv2", reason="pip install 'egcnn_nb[nnunet]'")
 
 ROOT = Path(__file__).parents[1]
-DATA = os.environ.get("EGCNN_HIPPOCAMPUS")
+DATA = os.environ.get("EGCNN_HIPPOCAMPUS", "")
 NAME = "Dataset004_Hippocampus"
 PLAIN = "nnUNetTrainer"
 SHORT = """
@@ -43,7 +43,7 @@ MODULES = {
 }
 
 pytestmark = pytest.mark.skipif(
-    DATA is None, reason="set EGCNN_HIPPOCAMPUS to the folder of Task04_Hippocampus"
+    not DATA, reason="set EGCNN_HIPPOCAMPUS to the folder of Task04_Hippocampus"
 )
 
 
@@ -140,9 +140,11 @@ def test_predictions_lie_on_the_grid_of_the_scans(env, trained, tmp_path):
     made = sorted(tmp_path.glob("*.nii.gz"))
     assert len(made) == 6
     for path in made:
-        labels = nib.load(path)
-        scan = nib.load(images / path.name.replace(".nii.gz", "_0000.nii.gz"))
-        assert labels.shape == scan.shape and np.allclose(labels.affine, scan.affine)
+        labels = nib.Nifti1Image.load(path)
+        name = path.name.replace(".nii.gz", "_0000.nii.gz")
+        scan = nib.Nifti1Image.load(images / name)
+        assert labels.shape == scan.shape
+        assert np.allclose(np.asarray(labels.affine), np.asarray(scan.affine))
         assert set(np.unique(np.asarray(labels.dataobj))) <= {0, 1, 2}
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -217,7 +218,7 @@ def check_numbered(layer, size, number):
 def test_two_planes_have_right_weight_gradients(channels):
     torch.manual_seed(1)
     for size in TWO_PLANES:
-        layer = Conv3d(*channels, 3, padding=1, bias=False)
+        layer = Conv3d(*channels, kernel_size=3, padding=1, bias=False)
         check(layer, size)
 
 
@@ -309,9 +310,8 @@ def gradients_of(layer, x, inputs):
 def second_derivatives(layer, x):
     "Derivatives of the squared length of a gradient"
     inputs = (x, *layer.parameters())
-    length = 0
-    for gradient in gradients_of(layer, x, inputs):
-        length = length + gradient.square().sum()
+    squares = [gradient.square().sum() for gradient in gradients_of(layer, x, inputs)]
+    length = torch.stack(squares).sum()
     return torch.autograd.grad(length, inputs, allow_unused=True)
 
 
@@ -533,8 +533,8 @@ def test_slopes_in_bfloat16_are_right_on_every_size():
 class WrongWeights(Conv3d):
     "A convolution whose weight gradient is garbage within autocast"
 
-    def forward(self, x):
-        y = super().forward(x)
+    def forward(self, input):
+        y = super().forward(input)
         if torch.is_autocast_enabled("cpu"):
             return Garbage.apply(y, self.weight)
         return y
@@ -547,8 +547,8 @@ class Garbage(torch.autograd.Function):
         return y.clone()
 
     @staticmethod
-    def backward(ctx, grad):
-        return grad, torch.full(ctx.shape, 0.1)
+    def backward(ctx, *grads):
+        return grads[0], torch.full(ctx.shape, 0.1)
 
 
 def halved(layer, args, out):
@@ -650,7 +650,11 @@ def test_exactly_the_wrong_layers_are_found_and_then_gone():
 
 def gradients(model):
     "The gradients of a network"
-    return [parameter.grad for parameter in model.parameters()]
+    found = []
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        found.append(parameter.grad)
+    return found
 
 
 def test_the_check_leaves_running_statistics_gradients_and_random_numbers_as_they_are():
@@ -697,7 +701,8 @@ def test_a_layer_in_float32_trains_with_ddp(group):
         assert gradient.isfinite().all()
     twin = copy.deepcopy(model)
     layer = twin.get_submodule(name)
-    assert layer.forward.layer is layer
+    forward: Any = layer.forward
+    assert forward.layer is layer
 
 
 def test_large_logits_in_half_do_not_make_the_loss_infinite():

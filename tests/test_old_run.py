@@ -147,6 +147,7 @@ def test_other_settings_are_refused_and_nothing_else_is_listed(tmp, change, told
 
 def test_it_predicts(tmp):
     model, found, task = load_run(tmp / "run")
+    assert found.readings
     assert found.readings["semantic"] == "dice"
     assert found.patch_size == (16, 16, 16)
     assert task.labels == {0: "background", 1: "label 1", 2: "label 2"}

@@ -26,7 +26,7 @@ import make_site  # noqa: E402
 class Quiet(http.server.SimpleHTTPRequestHandler):
     "A handler of requests that logs nothing"
 
-    def log_message(self, *args):
+    def log_message(self, format, *args):
         pass
 
 

@@ -24,6 +24,7 @@ Over three seeds and all networks below the norm keeps every edge logit under 5.
 import warnings
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -321,7 +322,7 @@ def test_the_loud_network_itself_does_not_depend_on_its_gain():
     assert expected.std() > 0
 
 
-READINGS = {"gate_residual": "block", **NORM}
+READINGS: dict[str, Any] = {"gate_residual": "block", **NORM}
 
 
 def edge_logits(gain: float, x: Tensor, entry_norm: bool) -> Tensor:
@@ -356,7 +357,10 @@ def gradient_of_the_first_block(gain: float, entry_norm: bool) -> float:
     total = loss(out, masks, keys=[(0, 0, 0)])
     total.backward()
     block = model.edge.blocks[0]
-    gradients = [p.grad.flatten() for p in block.parameters()]
+    gradients = []
+    for parameter in block.parameters():
+        assert parameter.grad is not None
+        gradients.append(parameter.grad.flatten())
     whole = torch.cat(gradients)
     return whole.norm().item()
 

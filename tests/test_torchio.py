@@ -41,6 +41,7 @@ def test_subjects_become_a_folder(subjects, tmp_path):
 def test_the_transform_of_the_dataset_changes_image_and_label(subjects):
     flip = transform_of(subjects, images=["t1"], label="seg")
     x, labels = torch.randn(1, 4, 5, 6), torch.randint(0, 3, (4, 5, 6))
+    assert flip is not None
     new, moved = flip(x, labels)
     assert torch.equal(new, x.flip(1))
     assert torch.equal(moved, labels.flip(0))

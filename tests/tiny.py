@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -17,7 +18,7 @@ SMALL = (
     "--width 4 --levels 2 --patch_size 16 16 16 --batch_size 4 --lr 1e-3 "
     "--validation 2 --precision fp32"
 ).split()
-QUICK = dict(
+QUICK: dict[str, Any] = dict(
     epochs=2,
     width=4,
     levels=2,
@@ -155,7 +156,7 @@ class Writer:
 
 def replace_tensorboard(monkeypatch):
     "Let a `Writer` stand for TensorBoard; the list of those that are made"
-    board = ModuleType("torch.utils.tensorboard")
+    board: Any = ModuleType("torch.utils.tensorboard")
     board.SummaryWriter = Writer
     Writer.made = []
     monkeypatch.setitem(sys.modules, board.__name__, board)

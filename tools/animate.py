@@ -95,6 +95,7 @@ def main():
         path = Path(sys.argv[1])
     phantom = find_dataset(ROOT / "data_samples/brats2019").cases[0]
     case = load_case(phantom, BRATS, need_label=True)
+    assert case.labels is not None
     truth = to_target(case.labels[None].long(), BRATS)[0, 0].numpy()
     panels = panels_of(case, truth)
     first, *others = [frame(panels, k) for k in slices_through(truth)]

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import coverage
+import coverage  # pyright: ignore[reportMissingImports]
 from books import ROOT, module_of, notebook, notebooks, source_of
 from quietly import as_notebook, run_cells
 

@@ -44,6 +44,7 @@ def bounded_testers(requirements):
     bounds = {}
     for requirement in requirements.split():
         found = re.match(r"[\w-]+", requirement)
+        assert found, requirement
         name = found[0]
         bounds[name] = requirement
     return [bounds.get(name, name) for name in TESTING]

@@ -14,15 +14,14 @@ import json
 import multiprocessing
 import os
 import re
-import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from books import notebook
-from cosmic_ray.mutating import mutate_code
-from cosmic_ray.plugins import get_operator
+from cosmic_ray.mutating import mutate_code  # pyright: ignore[reportMissingImports]
+from cosmic_ray.plugins import get_operator  # pyright: ignore[reportMissingImports]
 from quietly import as_notebook, run_cells
 
 SWAPS = (
@@ -102,7 +101,7 @@ def exit_code(cells, limit, folder):
     process.start()
     process.join(limit)
     if process.is_alive():
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
         return None
     return process.exitcode

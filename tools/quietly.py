@@ -3,6 +3,7 @@ so in processes of their own."""
 
 import os
 import sys
+from typing import Any
 
 from execnb.nbio import dict2nb
 
@@ -36,7 +37,8 @@ def run_cells(nb, folder):
     from execnb.shell import CaptureShell
 
     try:
-        CaptureShell().run_all(nb, exc_stop=True)
+        shell: Any = CaptureShell()
+        shell.run_all(nb, exc_stop=True)
     except BaseException:
         return 1
     return 0

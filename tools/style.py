@@ -36,6 +36,7 @@ TITLES = {
 HELD = ("package", "around")  # groups whose figures have goals
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 BRANCHES = (
     ast.If,
     ast.IfExp,
@@ -173,14 +174,14 @@ def lines_of(tokens: list[tokenize.TokenInfo]) -> set[int]:
     return lines
 
 
-def body_of(function: ast.FunctionDef) -> list[ast.stmt]:
+def body_of(function: Function) -> list[ast.stmt]:
     "The statements of a function, without its docstring"
     if ast.get_docstring(function) is None:
         return function.body
     return function.body[1:]
 
 
-def nodes_of(function: ast.FunctionDef) -> list[ast.AST]:
+def nodes_of(function: Function) -> list[ast.AST]:
     "The nodes in the body of a function, without those of functions and classes inside it"
     found = []
     waiting: list[ast.AST] = list(body_of(function))
@@ -192,7 +193,7 @@ def nodes_of(function: ast.FunctionDef) -> list[ast.AST]:
     return found
 
 
-def complexity(function: ast.FunctionDef) -> int:
+def complexity(function: Function) -> int:
     "One, and one more for each way through a function that a reader must keep in mind"
     count = 1
     for node in nodes_of(function):
@@ -210,7 +211,7 @@ def density(nodes, lines: int) -> float:
     return count / max(lines, 1)
 
 
-def density_of(function: ast.FunctionDef, lines: set[int]) -> float:
+def density_of(function: Function, lines: set[int]) -> float:
     "Expressions a line of a function's body"
     body = body_of(function)
     first = body[0].lineno
@@ -259,7 +260,7 @@ def note_long_lines(source: Source, group: Group) -> None:
             group.long_lines.append(f"{source.place}:{number}")
 
 
-def count_function(function: ast.FunctionDef, place: str, group: Group) -> None:
+def count_function(function: Function, place: str, group: Group) -> None:
     "Count a function, and note it where it is too complex"
     group.functions += 1
     if complexity(function) > MOST_COMPLEX:
@@ -437,7 +438,9 @@ def public_functions(tree: ast.Module) -> list[ast.FunctionDef]:
     return [function for function in found if function.name not in described]
 
 
-def public_parts(owner: ast.Module | ast.ClassDef, kind: type) -> list:
+def public_parts(
+    owner: ast.Module | ast.ClassDef, kind: type[ast.ClassDef] | type[ast.FunctionDef]
+) -> list:
     "The public classes or functions that a module or a class defines"
     found = []
     for node in owner.body:
@@ -458,7 +461,7 @@ def parts_described(tree: ast.Module) -> set[str]:
     return names
 
 
-def is_documented(function: ast.FunctionDef, lines: list[str]) -> bool:
+def is_documented(function: Function, lines: list[str]) -> bool:
     "Whether a function has a docstring, and a comment for each argument"
     if ast.get_docstring(function) is None:
         return False
@@ -474,7 +477,7 @@ def is_documented(function: ast.FunctionDef, lines: list[str]) -> bool:
     return True
 
 
-def is_typed(function: ast.FunctionDef) -> bool:
+def is_typed(function: Function) -> bool:
     "Whether a function says the types of its parameters and of its result"
     given = function.args
     for argument in [*given.posonlyargs, *given.args, *given.kwonlyargs]:

@@ -127,6 +127,11 @@ def _add_sizes(parser):
         default=Settings.precision,
         help="of the network, losses are always fp32; auto: bf16 where the processor has it",
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="translate the network for training steps by torch.compile, which takes minutes once",
+    )
 
 
 def _add_cases(parser):

@@ -38,14 +38,17 @@ _TWICE = (
 )
 
 
-def _kernels_apply(x: Tensor) -> bool:
-    "Whether the kernels compute x now: a volume on a CPU in float32 or bfloat16, and the switch is on"
-    if not fast.enabled or torch.compiler.is_compiling():
-        return False
+def _order_matters(x: Tensor) -> bool:
+    "Whether channels last is faster for x: a volume on a CPU in float32 or bfloat16, and the switch is on"
     on_cpu = x.device.type == "cpu"
     is_volume = x.dim() == 5
     has_kernel = x.dtype in (torch.float32, torch.bfloat16)
-    return on_cpu and is_volume and has_kernel
+    return fast.enabled and on_cpu and is_volume and has_kernel
+
+
+def _kernels_apply(x: Tensor) -> bool:
+    "Whether the kernels compute x now: where the order matters, unless torch.compile writes its own"
+    return _order_matters(x) and not torch.compiler.is_compiling()
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -151,9 +154,9 @@ class _Pairs(torch.autograd.Function):
 
     @staticmethod
     @_first_derivative_only
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         x, w = ctx.saved_tensors
-        grad = channels_last(grad)
+        grad = channels_last(grads[0])
         of_x, of_w = ctx.needs_input_grad
         dx = _pairs_input_gradient(x, w, grad) if of_x else None
         dw = _pairs_weight_gradient(x, w, grad) if of_w else None
@@ -302,16 +305,18 @@ class Conv3d(nn.Conv3d):
 
     def forward(
         self,
-        x: Tensor,  # (B,C,D,H,W)
+        input: Tensor,  # (B,C,D,H,W)
     ) -> Tensor:  # (B,K,D',H',W')
-        made = _made(self, x.shape[-3:])
-        return _never_thin(self._convolve, x, self.weight, self.bias, made)
+        made = _made(self, input.shape[-3:])
+        return _never_thin(self._convolve, input, self.weight, self.bias, made)
 
     def _convolve(self, x, weight, bias):
         "The fastest way for volumes like x"
-        if not _kernels_apply(x):
+        if not _order_matters(x):
             return self._conv_forward(x, weight, bias)
         x = channels_last(x)
+        if torch.compiler.is_compiling():
+            return self._conv_forward(x, weight, bias)
         if self._is_one_voxel():
             return _mix(x, weight, bias)
         if self._misses_onednn(x):
@@ -412,10 +417,10 @@ class Conv2d(nn.Conv2d):
 
     def forward(
         self,
-        x: Tensor,  # (B,C,H,W)
+        input: Tensor,  # (B,C,H,W)
     ) -> Tensor:  # (B,K,H',W')
-        made = _made(self, x.shape[-2:])
-        return _never_thin(self._conv_forward, x, self.weight, self.bias, made)
+        made = _made(self, input.shape[-2:])
+        return _never_thin(self._conv_forward, input, self.weight, self.bias, made)
 
 
 def _transposed(layer, x, output_size):
@@ -452,10 +457,10 @@ class ConvTranspose3d(nn.ConvTranspose3d):
 
     def forward(
         self,
-        x: Tensor,  # (B,C,D,H,W)
+        input: Tensor,  # (B,C,D,H,W)
         output_size: Sequence[int] | None = None,  # to make, where the stride leaves a choice
     ) -> Tensor:  # (B,K,D',H',W')
-        return _transposed(self, x, output_size)
+        return _transposed(self, input, output_size)
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
@@ -463,10 +468,10 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
     def forward(
         self,
-        x: Tensor,  # (B,C,H,W)
+        input: Tensor,  # (B,C,H,W)
         output_size: Sequence[int] | None = None,  # to make, where the stride leaves a choice
     ) -> Tensor:  # (B,K,H',W')
-        return _transposed(self, x, output_size)
+        return _transposed(self, input, output_size)
 
 
 def conv(
@@ -680,10 +685,11 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     @_first_derivative_only
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         x, weight, *statistics = ctx.saved_tensors
         found = _Statistics(*statistics)
-        gradients = _norm_gradients(x, weight, found, ctx.groups, channels_last(grad))
+        grad = channels_last(grads[0])
+        gradients = _norm_gradients(x, weight, found, ctx.groups, grad)
         return *gradients, None, None
 
 # %% ../../nbs/4_inside/layers.ipynb #85114cfa
@@ -716,8 +722,9 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(
         self,
-        x: Tensor,  # (B,C,D,H,W) or (B,C,H,W)
+        input: Tensor,  # (B,C,D,H,W) or (B,C,H,W)
     ) -> Tensor:  # same shape
+        x = input
         if torch.compiler.is_compiling() or not self._needs_care(x):
             return super().forward(x)
         weight, bias = self._affine(x)
@@ -759,8 +766,9 @@ class PReLU(nn.PReLU):
 
     def forward(
         self,
-        x: Tensor,  # (B,C,D,H,W) or (B,C,H,W)
+        input: Tensor,  # (B,C,D,H,W) or (B,C,H,W)
     ) -> Tensor:  # same shape
+        x = input
         slope_each = self.num_parameters > 1 and self.num_parameters == x.shape[1]
         if not slope_each or not _kernels_apply(x):
             return super().forward(x)

@@ -158,7 +158,7 @@ def _check_names(settings):
         precision in _PRECISIONS,
         f"precision is {precision!r}. Choose one of {', '.join(_PRECISIONS)}.",
     )
-    for name in ("edge", "shard", "self_check"):
+    for name in ("edge", "shard", "self_check", "compile"):
         value = getattr(settings, name)
         require(isinstance(value, bool), f"{name} is {value!r}. Give True or False.")
     names = settings.augment
@@ -631,8 +631,9 @@ def describe(
     values = {**asdict(settings), "readings": readings_in_force(settings)}
     if settings.network is None:
         del values["network"]
-    if not settings.imports:
-        del values["imports"]
+    for name in ("imports", "compile"):
+        if not values[name]:
+            del values[name]
     for name, value in values.items():
         if isinstance(value, Path):
             values[name] = str(value)
@@ -688,6 +689,7 @@ _FREE = {
     "save_minutes",
     "accumulate",
     "self_check",
+    "compile",
 }
 
 

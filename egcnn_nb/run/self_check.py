@@ -77,7 +77,8 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad = grads[0]
         ctx.call.compare(grad)
         return grad, None
 
@@ -92,9 +93,9 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         call = ctx.call
-        call.grad = _rounded(grad, call.kind)
+        call.grad = _rounded(grads[0], call.kind)
         return call.grad, None
 
 
@@ -154,15 +155,15 @@ class _Call:
 
     def _without_overflow(self):
         "Output and derivatives of the layer alone, at the first scale at which all are finite"
-        scales = [1.0]
-        if self.kind == torch.float16:  # a loss scale, lowered until no gradient overflows
-            largest = max(float(self.grad.abs().max()), 1e-30)
-            scales = [1.0 / largest, 2**-6 / largest, 2**-12 / largest]
-        for scale in scales:
-            out, grads = self.alone(scale)
+        if self.kind != torch.float16:
+            return self.alone(1.0)
+        # a loss scale, lowered until no gradient overflows
+        largest = max(float(self.grad.abs().max()), 1e-30)
+        for power in (0, -6):
+            out, grads = self.alone(2**power / largest)
             if all(bool(grad.isfinite().all()) for grad in grads):
-                break
-        return out, grads
+                return out, grads
+        return self.alone(2**-12 / largest)
 
 # %% ../../nbs/4_inside/self_check.ipynb #bb000d52
 def _watch(layer, precision, kind):

@@ -11,7 +11,7 @@ import argparse
 import ast
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ class Settings:
     preset: str = "default"  # name out of PRESETS whose values the settings began with
     network: str | None = None  # "module:function" that builds a network of yours, or None
     imports: tuple = ()  # modules of yours that register names, found from the current folder
+    compile: bool = False  # let torch.compile translate the network for training steps
 
     @classmethod
     def from_preset(
@@ -251,9 +252,9 @@ class PresetParser(argparse.ArgumentParser):
         self.add_argument("--preset", choices=list(PRESETS), default="default", help=PRESET_HELP)
         add_import_flag(self)
 
-    def parse_known_args(
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        args: Sequence[str] | None = None,  # words; None: those of this process
+        args: Iterable[str] | None = None,  # words; None: those of this process
         namespace: Any = None,  # to which the values are added; None: a new one
     ) -> tuple:  # namespace, words that are no flags
         "The values of a command line; argparse keeps what a namespace has unless a flag is given"

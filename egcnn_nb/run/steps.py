@@ -4,21 +4,25 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'ranks', 'validate', 'dead_gates', 'half_shares', 'write_csv', 'read_metrics', 'is_term', 'loss_terms',
-           'draw_curves', 'plot_curves', 'mean_over_ranks', 'share', 'train_step']
+           'draw_curves', 'plot_curves', 'mean_over_ranks', 'share', 'train_step', 'compiled', 'seconds_of_compiling',
+           'check_compiler']
 
 # %% ../../nbs/4_inside/steps.ipynb #f3478c53
 import csv
+import os
+import shutil
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..core import Task, write_whole
+from ..core import InputError, Task, require, write_whole
 from ..method.egcnn import EGCNN
 from ..method.features import evaluating
 from ..method.losses import EGOutput
@@ -361,3 +365,53 @@ def train_step(
         _tell_scaler(model, bad)
     _step_unless(bad, optimizer, scaler)
     return torch.cat([values, bad[None]])
+
+# %% ../../nbs/4_inside/steps.ipynb #c0de0002
+_BACKEND = "inductor"  # of torch.compile
+
+
+def compiled(
+    model: nn.Module,  # the network; it stays as it is
+) -> nn.Module:  # it shares all weights; compiled when it is called, once for each size of a batch
+    "The network for training steps, translated by torch.compile"
+    translated = torch.compile(model, backend=_BACKEND, dynamic=False)
+    return cast(nn.Module, translated)
+
+
+def seconds_of_compiling() -> float:
+    "Seconds that torch.compile has taken in this process"
+    from torch._dynamo.utils import calculate_time_spent
+
+    spent = calculate_time_spent()
+    return spent.get("total_wall_time", 0.0)
+
+
+def _compiler():
+    "The name of the C++ compiler that torch.compile calls"
+    usual = {"darwin": "clang++", "win32": "cl"}
+    name = usual.get(sys.platform, "g++")
+    return os.environ.get("CXX", name)
+
+
+def _double(x):
+    "A small function to compile"
+    return 2 * x
+
+
+def check_compiler(
+    device: torch.device,  # of the run
+) -> None:
+    "Raise `InputError` where torch.compile does not work here"
+    name = _compiler()
+    require(
+        device.type != "cpu" or shutil.which(name),
+        f"--compile needs a C++ compiler, and {name} is not there. "
+        "Install one, name it in the environment variable CXX, or leave out --compile.",
+    )
+    try:
+        torch.compile(_double, backend=_BACKEND)(torch.ones(8, device=device))
+    except RuntimeError as error:
+        first_line = str(error).splitlines()[0]
+        raise InputError(
+            f"torch.compile does not work here ({first_line}). Leave out --compile."
+        ) from error

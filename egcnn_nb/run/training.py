@@ -49,10 +49,13 @@ from egcnn_nb.run.parts import (
 )
 from .settings import Settings, check_preset, preset_note
 from egcnn_nb.run.steps import (
+    check_compiler,
+    compiled,
     half_shares,
     mean_over_ranks,
     plot_curves,
     ranks,
+    seconds_of_compiling,
     share,
     train_step,
     validate,
@@ -76,8 +79,10 @@ def poly_lr(
 _BAD = 10  # steps in a row that may be skipped
 
 
-def _spread(model, settings):
+def _spread(model: nn.Module, settings: Settings) -> nn.Module:
     "The network as each process calls it: itself, a copy in step (DDP), or weights in pieces (FSDP)"
+    if settings.compile:
+        model = compiled(model)
     if ranks()[1] == 1:
         return model
     if not settings.shard:
@@ -87,7 +92,7 @@ def _spread(model, settings):
     blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
     for block in blocks:
         fully_shard(block)  # its weights are together only while it computes
-    return fully_shard(model)
+    return cast(nn.Module, fully_shard(model))
 
 
 def _read_later(values):
@@ -142,6 +147,29 @@ class _WaitTimer:
         "Share in [0,1] of the time until the last item was done"
         whole = self.worked - self.begun
         return self.waited / max(whole, 1e-9)
+
+
+class _CompileTime:
+    "Measures how long torch.compile takes in a step"
+
+    def __init__(self):
+        self.compiled = seconds_of_compiling()
+        self.begin()
+
+    def begin(self):
+        "A step begins now"
+        self.begun = time.monotonic()
+
+    def line(self, step):
+        "What the log says about a step that is done, from 0; nothing unless it compiled the network"
+        taken = time.monotonic() - self.begun
+        self.begin()
+        before = self.compiled
+        self.compiled = seconds_of_compiling()
+        if self.compiled == before:
+            return None
+        spent = self.compiled - before
+        return f"step {step + 1} took {taken:.1f} s, of which compiling took {spent:.1f} s"
 
 
 def _never():
@@ -270,11 +298,8 @@ class Run:
     def _make_optimizer(self):
         "Adam, or the optimizer of yours"
         if self.parts.optimizer is None:
-            return torch.optim.Adam(self.network.parameters(), self.settings.lr, fused=True)
-        network = self.network
-        if isinstance(network, nn.parallel.DistributedDataParallel):
-            network = self.model
-        return make_optimizer(self.parts.optimizer, network)
+            return torch.optim.Adam(self.model.parameters(), self.settings.lr, fused=True)
+        return make_optimizer(self.parts.optimizer, self.model)
 
     def _make_loader(self):
         "Batches of patches, loaded by `workers` processes"
@@ -727,6 +752,7 @@ def _check_before_reading(settings, resume, device):
     _fill_in_precision(settings, resume, device)
     _check_monai(settings)
     _check_parts_of_batch(settings, world)
+    _check_compile(settings, device)
 
 
 def _fill_in_precision(settings, resume, device):
@@ -749,6 +775,17 @@ def _check_monai(settings):
         need("monai.transforms", f"augment {' '.join(settings.augment)}", "monai")
     if settings.backbone in PEERS:
         need("monai.networks.nets", f"the backbone {settings.backbone!r}", "monai")
+
+
+def _check_compile(settings, device):
+    "Raise `InputError` where a network is to be compiled that cannot be"
+    if not settings.compile:
+        return
+    require(
+        not settings.shard,
+        "--compile does not work with --shard, which spreads the weights. Leave out one of them.",
+    )
+    check_compiler(device)
 
 
 def _check_parts_of_batch(settings, world):
@@ -798,6 +835,7 @@ class _Session:
         )
         self.next_step = run.steps  # number of the next step that is shown
         self.saved = time.monotonic()  # when a checkpoint within an epoch was last due
+        self.compile_time = _CompileTime() if run.settings.compile else None
 
     def log(self, text):
         "Write a line to log.txt, and above the progress bar where there is one"
@@ -822,6 +860,9 @@ class _Session:
         if self.calls.on_step:
             self.calls.on_step(terms)
         self.calls.listeners.fire("on_step", self.run, self.next_step, terms)
+        line = self.compile_time.line(self.next_step) if self.compile_time else None
+        if line:
+            self.log(line)
         self.next_step += 1
 
     def stop(self):
@@ -855,6 +896,8 @@ class _Session:
         "Train, validate and record an epoch; False if it was stopped before its end"
         run = self.run
         start = time.monotonic()
+        if self.compile_time:
+            self.compile_time.begin()
         finished, waited = run.train_epoch(self.due, self.stop, self.tick)
         if not finished:
             return False
@@ -925,6 +968,8 @@ def _first_notes(run, notes, resumed):
     lines += _part_notes(run.parts, run.optimizer)
     lines += notes
     lines += _precision_notes(run.settings, run.device)
+    if run.settings.compile:
+        lines.append("the network is compiled in the first step, which may take minutes")
     lines += run.notes
     if resumed:
         lines.append(f"resumed after epoch {len(run.rows)}, step {run.step}")

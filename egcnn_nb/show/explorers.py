@@ -349,7 +349,7 @@ class Explorer(widgets.VBox):
         self.tell = None
         close_widget(self)
 
-    def _repr_mimebundle_(self, **kwargs):
+    def _repr_mimebundle_(self, **kwargs) -> Any:
         "What Jupyter shows: the widget, and the still picture where no kernel runs"
         bundle: Any = super()._repr_mimebundle_(**kwargs)
         data, *rest = bundle if isinstance(bundle, tuple) else (bundle,)

@@ -150,7 +150,9 @@ class ScanExplorer(Explorer):
         largest = voxels.argmax()
         self.controls["at"].value = float(largest / last)
 
-    def save(self) -> list[Path]:  # the files
+    def save(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+    ) -> list[Path]:  # the files
         "Write labels, edge, attention and uncertainty beside the scan; raises `InputError` if one exists"
         expect(self.seen, "save", "no prediction", "one to save", "press predict first")
         folder = self.case.images[0].parent
