@@ -73,7 +73,7 @@ def _parts(model):
     lists = ("edge.blocks", "edge.halves", "edge.gates")
     for i, _ in enumerate(model.edge.gates):
         parts[f"gate {i}"] = [f"{modules}.{i}" for modules in lists]
-    parts[_LAST_PART] = ["edge.last", "edge.head", "fusion"]
+    parts[_LAST_PART] = ["edge.last", "edge.read", "edge.head", "fusion"]
     return parts
 
 
