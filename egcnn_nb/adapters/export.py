@@ -262,40 +262,65 @@ def _onnx_program(network, image, multiple):
         ) from error
 
 
-def _accept_any_size(graph, multiple):
-    "Begin an ONNX graph with the padding of `Padded`, and end it with its cut"
-    ir = need("onnx_ir", "The export to ONNX", "onnx")
-    nodes = []
+class _Nodes:
+    "Operations that are added to an ONNX graph"
 
-    def step(kind, *inputs, **attributes):
-        node = ir.node(kind, inputs, attributes)
-        nodes.append(node)
+    def __init__(self):
+        self.ir = need("onnx_ir", "The export to ONNX", "onnx")
+        self.made = []
+
+    def add(self, kind, *inputs, **attributes):
+        "What a further operation puts out"
+        node = self.ir.node(kind, inputs, attributes)
+        self.made.append(node)
         return node.outputs[0]
 
-    def value(name, like):
-        axes = ["batch", like.shape[1], "depth", "height", "width"]
-        return ir.Value(name=name, type=like.type, shape=ir.Shape(axes))
+    def numbers(self, *values):
+        "A tensor of whole numbers"
+        return self.add("Constant", value_ints=list(values))
 
+    def free(self, channels):
+        "The shape of a map of any batch and size"
+        return self.ir.Shape(["batch", channels, "depth", "height", "width"])
+
+
+def _accept_any_size(graph, multiple):
+    "Begin an ONNX graph with the padding of `Padded`, and end it with its cut"
+    size = _fill_input(graph, multiple)
+    _cut_outputs(graph, size)
+
+
+def _fill_input(graph, multiple):
+    "Repeat the last voxels of the image of a graph up to a multiple; its own size"
+    nodes = _Nodes()
     inner = graph.inputs[0]
-    image = value("image", inner)
     inner.name = "filled"
-    size = step("Shape", image, start=2)
-    missing = step("Mod", step("Neg", size), step("Constant", value_ints=[multiple]))
-    nothing = step("Constant", value_ints=[0] * 7)  # before each axis, after batch and channels
-    filled = step("Pad", image, step("Concat", nothing, missing, axis=0), mode="edge")
-    ir.convenience.replace_all_uses_with(inner, filled)
+    shape = nodes.free(inner.shape[1])
+    image = nodes.ir.Value(name="image", type=inner.type, shape=shape)
+    size = nodes.add("Shape", image, start=2)
+    missing = nodes.add("Mod", nodes.add("Neg", size), nodes.numbers(multiple))
+    # nothing before any axis, and nothing after batch and channels
+    padding = nodes.add("Concat", nodes.numbers(*[0] * 7), missing, axis=0)
+    filled = nodes.add("Pad", image, padding, mode="edge")
+    nodes.ir.convenience.replace_all_uses_with(inner, filled)
     graph.inputs[0] = image
-    graph.insert_before(graph[0], nodes)
-    nodes.clear()
-    begin = step("Constant", value_ints=[0] * 3)
-    axes = step("Constant", value_ints=[2, 3, 4])
+    graph.insert_before(graph[0], nodes.made)
+    return size
+
+
+def _cut_outputs(graph, size):
+    "Cut what a graph puts out back to a size"
+    nodes = _Nodes()
+    begin = nodes.numbers(0, 0, 0)
+    axes = nodes.numbers(2, 3, 4)
     for i, whole in enumerate(list(graph.outputs)):
-        cut = step("Slice", whole, begin, size, axes)
-        like = value(whole.name, whole)
-        cut.name, cut.type, cut.shape = like.name, like.type, like.shape
+        cut = nodes.add("Slice", whole, begin, size, axes)
+        cut.name = whole.name
+        cut.type = whole.type
+        cut.shape = nodes.free(whole.shape[1])
         whole.name = f"{whole.name}_filled"
         graph.outputs[i] = cut
-    graph.extend(nodes)
+    graph.extend(nodes.made)
 
 
 def _onnx_runner(path):

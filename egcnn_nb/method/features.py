@@ -814,8 +814,8 @@ def _below(steps, start):
 
 def _is_smaller_along_some(before, after):
     "Whether a map of the second scale is smaller than one of the first along some axes, not along all"
-    axes = list(zip(before, after, strict=True))
-    return all(n <= m for n, m in axes) and any(n == m for n, m in axes)
+    ratios = [m / n for n, m in zip(before, after, strict=True)]
+    return min(ratios) == 1 and max(ratios) > 1
 
 
 class _Trace(NamedTuple):
@@ -878,23 +878,26 @@ class _Flow:
         """Whether a map is lent to a finer branch while its own branch goes on beside it, and takes
         from finer maps again"""
         earlier = _above(self.steps, rise.before)
-        own = {n for n in earlier if self.levels[n] == rise.level}  # and what is made from it
-        lent = {rise.after}  # and what is made from it
-        finer = set()  # maps that the lent one is not made from, and what is made from them
-        for n in sorted(self.counted - earlier - lent):
-            inputs = self.steps[n].inputs
-            if not lent.isdisjoint(inputs):
-                lent.add(n)
-                continue
-            if not own.isdisjoint(inputs):
-                own.add(n)
-            level = self.levels[n]
-            is_finer = level is not None and level < rise.level and self.traces[n].worked
-            if is_finer or not finer.isdisjoint(inputs):
-                finer.add(n)
-            if level == rise.level and n in own and n in finer:
-                return True
-        return False
+        lent = _below(self.steps, rise.after) | {rise.after}
+        beside = sorted(self.counted - earlier - lent)
+        branch = {n for n in earlier if self.levels[n] == rise.level}
+        goes_on = self._made_from(branch, beside)
+        finer = {n for n in beside if self._is_finer(n, rise.level)}
+        takes_again = self._made_from(finer, beside)
+        return any(self.levels[n] == rise.level for n in goes_on & takes_again)
+
+    def _is_finer(self, n, level):
+        "Whether a step is a map above a level that has been through weights"
+        own = self.levels[n]
+        return own is not None and own < level and self.traces[n].worked
+
+    def _made_from(self, start, among):
+        "Some steps, and those among others, in order, that are made from them"
+        found = set(start)
+        for n in among:
+            if not found.isdisjoint(self.steps[n].inputs):
+                found.add(n)
+        return found
 
     def _levels(self):
         "The level of each step that is a map; None where it does not count"
@@ -920,22 +923,28 @@ class _Flow:
     def _halfway_scales(self):
         """Scales at which one convolution at most looks at neighbours, and from which the data only
         goes on to be made smaller along the other axes"""
-        convolutions = Counter()
+        convolutions = Counter(self.steps[n].scale for n in self.counted if self.steps[n].spatial)
         passed = set()
-        stays = set()
+        kept = set()
+        for before, after in self._changes_of_scale():
+            if _is_smaller_along_some(before, after):
+                passed.add(before)
+            else:
+                kept.add(before)
+            if prod(before) > prod(after):
+                kept.add(after)
+        return {scale for scale in passed - kept if convolutions[scale] <= 1}
+
+    def _changes_of_scale(self):
+        "Scales before and after each step that makes a map larger or smaller"
+        changes = set()
         for n in self.counted:
-            step = self.steps[n]
-            convolutions[step.scale] += step.spatial
-            for before in {self.steps[i].scale for i in step.inputs}:
-                if before is None or step.scale is None or before == step.scale:
-                    continue
-                if _is_smaller_along_some(before, step.scale):
-                    passed.add(before)
-                else:
-                    stays.add(before)
-                if sum(map(log2, before)) > step.level:
-                    stays.add(step.scale)
-        return {scale for scale in passed - stays if convolutions[scale] <= 1}
+            after = self.steps[n].scale
+            for i in self.steps[n].inputs:
+                before = self.steps[i].scale
+                if before is not None and after is not None and before != after:
+                    changes.add((before, after))
+        return changes
 
     def _reach(self):
         "The deepest level at which something is computed from each step"
