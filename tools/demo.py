@@ -110,11 +110,12 @@ def maps(out, case):
     labels = read_labels(case.label)
     image = read_volume(case.images[T1CE])
     shown = {"truth": labels.array.astype(int), "image": image.array}
-    for name in RUNS:
-        run = load_run(out / name)
-        found, _ = predict_case(*run, case)
+    runs = {name: load_run(out / name) for name in RUNS}
+    for name, (model, settings, task) in runs.items():
+        found, _ = predict_case(model, settings, task, case)
         shown[name] = found.astype(int)
-    inside = look_inside(*run, case)
+    model, settings, task = runs["eg"]
+    inside = look_inside(model, settings, task, case)
     shown["edge"] = inside["edge"]
     shown["attention"] = inside["attention"]
     return shown

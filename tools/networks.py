@@ -204,8 +204,8 @@ def monai(dims: int) -> list:
         "segmentation_head.0",
         size=64,
     )
+    down = THEN.join(f"enc_stages.{i}" for i in range(4))
     for size in "SBML":
-        down = THEN.join(f"enc_stages.{i}" for i in range(4))
         add(
             f"MedNeXt-{size}",
             f"MedNeXt{size}",
