@@ -42,10 +42,11 @@ RUNS = {"bare": "off", "eg": "on"}  # folder of a run -> its --edge
 
 def write_data(out):
     "Write the phantoms, and the list of those that are held out"
-    for number in (*TRAINED, *HELD_OUT):
-        write_phantom(out / "phantoms", number)
-    names = [f"BraTS19_PHANTOM_{number}_1" for number in HELD_OUT]
-    lines = "\n".join(names)
+    data = out / "phantoms"
+    for number in TRAINED:
+        write_phantom(data, number)
+    folders = [write_phantom(data, number) for number in HELD_OUT]
+    lines = "\n".join(folder.name for folder in folders)
     (out / "held_out.txt").write_text(lines)
 
 
