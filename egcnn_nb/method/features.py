@@ -789,8 +789,8 @@ def _same_buffers(net):
                     buffer.copy_(before[name])
 
 # %% ../../nbs/4_inside/features.ipynb #6c000012
-def _above(steps, start, gates=True):
-    "Numbers of the steps that a step is made from, and its own; `gates=False`: without mere gates"
+def _reached(start, inputs_of):
+    "Numbers of the steps that a step is made from, and its own, if `inputs_of` says what a step takes"
     found = set()
     waiting = [start]
     while waiting:
@@ -798,9 +798,18 @@ def _above(steps, start, gates=True):
         if n in found:
             continue
         found.add(n)
-        step = steps[n]
-        waiting += [i for i in step.inputs if gates or i not in step.gates]
+        waiting += inputs_of(n)
     return found
+
+
+def _above(steps, start, gates=True):
+    "Numbers of the steps that a step is made from, and its own; `gates=False`: without mere gates"
+
+    def inputs_of(n):
+        step = steps[n]
+        return [i for i in step.inputs if gates or i not in step.gates]
+
+    return _reached(start, inputs_of)
 
 
 def _below(steps, start):
@@ -1042,15 +1051,11 @@ class _Flow:
 
     def _way_to(self, end):
         "Numbers of the steps that a step is made from, and its own, without those on a detour alone"
-        found = set()
-        waiting = [end]
-        while waiting:
-            n = waiting.pop()
-            if n in found:
-                continue
-            found.add(n)
-            waiting += [i for i in self.steps[n].inputs if not self._is_detour(i, n)]
-        return found
+
+        def inputs_of(n):
+            return [i for i in self.steps[n].inputs if not self._is_detour(i, n)]
+
+        return _reached(end, inputs_of)
 
     def _takers(self):
         "How many steps take each step"
