@@ -18,7 +18,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from egcnn_nb.data.check import expect_files
 from egcnn_nb.data.layouts import find_dataset
 from egcnn_nb.data.nifti import read_array
 from egcnn_nb.run.checkpoints import read_checkpoint, save_checkpoint
+from egcnn_nb.run.folders import describe
 from egcnn_nb.run.models import make_model
 from egcnn_nb.run.predict import load_run
 from egcnn_nb.run.settings import Settings
@@ -321,9 +322,7 @@ class Inputs:
         settings = Settings("d", "r", width=2, levels=2, patch_size=(8, 8, 8))
         weights = tmp / "run/model.safetensors"
         save_file(make_model(settings, KITS).state_dict(), weights)
-        split = {"train": [], "validation": []}
-        about = {"settings": asdict(settings), "task": asdict(KITS), "split": split}
-        config = json.dumps(about).encode()
+        config = json.dumps(describe(settings, KITS, [], [])).encode()
         for folder in ("run", "weights"):
             (tmp / folder / "config.json").write_bytes(config)
         return config, weights.read_bytes()

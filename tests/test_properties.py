@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 
 from egcnn_nb.data.patches import EpochBatches, split_cases
@@ -125,10 +126,28 @@ def test_balanced_cross_entropy_weighs_both_sides_the_same(seed, shape):
     mask = masks(seed, shape)
     rest = 1 - mask
     logits = drawn(seed, 2, 2, *shape)
-    value = balanced_bce(logits, mask)
-    exchanged = balanced_bce(-logits, rest)
+    value = balanced_bce(logits, mask, weight_negatives=True)
+    exchanged = balanced_bce(-logits, rest, weight_negatives=True)
     assert value >= 0
     assert_close(value, exchanged)
+
+
+@tries
+@given(seeds, shapes)
+def test_edge_voxels_weigh_the_share_of_the_others_and_the_others_one(seed, shape):
+    mask = masks(seed, shape)
+    logits = drawn(seed, 2, 2, *shape)
+    value = balanced_bce(logits, mask)
+    expected = 0
+    for case in range(2):
+        for channel in range(2):
+            here = mask[case, channel] > 0
+            score = logits[case, channel]
+            share_of_the_others = (~here).double().mean()
+            of_edge = share_of_the_others * -logsigmoid(score[here]).sum()
+            of_others = -logsigmoid(-score[~here]).sum()
+            expected = expected + of_edge + of_others
+    assert_close(value, expected / mask.numel())
 
 
 def label_values(labels):
