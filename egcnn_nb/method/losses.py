@@ -134,7 +134,10 @@ def balanced_bce(
     beta_over: str = "case",  # beta per "case" and class, or per class over the "batch"
     keep: Tensor | None = None,  # bool (B,1,D,H,W): the voxels that count; None: all
 ) -> Tensor:  # scalar ≥ 0
-    "Cross entropy in which edge and non-edge voxels weigh the same (eq. 6; mean over voxels our choice)"
+    """Cross entropy whose edge voxels weigh beta, the share of the others (eq. 6)
+
+    Non-edge voxels weigh 1, or 1-beta as eq. 6 is printed. The mean over the voxels is our choice.
+    """
     expect(beta_over in ("case", "batch"), "beta_over", repr(beta_over), "'case' or 'batch'")
     logits, target = _pair(logits, target, "balanced_bce")
     beta = 1 - _edge_share(target, beta_over, keep)
