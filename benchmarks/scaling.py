@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from speed import problem, processor, step
+from speed import problem, step
 
+from egcnn_nb.core import processor_name
 from egcnn_nb.method.backbones import SegNet
 from egcnn_nb.method.egcnn import EGCNN
 
@@ -122,7 +123,7 @@ def main():
     megabytes = found["gradient_bytes"] / 1e6
     print(f"one process {one:.0f} ms, {args.processes} processes {many:.0f} ms:", end=" ")
     print(f"{faster:.2f} times as fast; a gradient has {megabytes:.2f} MB")
-    found["cpu"] = processor()
+    found["cpu"] = processor_name()
     if args.json:
         text = json.dumps(found, indent=1)
         Path(args.json).write_text(text)

@@ -6,12 +6,13 @@
 __all__ = ['BRATS_REGIONS', 'KITS_REGIONS', 'BRATS', 'KITS', 'COLOURS', 'AUGMENTATIONS', 'KINDS', 'REGISTRY', 'InputError',
            'require', 'expect', 'worker_died', 'exit_on_error', 'need', 'outer_first', 'Task', 'Entry', 'register',
            'registered', 'find', 'title_of', 'import_own', 'import_all', 'project_file', 'write_whole', 'keep_memory',
-           'processors', 'free_memory', 'readers']
+           'processors', 'processor_name', 'free_memory', 'readers']
 
 # %% ../nbs/4_inside/core.ipynb #b54b45e6
 import ctypes
 import math
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -465,6 +466,19 @@ def processors() -> int:  # at least 1
         )
         allowed = min(allowed, int(wanted))
     return max(allowed, 1)
+
+
+def processor_name() -> str:
+    "The name of the processor, as Linux or else Python knows it"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # another system than Linux
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            _, _, name = line.partition(":")
+            return name.strip()
+    return platform.processor() or platform.machine()
 
 
 def _files_in_memory():

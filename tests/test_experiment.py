@@ -19,6 +19,9 @@ from tiny import ENV, children, dataset
 
 from egcnn_nb.commands import experiment as experiments
 from egcnn_nb.core import BRATS, KITS
+from egcnn_nb.run.folders import READINGS_0_1, readings_in_force
+from egcnn_nb.run.settings import Settings
+from egcnn_nb.study import cells
 from egcnn_nb.study.evaluation import read_scores
 from egcnn_nb.study.experiments import tables_of
 from egcnn_nb.study.paper import TABLE_1, TABLE_2
@@ -483,49 +486,77 @@ def as_0_1_left_it(folder):
     path.write_text(text)
 
 
-def forget_semantic(record):
+OF_0_1 = {
+    "edge_head": "plain",
+    "gate_residual": "none",
+    "semantic": "dice",
+    "weight_negatives": "True",
+}
+
+
+def test_every_reading_whose_default_changed_is_named_in_the_record():
+    settings = Settings("", "")
+    today = readings_in_force(settings)
+    changed = set()
+    for name, value in READINGS_0_1.items():
+        if today[name] != value:
+            changed.add(name)
+    follows = "w_cross_entropy"  # from the kind of the semantic loss
+    named = {*cells._CHANGED, "semantic", follows}
+    assert changed == named
+
+
+def forget_readings(record):
     "Change the record of an experiment into what 0.1 would have written"
     flags = json_of(record)
     for name, words in flags.items():
-        *others, flag, value = words
-        assert (flag, value) == ("--reading", "semantic=dice")
-        flags[name] = others
+        first = words.index("--reading")
+        flags[name] = words[:first]
     text = json.dumps(flags)
     record.write_text(text)
 
 
-def test_cells_of_0_1_are_not_mixed_with_those_of_today(tmp_path):
+def test_cells_of_0_1_go_on_with_its_readings_and_are_not_mixed_with_those_of_today(tmp_path):
     line = small(tmp_path, "bare eg", TWO_EPOCHS)
-    as_dice = [*line, "--reading", "semantic=dice"]
+    as_0_1 = [*line]
+    for name, value in OF_0_1.items():
+        as_0_1 += ["--reading", f"{name}={value}"]
     out = tmp_path / "out"
     record = out / "cells.json"
-    succeeded(as_dice)
-    first = out / "segnet-bare-all-0-lr0.001"
-    second = out / "segnet-eg-all-0-lr0.001"
-    metrics = second / "metrics.csv"
+    succeeded(as_0_1)
+    bare = out / "segnet-bare-all-0-lr0.001"
+    eg = out / "segnet-eg-all-0-lr0.001"
+    metrics = eg / "metrics.csv"
     rows = metrics.read_text()
-    forget_semantic(record)
-    as_0_1_left_it(first)  # done
-    shutil.rmtree(second)  # left
+    assert "gate_residual" not in " ".join(json_of(record)[bare.name])
+    forget_readings(record)
+    as_0_1_left_it(bare)  # done
+    shutil.rmtree(eg)  # left
     refused(
         line,
         "semantic=dice, and this command gives it semantic=dice_ce",
         "Add --reading semantic=dice to go on",
     )
-    assert not second.exists()
+    assert not eg.exists()
     refused([*line, "--test"])
     assert not (out / "scores.csv").exists()
-    succeeded(as_dice)
+    succeeded(as_0_1)
     assert metrics.read_text() == rows
     assert "semantic=dice" in record.read_text()
-    as_0_1_left_it(second)  # begun: its log has one epoch
-    log = second / "log.txt"
+    as_0_1_left_it(eg)  # begun: its log has one epoch
+    log = eg / "log.txt"
     one_epoch, _ = log.read_text().split("epoch 2/2")
     log.write_text(one_epoch)
-    refused(line)
+    refused([*line, "--reading", "semantic=dice"], "gate_residual=none", "weight_negatives=True")
     assert log.read_text() == one_epoch
-    refused(as_dice, "--reading gate_residual=none", "--reading weight_negatives=True")
-    assert log.read_text() == one_epoch
+
+
+def test_a_reading_that_no_arm_uses_is_refused(tmp_path):
+    line = small(tmp_path, "bare matched", ONE_EPOCH)
+    line += ["--reading", "gate_residual=none"]
+    refused(line, "gate_residual", "--edge on")
+    out = tmp_path / "out"
+    assert not out.exists()
 
 
 ONE_EPOCH = "--lr 1e-3 --epochs 1 --patch_size 8 8 8"

@@ -7,17 +7,15 @@ __all__ = ['WrongLayer', 'wrong_layers', 'compute_in_float32', 'describe_check']
 
 # %% ../../nbs/4_inside/self_check.ipynb #2df6ea62
 import copy
-import platform
 from dataclasses import dataclass
 from itertools import chain
 from math import ceil, inf, isfinite
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..core import InputError, require
+from ..core import InputError, processor_name, require
 from .models import autocast
 from .settings import Settings
 from .steps import ranks
@@ -376,19 +374,11 @@ def compute_in_float32(
             layer.forward = _InFloat32(layer)
 
 
-def _processor(device):
+def _device_name(device):
     "The name of a processor, or of a GPU"
     if device is not None and device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # another system than Linux
-        lines = []
-    for line in lines:
-        if line.startswith("model name"):
-            _, _, name = line.partition(":")
-            return name.strip()
-    return platform.processor() or platform.machine()
+    return processor_name()
 
 
 def describe_check(
@@ -396,7 +386,7 @@ def describe_check(
     device: torch.device | None = None,  # of the run; None: this machine's processor
 ) -> list[str]:  # one line a layer, for the log
     "The wrong layers, the processor, and what is done about them"
-    where = _processor(device)
+    where = _device_name(device)
     lines = []
     for layer in found:
         lines.append(

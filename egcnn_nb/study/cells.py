@@ -29,8 +29,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..core import Task, expect, keep_memory, processors, require, write_whole
 from ..method.egcnn import EGCNN
 from ..method.losses import EGLoss
-from ..run.folders import read_config, readings_in_force, settings_of_config
-from ..run.models import infer, make_model, maker_of, reading_for
+from egcnn_nb.run.folders import (
+    READINGS_0_1,
+    read_config,
+    readings_in_force,
+    settings_of_config,
+)
+from ..run.models import infer, make_model, maker_of, reading_for, used_without_edges
 from ..run.settings import Settings, preset_values, readings_of
 from ..run.steps import train_step
 from ..tensors import to_target
@@ -153,13 +158,21 @@ def matched_width(
 def arm_with(
     arm: str,  # see `arm_of`
     shared: dict | None,  # readings that all cells share
+    backbone: str,  # name of the network
 ) -> tuple:  # whether it has an edge stream, its readings
-    "`arm_of`, with the readings that all cells share; the arm's own come first"
+    """`arm_of`, with the readings that all cells share; the arm's own come first
+
+    A bare backbone leaves out the shared readings that only an edge stream uses.
+    """
     edge, own = arm_of(arm)
     shared = shared or {}
     if own.get("w_cross_entropy") and "semantic" in shared and "semantic" not in own:
         own["semantic"] = "dice_ce"  # an arm that weights the cross entropy has one
-    return edge, {**shared, **own}
+    readings = {**shared, **own}
+    if not edge:
+        used = used_without_edges(Settings("", "", backbone, edge=False, readings=readings))
+        readings = {name: value for name, value in readings.items() if name in own or name in used}
+    return edge, readings
 
 
 def _own_flags(cell, widths):
@@ -196,7 +209,7 @@ def words(
         several = isinstance(value, (list, tuple))
         values = value if several else [value]
         line += [f"--{name}", *map(str, values)]
-    _, readings = arm_with(cell.arm, shared)
+    _, readings = arm_with(cell.arm, shared, cell.backbone)
     for name, value in readings.items():
         line += ["--reading", f"{name}={value}"]
     for module in recipe.get("imports", ()):
@@ -211,7 +224,7 @@ def settings_of(
     widths: dict,  # backbone -> width of its matched network
 ) -> Settings:  # without data and folder
     "What decides the network of an arm and its cost"
-    edge, readings = arm_with(arm, recipe.get("readings"))
+    edge, readings = arm_with(arm, recipe.get("readings"), backbone)
     width = widths[backbone] if arm == "matched" else recipe["width"]
     spacing = recipe.get("spacing", Settings.spacing)
     return Settings(
@@ -396,8 +409,23 @@ def _flags(line):
     return flags
 
 
-def _with_semantic(flags, default):
-    "Flags that always name the kind of the semantic loss, with all readings sorted at their end"
+# readings of the edge stream whose defaults were others in 0.1
+_CHANGED = ("edge_head", "gate_residual", "weight_negatives")
+
+
+def _defaults_of(flags, given, is_of_0_1):
+    "What the readings mean whose defaults have changed, where a cell does not name them"
+    defaults = READINGS_0_1 if is_of_0_1 else readings_in_force(Settings("", ""))
+    kind = "dice_ce" if given.get("w_cross_entropy") else defaults["semantic"]
+    found = {"semantic": kind}
+    if "--edge on" in " ".join(flags) and "--preset" not in flags:
+        for name in _CHANGED:
+            found[name] = defaults[name]
+    return found
+
+
+def _with_defaults(flags, is_of_0_1):
+    "Flags that name the readings whose defaults have changed, with all readings sorted at the end"
     readings, others = [], []
     rest = iter(flags)
     for word in rest:
@@ -406,9 +434,9 @@ def _with_semantic(flags, default):
         else:
             others.append(word)
     given = readings_of(readings)
-    if "semantic" not in given:
-        kind = "dice_ce" if given.get("w_cross_entropy") else default
-        readings.append(f"semantic={kind}")
+    for name, value in _defaults_of(flags, given, is_of_0_1).items():
+        if name not in given:
+            readings.append(f"{name}={value}")
     for reading in sorted(readings):
         others += ["--reading", reading]
     return others
@@ -416,9 +444,11 @@ def _with_semantic(flags, default):
 
 def _record_flags(lines, record):
     "Keep the flags of each cell in cells.json; raise `InputError` where it has others"
-    flags = {name: _with_semantic(_flags(line), "dice_ce") for name, line in lines.items()}
+    flags = {name: _with_defaults(_flags(line), False) for name, line in lines.items()}
     old = json.loads(record.read_text()) if record.is_file() else {}
-    old = {name: _with_semantic(known, "dice") for name, known in old.items()}  # as 0.1 meant it
+    for name, known in old.items():
+        is_of_0_1 = "semantic=" not in " ".join(known)  # later versions always name it
+        old[name] = _with_defaults(known, is_of_0_1)
     changed = sorted(name for name in flags if old.get(name, flags[name]) != flags[name])
     expect(
         not changed,
@@ -454,7 +484,7 @@ def check_readings(
         run = Path(out) / cell.name
         if not (run / "config.json").is_file():
             continue
-        edge, given = arm_with(cell.arm, recipe.get("readings"))
+        edge, given = arm_with(cell.arm, recipe.get("readings"), cell.backbone)
         preset = recipe.get("preset", "default")
         readings = preset_values(preset, edge, given)["readings"]
         settings = Settings("", "", cell.backbone, edge, readings=readings or None)

@@ -21,10 +21,11 @@ from typing import cast
 from ..core import InputError, Task, expect, processors, require, write_whole
 from ..data.layouts import find_dataset
 from ..data.patches import split_cases
+from ..method.losses import EGLoss
 from ..run.folders import check_settings, known_names, prepare, read_names
-from ..run.models import windows
+from ..run.models import reading_for, windows
 from ..run.settings import Settings, preset_values, readings_of, spacing_of
-from .cells import arm_with, costs_of, matched_width, progress, settings_of
+from .cells import arm_of, arm_with, costs_of, matched_width, progress, settings_of
 
 # %% ../../nbs/4_inside/design.ipynb #2b58b9c5
 def _is_dataset(folder):
@@ -124,6 +125,16 @@ def _shared_settings(args):
     return shared
 
 
+def _expect_used(readings, args):
+    "Raise `InputError` on a shared reading that no arm uses"
+    has_edges = any(arm_of(arm)[0] for arm in args.arms)
+    if has_edges:
+        return
+    for backbone in args.backbones:
+        settings = Settings("", "", backbone, edge=False, readings=readings or None)
+        reading_for(EGLoss, settings)
+
+
 def check_arms(
     args: argparse.Namespace,  # of `arguments`
 ) -> None:
@@ -133,13 +144,14 @@ def check_arms(
         require(value >= 1, f"--{name} is {value}. Give a whole number of 1 or more.")
     readings = _shared_readings(args)
     shared = _shared_settings(args)
+    _expect_used(readings, args)
     for backbone, arm, lr, train_cases in product(
         args.backbones,
         args.arms,
         args.lr,
         args.train_cases,
     ):
-        edge, own = arm_with(arm, readings)
+        edge, own = arm_with(arm, readings, backbone)
         settings = Settings(
             "",
             "",

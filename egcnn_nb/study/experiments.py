@@ -9,14 +9,13 @@ __all__ = ['printed_for', 'tables_of', 'tried_table', 'cost_table', 'curves_of',
 import argparse
 import json
 import os
-import platform
 from collections.abc import Iterable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core import COLOURS, title_of, write_whole
+from ..core import COLOURS, processor_name, title_of, write_whole
 from ..data.layouts import find_dataset
 from ..run.predict import load_run
 from ..run.steps import read_metrics
@@ -241,17 +240,6 @@ def _figures(data, out, design, cells, rows, found, args):
     return figures
 
 # %% ../../nbs/4_inside/experiments.ipynb #eca3b4c5
-def _processor():
-    "The name of the processor, as Linux or else Python knows it"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    for line in lines:
-        if line.startswith("model name"):
-            name = line.split(":")[1]
-            return name.strip()
-    return platform.processor()
-
-
 def _hours_of(cells, out, epochs):
     "Hours that the training of these runs took"
     seconds = 0.0
@@ -282,7 +270,7 @@ def _about(out, design, cells, args):
         "matched width": design.widths,
         "its parameters and multiply-adds over EG-CNN's": design.excess,
         "hours of training, all runs": round(hours, 2),
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "versions": _versions(),
         "command": args.command,
