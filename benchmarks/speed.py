@@ -3,8 +3,8 @@ several.
 
     python benchmarks/speed.py [ROW ...] [--threads 1] [--json FILE] [--keep_memory] [--cpu_time]
 
-Rows (default: all): sobel sobel_backward losses step segresnet bf16 batch_1 compile predict distances
-startup.
+Rows (default: all): sobel sobel_backward losses step forms segresnet bf16 batch_1 compile predict
+distances startup.
 Seg-Net (a): width 8, 3 levels, batch 2 of 1×48×64×48; (b): width 16, 4 levels, batch 1 of 4×96³; 3
 classes, readings by default; (c): as (a), batch 2 of 1×40³. With --keep_memory the allocator keeps
 freed memory, as egcnn_train and egcnn_predict do, for both sides. With --cpu_time a time is what the
@@ -270,14 +270,20 @@ class Size:
             width = self.width
         return SegNet(channels, 3, width, self.levels)
 
-    def egcnn(self):
-        "The same with an edge stream"
-        return EGCNN(self.segnet())
+    def egcnn(self, **readings):
+        "The same with an edge stream, in one of its forms"
+        return EGCNN(self.segnet(), **readings)
 
 
 SMALL = Size("a", 8, 3, (2, 1, 48, 64, 48), 7)
 DEFAULT = Size("c", 8, 3, (2, 1, 40, 40, 40), 9)
 SIZES = (SMALL, Size("b", 16, 4, (1, 4, 96, 96, 96), 3))
+FORMS = {
+    "the stream of 0.1": {"edge_head": "plain", "gate_residual": "none"},
+    "no residual layer": {"gate_residual": "none"},
+    "one residual layer": {"gate_residual": "layer"},
+    "a residual block": {"gate_residual": "block"},
+}
 
 
 def problem(shape):
@@ -406,6 +412,39 @@ def steps():
     found = []
     for size in SIZES:
         found += step_rows(size)
+    return found
+
+
+def share_of_adds(net, bare, x):
+    "Multiply-adds of a network, as a multiple of those of its bare backbone"
+    _, adds = cost(net, x)
+    _, least = cost(bare, x)
+    return adds / least
+
+
+def form_rows(size):
+    "Each form of the edge stream beside the bare backbone"
+    x, target = problem(size.shape)
+    networks = {"bare": size.segnet()}
+    for form, readings in FORMS.items():
+        networks[form] = size.egcnn(**readings)
+    calls = {name: step(net, x, target) for name, net in networks.items()}
+    times = medians(size.again, **calls)
+    alone = {"the bare backbone": times["bare"]}
+    rows = []
+    for form in FORMS:
+        share = share_of_adds(networks[form], networks["bare"], x)
+        what = f"a step with {form}, {share:.2f} of the multiply-adds, ({size.name})"
+        row = Row(what, times[form], alone, "no goal", SHARE)
+        rows.append(row)
+    return rows
+
+
+def forms():
+    "What each form of the edge stream costs"
+    found = []
+    for size in SIZES:
+        found += form_rows(size)
     return found
 
 
@@ -722,6 +761,7 @@ ROWS = {
     "sobel_backward": sobel_backward,
     "losses": losses,
     "step": steps,
+    "forms": forms,
     "segresnet": segresnet,
     "bf16": bf16,
     "batch_1": batch_1,

@@ -357,6 +357,7 @@ def test_the_switch_is_read_when_a_layer_runs(monkeypatch):
         y = layer(x)
         return y.is_contiguous(memory_format=torch.channels_last_3d)
 
+    monkeypatch.setattr(fast, "enabled", True)
     assert is_deep()
     monkeypatch.setattr(fast, "enabled", False)
     assert not is_deep()

@@ -1,23 +1,24 @@
 """Draw what networks say about a case, cut along two axes: stripes along one axis are seen in one
 of the cuts only.
 
-    python tools/stripes.py DATA CASE PNG CREDIT RUN TITLE [RUN TITLE ...]
+    python tools/stripes.py DATA CASE RUN... --titles TITLE... --png FILE [--credit TEXT]
 
-RUN is a folder written by egcnn_train; of the last one the predicted edges are shown too, if it has
+RUN is a folder written by egcnn_train. Of the last one the predicted edges are shown too, if it has
 an edge stream."""
 
+import argparse
 import sys
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from egcnn_nb.core import COLOURS
+from egcnn_nb.core import COLOURS, InputError, exit_on_error
 from egcnn_nb.data.layouts import find_dataset
 from egcnn_nb.data.volumes import read_labels
 from egcnn_nb.run.inside import look_inside
 from egcnn_nb.run.predict import load_run
-from egcnn_nb.study.report import _overlay
+from egcnn_nb.study.report import draw_labels
 
 EDGES = "its edges"  # title of the edges
 AXES = "DHW"
@@ -39,8 +40,10 @@ class Shown:
 def case_of(data, name):
     "The case of a dataset with this name"
     found = find_dataset(data)
-    by_name = {case.name: case for case in found.cases}
-    return by_name[name]
+    for case in found.cases:
+        if case.name == name:
+            return case
+    raise InputError(f"{data} has no case {name}. Name one of its cases.")
 
 
 def largest_plane(labels, axis):
@@ -65,7 +68,7 @@ def draw(ax, title, cut, image, colours):
         ax.imshow(cut, cmap="inferno", vmin=0, vmax=1, origin="lower")
         return
     ax.imshow(image, cmap="gray", origin="lower")
-    _overlay(ax, cut, colours)
+    draw_labels(ax, cut, colours)
 
 
 def shown_of(case, runs):
@@ -117,15 +120,30 @@ def picture(shown, credit):
     return fig
 
 
-def main(data, name, png, credit, *words):
-    case = case_of(data, name)
-    folders = words[::2]
-    titles = words[1::2]
-    runs = dict(zip(titles, folders, strict=True))
+def arguments():
+    "What to draw, and where to"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", metavar="DATA", help="dataset folder")
+    parser.add_argument("case", metavar="CASE", help="name of a case with a label map")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
+    parser.add_argument("--titles", nargs="+", required=True, help="one for each run")
+    parser.add_argument("--png", metavar="FILE", required=True, help="where the picture goes")
+    parser.add_argument("--credit", default="", help="source and licence of the image")
+    args = parser.parse_args()
+    if len(args.titles) != len(args.runs):
+        parser.error(f"{len(args.runs)} runs and {len(args.titles)} titles; give one for each run")
+    return args
+
+
+def main():
+    args = arguments()
+    case = case_of(args.data, args.case)
+    titles = args.titles
+    runs = dict(zip(titles, args.runs, strict=True))
     shown = shown_of(case, runs)
-    fig = picture(shown, credit)
-    fig.savefig(png, dpi=100)
+    fig = picture(shown, args.credit)
+    fig.savefig(args.png, dpi=100)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(exit_on_error(main))

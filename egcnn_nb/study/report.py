@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SUFFIX', 'SHORT', 'PRIMARY_TEXT', 'PRIMARY', 'FORMATS', 'title', 'short', 'networks_in', 'number', 'show_table',
            'dice_table', 'score_table', 'edge_table', 'comparisons', 'comparison_table', 'png', 'draw_differences',
-           'draw_sizes', 'draw_robustness', 'pick_cases', 'maps_of_case', 'draw_cases', 'write_tables', 'Heading',
-           'Picture', 'write_report']
+           'draw_sizes', 'draw_robustness', 'pick_cases', 'maps_of_case', 'draw_cases', 'draw_labels', 'write_tables',
+           'Heading', 'Picture', 'write_report']
 
 # %% ../../nbs/4_inside/report.ipynb #41c55b55
 import base64
@@ -597,10 +597,10 @@ def _draw_panel(ax: "Axes", name: str, shown: dict, task: Task) -> None:
     ax.imshow(shown["image"], cmap="gray", origin="lower")
     if name in ("truth", "eg", "bare"):
         colours = {value: COLOURS[value] for value in task.labels if value}
-        _overlay(ax, shown[name], colours)
+        draw_labels(ax, shown[name], colours)
     if name == "disagreement":
         colours = {value: colour for value, (_, colour) in _VERDICTS.items()}
-        _overlay(ax, shown[name], colours, 0.9)
+        draw_labels(ax, shown[name], colours, 0.9)
 
 
 def draw_cases(
@@ -635,8 +635,13 @@ def draw_cases(
     return fig
 
 
-def _overlay(ax, labels, colours, alpha=0.6):
-    "Paint each label of a slice in its colour"
+def draw_labels(
+    ax: Any,  # Axes, with the image drawn
+    labels: np.ndarray,  # (H,W), whole numbers
+    colours: dict,  # value of a label -> its colour; other values are left out
+    alpha: float = 0.6,  # 0: invisible, 1: opaque
+) -> None:
+    "Paint each label of a slice in its colour (our choice)"
     from matplotlib.colors import ListedColormap
 
     for value, colour in colours.items():
