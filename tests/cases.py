@@ -157,6 +157,7 @@ def replace(root, name, *changes):
     path = root / name
     text = path.read_text()
     for old, new in changes:
+        assert old in text, (name, old)
         text = text.replace(old, new)
     path.write_text(text)
 

@@ -597,7 +597,8 @@ class ChannelsLast(UNet):
         for turn, y in zip(self.turn, (a, b, c), strict=True):
             first = turn(y)
             turned.append(first)
-        return turned
+        a, b, c = turned
+        return a, b, c
 
 
 class Turn(nn.Module):
