@@ -110,7 +110,8 @@ def save(root, name, array, affine=ISO, dtype=None):
     if dtype is None:
         is_real = array.dtype.kind == "f"
         dtype = np.float32 if is_real else np.int16
-    image = nib.Nifti1Image(array.astype(dtype), affine)
+    array = array.astype(dtype)
+    image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
     lower = path.name.lower()  # nibabel writes lower-case endings only
     target = path.with_name(lower)
@@ -281,6 +282,7 @@ def nnunet(
 
 
 NUMBERS = {"0": "background", "1": "outer", "2": "inner"}
+CHANNELS = ("T1", "T2")
 TWO_CHANNELS = {"0": "T1", "1": "T2"}
 
 
@@ -497,9 +499,11 @@ SMALL_RUN = (
 
 def train(tmp, *words, run="run"):
     "Exit code and last line of egcnn_train with the smallest network, on the folder `data`"
-    data, out, cache = tmp / "data", tmp / run, tmp / "cache"
-    words = [data, "--out", out, "--cache", cache, *SMALL_RUN, *words]
-    code, _, err = command(train_main, *words)
+    data = tmp / "data"
+    out = tmp / run
+    cache = tmp / "cache"
+    folders = [data, "--out", out, "--cache", cache]
+    code, _, err = command(train_main, *folders, *SMALL_RUN, *words)
     return code, err
 
 
@@ -551,7 +555,8 @@ def predicted(tmp, *inputs, out="out"):
     code, _, err = command(predict_main, run, *paths, "--out", folder)
     assert code == 0, err
     maps = {}
-    for path in folder.glob("*.nii.gz"):
+    written = folder.glob("*.nii.gz")
+    for path in written:
         name = name_of(path)
         maps[name] = nib.Nifti1Image.load(path)
     return maps
@@ -1071,14 +1076,14 @@ def nnunet_without_0000(tmp):
 @row("the second channel of a case is missing", "a problem that names the file")
 @check_says(PROBLEM, "scan_002_0001.nii.gz")
 def second_channel_missing(tmp):
-    nnunet(tmp, channels=("T1", "T2"))
+    nnunet(tmp, channels=CHANNELS)
     remove(tmp, "imagesTr/scan_002_0001.nii.gz")
 
 
 @row("the first channel of a case is missing", "still a case; a problem that names the file")
 @check_says(PROBLEM, "scan_002_0000.nii.gz")
 def first_channel_missing(tmp):
-    nnunet(tmp, channels=("T1", "T2"))
+    nnunet(tmp, channels=CHANNELS)
     remove(tmp, "imagesTr/scan_002_0000.nii.gz")
     expect_count(tmp, 4)
 
@@ -1086,7 +1091,7 @@ def first_channel_missing(tmp):
 @row("a third channel that channel_names does not have", "a problem that names the file")
 @check_says(PROBLEM, "scan_000_0002.nii.gz")
 def channel_too_many(tmp):
-    nnunet(tmp, channels=("T1", "T2"))
+    nnunet(tmp, channels=CHANNELS)
     save_image(tmp, "imagesTr/scan_000_0002.nii.gz")
 
 
@@ -1108,10 +1113,10 @@ def channel_names_wrong(tmp):
 )
 def channels_out_of_order(tmp):
     listed = {"1": "T2", "0": "T1"}
-    root = nnunet(tmp / "n", channels=("T1", "T2"))
+    root = nnunet(tmp / "n", channels=CHANNELS)
     redescribe(root, channel_names=listed)
     channels = task_of(root).channels
-    assert channels == ("T1", "T2")
+    assert channels == CHANNELS
     expect_second_channel(root, "scan_000_0001.nii.gz")
     root = decathlon(tmp / "d", "a.nii.gz", modality=listed)
     assert task_of(root).channels == channels
@@ -1559,7 +1564,8 @@ def expect_labels_again(labels, regions):
 
 def all_masks(count):
     "Every combination of masks of so many regions, (1,R,2^R,1,1)"
-    numbers = torch.arange(2**count)
+    combinations = 2**count
+    numbers = torch.arange(combinations)
     masks = []
     for i in range(count):
         shifted = numbers >> i
@@ -1686,7 +1692,7 @@ SAR = ISO[[2, 1, 0, 3]]  # first and last axis exchanged
 def label_with_other_axes(tmp):
     table(tmp)
     labels = scan_labels(0)
-    turned = labels.transpose(2, 1, 0)
+    turned = labels.T
     save(tmp, "lab0.nii.gz", turned, SAR)
 
 
@@ -1851,7 +1857,7 @@ def view3d_one_slice(tmp):
 def two_channels(tmp):
     "A trained run of two channels, and imagesTs"
     data = tmp / "data"
-    nnunet(data, channels=("T1", "T2"))
+    nnunet(data, channels=CHANNELS)
     images = data / "imagesTs"
     for i in (6, 7):
         name = f"scan_{i:03d}"
@@ -1894,7 +1900,7 @@ def predict_label_maps_beside_scans(tmp):
     mixed.mkdir()
     image = root / "imagesTr/a.nii.gz"
     labels = root / "labelsTr/a.nii.gz"
-    shutil.copy(image, mixed / "a.nii.gz")
+    shutil.copy(image, mixed)
     shutil.copy(labels, mixed / "a_seg.nii.gz")
     code, _, err = command(predict_main, run, mixed, "--out", out)
     assert code == 2, err
@@ -2137,8 +2143,9 @@ def tiny_intensities(tmp):
     constant = x * 0 + np.float32(0.1)
     scores = normalize(x, "zscore")
     scores_of_tiny = normalize(tiny, "zscore")
+    scores_of_constant = normalize(constant, "zscore")
     assert np.allclose(scores_of_tiny, scores, atol=1e-3)
-    assert not normalize(constant, "zscore").any()
+    assert not scores_of_constant.any()
     return "the same z-scores"
 
 

@@ -279,7 +279,8 @@ def disk_full_while_a_prediction_is_written(tmp):
     with small_disk(tmp / "disk", "8k") as disk:
         filler = disk / "filler"
         out = disk / "out"
-        filler.write_bytes(bytes(4096))
+        zeros = bytes(4096)
+        filler.write_bytes(zeros)
         code, err = predicted(tmp, out)
         told = expect_no_space(code, err)
         written = list(out.glob("*.nii.gz"))
@@ -370,12 +371,13 @@ def cache_entry_of_another_version(tmp):
 def cache_entries_deleted_during_training(tmp):
     "the cache is emptied in the middle of an epoch -> the run ends as if nothing had happened"
     run = alone(tmp)
+    cache = tmp / "cache"
     calls = []
 
     def empty(terms):
         calls.append(1)
         if len(calls) == 2:
-            shutil.rmtree(tmp / "cache")
+            shutil.rmtree(cache)
 
     fit(tmp, on_step=empty)
     assert same(tmp / "run", run)
@@ -690,7 +692,8 @@ WRONG = {
 def settings_that_cannot_work(tmp):
     """-3 epochs, a learning rate of nan, a batch of 0, a temperature of 0 and others -> one line,
     exit code 2, nothing is read or written"""
-    shutil.rmtree(tmp / "data")
+    data = tmp / "data"
+    shutil.rmtree(data)
     err = ""
     for flag, values in WRONG.items():
         for value in values.split(","):
@@ -826,7 +829,9 @@ def a_model_file_that_is_a_malicious_pickle(tmp):
     "model.safetensors is a pickle that would run a command -> refused, not run"
     fit(tmp)
     executed = tmp / "executed"
-    torch.save(_Evil(executed), tmp / "run/model.safetensors")
+    evil = _Evil(executed)
+    weights = tmp / "run/model.safetensors"
+    torch.save(evil, weights)
     code, err = predicted(tmp)
     assert code == 2
     assert "weights that are broken" in err
@@ -927,7 +932,8 @@ def sigterm(tmp):
     log = text_of_log(tmp)
     assert "all of it is safe" in log
     state = checkpoint(tmp / "run")
-    epoch = len(state["rows"]) + 1
+    rows = state["rows"]
+    epoch = len(rows) + 1
     step = state["step"]
     assert f"epoch {epoch} after step {step}" in log
     return f"exit code 0 after {seconds:.1f} s"
@@ -1018,11 +1024,12 @@ def first_child(process):
 
 def expect_worker_died(process, tmp):
     "The last line of a run whose loader died; its last checkpoint verifies"
+    run = tmp / "run"
     _, err = process.communicate(timeout=120)
     told = last_line(err)
     assert process.returncode == 1, err
     assert told.startswith("error: A data-loader worker died"), err
-    expect_verified(tmp / "run")
+    expect_verified(run)
     return told[:110]
 
 

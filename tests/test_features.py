@@ -210,7 +210,8 @@ class PyramidPooling(UNet):
         a, b, c = super().encode(x)
         both = c
         for pool in self.pools:
-            pooled = resized(pool(c), c)
+            pooled = pool(c)
+            pooled = resized(pooled, c)
             both = joined(both, pooled)
         c = self.join(both)
         return a, b, c
@@ -593,11 +594,10 @@ class ChannelsLast(UNet):
         b = self.mix_b(corners)
         corners = self.merge(b)
         c = self.mix_c(corners)
-        turned = []
-        for turn, y in zip(self.turn, (a, b, c), strict=True):
-            first = turn(y)
-            turned.append(first)
-        a, b, c = turned
+        turn_a, turn_b, turn_c = self.turn
+        a = turn_a(a)
+        b = turn_b(b)
+        c = turn_c(c)
         return a, b, c
 
 

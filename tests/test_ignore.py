@@ -149,7 +149,8 @@ def test_the_total_is_what_a_call_returns(reading):
     loss.eval()
     out = output_for(reading)
     target = bodies()
-    for ignore in (None, slab()):
+    ignored = slab()
+    for ignore in (None, ignored):
         total = loss(out, target, ignore)
         terms = loss.terms(out, target, ignore)
         assert total.dim() == 0
@@ -240,7 +241,8 @@ def test_what_is_ignored_has_no_gradient_and_no_value(reading, activation):
     spoilt_out = spoilt(out, ignored)
     with torch.no_grad():
         again = loss.terms(spoilt_out, odd, ignored, KEYS)
-    assert values(again) == values(terms)
+    expected = values(terms)
+    assert values(again) == expected
 
 
 def nearly(value: float):

@@ -273,12 +273,11 @@ def test_the_box_of_the_edges_changes_no_reading(where, reduce, kind):
 
 @pytest.mark.parametrize("where", ["union", "all"])
 def test_a_box_would_change_what_is_compared_elsewhere(where):
-    prob = wrong_prediction()[:1]
+    prob = wrong_prediction()[:1].numpy()
     masks = two_cases()[:1]
     strengths = sobel_magnitude(masks)
     box = (..., *edge_box(strengths[0]))
-    prob = as_numpy(prob)
-    masks = as_numpy(masks)
+    masks = masks.numpy()
     whole = by_hand(prob, masks, where, "sum")
     inside = by_hand(prob[box], masks[box], where, "sum")
     assert inside < 0.95 * whole
@@ -289,13 +288,13 @@ TAU = 0.7
 
 def decided(logits, key, activation):
     "What the Gumbel form makes of the logits of one case"
-    z = as_numpy(logits)
+    z = logits.detach().numpy()
     if activation == "softmax":
-        noise = as_numpy(gumbel_noise(z.shape, [key]))
+        noise = gumbel_noise(z.shape, [key]).numpy()
         noisy = z + noise
         return softmax(noisy / TAU, 1)
     _, *own = z.shape
-    noise = as_numpy(gumbel_noise((1, 2, *own), [key]))
+    noise = gumbel_noise((1, 2, *own), [key]).numpy()
     for_class, against = noise[0]
     noisy = z + for_class - against
     return expit(noisy / TAU)
@@ -423,12 +422,15 @@ def test_gradients_of_the_new_readings(where, channels):
     logits = drawn(6, *masks.shape)
     prob = torch.sigmoid(logits)
     edges = drawn(7, 1, channels, 4, 4, 4)
-    inputs = (prob.requires_grad_(), edges.requires_grad_())
+    inputs = (prob, edges)
+    for tensor in inputs:
+        tensor.requires_grad_()
 
     def loss(p, e):
         return consistency_loss(p, masks, where, None, "sum", e)
 
-    assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
+    right = torch.autograd.gradcheck(loss, inputs, fast_mode=True)
+    assert right
 
 
 def half_volume():

@@ -355,7 +355,9 @@ def train(model, x, y, steps=20, lr=2e-3):
         with own_output(model) as outputs:
             out = model(x)
         terms = loss.terms(out, y)
-        total = terms["total"] + 0.1 * aside(outputs[0], y)
+        (output,) = outputs
+        rest = aside(output, y)
+        total = terms["total"] + 0.1 * rest
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -519,7 +521,8 @@ def test_without_kernels_a_model_can_be_traced_and_differentiated_twice(monkeypa
 def test_a_frozen_backbone_stays_and_the_rest_learns():
     net, _, x, y = wrapped("MONAI SegResNet")
     net.requires_grad_(False)
-    before = copy.deepcopy(net.state_dict())
+    state = net.state_dict()
+    before = copy.deepcopy(state)
     model = EGCNN(net, x, verbose=False)
     model.train()
     done = train(model, x, y)

@@ -330,7 +330,8 @@ def second_derivatives(layer, x):
     inputs = [x]
     inputs += layer.parameters()
     length = torch.zeros(())
-    for gradient in gradients_of(layer, x, inputs):
+    found = gradients_of(layer, x, inputs)
+    for gradient in found:
         squares = gradient.square()
         length = length + squares.sum()
     return torch.autograd.grad(length, inputs, allow_unused=True)
@@ -669,7 +670,8 @@ def test_exactly_the_wrong_layers_are_found_and_then_gone():
     for layer in found:
         assert isinstance(layer, WrongLayer)
         assert layer.error > 10 * layer.allowed
-    for name, line in zip(names, describe_check(found), strict=True):
+    lines = describe_check(found)
+    for name, line in zip(names, lines, strict=True):
         assert name in line
     compute_in_float32(model, names)
     after = model.state_dict()

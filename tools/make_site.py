@@ -82,8 +82,9 @@ def as_inline(match):
 
 def math(text):
     "Formulas between dollars as MathML; code keeps its dollars"
+    found = CODE.split(text)
     parts = []
-    for i, part in enumerate(CODE.split(text)):
+    for i, part in enumerate(found):
         is_code = i % 2 == 1
         if not is_code:
             part = BLOCK_FORMULA.sub(as_block, part)
@@ -339,8 +340,10 @@ def code(source, module):
         return []
     title = ""
     if source.startswith("#| export"):
-        title = f"exported to {file_of(module)}"
-    return [fence(text, "python", title)]
+        file = file_of(module)
+        title = f"exported to {file}"
+    block = fence(text, "python", title)
+    return [block]
 
 
 def is_hidden(source):
@@ -527,7 +530,8 @@ def write_reference(books):
 
 def write_page(file, page):
     "A Markdown file as a page, with its pictures and the files that it explains"
-    text = links(file.read_text())
+    text = file.read_text()
+    text = links(text)
     for name in re.findall(r"\]\(([\w.]+)\)", text):
         beside = file.parent / name
         if beside.is_file():
@@ -543,8 +547,10 @@ def write_config(books, modules):
     described = [{module: f"api/{module}.md"} for module in modules]
     more = []
     for page in PAGES.values():
-        title = page.removesuffix(".md").capitalize()
-        more.append({title: page})
+        name = page.removesuffix(".md")
+        title = name.capitalize()
+        entry = {title: page}
+        more.append(entry)
     entries = [
         {"Home": "index.md"},
         {"Notebooks": lessons},
