@@ -44,7 +44,11 @@ def ours(cases, task, patch, workers, cache):
 
     def epoch():
         batches.epoch += 1
-        return [len(images) for images, *_ in loader]
+        sizes = []
+        for images, *_ in loader:
+            size = len(images)
+            sizes.append(size)
+        return sizes
 
     return epoch
 
@@ -79,8 +83,10 @@ def monai_files(cases):
     files = []
     for case in cases:
         images = [str(path) for path in case.images]
+        label = str(case.label)
         image = images if len(images) > 1 else images[0]
-        files.append({"x": image, "y": str(case.label)})
+        entry = {"x": image, "y": label}
+        files.append(entry)
     return files
 
 
@@ -97,7 +103,12 @@ def by_monai(cases, patch, workers, dataset, **options):
     )
 
     def epoch():
-        return [len(batch["x"]) for batch in loader]
+        sizes = []
+        for batch in loader:
+            images = batch["x"]
+            size = len(images)
+            sizes.append(size)
+        return sizes
 
     return epoch
 
@@ -133,14 +144,16 @@ def same(x):
 def uniform(lowest, highest):
     "A number that is drawn between two numbers"
     share = torch.rand(1)
-    return torch.lerp(torch.tensor(lowest), torch.tensor(highest), share)
+    span = highest - lowest
+    return lowest + span * share
 
 
 def shift_and_scale(x):
     "A volume, a little brighter or darker"
     scale = uniform(0.9, 1.1)
     shift = uniform(-0.1, 0.1)
-    return x * scale + shift
+    scaled = x * scale
+    return scaled + shift
 
 
 def largest_shape(cases, patch):
@@ -191,7 +204,12 @@ def queue(cases, task, patch, workers, cache):
     loader = tio.SubjectsLoader(patches, batch_size=2)
 
     def epoch():
-        return [len(batch["x"]["data"]) for batch in loader]
+        sizes = []
+        for batch in loader:
+            images = batch["x"]["data"]
+            size = len(images)
+            sizes.append(size)
+        return sizes
 
     return epoch
 
@@ -263,8 +281,10 @@ def small_cases(dataset, exclude):
     if exclude:
         text = Path(exclude).read_text()
         left_out = set(text.split())
-    labelled = [case for case in dataset.cases if case.label]
-    cases = [case for case in labelled if case.name not in left_out]
+    cases = []
+    for case in dataset.cases:
+        if case.label and case.name not in left_out:
+            cases.append(case)
     return cases[:100]
 
 
@@ -275,28 +295,32 @@ def small(data, exclude, again=5):
     cases = small_cases(dataset, exclude)
     patch = (40, 56, 40)
     with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder)
         epochs = {}
         for name, make in SIDES.items():
-            epochs[name] = make(cases, dataset.task, patch, 0, Path(folder))
+            epochs[name] = make(cases, dataset.task, patch, 0, cache)
         seconds = in_turn(epochs, cases, again)
     count = len(cases)
     print(f"{count} cases, patch {patch}, one thread, no worker")
     print("\n| loader | cases a second | ours is times as fast |\n|---|---|---|")
+    of_ours = seconds["ours"]
     for name, median in seconds.items():
         rate = count / median
-        faster = median / seconds["ours"]
+        faster = median / of_ours
         print(f"| {name} | {rate:.0f} | {faster:.1f} |")
 
 
 def in_turn(epochs, cases, again):
     "Median seconds of an epoch of each side, which run in turn; the first of each is not counted"
     seconds = {name: [] for name in epochs}
-    for turn in range(again + 1):
+    for _ in range(again + 1):
         for name, epoch in epochs.items():
             spent = seconds_of(epoch, cases)
-            if turn > 0:
-                seconds[name].append(spent)
-    return {name: statistics.median(spent) for name, spent in seconds.items()}
+            seconds[name].append(spent)
+    medians = {}
+    for name, (_, *counted) in seconds.items():
+        medians[name] = statistics.median(counted)
+    return medians
 
 
 def one_large(name, folder, again=3):
@@ -329,15 +353,17 @@ def write_large(folder, number):
     case.rename(new)
     for file in new.iterdir():
         name = file.name.replace(old, new.name)
-        file.rename(new / name)
+        target = new / name
+        file.rename(target)
 
 
 def run_large(name, folder):
     "One side on the large phantoms in a process of its own"
-    words = [sys.executable, __file__, "--one", name, str(folder)]
+    place = str(folder)
+    words = [sys.executable, __file__, "--one", name, place]
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
-    lines = done.stdout.splitlines()
-    return json.loads(lines[-1])
+    *_, last = done.stdout.splitlines()
+    return json.loads(last)
 
 
 def large(rounds=3, count=6):

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def memory(name, side):
     """The most memory in bytes that a call adds, in a process of its own whose allocator gives
     everything back at once"""
     words = [sys.executable, __file__, "--one", name, str(side)]
-    environment = {**os.environ, **GIVE_BACK}
+    environment = os.environ | GIVE_BACK
     done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
     return int(done.stdout)
 
@@ -68,7 +69,7 @@ def sobel(side):
     "A call of Sobel's magnitude"
     shape = (1, 3, side, side, side)
     x = torch.randn(shape)
-    return lambda: sobel_magnitude(x)
+    return partial(sobel_magnitude, x)
 
 
 def losses(side):
@@ -102,7 +103,7 @@ def prediction(side):
     net.eval()
     shape = (1, side, side, side)
     x = torch.randn(shape)
-    return lambda: infer(net, x, WINDOW)
+    return partial(infer, net, x, WINDOW)
 
 
 @dataclass
@@ -118,7 +119,8 @@ def seconds_to_copy():
     "Seconds to copy a byte: each float32 is read and written, eight bytes"
     x = torch.randn(2**25)
     y = torch.empty_like(x)
-    seconds = measured(lambda: y.copy_(x), 5)
+    copy = partial(y.copy_, x)
+    seconds = measured(copy, 5)
     moved = 8 * x.numel()
     return seconds / moved
 
@@ -128,7 +130,8 @@ def adds_a_voxel():
     net = network()
     x = torch.zeros(1, 1, 64, 64, 64)
     _, adds = cost(net, x)
-    return adds / x.numel()
+    voxels = x.numel()
+    return adds / voxels
 
 
 def roofs():
@@ -179,9 +182,10 @@ WORK = {
 
 def slope(sides, values):
     "Exponent over the three largest volumes"
-    largest = np.log(sides[-3:])
-    log_voxels = 3 * largest
-    log_values = np.log(values[-3:])
+    largest = sides[-3:]
+    log_voxels = 3 * np.log(largest)
+    highest = values[-3:]
+    log_values = np.log(highest)
     exponent, _ = np.polyfit(log_voxels, log_values, 1)
     return float(exponent)
 
@@ -198,7 +202,10 @@ class Curves:
 
     def voxels(self):
         "How many voxels each volume has"
-        return [side**3 for side in self.sides]
+        found = []
+        for side in self.sides:
+            found.append(side**3)
+        return found
 
 
 def measure(name, work, args, roof):
@@ -227,7 +234,8 @@ def draw(curves, axes, colour):
     voxels = curves.voxels()
     style = {"ms": 4, "color": colour, "label": curves.name}
     time_ax.loglog(voxels, curves.seconds, "o-", **style)
-    mebibytes = np.array(curves.extra) / 2**20
+    extra = np.array(curves.extra)
+    mebibytes = extra / 2**20
     memory_ax.loglog(voxels, mebibytes, "o-", **style)
     if curves.least:
         time_ax.loglog(voxels, curves.least, ":", lw=1.3, color=colour)
@@ -237,7 +245,9 @@ def share_of_roof(curves):
     "How near the largest volume comes to the bound, as it is printed"
     if not curves.least:
         return ""
-    share = curves.least[-1] / curves.seconds[-1]
+    least = curves.least[-1]
+    seconds = curves.seconds[-1]
+    share = least / seconds
     return f"{share:.0%}"
 
 
@@ -288,7 +298,8 @@ def print_memory(name, side):
     "Print the bytes that one kind of work adds: a process of its own does this for `memory`"
     work = WORK[name]
     call = work.make(int(side))
-    print(extra_memory(call))
+    extra = extra_memory(call)
+    print(extra)
 
 
 def print_head(roof):

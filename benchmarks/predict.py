@@ -36,7 +36,8 @@ def enlarge(array, shape):
     "A phantom at the size of a real scan, by repeating voxels"
     for axis, n in enumerate(shape):
         m = array.shape[axis]
-        source = np.arange(n) * m // n
+        places = np.arange(n)
+        source = places * m // n
         array = array.take(source, axis)
     return array
 
@@ -109,7 +110,8 @@ def measured(words):
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.time() - start
     assert status == 0, words
-    gib = usage.ru_maxrss / 2**20
+    kib = usage.ru_maxrss
+    gib = kib / 2**20
     return seconds, gib
 
 
@@ -119,10 +121,10 @@ def predict(folder, task, make_case, precision, edge):
     out = folder / "out"
     run = run_folder(folder / "run", task, precision, edge)
     case = make_case(folder)
-    words = [sys.executable, "-c", PREDICT]
-    words += [str(run), str(case), "--out", str(out)]
+    line = [sys.executable, "-c", PREDICT, run, case, "--out", out]
     if edge:
-        words += ["--save", "edges", "attention"]
+        line += ["--save", "edges", "attention"]
+    words = [str(word) for word in line]
     return measured(words)
 
 
@@ -145,11 +147,12 @@ def main():
     )
     print("\n| volume | seconds | peak memory, GiB |\n|---|---|---|")
     edge = args.edge == "on"
-    with tempfile.TemporaryDirectory() as folder:
-        for name, task, make_case in VOLUMES:
-            place = Path(folder) / task.name
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for volume, task, make_case in VOLUMES:
+            place = folder / task.name
             seconds, gib = predict(place, task, make_case, args.precision, edge)
-            print(f"| {name} | {seconds:.0f} | {gib:.2f} |", flush=True)
+            print(f"| {volume} | {seconds:.0f} | {gib:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,8 @@ def save(root, name, array, affine=ISO, dtype=None):
     if dtype is None:
         is_real = array.dtype.kind == "f"
         dtype = np.float32 if is_real else np.int16
-    image = nib.Nifti1Image(array.astype(dtype), affine)
+    array = array.astype(dtype)
+    image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
     lower = path.name.lower()  # nibabel writes lower-case endings only
     target = path.with_name(lower)
@@ -157,14 +158,26 @@ def replace(root, name, *changes):
     path = root / name
     text = path.read_text()
     for old, new in changes:
+        assert old in text, (name, old)
         text = text.replace(old, new)
     path.write_text(text)
+
+
+def change_table(root, old, new):
+    "Change a text in cases.csv"
+    replace(root, "cases.csv", (old, new))
+
+
+def change_description(root, old, new):
+    "Change a text in dataset.json"
+    replace(root, "dataset.json", (old, new))
 
 
 def rename(root, old, new):
     "Rename a file"
     source = root / old
-    source.rename(root / new)
+    target = root / new
+    source.rename(target)
 
 
 def remove(root, name):
@@ -177,8 +190,9 @@ def unpack(root, name):
     "Write a .nii.gz file without its compression, as .nii beside it"
     path = root / name
     packed = path.read_bytes()
+    content = gzip.decompress(packed)
     plain = path.with_suffix("")
-    plain.write_bytes(gzip.decompress(packed))
+    plain.write_bytes(content)
 
 
 def changed(array, change):
@@ -194,12 +208,17 @@ def table(root, cases=4, image=None, label=None, channel="t1", affine=ISO, shape
     lines = [["case", channel, "label"]]
     for i in range(cases):
         x, y = scan(i, shape)
-        image_name, label_name = f"im{i}.nii.gz", f"lab{i}.nii.gz"
-        save(root, image_name, changed(x, image), affine)
-        save(root, label_name, changed(y, label), affine)
-        lines.append([f"case{i}", image_name, label_name])
-    with open(root / "cases.csv", "w", newline="", encoding="utf-8") as f:
-        csv.writer(f).writerows(lines)
+        x = changed(x, image)
+        y = changed(y, label)
+        files = [f"im{i}.nii.gz", f"lab{i}.nii.gz"]
+        for file, array in zip(files, (x, y), strict=True):
+            save(root, file, array, affine)
+        line = [f"case{i}", *files]
+        lines.append(line)
+    path = root / "cases.csv"
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f)
+        writer.writerows(lines)
     return root
 
 
@@ -219,7 +238,8 @@ def describe(root, encoding="utf-8", **info):
 
 def redescribe(root, **info):
     "Change fields of dataset.json"
-    text = (root / "dataset.json").read_text()
+    path = root / "dataset.json"
+    text = path.read_text()
     known = json.loads(text)
     known.update(info)
     describe(root, **known)
@@ -230,7 +250,11 @@ NAMES = {"background": 0, "outer": 1, "inner": 2}
 
 def numbered(names):
     "number -> name, the numbers as JSON has them"
-    return {str(i): name for i, name in enumerate(names)}
+    found = {}
+    for i, name in enumerate(names):
+        number = str(i)
+        found[number] = name
+    return found
 
 
 def nnunet(
@@ -238,13 +262,15 @@ def nnunet(
 ):
     "A folder of nnU-Net 2"
     root = Path(root)
+    images = root / "imagesTr"
+    labelled = root / "labelsTr"
     for i in range(cases):
         x, y = scan(i)
         name = f"scan_{i:03d}"
         for c, _ in enumerate(channels):
             brighter = x * (c + 1)
-            save(root / "imagesTr", f"{name}_{c:04d}{ending}", brighter)
-        save(root / "labelsTr", f"{name}{ending}", y)
+            save(images, f"{name}_{c:04d}{ending}", brighter)
+        save(labelled, f"{name}{ending}", y)
     whole = {
         "channel_names": numbered(channels),
         "labels": labels or NAMES,
@@ -256,6 +282,8 @@ def nnunet(
 
 
 NUMBERS = {"0": "background", "1": "outer", "2": "inner"}
+CHANNELS = ("T1", "T2")
+TWO_CHANNELS = {"0": "T1", "1": "T2"}
 
 
 def decathlon(root, *names, modality=None, labels=None):
@@ -283,22 +311,26 @@ def brats(root, *names, values=(1, 2), new=True):
     *channels, label = ENDS_SINCE_2023 if new else ENDS_BEFORE
     for i, name in enumerate(names):
         x, y = scan(i, values=values)
-        folder = root / name
+        start = f"{name}/{name}"
         for k, end in enumerate(channels, 1):
-            save(folder, f"{name}{end}.nii.gz", x * k)
-        save(folder, f"{name}{label}.nii.gz", y)
+            brighter = x * k
+            save(root, f"{start}{end}.nii.gz", brighter)
+        save(root, f"{start}{label}.nii.gz", y)
     return root
 
 
 def kits(root, cases=3, ending=".nii.gz", extra=None):
     "Folders of KiTS"
+    image_name = f"imaging{ending}"
+    label_name = f"segmentation{ending}"
     for i in range(cases):
         x, y = scan(i)
+        hounsfield = 10 * x - 2000
         if extra is not None:
             y[0, 0, 0] = extra
         folder = root / f"case_{i:05d}"
-        save(folder, f"imaging{ending}", x * 10 - 2000)
-        save(folder, f"segmentation{ending}", y)
+        save(folder, image_name, hounsfield)
+        save(folder, label_name, y)
     return root
 
 
@@ -307,8 +339,9 @@ def kits(root, cases=3, ending=".nii.gz", extra=None):
 
 def expect_texts(text, wanted):
     "A text has all of these in it, in upper or lower case"
+    lower = text.lower()
     for part in wanted:
-        assert part.lower() in text.lower(), (part, text)
+        assert part.lower() in lower, (part, text)
 
 
 def last_line(text):
@@ -316,17 +349,21 @@ def last_line(text):
     lines = text.strip().splitlines()
     if not lines:
         return ""
-    return lines[-1].split("\r")[-1]
+    shown = lines[-1].split("\r")
+    return shown[-1]
 
 
 def command(main, *words):
     "Exit code, stdout and last line of stderr of a command, in this process"
     words = [str(word) for word in words]
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(words)
+    printed = out.getvalue()
     error = err.getvalue()
-    return code, out.getvalue(), last_line(error)
+    last = last_line(error)
+    return code, printed, last
 
 
 def checked(root, *words):
@@ -339,11 +376,12 @@ def checked(root, *words):
 
 def line_with(text, part):
     "The first line of a text that has a part in it, or the last line"
-    lines = [line.strip() for line in text.strip().splitlines()]
+    wanted = part.lower()
+    lines = text.strip().splitlines()
     for line in lines:
-        if part.lower() in line.lower():
-            return line
-    return lines[-1]
+        if wanted in line.lower():
+            return line.strip()
+    return lines[-1].strip()
 
 
 def says(root, code, *texts, words=()):
@@ -367,7 +405,8 @@ def check_says(code, *texts, words=(), folder="."):
         @functools.wraps(function)
         def write_and_check(tmp):
             function(tmp)
-            return says(tmp / folder, code, *texts, words=words)
+            root = tmp / folder
+            return says(root, code, *texts, words=words)
 
         return write_and_check
 
@@ -387,7 +426,10 @@ def refused(function, *texts):
 
 def unreadable(root, *texts):
     "find_dataset refuses a folder with these texts"
-    find = functools.partial(find_dataset, root)
+
+    def find():
+        find_dataset(root)
+
     return refused(find, *texts)
 
 
@@ -423,6 +465,21 @@ def expect_count(root, count):
     assert len(found) == count, found
 
 
+def expect_second_channel(root, name):
+    "The first case has two channels, and the file of the second has this name"
+    data = find_dataset(root)
+    first = data.cases[0]
+    _, second = first.images
+    assert second.name == name
+
+
+def read_first(root):
+    "The images and the label map of the first case of a data set"
+    data = find_dataset(root)
+    first = data.cases[0]
+    return read_case(first, data.task)
+
+
 def task_of(root):
     "The task of a data set"
     return find_dataset(root).task
@@ -442,9 +499,11 @@ SMALL_RUN = (
 
 def train(tmp, *words, run="run"):
     "Exit code and last line of egcnn_train with the smallest network, on the folder `data`"
-    data, out, cache = tmp / "data", tmp / run, tmp / "cache"
-    words = [data, "--out", out, "--cache", cache, *SMALL_RUN, *words]
-    code, _, err = command(train_main, *words)
+    data = tmp / "data"
+    out = tmp / run
+    cache = tmp / "cache"
+    folders = [data, "--out", out, "--cache", cache]
+    code, _, err = command(train_main, *folders, *SMALL_RUN, *words)
     return code, err
 
 
@@ -452,7 +511,8 @@ def trained(tmp, *words):
     "Training on the folder `data` ends well; the task of the run"
     code, err = train(tmp, *words)
     assert code == 0, err
-    return config_of(tmp)["task"]
+    config = config_of(tmp)
+    return config["task"]
 
 
 def config_of(tmp):
@@ -488,11 +548,18 @@ def training_refused(*texts):
 
 def predicted(tmp, *inputs, out="out"):
     "name -> label map of egcnn_predict, for files and folders below the folder `data`"
+    run = tmp / "run"
+    data = tmp / "data"
     folder = tmp / out
-    paths = [tmp / "data" / name for name in inputs]
-    code, _, err = command(predict_main, tmp / "run", *paths, "--out", folder)
+    paths = [data / name for name in inputs]
+    code, _, err = command(predict_main, run, *paths, "--out", folder)
     assert code == 0, err
-    return {name_of(path): nib.Nifti1Image.load(path) for path in folder.glob("*.nii.gz")}
+    maps = {}
+    written = folder.glob("*.nii.gz")
+    for path in written:
+        name = name_of(path)
+        maps[name] = nib.Nifti1Image.load(path)
+    return maps
 
 
 def voxels(image):
@@ -502,14 +569,18 @@ def voxels(image):
 
 def values(image):
     "The values of a label map"
-    found = np.unique(voxels(image))
-    return set(found.tolist())
+    array = voxels(image)
+    found = np.unique(array).tolist()
+    return set(found)
 
 
 def python(code, **env):
     "Run Python code in a process of its own, with this package; a variable of None is taken away"
     whole = {**os.environ, "PYTHONPATH": str(ROOT), **env}
-    kept = {name: value for name, value in whole.items() if value is not None}
+    kept = {}
+    for name, value in whole.items():
+        if value is not None:
+            kept[name] = value
     words = [sys.executable, "-c", code]
     return subprocess.run(words, capture_output=True, text=True, timeout=120, env=kept)
 
@@ -529,7 +600,9 @@ def bids_folder(tmp):
 def dicom_series(folder, ending):
     "Three files that begin as DICOM files do"
     folder.mkdir(parents=True, exist_ok=True)
-    content = bytes(128) + b"DICM" + bytes(64)
+    before = bytes(128)
+    behind = bytes(64)
+    content = before + b"DICM" + behind
     for i in range(3):
         path = folder / f"IM{i}{ending}"
         path.write_bytes(content)
@@ -587,16 +660,20 @@ def images_without_json(tmp):
 @check_says(REFUSED, "merge", "label map")
 def one_file_per_class(tmp):
     x, y = scan(0)
-    save(tmp, "s0/ct.nii.gz", x)
-    for value, name in ((1, "liver"), (2, "spleen")):
-        mask = y == value
-        save(tmp, f"s0/segmentations/{name}.nii.gz", mask, dtype=np.uint8)
+    folder = tmp / "s0"
+    save(folder, "ct.nii.gz", x)
+    liver = y == 1
+    save(folder, "segmentations/liver.nii.gz", liver, dtype=np.uint8)
+    spleen = y == 2
+    save(folder, "segmentations/spleen.nii.gz", spleen, dtype=np.uint8)
 
 
 def hide_a_file_beside_each(root):
     "What macOS leaves beside each file on a foreign disk"
-    for path in list(root.rglob("*.nii.gz")):
-        hidden = path.with_name("._" + path.name)
+    paths = list(root.rglob("*.nii.gz"))
+    for path in paths:
+        name = f"._{path.name}"
+        hidden = path.with_name(name)
         hidden.write_bytes(b"Mac OS X")
 
 
@@ -660,8 +737,9 @@ def table_with_case_folders(tmp):
         folder = tmp / f"case_{i}"
         folder.mkdir()
         for name in (f"im{i}", f"lab{i}"):
-            shutil.move(tmp / f"{name}.nii.gz", folder)
-            replace(tmp, "cases.csv", (name, f"case_{i}/{name}"))
+            file = tmp / f"{name}.nii.gz"
+            shutil.move(file, folder)
+            change_table(tmp, name, f"{folder.name}/{name}")
     task = task_of(tmp)
     assert task.channels == ("t1",)
 
@@ -689,8 +767,9 @@ def expect_own_voxels(root, whole=True):
     data = find_dataset(root)
     for i, case in enumerate(data.cases):
         images, label = read_case(case, data.task)
+        image = images[0].array
         x, y = scan(i)
-        assert np.array_equal(images[0].array, x)
+        assert np.array_equal(image, x)
         if whole:
             assert np.array_equal(label.array, y)
 
@@ -734,7 +813,8 @@ def folders_of_one_name(tmp):
 @reading_refused("several cases of one name", "upper and lower case")
 def names_that_differ_in_case(tmp):
     table(tmp)
-    replace(tmp, "cases.csv", ("case0", "A"), ("case1", "a"))
+    change_table(tmp, "case0", "A")
+    change_table(tmp, "case1", "a")
 
 
 @row("one case in HGG/ and in LGG/", "refused")
@@ -749,7 +829,7 @@ def brats_case_in_both_grades(tmp):
 @reading_refused("../a", "Rename")
 def name_with_a_folder(tmp):
     table(tmp)
-    replace(tmp, "cases.csv", ("case0", "../a"))
+    change_table(tmp, "case0", "../a")
 
 
 # --- cases.csv
@@ -759,14 +839,14 @@ def name_with_a_folder(tmp):
 @check_says(REFUSED, "line 4", "column case")
 def csv_empty_case(tmp):
     table(tmp)
-    replace(tmp, "cases.csv", ("case2,", ","))
+    change_table(tmp, "case2,", ",")
 
 
 @row("cells separated by semicolons", "refused: the separator is told")
 @check_says(REFUSED, "semicolons")
 def csv_semicolons(tmp):
     table(tmp)
-    replace(tmp, "cases.csv", (",", ";"))
+    change_table(tmp, ",", ";")
 
 
 @row("a first line alone", "a problem, and training is refused")
@@ -781,7 +861,7 @@ def csv_without_cases(tmp):
 @check_says(REFUSED, "columns")
 def csv_column_twice(tmp):
     table(tmp)
-    replace(tmp, "cases.csv", ("case,t1,label", "t1,t1,label"))
+    change_table(tmp, "case,t1,label", "t1,t1,label")
 
 
 @row("a name in Latin-1", "refused: UTF-8 is told")
@@ -798,7 +878,7 @@ def csv_latin_1(tmp):
 @check_says(SOUND, "0 problems")
 def csv_with_spaces(tmp):
     table(tmp)
-    replace(tmp, "cases.csv", (",", ", "))
+    change_table(tmp, ",", ", ")
     path = tmp / "cases.csv"
     text = path.read_text()
     path.write_text(f"\ufeff{text},,\n", encoding="utf-8")
@@ -897,9 +977,11 @@ def nnunet_label_missing_trained(tmp):
 
 def rename_all(folder, old, new):
     "Change a part of the name of every file in a folder"
-    for path in list(folder.iterdir()):
+    paths = list(folder.iterdir())
+    for path in paths:
         name = path.name.replace(old, new)
-        path.rename(folder / name)
+        target = folder / name
+        path.rename(target)
 
 
 @row("labels called NAME_0000.nii.gz", "a problem that names the pair")
@@ -994,14 +1076,14 @@ def nnunet_without_0000(tmp):
 @row("the second channel of a case is missing", "a problem that names the file")
 @check_says(PROBLEM, "scan_002_0001.nii.gz")
 def second_channel_missing(tmp):
-    nnunet(tmp, channels=("T1", "T2"))
+    nnunet(tmp, channels=CHANNELS)
     remove(tmp, "imagesTr/scan_002_0001.nii.gz")
 
 
 @row("the first channel of a case is missing", "still a case; a problem that names the file")
 @check_says(PROBLEM, "scan_002_0000.nii.gz")
 def first_channel_missing(tmp):
-    nnunet(tmp, channels=("T1", "T2"))
+    nnunet(tmp, channels=CHANNELS)
     remove(tmp, "imagesTr/scan_002_0000.nii.gz")
     expect_count(tmp, 4)
 
@@ -1009,7 +1091,7 @@ def first_channel_missing(tmp):
 @row("a third channel that channel_names does not have", "a problem that names the file")
 @check_says(PROBLEM, "scan_000_0002.nii.gz")
 def channel_too_many(tmp):
-    nnunet(tmp, channels=("T1", "T2"))
+    nnunet(tmp, channels=CHANNELS)
     save_image(tmp, "imagesTr/scan_000_0002.nii.gz")
 
 
@@ -1031,15 +1113,14 @@ def channel_names_wrong(tmp):
 )
 def channels_out_of_order(tmp):
     listed = {"1": "T2", "0": "T1"}
-    root = nnunet(tmp / "n", channels=("T1", "T2"))
+    root = nnunet(tmp / "n", channels=CHANNELS)
     redescribe(root, channel_names=listed)
-    data = find_dataset(root)
-    assert data.task.channels == ("T1", "T2")
-    second = data.cases[0].images[1]
-    assert second.name == "scan_000_0001.nii.gz"
+    channels = task_of(root).channels
+    assert channels == CHANNELS
+    expect_second_channel(root, "scan_000_0001.nii.gz")
     root = decathlon(tmp / "d", "a.nii.gz", modality=listed)
-    assert task_of(root).channels == ("T1", "T2")
-    return str(data.task.channels)
+    assert task_of(root).channels == channels
+    return str(channels)
 
 
 @row("one case as .nii beside .nii.gz", "a problem, since it would be skipped")
@@ -1083,15 +1164,14 @@ def there_and_not_listed(tmp):
 )
 @check_says(SOUND, "0 problems")
 def nnunet_v1(tmp):
-    decathlon(tmp, "a.nii.gz", "b.nii.gz", modality={"0": "T1", "1": "T2"})
-    images = tmp / "imagesTr"
+    decathlon(tmp, "a.nii.gz", "b.nii.gz", modality=TWO_CHANNELS)
     for name in "ab":
-        path = images / f"{name}.nii.gz"
-        shutil.copy(path, images / f"{name}_0001.nii.gz")
-        path.rename(images / f"{name}_0000.nii.gz")
+        start = tmp / f"imagesTr/{name}"
+        path = start.with_suffix(".nii.gz")
+        shutil.copy(path, f"{start}_0001.nii.gz")
+        path.rename(f"{start}_0000.nii.gz")
     expect_cases(tmp, "a", "b")
-    first = find_dataset(tmp).cases[0]
-    assert len(first.images) == 2
+    expect_second_channel(tmp, "a_0001.nii.gz")
 
 
 def monai_list(tmp, **info):
@@ -1102,10 +1182,12 @@ def monai_list(tmp, **info):
         start = f"p{i}/p{i}"
         files = [f"{start}_flair.nii.gz", f"{start}_t1.nii.gz"]
         for k, name in enumerate(files, 1):
-            save(tmp, name, x * k)
+            brighter = x * k
+            save(tmp, name, brighter)
         label = f"{start}_seg.nii.gz"
         save(tmp, label, y)
-        listed.append({"fold": i, "image": files, "label": label})
+        entry = {"fold": i, "image": files, "label": label}
+        listed.append(entry)
     return describe(tmp, training=listed, **info)
 
 
@@ -1120,9 +1202,7 @@ def monai_datalist(tmp):
 def monai_datalist_complete(tmp):
     monai_list(tmp, modality={"0": "FLAIR", "1": "T1"}, labels=NUMBERS)
     expect_cases(tmp, "p0", "p1", "p2")
-    first = find_dataset(tmp).cases[0]
-    second_channel = first.images[1]
-    assert second_channel.name == "p0_t1.nii.gz"
+    expect_second_channel(tmp, "p0_t1.nii.gz")
 
 
 # --- BraTS and KiTS
@@ -1278,11 +1358,15 @@ def labels_above_32767(tmp):
 
 def lots(y):
     "A label map of 117 classes in blocks of 2 voxels, where a label map is above 0"
-    rng = np.random.default_rng(int(y.sum()))
+    seed = int(y.sum())
+    rng = np.random.default_rng(seed)
     blocks = rng.integers(1, 118, (7, 7, 6))
-    block = np.ones((2, 2, 2), int)
-    classes = np.kron(blocks, block)
-    return classes[:14, :13, :12] * (y > 0)
+    classes = blocks
+    for axis in range(3):
+        classes = classes.repeat(2, axis)
+    depth, height, width = y.shape
+    inside = y > 0
+    return classes[:depth, :height, :width] * inside
 
 
 @row("117 classes", "trained")
@@ -1299,14 +1383,16 @@ def classes_117(tmp):
 def label_0_99999(tmp):
     table(tmp)
     for i in range(4):
-        labels = scan_labels(i)
-        image = nib.Nifti1Image(labels.astype(np.float64), ISO)
+        labels = scan_labels(i).astype(np.float64)
+        image = nib.Nifti1Image(labels, ISO)
         image.header.set_data_dtype(np.int16)
-        nib.save(image, tmp / f"lab{i}.nii.gz")
-    data = find_dataset(tmp)
-    assert list(data.task.labels) == [0, 1, 2]
-    _, label = read_case(data.cases[0], data.task)
-    assert np.array_equal(label.array, scan_labels(0))
+        path = tmp / f"lab{i}.nii.gz"
+        nib.save(image, path)
+    task = task_of(tmp)
+    assert list(task.labels) == [0, 1, 2]
+    _, label = read_first(tmp)
+    expected = scan_labels(0)
+    assert np.array_equal(label.array, expected)
 
 
 @row("no voxel of any label in any case", "a problem")
@@ -1319,9 +1405,10 @@ def empty_labels(tmp):
 @training_refused("above 0")
 def empty_labels_trained(tmp):
     root = nnunet(tmp / "data")
+    labels = root / "labelsTr"
     empty = np.zeros(SHAPE, np.int16)
-    for path in (root / "labelsTr").iterdir():
-        save(path.parent, path.name, empty)
+    for path in labels.iterdir():
+        save(labels, path.name, empty)
 
 
 @row("no label map at all", "a problem for egcnn_check, cases for prediction")
@@ -1344,8 +1431,8 @@ def class_without_voxels(tmp):
 
 def region_task(tmp, labels, **info):
     "The task of a folder with such labels"
-    root = nnunet(tmp, cases=1, labels=labels, **info)
-    return task_of(root)
+    nnunet(tmp, cases=1, labels=labels, **info)
+    return task_of(tmp)
 
 
 @row(
@@ -1406,7 +1493,8 @@ def regions_class_order_wrong(tmp):
     wrong = ([1], [9, 2], [2, 2], "12", [None, 2])
     told = ""
     for i, order in enumerate(wrong):
-        folder = tmp / str(i)
+        number = str(i)
+        folder = tmp / number
         told = regions_refused(folder, labels, "regions_class_order", regions_class_order=order)
     return told
 
@@ -1470,23 +1558,31 @@ def expect_labels_again(labels, regions):
     masks = region_masks(labels, regions)
     for prob in (None, masks):
         again = regions_to_labels(masks, regions, prob)
-        assert torch.equal(again, labels), regions
+        same = torch.equal(again, labels)
+        assert same, regions
 
 
 def all_masks(count):
     "Every combination of masks of so many regions, (1,R,2^R,1,1)"
-    bits = torch.arange(2**count)
-    masks = [(bits >> i) & 1 for i in range(count)]
+    combinations = 2**count
+    numbers = torch.arange(combinations)
+    masks = []
+    for i in range(count):
+        shifted = numbers >> i
+        last_bit = shifted & 1
+        masks.append(last_bit)
     whole = torch.stack(masks)
     return whole.view(1, count, -1, 1, 1)
 
 
 def expect_known_labels(masks, regions, known):
     "Any masks give labels that are known"
-    for prob in (None, masks * 0.8):
+    allowed = set(known)
+    unsure = masks * 0.8
+    for prob in (None, unsure):
         labels = regions_to_labels(masks, regions, prob)
-        found = set(labels.unique().tolist())
-        assert found <= set(known)
+        found = labels.unique().tolist()
+        assert allowed.issuperset(found)
 
 
 @row(
@@ -1503,10 +1599,12 @@ def regions_there_and_back(tmp):
         known = labels_in(regions)
         labels = torch.tensor(known).view(1, -1, 1, 1)
         expect_labels_again(labels, regions)
-        expect_labels_again(labels, outer_first(regions))
-        masks = all_masks(len(regions))
+        in_order = outer_first(regions)
+        expect_labels_again(labels, in_order)
+        number = len(regions)
+        masks = all_masks(number)
         expect_known_labels(masks, regions, known)
-        largest = max(largest, len(regions))
+        largest = max(largest, number)
     return f"200 definitions of up to {largest} regions"
 
 
@@ -1561,9 +1659,9 @@ def wide_field(tmp):
 @row("a scan of 3 m along each axis", "a problem; refused before memory is taken")
 @check_says(PROBLEM, "too large")
 def too_many_voxels(tmp):
-    table(tmp, affine=np.diag([210.0, 220, 240, 1]))
-    data = find_dataset(tmp)
-    read = functools.partial(read_case, data.cases[0], data.task)
+    affine = np.diag([210.0, 220, 240, 1])
+    table(tmp, affine=affine)
+    read = functools.partial(read_first, tmp)
     refused(read, "too large", "2940x2860x2880")
 
 
@@ -1594,7 +1692,7 @@ SAR = ISO[[2, 1, 0, 3]]  # first and last axis exchanged
 def label_with_other_axes(tmp):
     table(tmp)
     labels = scan_labels(0)
-    turned = labels.transpose(2, 1, 0)
+    turned = labels.T
     save(tmp, "lab0.nii.gz", turned, SAR)
 
 
@@ -1674,7 +1772,9 @@ def constant_image(tmp):
 @check_says(PROBLEM, "case1 has the very voxels of case0")
 def one_scan_twice(tmp):
     table(tmp)
-    shutil.copy(tmp / "im0.nii.gz", tmp / "im1.nii.gz")
+    first = tmp / "im0.nii.gz"
+    second = tmp / "im1.nii.gz"
+    shutil.copy(first, second)
 
 
 # --- the NIfTI reader
@@ -1683,14 +1783,15 @@ def one_scan_twice(tmp):
 @row("two channels as (D,H,W,1,2), as ITK writes them", "read like (D,H,W,2)")
 @check_says(SOUND, "0 problems")
 def five_axes(tmp):
-    decathlon(tmp, "a.nii.gz", modality={"0": "T1", "1": "T2"})
-    x = scan_image(0)
-    channels = np.stack([x, x + 5], -1)
-    save(tmp, "imagesTr/a.nii.gz", channels[..., None, :])
-    data = find_dataset(tmp)
-    images, _ = read_case(data.cases[0], data.task)
-    second = images[1].array
-    assert np.array_equal(second, x + 5)
+    decathlon(tmp, "a.nii.gz", modality=TWO_CHANNELS)
+    first = scan_image(0)
+    second = first + 5
+    channels = np.stack([first, second], -1)
+    with_axis = np.expand_dims(channels, 3)
+    save(tmp, "imagesTr/a.nii.gz", with_axis)
+    images, _ = read_first(tmp)
+    found = images[1].array
+    assert np.array_equal(found, second)
 
 
 @row("pixdim[0] is 0 in a file with a qform", "read as 1, as the standard says")
@@ -1755,11 +1856,15 @@ def view3d_one_slice(tmp):
 
 def two_channels(tmp):
     "A trained run of two channels, and imagesTs"
-    root = nnunet(tmp / "data", channels=("T1", "T2"))
+    data = tmp / "data"
+    nnunet(data, channels=CHANNELS)
+    images = data / "imagesTs"
     for i in (6, 7):
-        x = scan_image(i)
-        for c in range(2):
-            save(root / "imagesTs", f"scan_{i:03d}_{c:04d}.nii.gz", x * (c + 1))
+        name = f"scan_{i:03d}"
+        first = scan_image(i)
+        save(images, f"{name}_0000.nii.gz", first)
+        second = 2 * first
+        save(images, f"{name}_0001.nii.gz", second)
     trained(tmp)
 
 
@@ -1786,13 +1891,18 @@ def predict_imagesTs(tmp):
     "the scans are predicted, each label map is left out by name",
 )
 def predict_label_maps_beside_scans(tmp):
-    root = decathlon(tmp / "data", "a.nii.gz", "b.nii.gz", "c.nii.gz")
+    root = tmp / "data"
+    decathlon(root, "a.nii.gz", "b.nii.gz", "c.nii.gz")
     trained(tmp)
-    mixed, out = tmp / "mixed", tmp / "out"
+    run = tmp / "run"
+    mixed = tmp / "mixed"
+    out = tmp / "out"
     mixed.mkdir()
-    shutil.copy(root / "imagesTr/a.nii.gz", mixed / "a.nii.gz")
-    shutil.copy(root / "labelsTr/a.nii.gz", mixed / "a_seg.nii.gz")
-    code, _, err = command(predict_main, tmp / "run", mixed, "--out", out)
+    image = root / "imagesTr/a.nii.gz"
+    labels = root / "labelsTr/a.nii.gz"
+    shutil.copy(image, mixed)
+    shutil.copy(labels, mixed / "a_seg.nii.gz")
+    code, _, err = command(predict_main, run, mixed, "--out", out)
     assert code == 2, err
     assert "1 of 2 inputs" in err, err
     written = [path.name for path in out.glob("*.nii.gz")]
@@ -1963,16 +2073,16 @@ def no_flock(tmp):
 @check_says(REFUSED, "several times", "dataset.json")
 def json_name_twice(tmp):
     nnunet(tmp)
-    replace(tmp, "dataset.json", ('"0": "T1"', '"0": "T1", "0": "T2"'))
+    change_description(tmp, '"0": "T1"', '"0": "T1", "0": "T2"')
 
 
 @row("file_ending .NII.GZ, and nii.gz without its dot", "read, and refused: the dot is told")
 @check_says(REFUSED, "with its dot")
 def file_ending_spelled(tmp):
     nnunet(tmp)
-    replace(tmp, "dataset.json", ('".nii.gz"', '".NII.GZ"'))
+    change_description(tmp, '".nii.gz"', '".NII.GZ"')
     is_sound(tmp)
-    replace(tmp, "dataset.json", ('".NII.GZ"', '"nii.gz"'))
+    change_description(tmp, '".NII.GZ"', '"nii.gz"')
 
 
 @row("a BraTS case is a link to a folder that is gone", "a problem, not left out without a word")
@@ -1980,14 +2090,15 @@ def file_ending_spelled(tmp):
 def brats_link_gone(tmp):
     brats(tmp, "BraTS-GLI-00000-000", values=(1, 3))
     link = tmp / "BraTS-GLI-00009-000"
-    link.symlink_to(tmp / "gone")
+    target = tmp / "gone"
+    link.symlink_to(target)
 
 
 @row("a quote in cases.csv that is not closed", "refused: the quote is told")
 @check_says(REFUSED, "quote", "line")
 def csv_open_quote(tmp):
     table(tmp)
-    replace(tmp, "cases.csv", ("im1.nii.gz", '"im1.nii.gz'))
+    change_table(tmp, "im1.nii.gz", '"im1.nii.gz')
 
 
 @row("a column `age` in cases.csv", "refused: a column is a channel")
@@ -2032,8 +2143,9 @@ def tiny_intensities(tmp):
     constant = x * 0 + np.float32(0.1)
     scores = normalize(x, "zscore")
     scores_of_tiny = normalize(tiny, "zscore")
+    scores_of_constant = normalize(constant, "zscore")
     assert np.allclose(scores_of_tiny, scores, atol=1e-3)
-    assert not normalize(constant, "zscore").any()
+    assert not scores_of_constant.any()
     return "the same z-scores"
 
 
@@ -2055,7 +2167,8 @@ def predict_one_name(tmp):
 
 def to_whole_numbers(x):
     "An image, rounded"
-    return np.rint(x).astype(np.int16)
+    rounded = np.rint(x)
+    return rounded.astype(np.int16)
 
 
 @row(
@@ -2066,7 +2179,7 @@ def to_whole_numbers(x):
 def csv_exchanged(tmp):
     root = tmp / "data"
     table(root, image=to_whole_numbers)
-    replace(root, "cases.csv", ("case,t1,label", "case,label,t1"))
+    change_table(root, "case,t1,label", "case,label,t1")
     says(root, PROBLEM, "seems to name the images")
 
 

@@ -120,7 +120,8 @@ def flip_a_bit(path, bit):
 def cut(path, length):
     "Keep so many bytes of a file, from its beginning"
     content = path.read_bytes()
-    path.write_bytes(content[:length])
+    kept = content[:length]
+    path.write_bytes(kept)
 
 
 def half_files(folder):
@@ -142,8 +143,8 @@ def said(main, words):
 
 def last_line(text):
     "The last line of an output"
-    lines = text.strip().splitlines()
-    return lines[-1]
+    *_, last = text.strip().splitlines()
+    return last
 
 
 def predicted(tmp, out=None):
@@ -253,9 +254,10 @@ def disk_full_while_a_checkpoint_is_written(tmp):
     """the disk is full when the third checkpoint is written -> one line, exit code 2, the last
     checkpoint verifies, goes on on a larger disk exactly"""
     one = alone(tmp, epochs=6, width=8)
-    files = [*one.glob("checkpoint-*"), *one.glob("model*")]
-    size = sum(file.stat().st_size for file in files)
-    with small_disk(tmp / "disk", size + 60_000) as disk:
+    size = 60_000
+    for file in [*one.glob("checkpoint-*"), *one.glob("model*")]:
+        size += file.stat().st_size
+    with small_disk(tmp / "disk", size) as disk:
         run = disk / "run"
         line = words(tmp, "--epochs", 6, "--width", 8, out=run)
         code, err = said(train_main, line)
@@ -277,7 +279,8 @@ def disk_full_while_a_prediction_is_written(tmp):
     with small_disk(tmp / "disk", "8k") as disk:
         filler = disk / "filler"
         out = disk / "out"
-        filler.write_bytes(bytes(4096))
+        zeros = bytes(4096)
+        filler.write_bytes(zeros)
         code, err = predicted(tmp, out)
         told = expect_no_space(code, err)
         written = list(out.glob("*.nii.gz"))
@@ -293,16 +296,18 @@ def disk_full_while_the_cache_is_written(tmp):
         warnings.simplefilter("always")
         fit(tmp, cache=disk / "cache")
     in_memory = [w for w in heard if "stays in memory" in str(w.message)]
-    assert in_memory
+    count = len(in_memory)
+    assert count > 0
     assert same_as_alone(tmp)
-    return f"{len(in_memory)} warnings, same files"
+    return f"{count} warnings, same files"
 
 
 @row()
 def read_only_output(tmp):
     "--out on a read-only file system -> one line, exit code 2"
     with small_disk(tmp / "disk", "1m") as disk:
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        remount = ["mount", "-o", "remount,ro", str(disk)]
+        subprocess.run(remount, check=True)
         line = words(tmp, out=disk / "run")
         code, err = said(train_main, line)
         assert code == 2, err
@@ -331,7 +336,8 @@ def cache_entry_truncated(tmp):
     def cut_first(entries):
         first = entries[0]
         size = first.stat().st_size
-        cut(first, size // 2)
+        half = size // 2
+        cut(first, half)
 
     return spoil(tmp, cut_first)
 
@@ -353,8 +359,10 @@ def cache_entry_of_another_version(tmp):
     from safetensors.torch import save_file
 
     def write_old(entries):
+        tensors = {"x": torch.zeros(3)}
+        about = {"version": "0"}
         for entry in entries:
-            save_file({"x": torch.zeros(3)}, entry, {"version": "0"})
+            save_file(tensors, entry, about)
 
     return spoil(tmp, write_old)
 
@@ -363,12 +371,13 @@ def cache_entry_of_another_version(tmp):
 def cache_entries_deleted_during_training(tmp):
     "the cache is emptied in the middle of an epoch -> the run ends as if nothing had happened"
     run = alone(tmp)
+    cache = tmp / "cache"
     calls = []
 
     def empty(terms):
         calls.append(1)
         if len(calls) == 2:
-            shutil.rmtree(tmp / "cache")
+            shutil.rmtree(cache)
 
     fit(tmp, on_step=empty)
     assert same(tmp / "run", run)
@@ -392,16 +401,22 @@ print(sum(float(case.x.sum()) for case in cases))
 @row()
 def two_processes_fill_one_cache(tmp):
     "two processes prepare the same cases at once -> both see every case, no half file"
-    data, cache = str(tmp / "data"), str(tmp / "cache")
-    line = [sys.executable, "-c", PREPARE, data, cache]
-    one, two = [
-        subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=ENV) for _ in range(2)
-    ]
-    first_sum, _ = one.communicate(timeout=120)
-    second_sum, _ = two.communicate(timeout=120)
-    assert first_sum.strip()
+    data = tmp / "data"
+    cache = tmp / "cache"
+    line = [sys.executable, "-c", PREPARE, str(data), str(cache)]
+    processes = []
+    for _ in range(2):
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=ENV)
+        processes.append(process)
+    sums = []
+    for process in processes:
+        printed, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        sums.append(printed.strip())
+    first_sum, second_sum = sums
+    assert first_sum
     assert first_sum == second_sum
-    assert not half_files(tmp / "cache")
+    assert not half_files(cache)
     return "both have the same voxels"
 
 
@@ -470,7 +485,9 @@ def paths_with_spaces_and_unicode(tmp):
 def replace(path, old, new):
     "Change a text file"
     text = path.read_text()
-    path.write_text(text.replace(old, new))
+    assert old in text, (path.name, old)
+    text = text.replace(old, new)
+    path.write_text(text)
 
 
 @row()
@@ -550,8 +567,9 @@ def poisoned(count):
 
     def prepare(*args, **options):
         data = real(*args, **options)
-        for case in data.train[:count]:
-            case.x = torch.full_like(case.x, float("nan"))
+        poisoned_cases = data.train[:count]
+        for case in poisoned_cases:
+            case.x = torch.full_like(case.x, torch.nan)
         return data
 
     return replaced(folders, "prepare", prepare)
@@ -587,8 +605,9 @@ def relabelled(tmp, change):
     for path in sorted(paths):
         image = nib.Nifti1Image.load(path)
         labels = np.asarray(image.dataobj)
-        changed = change(labels).astype(np.uint8)
-        new = nib.Nifti1Image(changed, image.affine)
+        labels = change(labels)
+        labels = labels.astype(np.uint8)
+        new = nib.Nifti1Image(labels, image.affine)
         nib.save(new, path)
 
 
@@ -673,7 +692,8 @@ WRONG = {
 def settings_that_cannot_work(tmp):
     """-3 epochs, a learning rate of nan, a batch of 0, a temperature of 0 and others -> one line,
     exit code 2, nothing is read or written"""
-    shutil.rmtree(tmp / "data")
+    data = tmp / "data"
+    shutil.rmtree(data)
     err = ""
     for flag, values in WRONG.items():
         for value in values.split(","):
@@ -702,9 +722,10 @@ def an_infinite_gradient(tmp):
 
     def poke(model, values):
         calls.append(1)
-        weight = next(model.parameters())
         if len(calls) == 2:
-            weight.grad.view(-1)[0] = float("inf")
+            weight, *_ = model.parameters()
+            gradient = weight.grad.view(-1)
+            gradient[0] = torch.inf
         return real(model, values)
 
     with replaced(steps, "_is_bad", poke):
@@ -808,7 +829,9 @@ def a_model_file_that_is_a_malicious_pickle(tmp):
     "model.safetensors is a pickle that would run a command -> refused, not run"
     fit(tmp)
     executed = tmp / "executed"
-    torch.save(_Evil(executed), tmp / "run/model.safetensors")
+    evil = _Evil(executed)
+    weights = tmp / "run/model.safetensors"
+    torch.save(evil, weights)
     code, err = predicted(tmp)
     assert code == 2
     assert "weights that are broken" in err
@@ -821,9 +844,9 @@ def weights_of_another_network(tmp):
     "model.safetensors comes from a wider network -> refused"
     fit(tmp)
     fit(tmp, out="wide", width=6)
-    weights = "model.safetensors"
-    wide, run = tmp / "wide", tmp / "run"
-    shutil.copy(wide / weights, run / weights)
+    wide = tmp / "wide/model.safetensors"
+    own = tmp / "run/model.safetensors"
+    shutil.copy(wide, own)
     code, err = predicted(tmp)
     assert code == 2
     assert "another network" in err
@@ -909,7 +932,8 @@ def sigterm(tmp):
     log = text_of_log(tmp)
     assert "all of it is safe" in log
     state = checkpoint(tmp / "run")
-    epoch = len(state["rows"]) + 1
+    rows = state["rows"]
+    epoch = len(rows) + 1
     step = state["step"]
     assert f"epoch {epoch} after step {step}" in log
     return f"exit code 0 after {seconds:.1f} s"
@@ -987,18 +1011,25 @@ def ctrl_c_twice(tmp):
 def a_loader_worker_killed(tmp):
     "SIGKILL to a loader's process -> one line, exit code 1, the last checkpoint verifies"
     process = started(tmp, "--workers", 1)
-    worker = children(process.pid)[0]
+    worker = first_child(process)
     os.kill(worker, signal.SIGKILL)
     return expect_worker_died(process, tmp)
 
 
+def first_child(process):
+    "The first process that a process has started"
+    first, *_ = children(process.pid)
+    return first
+
+
 def expect_worker_died(process, tmp):
     "The last line of a run whose loader died; its last checkpoint verifies"
+    run = tmp / "run"
     _, err = process.communicate(timeout=120)
     told = last_line(err)
     assert process.returncode == 1, err
     assert told.startswith("error: A data-loader worker died"), err
-    expect_verified(tmp / "run")
+    expect_verified(run)
     return told[:110]
 
 
@@ -1007,9 +1038,10 @@ def a_loader_worker_out_of_memory(tmp):
     """a loader's process may have no more memory -> one line, exit code 1, the last checkpoint
     verifies"""
     process = started(tmp, "--workers", 1, "--augment", "flip", "noise")
-    worker = children(process.pid)[0]
+    worker = first_child(process)
     mib = 1 << 20
-    resource.prlimit(worker, resource.RLIMIT_AS, (mib, mib))
+    limits = (mib, mib)
+    resource.prlimit(worker, resource.RLIMIT_AS, limits)
     return expect_worker_died(process, tmp)
 
 
@@ -1027,15 +1059,18 @@ def two_ranks(tmp, epochs):
 
 def last_rank(process, tmp):
     "The last process of a run that has begun"
-    begun(process, tmp / "run")
+    run = tmp / "run"
+    begun(process, run)
     *_, rank = children(process.pid)
     return rank
 
 
 def totals(run):
     "The column total of metrics.csv"
-    rows = read_metrics(run)
-    values = [row["total"] for row in rows]
+    values = []
+    for row in read_metrics(run):
+        total = row["total"]
+        values.append(total)
     return np.array(values)
 
 
@@ -1052,7 +1087,8 @@ def one_rank_slow(tmp):
     assert process.returncode == 0, err[-2000:]
     one = alone(tmp, epochs=30)
     of_two = totals(tmp / "run")
-    ratio = of_two / totals(one)
+    of_one = totals(one)
+    ratio = of_two / of_one
     gap = np.abs(ratio - 1).max()
     assert gap < 1e-4
     return f"losses differ by {gap:.0e}"
@@ -1101,14 +1137,16 @@ def bad_scan(tmp, change, text):
     "What is told of a scan whose bytes are changed"
     path = tmp / "data/scan01.nii.gz"
     packed = path.read_bytes()
-    raw = bytearray(gzip.decompress(packed))
-    path.write_bytes(change(raw))
+    content = gzip.decompress(packed)
+    changed = change(bytearray(content))
+    path.write_bytes(changed)
     return fit_refused(tmp, text)
 
 
 def pack(data):
     "Bytes, packed as gzip packs them"
-    return gzip.compress(bytes(data))
+    content = bytes(data)
+    return gzip.compress(content)
 
 
 def put(at, kind, value):
@@ -1185,7 +1223,9 @@ def a_network_without_bounds(tmp):
     told = []
     beyond = {"levels": (2, 10**20), "width": (4, 10**8)}
     for name, (old, new) in beyond.items():
-        path.write_text(whole.replace(f'"{name}": {old}', f'"{name}": {new}'))
+        changed = whole.replace(f'"{name}": {old}', f'"{name}": {new}')
+        assert changed != whole
+        path.write_text(changed)
         start = time.perf_counter()
         code, err = predicted(tmp)
         seconds = time.perf_counter() - start
@@ -1230,13 +1270,15 @@ def run_row(name):
 
 def in_one_line(text):
     "Words with one space between them"
-    words = str(text).split()
+    text = str(text)
+    words = text.split()
     return " ".join(words)
 
 
 def table_row(name, ok, text):
     "A row of the table in Markdown"
-    about = in_one_line(ROWS[name].__doc__)
+    function = ROWS[name]
+    about = in_one_line(function.__doc__)
     done, must = about.split(" -> ")
     title = name.replace("_", " ")
     happened = in_one_line(text)

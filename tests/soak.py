@@ -61,7 +61,8 @@ class Held:
 
 def status(name):
     "A number that the kernel tells of this process"
-    text = Path("/proc/self/status").read_text()
+    path = Path("/proc/self/status")
+    text = path.read_text()
     found = re.search(rf"{name}:\s+(\d+)", text)
     assert found, name
     return int(found[1])
@@ -87,8 +88,10 @@ def one_round(tmp, i):
     run = tmp / f"run{i}"
     out = tmp / f"out{i}"
     data = tmp / "data"
-    workers = 1 if i % 3 == 0 else 0
-    config = settings(data, run, tmp / "cache", workers=workers)
+    cache = tmp / "cache"
+    every_third = i % 3 == 0
+    workers = 1 if every_third else 0
+    config = settings(data, run, cache, workers=workers)
     fit(config, quiet=True, stop=after(4))
     fit(config, True, quiet=True)
     scan = data / "scan00.nii.gz"
@@ -113,8 +116,13 @@ def print_row(rounds, now, minutes):
 
 def slope(rows, name):
     "How fast a number grows an hour, by least squares"
-    hours = [row.minutes / 60 for row in rows]
-    values = [getattr(row, name) for row in rows]
+    hours = []
+    values = []
+    for row in rows:
+        hour = row.minutes / 60
+        value = getattr(row, name)
+        hours.append(hour)
+        values.append(value)
     slope, _ = np.polyfit(hours, values, 1)
     return slope
 

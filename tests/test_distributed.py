@@ -17,7 +17,8 @@ from egcnn_nb.run.steps import is_term, read_metrics
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return dataset(tmp_path_factory.mktemp("tiny") / "data")
+    folder = tmp_path_factory.mktemp("tiny")
+    return dataset(folder / "data")
 
 
 # 51 steps; with 4 processes two of them find no case in the last of an epoch
@@ -34,7 +35,8 @@ def train(data, out, *words, **kw):
 
 def log_of(run):
     "The text of a run's log"
-    return (run / "log.txt").read_text()
+    path = run / "log.txt"
+    return path.read_text()
 
 
 def largest_difference(a, b, columns):
@@ -42,17 +44,31 @@ def largest_difference(a, b, columns):
     worst = 0
     for x, y in zip(a, b, strict=True):
         for name in columns:
-            scale = max(abs(y[name]), 1e-12)
-            worst = max(worst, abs(x[name] - y[name]) / scale)
+            found = x[name]
+            expected = y[name]
+            scale = max(abs(expected), 1e-12)
+            difference = abs(found - expected)
+            worst = max(worst, difference / scale)
     return worst
 
 
 def differ(a, b):
     "Largest relative difference of the loss terms of two runs, and of Dice"
-    a, b = read_metrics(a), read_metrics(b)
-    terms = [name for name in a[0] if is_term(name)]
-    dice = [name for name in a[0] if name.startswith("dice")]
-    return largest_difference(a, b, terms), largest_difference(a, b, dice)
+    a = read_metrics(a)
+    b = read_metrics(b)
+    names = list(a[0])
+    terms = [name for name in names if is_term(name)]
+    dice = [name for name in names if name.startswith("dice")]
+    of_terms = largest_difference(a, b, terms)
+    of_dice = largest_difference(a, b, dice)
+    return of_terms, of_dice
+
+
+def expect_same_losses(run, other):
+    "Two runs in float64 have the same losses and the same Dice"
+    losses, dice = differ(run, other)
+    assert losses < 1e-9
+    assert dice < 1e-9
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +78,9 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(data, runs):
-    train(data, runs / "one", *FP64)
-    return runs / "one"
+    out = runs / "one"
+    train(data, out, *FP64)
+    return out
 
 
 MANY = [
@@ -79,10 +96,11 @@ MANY = [
 def test_any_number_of_processes_gives_the_losses_of_one_in_float64(
     data, one, runs, processes, more
 ):
-    name = "".join(map(str, [processes, *more]))
-    train(data, runs / name, *FP64, *more, processes=processes)
-    losses, dice = differ(runs / name, one)
-    assert losses < 1e-9 and dice < 1e-9
+    words = [str(word) for word in more]
+    name = "".join([str(processes), *words])
+    out = runs / name
+    train(data, out, *FP64, *more, processes=processes)
+    expect_same_losses(out, one)
 
 
 def test_and_in_float32(data, runs):
@@ -97,20 +115,26 @@ def test_and_in_float32(data, runs):
 
 def test_readings_over_the_batch_gather_what_they_need(data, runs):
     words = [*FP64, "--batch_size", 5, "--reading", "reduce=batch", "--reading", "beta_over=batch"]
-    for n in (1, 2):
-        train(data, runs / f"batch{n}", *words, processes=n)
-    losses, _ = differ(runs / "batch2", runs / "batch1")
+    alone = runs / "batch1"
+    train(data, alone, *words)
+    out = runs / "batch2"
+    train(data, out, *words, processes=2)
+    losses, _ = differ(out, alone)
     assert losses < 1e-9
 
 
 @pytest.mark.parametrize("more", [[], ["--shard"], ["--accumulate", 2]])
 def test_processes_check_their_layers_together(data, runs, more):
-    out = runs / f"half{''.join(map(str, more))}"
-    over_batch = [] if "--accumulate" in more else ["--reading", "reduce=batch"]
-    words = ["--epochs", 1, "--precision", "bf16", "--batch_size", 5, *over_batch, *more]
+    name = "-".join(["half", *more[:1]])
+    out = runs / name
+    words = ["--epochs", 1, "--precision", "bf16", "--batch_size", 5, *more]
+    if "--accumulate" not in more:
+        words += ["--reading", "reduce=batch"]
     train(data, out, *words, processes=2)
-    assert len(read_metrics(out)) == 1
-    assert "self-check" not in log_of(out)
+    rows = read_metrics(out)
+    log = log_of(out)
+    assert len(rows) == 1
+    assert "self-check" not in log
 
 
 # --- every reading of the paper, on two processes as on one
@@ -246,7 +270,8 @@ def losses_of_every_reading(data):
     found = {}
 
     def tick(terms):
-        steps.append(list(terms.values()))
+        values = terms.values()
+        steps.append(list(values))
 
     for more in every_reading():
         torch.manual_seed(0)
@@ -270,29 +295,35 @@ def test_the_list_of_readings_is_whole():
 
 
 def test_every_reading_gives_the_losses_of_one_process_on_two(data, tmp_path):
+    path = tmp_path / "two.json"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [sys.executable, *torchrun, __file__, str(data), str(tmp_path / "two.json")]
+    words = [sys.executable, *torchrun, __file__, str(data), str(path)]
     process = subprocess.Popen(
         words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV
     )
     one = losses_of_every_reading(data)
-    error = process.communicate(timeout=300)[1]
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error[-3000:]
-    two = json.loads((tmp_path / "two.json").read_text())
+    text = path.read_text()
+    two = json.loads(text)
     assert list(one) == list(two)
     for name, (steps, skipped) in one.items():
         steps_of_two, skipped_of_two = two[name]
-        assert len(steps) == 3 and skipped == skipped_of_two == 0, name
+        assert skipped == 0, name
+        assert skipped_of_two == 0, name
+        assert len(steps) == 3, name
         for a, b in zip(steps, steps_of_two, strict=True):
-            assert a == pytest.approx(b, rel=1e-9, abs=1e-12), name
+            expected = pytest.approx(b, rel=1e-9, abs=1e-12)
+            assert a == expected, name
 
 
 def test_a_reading_without_loss_on_the_fused_output_in_pieces(data, runs):
     words = ["--epochs", 2, "--precision", "fp64", "--reading", "supervise=main"]
-    train(data, runs / "main1", *words)
-    train(data, runs / "main2", *words, "--shard", processes=2)
-    losses, dice = differ(runs / "main2", runs / "main1")
-    assert losses < 1e-9 and dice < 1e-9
+    alone = runs / "main1"
+    train(data, alone, *words)
+    out = runs / "main2"
+    train(data, out, *words, "--shard", processes=2)
+    expect_same_losses(out, alone)
 
 
 # --- something is lost
@@ -311,9 +342,16 @@ def start(words, env=(), **kw):
     )
 
 
+def started(data, out, *words, **kw):
+    "A training that has been started"
+    line = command(data, out, *words, **kw)
+    return start(line)
+
+
 def kill_all(process):
     "torchrun and its ranks, which live in sessions of their own"
-    for pid in [*children(process.pid), process.pid]:
+    ranks = children(process.pid)
+    for pid in [*ranks, process.pid]:
         os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=60)
 
@@ -321,67 +359,82 @@ def kill_all(process):
 def test_a_run_of_four_goes_on_with_two_and_ends_with_one(data, one, tmp_path):
     out = tmp_path / "run"
     words = [*FP64, "--save_minutes", 0]
-    for processes, epochs, more in ((4, 3, []), (2, 6, ["--resume"])):
-        process = start(command(data, out, *words, *more, processes=processes))
-        begun(process, out, epochs)
-        kill_all(process)
-    train(data, out, *words, "--resume")
-    assert log_of(out).count("resumed after epoch") == 2
-    assert max(differ(out, one)) < 1e-9
+    four = started(data, out, *words, processes=4)
+    begun(four, out, 3)
+    kill_all(four)
+    words.append("--resume")
+    two = started(data, out, *words, processes=2)
+    begun(two, out, 6)
+    kill_all(two)
+    train(data, out, *words)
+    log = log_of(out)
+    assert log.count("resumed after epoch") == 2
+    expect_same_losses(out, one)
 
 
 def flip_a_bit(path):
     "Change one bit in the middle of a file"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    content = path.read_bytes()
+    changed = bytearray(content)
+    middle = len(content) // 2
+    changed[middle] ^= 1
+    path.write_bytes(changed)
 
 
 def test_pieces_are_verified_and_go_on_with_another_number(data, one, tmp_path):
     out = tmp_path / "run"
-    process = start(command(data, out, *FP64, "--shard", processes=2))
+    process = started(data, out, *FP64, "--shard", processes=2)
     begun(process, out, 3)
     kill_all(process)
-    newest = max(out.glob("checkpoint-*"))
-    flip_a_bit(next(newest.glob("*.distcp")))
+    checkpoints = out.glob("checkpoint-*")
+    newest = max(checkpoints)
+    piece, *_ = newest.glob("*.distcp")
+    flip_a_bit(piece)
     train(data, out, *FP64, "--shard", "--resume", processes=3)
-    assert "a broken folder (checksums differ)" in log_of(out)
-    assert max(differ(out, one)) < 1e-9
+    log = log_of(out)
+    assert "a broken folder (checksums differ)" in log
+    expect_same_losses(out, one)
 
 
 def test_torchrun_brings_a_run_back_after_a_rank_was_killed(data, one, tmp_path):
     out = tmp_path / "run"
     elastic = "--nnodes=1:2 --max-restarts=3 --monitor_interval=0.1"
     meeting = "--rdzv_backend=c10d --rdzv_endpoint=localhost:0 --rdzv_conf=last_call_timeout=1"
-    launch = [*elastic.split(), *meeting.split()]
-    process = start(command(data, out, *FP64, processes=2, launch=launch))
+    launch = f"{elastic} {meeting}".split()
+    process = started(data, out, *FP64, processes=2, launch=launch)
     begun(process, out, 3)
-    os.kill(children(process.pid)[-1], signal.SIGKILL)
-    error = process.communicate(timeout=300)[1]
+    *_, rank = children(process.pid)
+    os.kill(rank, signal.SIGKILL)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error[-3000:]
-    assert "resumed after epoch" in log_of(out)
-    assert max(differ(out, one)) < 1e-9
+    log = log_of(out)
+    assert "resumed after epoch" in log
+    expect_same_losses(out, one)
 
 
 def test_sigterm_to_torchrun_saves(data, tmp_path):
     out = tmp_path / "run"
-    process = start(command(data, out, "--epochs", 400, processes=2))
+    process = started(data, out, "--epochs", 400, processes=2)
     begun(process, out, 3)
     process.terminate()
-    error = process.communicate(timeout=60)[1]
-    assert "all of it is safe" in log_of(out), error[-3000:]
+    _, error = process.communicate(timeout=60)
+    log = log_of(out)
+    assert "all of it is safe" in log, error[-3000:]
 
 
 def ip(*words):
-    return subprocess.run(["ip", *words], capture_output=True, text=True)
+    "Run a command of ip"
+    line = ["ip", *words]
+    return subprocess.run(line, capture_output=True, text=True)
 
 
 class Host:
     "A network namespace with one end of a link"
 
     def __init__(self, letter, number):
-        self.name = f"egcnn{os.getpid()}{letter}"
-        self.link = f"v{os.getpid()}{letter}"
+        own = f"{os.getpid()}{letter}"
+        self.name = f"egcnn{own}"
+        self.link = f"v{own}"
         self.address = f"10.77.0.{number}/24"
         self.prefix = ["ip", "netns", "exec", self.name]
         self.env = {"GLOO_SOCKET_IFNAME": self.link, "TP_SOCKET_IFNAME": self.link}
@@ -398,7 +451,8 @@ class Host:
 
     def switch(self, to):
         "Switch the link up or down"
-        return ip("-n", self.name, "link", "set", self.link, to)
+        words = ["-n", self.name, "link", "set", self.link, to]
+        return ip(*words)
 
 
 @pytest.fixture
@@ -424,35 +478,48 @@ def hosts():
 def start_on(hosts, data, out, *more):
     "One process of a run on each host"
     words = [*FP64, "--timeout", 0.2, *more]
-    started = []
+    processes = []
     for rank, host in enumerate(hosts):
         where = f"--nnodes=2 --node_rank={rank} --master_addr=10.77.0.1 --master_port=29511"
-        own = command(data, out, *words, launch=where.split())
-        started.append(start([*host.prefix, *own], env=host.env))
-    return started
+        launch = where.split()
+        own = command(data, out, *words, launch=launch)
+        line = [*host.prefix, *own]
+        process = start(line, env=host.env)
+        processes.append(process)
+    return processes
 
 
 def errors_of(processes, seconds):
     "What processes print as errors until they end"
-    return [process.communicate(timeout=seconds)[1] for process in processes]
+    errors = []
+    for process in processes:
+        _, error = process.communicate(timeout=seconds)
+        errors.append(error)
+    return errors
 
 
 def test_two_hosts_whose_link_is_cut(data, one, tmp_path, hosts):
     out = tmp_path / "run"
+    first = hosts[0]
     processes = start_on(hosts, data, out)
     begun(processes[0], out, 3)
     cut = time.time()
-    assert hosts[0].switch("down").returncode == 0
+    switched = first.switch("down")
+    assert switched.returncode == 0
     errors = errors_of(processes, 120)
-    assert time.time() - cut < 60  # 12 seconds are the timeout
-    assert all(process.returncode for process in processes)
+    seconds = time.time() - cut
+    assert seconds < 60  # 12 seconds are the timeout
     gone = "found that another process of this run is gone or unreachable"
-    assert all(gone in error for error in errors), errors
-    assert hosts[0].switch("up").returncode == 0
+    for process, error in zip(processes, errors, strict=True):
+        assert process.returncode
+        assert gone in error, error
+    switched = first.switch("up")
+    assert switched.returncode == 0
     processes = start_on(hosts, data, out, "--resume")
     errors = errors_of(processes, 200)
-    assert not any(process.returncode for process in processes), errors
-    assert max(differ(out, one)) < 1e-9
+    for process, error in zip(processes, errors, strict=True):
+        assert process.returncode == 0, error
+    expect_same_losses(out, one)
 
 
 if __name__ == "__main__":  # started by torchrun in test_every_reading_...

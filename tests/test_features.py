@@ -25,7 +25,9 @@ IMAGE = torch.zeros(1, 1, 64, 64)
 def block(before, channels, stride=1):
     "Convolution, normalisation, activation"
     conv = nn.Conv2d(before, channels, 3, stride, 1)
-    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU())
+    norm = nn.BatchNorm2d(channels)
+    activation = nn.ReLU()
+    return nn.Sequential(conv, norm, activation)
 
 
 def joined(*maps):
@@ -40,7 +42,27 @@ def up_conv(before, channels):
 
 def resized(deep, like):
     "Up-sampled to the size of another map"
-    return F.interpolate(deep, like.shape[2:], mode="bilinear")
+    _, _, *size = like.shape
+    return F.interpolate(deep, size, mode="bilinear")
+
+
+def raised(deep, skip):
+    "A deep map up-sampled to the size of a skip, and the skip beside it"
+    up = resized(deep, skip)
+    return joined(up, skip)
+
+
+def summed(fine, deep):
+    "The sum of a map and a deeper one, up-sampled to its size"
+    up = resized(deep, fine)
+    return fine + up
+
+
+def weighted(y, look):
+    "A map, weighted by what a module makes of it and up-sampled to its size"
+    weights = look(y)
+    weights = resized(weights, y)
+    return y * weights
 
 
 class UNet(nn.Module):
@@ -63,12 +85,22 @@ class UNet(nn.Module):
         return a, b, self.c(b)
 
     def decode(self, a, b, c):
-        d = self.d(joined(self.up1(c), b))
-        e = self.e(joined(self.up2(d), a))
+        up = self.up1(c)
+        both = joined(up, b)
+        d = self.d(both)
+        up = self.up2(d)
+        both = joined(up, a)
+        e = self.e(both)
         return d, e
 
+    def decoded(self, x):
+        "The finest map of the decoder"
+        maps = self.encode(x)
+        _, e = self.decode(*maps)
+        return e
+
     def forward(self, x):
-        _, e = self.decode(*self.encode(x))
+        e = self.decoded(x)
         return self.out(e)
 
 
@@ -84,7 +116,11 @@ class LateHeads(UNet):
     def forward(self, x):
         a, b, c = self.encode(x)
         d, e = self.decode(a, b, c)
-        return self.out(e), self.head_b(b), self.head_d(d), self.head_c(c)
+        of_e = self.out(e)
+        of_b = self.head_b(b)
+        of_d = self.head_d(d)
+        of_c = self.head_c(c)
+        return of_e, of_b, of_d, of_c
 
 
 class SecondBranch(UNet):
@@ -97,9 +133,12 @@ class SecondBranch(UNet):
         self.classify = nn.Sequential(block(8, 8, 2), block(8, 8, 2), block(8, 8, 2))
 
     def forward(self, x):
-        _, e = self.decode(*self.encode(x))
-        y = self.out(joined(e, self.detail(x)))
-        return y, self.classify(e)
+        e = self.decoded(x)
+        detail = self.detail(x)
+        both = joined(e, detail)
+        y = self.out(both)
+        kind = self.classify(e)
+        return y, kind
 
 
 class PooledAttention(UNet):
@@ -112,10 +151,11 @@ class PooledAttention(UNet):
 
     def encode(self, x):
         a = self.a(x)
-        a = a * resized(self.look_a(a), a)
+        a = weighted(a, self.look_a)
         b = self.b(a)
-        b = b * resized(self.look_b(b), b)
-        return a, b, self.c(b)
+        b = weighted(b, self.look_b)
+        c = self.c(b)
+        return a, b, c
 
 
 class DeepAttention(UNet):
@@ -123,11 +163,15 @@ class DeepAttention(UNet):
 
     def __init__(self):
         super().__init__()
-        self.look = nn.Sequential(nn.AvgPool2d(4), nn.Conv2d(32, 32, 3, padding=1), nn.Sigmoid())
+        pool = nn.AvgPool2d(4)
+        conv = nn.Conv2d(32, 32, 3, padding=1)
+        bound = nn.Sigmoid()
+        self.look = nn.Sequential(pool, conv, bound)
 
     def encode(self, x):
         a, b, c = super().encode(x)
-        return a, b, c * resized(self.look(c), c)
+        c = weighted(c, self.look)
+        return a, b, c
 
 
 class AddedContext(UNet):
@@ -135,15 +179,18 @@ class AddedContext(UNet):
 
     def __init__(self):
         super().__init__()
-        self.context = nn.Sequential(
-            nn.AvgPool2d(4), nn.Conv2d(8, 8, 3, padding=1), nn.Upsample(scale_factor=4)
-        )
+        pool = nn.AvgPool2d(4)
+        conv = nn.Conv2d(8, 8, 3, padding=1)
+        up = nn.Upsample(scale_factor=4)
+        self.context = nn.Sequential(pool, conv, up)
 
     def encode(self, x):
         a = self.a(x)
-        a = a + self.context(a)
+        context = self.context(a)
+        a = a + context
         b = self.b(a)
-        return a, b, self.c(b)
+        c = self.c(b)
+        return a, b, c
 
 
 class PyramidPooling(UNet):
@@ -154,13 +201,20 @@ class PyramidPooling(UNet):
         self.pools = nn.ModuleList()
         for places in (1, 2, 3, 6):
             pool = nn.AdaptiveAvgPool2d(places)
-            self.pools.append(nn.Sequential(pool, nn.Conv2d(32, 8, 1), nn.ReLU()))
+            conv = nn.Conv2d(32, 8, 1)
+            layers = nn.Sequential(pool, conv, nn.ReLU())
+            self.pools.append(layers)
         self.join = block(64, 32)
 
     def encode(self, x):
         a, b, c = super().encode(x)
-        pooled = [resized(pool(c), c) for pool in self.pools]
-        return a, b, self.join(joined(c, *pooled))
+        both = c
+        for pool in self.pools:
+            pooled = pool(c)
+            pooled = resized(pooled, c)
+            both = joined(both, pooled)
+        c = self.join(both)
+        return a, b, c
 
 
 class Aspp(UNet):
@@ -170,15 +224,21 @@ class Aspp(UNet):
         super().__init__()
         self.rates = nn.ModuleList()
         for rate in (1, 2, 4):
-            self.rates.append(nn.Conv2d(32, 8, 3, padding=rate, dilation=rate))
-        self.mean = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(32, 8, 1))
+            conv = nn.Conv2d(32, 8, 3, padding=rate, dilation=rate)
+            self.rates.append(conv)
+        pool = nn.AdaptiveAvgPool2d(1)
+        conv = nn.Conv2d(32, 8, 1)
+        self.mean = nn.Sequential(pool, conv)
         self.join = nn.Conv2d(32, 32, 1)
 
     def encode(self, x):
         a, b, c = super().encode(x)
-        mean = resized(self.mean(c), c)
+        mean = self.mean(c)
+        mean = resized(mean, c)
         dilated = [conv(c) for conv in self.rates]
-        return a, b, self.join(joined(*dilated, mean))
+        both = joined(*dilated, mean)
+        c = self.join(both)
+        return a, b, c
 
 
 class Nested(nn.Module):
@@ -201,10 +261,17 @@ class Nested(nn.Module):
     def maps(self, x):
         x00 = self.x00(x)
         x10 = self.x10(x00)
-        x01 = self.x01(joined(x00, self.u10(x10)))
+        up = self.u10(x10)
+        both = joined(x00, up)
+        x01 = self.x01(both)
         x20 = self.x20(x10)
-        x11 = self.x11(joined(x10, self.u20(x20)))
-        return x01, self.x02(joined(x00, x01, self.u11(x11)))
+        up = self.u20(x20)
+        both = joined(x10, up)
+        x11 = self.x11(both)
+        up = self.u11(x11)
+        all_three = joined(x00, x01, up)
+        x02 = self.x02(all_three)
+        return x01, x02
 
     def forward(self, x):
         _, x02 = self.maps(x)
@@ -216,7 +283,9 @@ class WeakFirst(Nested):
 
     def forward(self, x):
         x01, x02 = self.maps(x)
-        return [self.head1(x01), self.head2(x02)]
+        weak = self.head1(x01)
+        strong = self.head2(x02)
+        return [weak, strong]
 
 
 class TopDown(nn.Module):
@@ -240,12 +309,17 @@ class TopDown(nn.Module):
         c2 = self.c2(c1)
         c3 = self.c3(c2)
         p3 = self.l3(c3)
-        p2 = self.l2(c2) + resized(p3, c2)
-        p1 = self.l1(c1) + resized(p2, c1)
+        p2 = self.l2(c2)
+        p2 = summed(p2, p3)
+        p1 = self.l1(c1)
+        p1 = summed(p1, p2)
         s1 = self.s1(p1)
         s2 = self.s2(p2)
+        s2 = resized(s2, s1)
         s3 = self.s3(p3)
-        return self.out(joined(s1, resized(s2, s1), resized(s3, s1)))
+        s3 = resized(s3, s1)
+        fused = joined(s1, s2, s3)
+        return self.out(fused)
 
 
 def pair(before, channels):
@@ -270,19 +344,30 @@ class Unpadded(nn.Module):
         self.e = pair(16, 8)
         self.out = nn.Conv2d(8, 3, 1)
 
+    def crop(self, skip, axis, size):
+        "The middle of a skip along one axis"
+        whole = skip.shape[axis]
+        start = (whole - size) // 2
+        return skip.narrow(axis, start, size)
+
     def merge(self, up, skip):
         *_, height, width = up.shape
-        top = (skip.shape[2] - height) // 2
-        left = (skip.shape[3] - width) // 2
-        cropped = skip[:, :, top : top + height, left : left + width]
+        cropped = self.crop(skip, 2, height)
+        cropped = self.crop(cropped, 3, width)
         return joined(up, cropped)
 
     def forward(self, x):
         a = self.a(x)
-        b = self.b(self.pool(a))
-        c = self.c(self.pool(b))
-        d = self.d(self.merge(self.up1(c), b))
-        e = self.e(self.merge(self.up2(d), a))
+        half = self.pool(a)
+        b = self.b(half)
+        half = self.pool(b)
+        c = self.c(half)
+        up = self.up1(c)
+        both = self.merge(up, b)
+        d = self.d(both)
+        up = self.up2(d)
+        both = self.merge(up, a)
+        e = self.e(both)
         return self.out(e)
 
 
@@ -291,12 +376,18 @@ class Residual(nn.Module):
 
     def __init__(self, before, channels):
         super().__init__()
-        self.expand = nn.Sequential(nn.Conv2d(before, 4 * before, 1), nn.ReLU())
-        self.conv = nn.Conv2d(4 * before, channels, 3, 2, 1)
+        inner = 4 * before
+        widen = nn.Conv2d(before, inner, 1)
+        self.expand = nn.Sequential(widen, nn.ReLU())
+        self.conv = nn.Conv2d(inner, channels, 3, 2, 1)
         self.shorten = nn.Conv2d(before, channels, 1, 2)
 
     def forward(self, x):
-        return torch.relu(self.conv(self.expand(x)) + self.shorten(x))
+        wide = self.expand(x)
+        y = self.conv(wide)
+        shortcut = self.shorten(x)
+        both = y + shortcut
+        return both.relu()
 
 
 class Strided(UNet):
@@ -318,10 +409,15 @@ class SharedUp(UNet):
         self.thin2 = nn.Conv2d(16, 8, 1)
 
     def decode(self, a, b, c):
-        up = self.up(self.thin1(c))
-        d = self.d(joined(up, b))
-        up = self.up(self.thin2(d))
-        return d, self.e(joined(up, a))
+        thin = self.thin1(c)
+        up = self.up(thin)
+        both = joined(up, b)
+        d = self.d(both)
+        thin = self.thin2(d)
+        up = self.up(thin)
+        both = joined(up, a)
+        e = self.e(both)
+        return d, e
 
 
 class SharedBlock(nn.Module):
@@ -335,13 +431,16 @@ class SharedBlock(nn.Module):
         self.out = nn.Conv2d(8, 3, 1)
 
     def forward(self, x):
-        a = self.block(self.stem(x))
-        b = self.block(F.max_pool2d(a, 2))
-        c = self.block(F.max_pool2d(b, 2))
-        up = resized(c, b)
-        d = self.join(joined(up, b))
-        up = resized(d, a)
-        e = self.join(joined(up, a))
+        stem = self.stem(x)
+        a = self.block(stem)
+        half = F.max_pool2d(a, 2)
+        b = self.block(half)
+        half = F.max_pool2d(b, 2)
+        c = self.block(half)
+        both = raised(c, b)
+        d = self.join(both)
+        both = raised(d, a)
+        e = self.join(both)
         return self.out(e)
 
 
@@ -357,10 +456,12 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         found = []
-        for i, weight in enumerate(self.layers):
-            stride = 1 if i == 0 else 2
-            x = torch.relu(F.conv2d(x, weight, stride=stride, padding=1))
+        stride = 1
+        for weight in self.layers:
+            x = F.conv2d(x, weight, stride=stride, padding=1)
+            x = torch.relu(x)
             found.append(x)
+            stride = 2
         return tuple(found)
 
 
@@ -388,20 +489,31 @@ class GatedSkips(UNet):
 
     def decode(self, a, b, c):
         up = self.up1(c)
-        b = self.after(b * self.weigh(self.of_skip(b) + self.of_deep(up)))
-        d = self.d(joined(up, b))
-        return d, self.e(joined(self.up2(d), a))
+        of_skip = self.of_skip(b)
+        of_deep = self.of_deep(up)
+        weights = self.weigh(of_skip + of_deep)
+        b = self.after(b * weights)
+        both = joined(up, b)
+        d = self.d(both)
+        up = self.up2(d)
+        both = joined(up, a)
+        e = self.e(both)
+        return d, e
 
 
 class WrittenInPlace(UNet):
     "Skips are written into parts of one block of memory"
 
     def decode(self, a, b, c):
-        both = torch.zeros(len(b), 32, *b.shape[2:], device=b.device)
+        cases, _, *size = b.shape
+        both = torch.zeros(cases, 32, *size, device=b.device)
         both[:, :16] = self.up1(c)
         both[:, 16:] = b
         d = self.d(both)
-        return d, self.e(joined(self.up2(d), a))
+        up = self.up2(d)
+        both = joined(up, a)
+        e = self.e(both)
+        return d, e
 
 
 class Backbone(nn.Module):
@@ -416,7 +528,8 @@ class Backbone(nn.Module):
     def forward(self, x):
         a = self.a(x)
         b = self.b(a)
-        return [a, b, self.c(b)]
+        c = self.c(b)
+        return [a, b, c]
 
 
 class Laterals(nn.Module):
@@ -433,18 +546,26 @@ class Laterals(nn.Module):
 
     def forward(self, x):
         a, b, c = self.encoder(x)
-        p2 = self.smooth(self.lateral2(b) + resized(self.top(c), b))
-        return self.out(self.lateral1(a) + resized(p2, a))
+        p3 = self.top(c)
+        p2 = self.lateral2(b)
+        p2 = summed(p2, p3)
+        p2 = self.smooth(p2)
+        p1 = self.lateral1(a)
+        p1 = summed(p1, p2)
+        return self.out(p1)
 
 
 def as_tokens(y):
     "A map as tokens (B,places,channels)"
-    return y.flatten(2).transpose(1, 2)
+    rows = y.flatten(2)
+    return rows.transpose(1, 2)
 
 
 def as_map(tokens, like):
     "Tokens as a map of the size of another"
-    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+    _, _, *size = like.shape
+    rows = tokens.transpose(1, 2)
+    return rows.unflatten(2, size)
 
 
 class ChannelsLast(UNet):
@@ -458,14 +579,25 @@ class ChannelsLast(UNet):
         self.turn = nn.ModuleList([Turn(), Turn(), Turn()])
 
     def merge(self, y):
-        corners = [y[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+        corners = []
+        for i in (0, 1):
+            rows = y[:, i::2]
+            for j in (0, 1):
+                corner = rows[:, :, j::2]
+                corners.append(corner)
         return torch.cat(corners, -1)
 
     def encode(self, x):
-        a = self.a(x).movedim(1, -1)
-        b = self.mix_b(self.merge(a))
-        c = self.mix_c(self.merge(b))
-        a, b, c = (turn(y) for turn, y in zip(self.turn, (a, b, c), strict=True))
+        a = self.a(x)
+        a = a.movedim(1, -1)
+        corners = self.merge(a)
+        b = self.mix_b(corners)
+        corners = self.merge(b)
+        c = self.mix_c(corners)
+        turn_a, turn_b, turn_c = self.turn
+        a = turn_a(a)
+        b = turn_b(b)
+        c = turn_c(c)
         return a, b, c
 
 
@@ -487,15 +619,24 @@ class Attention(nn.Module):
         self.pairs = nn.Linear(channels, 2 * channels)
 
     def split(self, tokens):
-        return tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        of_heads = tokens.unflatten(2, (self.heads, -1))
+        return of_heads.transpose(1, 2)
 
     def forward(self, x):
         tokens = as_tokens(x)
-        small = as_tokens(self.reduce(x))
-        keys, values = map(self.split, self.pairs(small).chunk(2, 2))
-        weights = self.split(self.queries(tokens)) @ keys.transpose(2, 3)
-        seen = weights.softmax(3) @ values
-        together = seen.transpose(1, 2).flatten(2)
+        queries = self.queries(tokens)
+        queries = self.split(queries)
+        small = self.reduce(x)
+        small = as_tokens(small)
+        pairs = self.pairs(small)
+        keys, values = pairs.chunk(2, 2)
+        keys = self.split(keys)
+        values = self.split(values)
+        products = queries @ keys.mT
+        weights = products.softmax(3)
+        seen = weights @ values
+        together = seen.transpose(1, 2)
+        together = together.flatten(2)
         return as_map(tokens + together, x)
 
 
@@ -508,9 +649,12 @@ class ReducedAttention(UNet):
         self.look_b = Attention(16, 2)
 
     def encode(self, x):
-        a = self.look_a(self.a(x))
-        b = self.look_b(self.b(a))
-        return a, b, self.c(b)
+        a = self.a(x)
+        a = self.look_a(a)
+        b = self.b(a)
+        b = self.look_b(b)
+        c = self.c(b)
+        return a, b, c
 
 
 class Matrices(UNet):
@@ -523,8 +667,10 @@ class Matrices(UNet):
         self.after = nn.Identity()
 
     def encode(self, x):
-        a, b, c = super().encode(F.avg_pool2d(x, 4))
-        return a, b, self.look(c)
+        small = F.avg_pool2d(x, 4)
+        a, b, c = super().encode(small)
+        c = self.look(c)
+        return a, b, c
 
 
 class OneChannelGate(UNet):
@@ -532,11 +678,14 @@ class OneChannelGate(UNet):
 
     def __init__(self):
         super().__init__()
-        self.look = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(32, 1, 3, padding=1))
+        pool = nn.MaxPool2d(2)
+        conv = nn.Conv2d(32, 1, 3, padding=1)
+        self.look = nn.Sequential(pool, conv)
 
     def encode(self, x):
         a, b, c = super().encode(x)
-        return a, b, c * resized(self.look(c), c)
+        c = weighted(c, self.look)
+        return a, b, c
 
 
 class Merged(nn.Module):
@@ -548,7 +697,8 @@ class Merged(nn.Module):
         self.conv = block(deep + skip, channels)
 
     def forward(self, deep, skip):
-        both = self.attention(joined(resized(deep, skip), skip))
+        both = raised(deep, skip)
+        both = self.attention(both)
         return self.conv(both)
 
 
@@ -563,7 +713,8 @@ class ThinSkips(UNet):
 
     def decode(self, a, b, c):
         d = self.d(c, b)
-        return d, self.e(d, a)
+        e = self.e(d, a)
+        return d, e
 
 
 class ResizedScores(UNet):
@@ -578,8 +729,11 @@ class ResizedScores(UNet):
 
     def forward(self, x):
         _, b, c = self.encode(x)
-        d = self.d(joined(self.up1(c), b))
-        return self.resize(self.out(d))
+        up = self.up1(c)
+        both = joined(up, b)
+        d = self.d(both)
+        scores = self.out(d)
+        return self.resize(scores)
 
 
 class PlainTransformer(nn.Module):
@@ -599,11 +753,19 @@ class PlainTransformer(nn.Module):
 
     def forward(self, x):
         y = self.patches(x)
-        y = as_map(self.mlp(as_tokens(y)), y)
+        tokens = as_tokens(y)
+        tokens = self.mlp(tokens)
+        y = as_map(tokens, y)
         fine = self.finer(y)
-        d = self.d(joined(self.up1(self.deeper(y)), y))
-        e = self.e(joined(self.up2(d), fine))
-        return self.out(resized(e, x))
+        deep = self.deeper(y)
+        up = self.up1(deep)
+        both = joined(up, y)
+        d = self.d(both)
+        up = self.up2(d)
+        both = joined(up, fine)
+        e = self.e(both)
+        e = resized(e, x)
+        return self.out(e)
 
 
 class LinearHeads(UNet):
@@ -618,19 +780,27 @@ class LinearHeads(UNet):
 
     def forward(self, x):
         maps = self.encoder(x)
-        thin = []
+        finest = maps[0]
+        thinned = []
         for linear, y in zip(self.thin, maps, strict=True):
-            tokens = linear(as_tokens(y))
-            thin.append(resized(as_map(tokens, y), maps[0]))
-        return self.out(self.fuse(joined(*thin)))
+            tokens = as_tokens(y)
+            tokens = linear(tokens)
+            thin = as_map(tokens, y)
+            thin = resized(thin, finest)
+            thinned.append(thin)
+        both = joined(*thinned)
+        fused = self.fuse(both)
+        return self.out(fused)
 
 
 class AsDict(UNet):
     "A dict whose first entry is a feature"
 
     def forward(self, x):
-        d, e = self.decode(*self.encode(x))
-        return {"feature": d, "out": self.out(e)}
+        maps = self.encode(x)
+        d, e = self.decode(*maps)
+        y = self.out(e)
+        return {"feature": d, "out": y}
 
 
 class Branches(UNet):
@@ -654,10 +824,17 @@ class Branches(UNet):
         a = self.branch_a(a)
         b = self.branch_b(b)
         c = self.branch_c(c)
-        finer = a + resized(self.raise_b(b), a)
-        same = b + self.lower_a(a) + resized(self.raise_c(c), b)
-        deeper = c + self.lower_b(b)
-        return self.last_a(finer), self.last_b(same), self.last_c(deeper)
+        from_b = self.raise_b(b)
+        finer = summed(a, from_b)
+        from_a = self.lower_a(a)
+        from_c = self.raise_c(c)
+        same = summed(b + from_a, from_c)
+        from_b = self.lower_b(b)
+        deeper = c + from_b
+        a = self.last_a(finer)
+        b = self.last_b(same)
+        c = self.last_c(deeper)
+        return a, b, c
 
 
 class Lattice(UNet):
@@ -672,10 +849,15 @@ class Lattice(UNet):
 
     def forward(self, x):
         a, b, c = self.encode(x)
-        d = self.between(b + resized(self.raise_1(c), b))
+        deep = self.raise_1(c)
+        d = summed(b, deep)
+        d = self.between(d)
         c = self.go_on(c)
-        d = d + resized(self.raise_2(c), d)
-        e = self.e(joined(self.up2(d), a))
+        deep = self.raise_2(c)
+        d = summed(d, deep)
+        up = self.up2(d)
+        both = joined(up, a)
+        e = self.e(both)
         return self.out(e)
 
 
@@ -690,8 +872,11 @@ class HalfStep(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1)
 
     def forward(self, x):
-        y = self.norm(self.conv1(x)).relu()
-        return self.conv2(self.pool(y))
+        y = self.conv1(x)
+        y = self.norm(y)
+        y = y.relu()
+        y = self.pool(y)
+        return self.conv2(y)
 
 
 class HalfSteps(UNet):
@@ -715,7 +900,9 @@ class TwoPaths(nn.Module):
     def forward(self, x):
         if isinstance(x, tuple):
             x = joined(*x)
-        return self.left(x), self.right(x)
+        left = self.left(x)
+        right = self.right(x)
+        return left, right
 
 
 class PathsOfTwo(nn.Module):
@@ -773,9 +960,13 @@ class TwoEncoders(UNet):
         a2 = self.second_a(x)
         b2 = self.second_b(a2)
         c2 = self.second_c(b2)
-        fused_a = self.fuse_a(joined(a, a2))
-        fused_b = self.fuse_b(joined(b, b2))
-        return fused_a, fused_b, self.fuse_c(joined(c, c2))
+        both_a = joined(a, a2)
+        both_b = joined(b, b2)
+        both_c = joined(c, c2)
+        a = self.fuse_a(both_a)
+        b = self.fuse_b(both_b)
+        c = self.fuse_c(both_c)
+        return a, b, c
 
 
 SMALL = {  # network -> encoder fine to deep, entry
@@ -830,8 +1021,10 @@ def image_for(cls):
 
 def assert_same_weights(net, before):
     "Assert that weights and buffers are what they were"
-    for name, value in net.state_dict().items():
-        assert torch.equal(value, before[name])
+    state = net.state_dict()
+    for name, value in state.items():
+        expected = before[name]
+        assert torch.equal(value, expected), name
 
 
 @pytest.mark.parametrize("cls", SMALL, ids=lambda cls: cls.__name__)
@@ -850,15 +1043,18 @@ def test_the_stream_learns_from_what_was_found(cls):
     before = copy.deepcopy(net.state_dict())
     model = EGCNN(net, x, verbose=False)
     assert_same_weights(net, before)
-    out = model.train()(x)
+    model.train()
+    out = model(x)
     assert torch.equal(out.logits, out.main)
     target = torch.zeros_like(out.logits)
     target[:, 0] = 1
     target[:, 0, :8, :8] = 0
     target[:, 1, :8, :8] = 1
-    EGLoss()(out, target).backward()
-    unreached = [name for name, weight in model.edge.named_parameters() if weight.grad is None]
-    assert unreached == []
+    criterion = EGLoss()
+    loss = criterion(out, target)
+    loss.backward()
+    for name, weight in model.edge.named_parameters():
+        assert weight.grad is not None, name
 
 
 def test_the_sizes_are_those_of_the_pass():
@@ -873,9 +1069,12 @@ def test_the_sizes_are_those_of_the_pass():
 def test_multiply_adds_are_counted_as_by_torch():
     from torch.utils.flop_counter import FlopCounterMode
 
+    net = UNet().eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        UNet().eval()(IMAGE)
-    assert find_features(UNet(), IMAGE)["macs"] == counter.get_total_flops() // 2
+        net(IMAGE)
+    flops = counter.get_total_flops()
+    found = find_features(net, IMAGE)
+    assert found["macs"] == flops // 2
 
 
 class NoMeta(UNet):
@@ -921,7 +1120,9 @@ class Queries(UNet):
     def forward(self, x):
         a, b, c = self.encode(x)
         _, e = self.decode(a, b, c)
-        queries = self.query(c.mean((2, 3))).unflatten(1, (5, 8))
+        mean = c.mean((2, 3))
+        queries = self.query(mean)
+        queries = queries.unflatten(1, (5, 8))
         return torch.einsum("bqc,bchw->bqhw", queries, e)
 
 
@@ -958,7 +1159,8 @@ class Bounded(UNet):
         self.last = last
 
     def forward(self, x):
-        return self.last(super().forward(x))
+        logits = super().forward(x)
+        return self.last(logits)
 
 
 def by_sum(x):
@@ -967,7 +1169,8 @@ def by_sum(x):
 
 
 def enlarged_softmax(y):
-    return F.interpolate(y.softmax(1), scale_factor=2.0)
+    prob = y.softmax(1)
+    return F.interpolate(prob, scale_factor=2.0)
 
 
 @pytest.mark.parametrize(
@@ -990,7 +1193,8 @@ def test_probabilities_are_told(last, word):
 
 def test_logits_and_their_logarithms_are_not_told():
     for last in (nn.LogSoftmax(1), nn.Identity()):
-        found = find_features(Bounded(last), IMAGE)
+        net = Bounded(last)
+        found = find_features(net, IMAGE)
         assert found["doubts"] == []
 
 
@@ -1013,8 +1217,11 @@ def test_the_weakest_of_several_outputs_is_told_and_another_can_be_named():
 def test_an_entry_of_a_dict_can_be_named():
     net = AsDict().eval()
     model = EGCNN(net, IMAGE, output="out", verbose=False).eval()
-    assert torch.equal(model(IMAGE), net(IMAGE)["out"])
-    assert find_features(net, IMAGE, output="feature")["out_channels"] == 16
+    bare = net(IMAGE)
+    logits = model(IMAGE)
+    assert torch.equal(logits, bare["out"])
+    found = find_features(net, IMAGE, output="feature")
+    assert found["out_channels"] == 16
 
 
 class NoDecoder(nn.Module):
@@ -1027,8 +1234,10 @@ class NoDecoder(nn.Module):
         self.out = nn.Conv2d(16, 3, 1)
 
     def forward(self, x):
-        deep = self.b(self.a(x))
-        return resized(self.out(deep), x)
+        a = self.a(x)
+        b = self.b(a)
+        scores = self.out(b)
+        return resized(scores, x)
 
 
 def test_no_decoder_is_an_error_that_says_what_to_name():
@@ -1052,8 +1261,11 @@ class ThinEntry(nn.Module):
         self.up2 = up_conv(3, 3)
 
     def forward(self, x):
-        deep = self.c(self.b(self.a(x)))
-        up = self.up1(self.score(deep))
+        a = self.a(x)
+        b = self.b(a)
+        c = self.c(b)
+        scores = self.score(c)
+        up = self.up1(scores)
         return self.up2(up)
 
 
@@ -1085,7 +1297,8 @@ class TwoInARow(nn.Module):
         self.second.a = block(8, 8)
 
     def forward(self, x):
-        return self.second(self.first(x))
+        y = self.first(x)
+        return self.second(y)
 
 
 def test_a_network_that_goes_down_and_up_twice_is_told():
@@ -1214,8 +1427,11 @@ class TakesMore(UNet):
     def forward(self, x, time=None, negate=False):
         assert time is not None
         offset = time.view(-1, 1, 1, 1)
-        y = super().forward(x) + offset
-        return -y if negate else y
+        y = super().forward(x)
+        y = y + offset
+        if negate:
+            return -y
+        return y
 
 
 def test_further_arguments_are_passed_on():
@@ -1224,8 +1440,13 @@ def test_further_arguments_are_passed_on():
     x = torch.randn(2, 1, 64, 64)
     time = torch.tensor([1.0, 2.0])
     model = EGCNN(net, (x, time, {"negate": True}), verbose=False).eval()
-    assert torch.equal(model(x, time, negate=True), net(x, time, True))
-    assert torch.equal(model(x, time, full=True).main, net(x, time))
+    negated = net(x, time, True)
+    found = model(x, time, negate=True)
+    assert torch.equal(found, negated)
+    plain = net(x, time)
+    found = model(x, time, full=True)
+    assert torch.equal(found.main, plain)
+    assert not torch.equal(negated, plain)
 
 
 def test_attributes_of_the_network_are_reachable():
@@ -1247,7 +1468,8 @@ def copied(model):
 
 
 def pickled(model):
-    return pickle.loads(pickle.dumps(model))
+    content = pickle.dumps(model)
+    return pickle.loads(content)
 
 
 @pytest.mark.parametrize("duplicate", [copied, pickled])
@@ -1256,7 +1478,9 @@ def test_attributes_of_a_copy_are_its_own(duplicate):
     twin = duplicate(model)
     assert twin.up1 is twin.main.up1
     assert twin.up1 is not model.up1
-    assert torch.equal(twin(IMAGE, full=True).edge, model(IMAGE, full=True).edge)
+    found = twin(IMAGE, full=True)
+    expected = model(IMAGE, full=True)
+    assert torch.equal(found.edge, expected.edge)
 
 
 @pytest.mark.parametrize("cls", [UNet, TupleInside])
@@ -1269,11 +1493,15 @@ def test_metatensors_work_in_network_and_loss(cls):
     y[:, 1, 32:] = 1
     model = EGCNN(cls(), monai.MetaTensor(x), verbose=False).eval()
     loss = EGLoss().eval()
-    expected = loss(model(x, full=True), y)
+    plain = model(x, full=True)
+    expected = loss(plain, y)
     wrapped = model(monai.MetaTensor(x), full=True)
-    assert torch.allclose(loss(wrapped, monai.MetaTensor(y)), expected)
-    labels = monai.MetaTensor(y.argmax(1, keepdim=True))
-    assert torch.allclose(loss(wrapped, labels, ignore=2), expected)  # no voxel has this class
+    target = monai.MetaTensor(y)
+    of_masks = loss(wrapped, target)
+    assert torch.allclose(of_masks, expected)
+    labels = target.argmax(1, keepdim=True)
+    of_labels = loss(wrapped, labels, ignore=2)  # no voxel has this class
+    assert torch.allclose(of_labels, expected)
 
 
 def test_metatensors_work_in_three_dimensions_and_slide():
@@ -1286,12 +1514,16 @@ def test_metatensors_work_in_three_dimensions_and_slide():
     y[:, 0, :8] = 1
     y[:, 1, 8:] = 1
     model = EGCNN(SegNet(1, 3, levels=2)).eval()
-    out = model(monai.MetaTensor(x), full=True)
-    loss = EGLoss(consistency="both")(out, monai.MetaTensor(y))
-    loss.backward()
-    assert torch.isfinite(loss)
-    expected = infer(model, x[0], (8, 8, 8))
-    found = infer(model, monai.MetaTensor(x[0]), (8, 8, 8))
+    image = monai.MetaTensor(x)
+    target = monai.MetaTensor(y)
+    out = model(image, full=True)
+    loss = EGLoss(consistency="both")
+    value = loss(out, target)
+    value.backward()
+    assert torch.isfinite(value)
+    patch = (8, 8, 8)
+    expected = infer(model, x[0], patch)
+    found = infer(model, image[0], patch)
     assert torch.allclose(found, expected, atol=1e-5)
 
 

@@ -77,8 +77,9 @@ def bodies() -> Tensor:
 
 def output(activation: str = "softmax", edge_classes: str = "each") -> EGOutput:
     "What a network might put out, with a gradient"
-    each = 2 if activation == "softmax" else 3
-    edges = 1 if edge_classes == "any" else each
+    edges = 2 if activation == "softmax" else 3
+    if edge_classes == "any":
+        edges = 1
     logits = drawn(1, 2, 3, *SPACE)
     edge = drawn(2, 2, edges, *SPACE)
     main = drawn(3, 2, 3, *SPACE)
@@ -110,7 +111,11 @@ def speckles() -> Tensor:
 
 def values(terms: dict) -> list:
     "Numbers of the terms"
-    return [term.item() for term in terms.values()]
+    found = []
+    for term in terms.values():
+        value = term.item()
+        found.append(value)
+    return found
 
 
 def cropped(out: EGOutput, planes: int) -> EGOutput:
@@ -144,7 +149,8 @@ def test_the_total_is_what_a_call_returns(reading):
     loss.eval()
     out = output_for(reading)
     target = bodies()
-    for ignore in (None, slab()):
+    ignored = slab()
+    for ignore in (None, ignored):
         total = loss(out, target, ignore)
         terms = loss.terms(out, target, ignore)
         assert total.dim() == 0
@@ -155,17 +161,20 @@ def test_the_total_is_what_a_call_returns(reading):
 def test_class_indices_are_one_hot_masks_to_the_bit(training):
     loss = EGLoss()
     loss.train(training)
-    out, labels = output(), class_indices()
+    out = output()
+    labels = class_indices()
     masks = one_hot(labels).float()
     terms = loss.terms(out, masks, keys=KEYS)
     expected = values(terms)
     with_channel = labels[:, None]
-    for target in (labels, with_channel, labels.to(torch.uint8), with_channel.int()):
+    small = labels.to(torch.uint8)
+    for target in (labels, with_channel, small, with_channel.int()):
         terms = loss.terms(out, target, keys=KEYS)
-        assert values(terms) == expected
+        found = values(terms)
+        assert found == expected
     of_labels = loss(out.logits, labels)
     of_masks = loss(out.logits, masks)
-    assert of_labels.item() == of_masks.item()
+    assert torch.equal(of_labels, of_masks)
 
 
 def test_a_bare_network_has_the_semantic_term_alone():
@@ -189,19 +198,25 @@ def expect_no_gradient(gradient, ignored):
 
 def grown(mask: Tensor) -> Tensor:
     "A mask, and one voxel around it"
-    largest = F.max_pool3d(mask.double(), 3, 1, 1)
+    numbers = mask.double()
+    largest = F.max_pool3d(numbers, 3, 1, 1)
     return largest > 0
 
 
 def outputs_of(out: EGOutput) -> list[Tensor]:
     "Fused logits, edge logits, logits of the main stream"
-    assert out.edge is not None and out.main is not None
-    return [out.logits, out.edge, out.main]
+    logits, edge, main, _ = out
+    assert edge is not None
+    assert main is not None
+    return [logits, edge, main]
 
 
 def spoilt(out: EGOutput, ignored: Tensor) -> EGOutput:
     "An output that is not a number where it is ignored"
-    changed: list[Any] = [logits.masked_fill(ignored, float("nan")) for logits in outputs_of(out)]
+    changed = []
+    for logits in outputs_of(out):
+        spoiled = logits.masked_fill(ignored, torch.nan)
+        changed.append(spoiled)
     return EGOutput(*changed)
 
 
@@ -210,19 +225,24 @@ def test_what_is_ignored_has_no_gradient_and_no_value(reading, activation):
     "Exactly none: neither the logits nor the target there change any term, in noise of training too"
     loss = EGLoss(activation, **reading)
     out = output_for(reading, activation)
-    target, ignored = bodies(), speckles()
+    target = bodies()
+    ignored = speckles()
     terms = loss.terms(out, target, ignored, KEYS)
     for term in terms.values():
-        assert torch.isfinite(term)
-    found = torch.autograd.grad(terms["total"], outputs_of(out), allow_unused=True)
+        assert term.isfinite()
+    inputs = outputs_of(out)
+    found = torch.autograd.grad(terms["total"], inputs, allow_unused=True)
     of_logits, of_edge, of_main = found
+    beside = grown(ignored)
     expect_no_gradient(of_logits, ignored)
-    expect_no_gradient(of_edge, grown(ignored))
+    expect_no_gradient(of_edge, beside)
     expect_no_gradient(of_main, ignored)
     odd = target.masked_fill(ignored, 1.0)
+    spoilt_out = spoilt(out, ignored)
     with torch.no_grad():
-        again = loss.terms(spoilt(out, ignored), odd, ignored, KEYS)
-    assert values(again) == values(terms)
+        again = loss.terms(spoilt_out, odd, ignored, KEYS)
+    expected = values(terms)
+    assert values(again) == expected
 
 
 def nearly(value: float):
@@ -236,11 +256,13 @@ def test_semantic_terms_are_those_of_a_volume_without_what_is_ignored(reading):
     loss.eval()
     out = output_for(reading)
     target = bodies()
-    found = loss.terms(out, target, slab())
+    ignored = slab()
+    terms = loss.terms(out, target, ignored)
+    found = terms["semantic"].item()
     rest = cropped(out, SLAB)
-    expected = loss.terms(rest, target[:, :, :-SLAB])
-    semantic = expected["semantic"].item()
-    assert found["semantic"].item() == nearly(semantic)
+    terms = loss.terms(rest, target[:, :, :-SLAB])
+    expected = terms["semantic"].item()
+    assert found == nearly(expected)
 
 
 @pytest.mark.parametrize("reading", READINGS)
@@ -269,7 +291,8 @@ def test_an_index_ignores_what_a_mask_ignores():
     labels = class_indices()
 
     def terms(target, ignore):
-        return values(loss.terms(out, target, ignore))
+        found = loss.terms(out, target, ignore)
+        return values(found)
 
     ignored = speckles()
     without_channel = ignored[:, 0]
@@ -291,13 +314,15 @@ def test_an_edge_beside_what_is_ignored_is_no_edge():
     edge = torch.full((1, 2, *SPACE), -20.0)  # no edge anywhere
     loss = EGLoss()
     loss.eval()
-    terms = loss.terms(EGOutput(logits, edge), labels, 255)
-    assert terms["edge_bce"].item() < 1e-6
-    assert terms["consistency"].item() == 0
+    out = EGOutput(logits, edge)
+    terms = loss.terms(out, labels, 255)
+    assert terms["edge_bce"] < 1e-6
+    assert terms["consistency"] == 0
 
 
 def test_everything_ignored_is_no_loss():
-    out, labels = output(), class_indices()
+    out = output()
+    labels = class_indices()
     everything = torch.ones(2, 1, *SPACE, dtype=torch.bool)
     loss = EGLoss()
     loss.eval()
@@ -308,16 +333,18 @@ def test_everything_ignored_is_no_loss():
 
 def test_the_weight_of_edges_counts_the_voxels_that_are_kept():
     "A quarter of the voxels that count are edges, whatever is left out"
-    target = torch.zeros(1, 1, 4, 4, 4)
+    shape = (1, 1, 4, 4, 4)
+    target = torch.zeros(shape)
     target[..., 0] = 1
-    keep = torch.ones(1, 1, 4, 4, 4, dtype=torch.bool)
+    keep = torch.ones(shape, dtype=torch.bool)
     keep[:, :, 2:] = False
-    logits = drawn(5, 1, 1, 4, 4, 4)
-    kept = slice(0, 2)
+    logits = drawn(5, *shape)
+    kept_logits = logits[:, :, :2]
+    kept_target = target[:, :, :2]
     for loss in (balanced_bce, edge_loss):
-        whole = loss(logits, target, keep=keep)
-        part = loss(logits[:, :, kept], target[:, :, kept])
-        assert whole.item() == nearly(part.item())
+        found = loss(logits, target, keep=keep)
+        expected = loss(kept_logits, kept_target)
+        assert found.item() == nearly(expected.item())
 
 
 def ignores_nothing(logits, target, loss):
@@ -401,9 +428,11 @@ def test_in_evaluation_a_network_answers_with_a_tensor(model, x):
 def test_a_network_can_be_exported_and_traced(model, x):
     model.eval()
     logits = model(x)
-    exported = torch.export.export(model, (x,)).module()
+    program = torch.export.export(model, (x,))
+    exported = program.module()
     found = exported(x)
     assert type(found) is Tensor
     assert torch.allclose(found, logits, atol=1e-5)
     traced: Any = torch.jit.trace(model, x)
-    assert torch.allclose(traced(x), logits, atol=1e-5)
+    found = traced(x)
+    assert torch.allclose(found, logits, atol=1e-5)

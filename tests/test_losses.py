@@ -39,9 +39,10 @@ def wrong_prediction():
     masks = two_cases()
     moved = masks.roll(2, 2)
     moved[:, :, 10:13, :3, :4] = 1
-    noise = 0.3 * drawn(1, *moved.shape)
-    logits = 6 * (moved - 0.5) + noise
-    return torch.sigmoid(logits)
+    noise = drawn(1, *moved.shape)
+    sign = moved - 0.5
+    logits = 6 * sign + 0.3 * noise
+    return logits.sigmoid()
 
 
 # ---- the loss by hand
@@ -58,12 +59,14 @@ def size_of_gradient(volume, eps=1e-8):
 
 def strength(volume):
     "Length of the gradient, where a flat face counts 1"
-    return size_of_gradient(volume) / 16
+    size = size_of_gradient(volume)
+    return size / 16
 
 
 def edge_of(mask):
     "The edge voxels of a mask"
-    return size_of_gradient(mask, 0) > 8
+    size = size_of_gradient(mask, 0)
+    return size > 8
 
 
 def compared(prob, mask, where):
@@ -105,7 +108,8 @@ class Class:
         "The same of the scores of the edge stream"
         found = expit(edge)
         wanted = np.minimum(self.predicted, 1)
-        return over(abs(found - wanted), self.voxels, reduce)
+        difference = abs(found - wanted)
+        return over(difference, self.voxels, reduce)
 
 
 def classes_of(prob, masks, where):
@@ -113,17 +117,22 @@ def classes_of(prob, masks, where):
     found = []
     for p, mask in zip(prob, masks, strict=True):
         voxels = compared(p, mask, where)
-        one = Class(strength(p), strength(mask), voxels)
+        predicted = strength(p)
+        truth = strength(mask)
+        one = Class(predicted, truth, voxels)
         found.append(one)
     return found
 
 
 def any_class(classes):
     "All classes as one: the strongest edge, and the voxels of any"
-    predicted = [one.predicted for one in classes]
-    voxels = [one.voxels for one in classes]
-    strongest = np.max(predicted, 0)
-    return Class(strongest, strongest, np.any(voxels, 0))
+    first = classes[0]
+    strongest = first.predicted
+    voxels = first.voxels
+    for one in classes[1:]:
+        strongest = np.maximum(strongest, one.predicted)
+        voxels = voxels | one.voxels
+    return Class(strongest, strongest, voxels)
 
 
 def by_hand(prob, masks, where, reduce, edge_logits=None):
@@ -171,8 +180,11 @@ def exactly(value):
 
 def check_consistency(prob, masks, edges, where, reduce):
     "The loss is that of the loops"
-    expected = by_hand(as_numpy(prob), as_numpy(masks), where, reduce, as_numpy(edges))
     found = consistency_loss(prob, masks, where, consistency_reduce=reduce, edge_logits=edges)
+    prob = as_numpy(prob)
+    masks = as_numpy(masks)
+    edges = as_numpy(edges)
+    expected = by_hand(prob, masks, where, reduce, edges)
     assert found.item() == exactly(expected)
 
 
@@ -183,9 +195,11 @@ def test_every_reading_of_the_consistency_loss_is_that_of_scipy_and_loops(where,
     edges = edges_for(kind)
     check_consistency(prob, masks, edges, where, reduce)
     crop = (..., slice(0, 13), slice(2, 13), slice(3, 16))
+    prob = prob[crop]
+    masks = masks[crop]
     if edges is not None:
         edges = edges[crop]
-    check_consistency(prob[crop], masks[crop], edges, where, reduce)
+    check_consistency(prob, masks, edges, where, reduce)
 
 
 # ---- the loss of a network
@@ -204,19 +218,22 @@ def criterion(where, reduce, kind, **more):
 
 def softmax_task():
     "Fused and main logits with a background, and their one-hot target; its classes overlap nowhere"
-    classes = two_cases()
-    classes[:, 0] *= 1 - classes[:, 1]
-    background = 1 - classes.sum(1, keepdim=True)
-    target = torch.cat([background, classes], 1)
+    first, second = two_cases().unbind(1)
+    first = first * (1 - second)
+    background = 1 - first - second
+    target = torch.stack([background, first, second], 1)
     far = 4 * target.roll(3, 3)
-    fused = far + drawn(3, *target.shape)
-    main = far + drawn(4, *target.shape)
+    noise = drawn(3, *target.shape)
+    fused = far + noise
+    noise = drawn(4, *target.shape)
+    main = far + noise
     return fused, main, target
 
 
 def foreground(logits):
     "Probabilities of the two classes"
-    prob = softmax(as_numpy(logits), 1)
+    z = as_numpy(logits)
+    prob = softmax(z, 1)
     return prob[:, 1:]
 
 
@@ -238,14 +255,17 @@ def test_the_box_of_the_edges_changes_no_reading(where, reduce, kind):
     assert edges is not None
     loss = criterion(where, reduce, kind)
     loss.eval()
-    terms = loss.terms(EGOutput(logits, edges, main), target)
+    out = EGOutput(logits, edges, main)
+    terms = loss.terms(out, target)
     for value in terms.values():
         assert value.dim() == 0
     given = None if kind == "masks" else as_numpy(edges)
     masks = as_numpy(target[:, 1:])
-    of_fused = by_hand(foreground(logits), masks, where, reduce, given)
-    of_main = by_hand(foreground(main), masks, where, reduce, given)
-    mean = (of_fused + of_main) / 2
+    total = 0
+    for stream in (logits, main):
+        prob = foreground(stream)
+        total += by_hand(prob, masks, where, reduce, given)
+    mean = total / 2
     assert terms["consistency"].item() == exactly(mean)
     total = weighted(terms)
     assert terms["total"].item() == pytest.approx(total)
@@ -253,12 +273,13 @@ def test_the_box_of_the_edges_changes_no_reading(where, reduce, kind):
 
 @pytest.mark.parametrize("where", ["union", "all"])
 def test_a_box_would_change_what_is_compared_elsewhere(where):
-    prob = wrong_prediction()[:1]
+    prob = wrong_prediction()[:1].numpy()
     masks = two_cases()[:1]
     strengths = sobel_magnitude(masks)
     box = (..., *edge_box(strengths[0]))
-    whole = by_hand(as_numpy(prob), as_numpy(masks), where, "sum")
-    inside = by_hand(as_numpy(prob[box]), as_numpy(masks[box]), where, "sum")
+    masks = masks.numpy()
+    whole = by_hand(prob, masks, where, "sum")
+    inside = by_hand(prob[box], masks[box], where, "sum")
     assert inside < 0.95 * whole
 
 
@@ -270,11 +291,13 @@ def decided(logits, key, activation):
     z = logits.detach().numpy()
     if activation == "softmax":
         noise = gumbel_noise(z.shape, [key]).numpy()
-        return softmax((z + noise) / TAU, 1)
-    shape = (1, 2, *z.shape[1:])
-    noise = gumbel_noise(shape, [key]).numpy()
+        noisy = z + noise
+        return softmax(noisy / TAU, 1)
+    _, *own = z.shape
+    noise = gumbel_noise((1, 2, *own), [key]).numpy()
     for_class, against = noise[0]
-    return expit((z + for_class - against) / TAU)
+    noisy = z + for_class - against
+    return expit(noisy / TAU)
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
@@ -290,8 +313,10 @@ def test_both_parts_decide_with_the_same_noise(activation):
     for b, key in enumerate(keys):
         case = slice(b, b + 1)
         prob = decided(main[case], key, activation)
+        prob = prob[:, skip:]
         truth = as_numpy(target[case, skip:])
-        part = by_hand(prob[:, skip:], truth, "all", "mean", as_numpy(edges[case]))
+        given = as_numpy(edges[case])
+        part = by_hand(prob, truth, "all", "mean", given)
         parts.append(part)
     mean = np.mean(parts)
     assert terms["consistency"].item() == exactly(mean)
@@ -312,7 +337,8 @@ class Pulls:
 def pulls(loss):
     "Gradients with respect to the edge logits, the fused logits and those of the main stream"
     fused, main, target = softmax_task()
-    channels = 1 if loss.edge["edge_classes"] == "any" else 2
+    edge_classes = loss.edge["edge_classes"]
+    channels = 1 if edge_classes == "any" else 2
     edge = 2 * drawn(2, 2, channels, *SHAPE)
     inputs = (edge, fused, main)
     for tensor in inputs:
@@ -325,28 +351,33 @@ def pulls(loss):
 
 def size(gradient):
     "Sum of the absolute values"
-    return gradient.abs().sum()
+    sizes = gradient.abs()
+    return sizes.sum()
 
 
 @each_reading
 def test_the_edge_stream_is_reached_by_both_and_never_by_the_masks_alone(where, reduce, kind):
     loss = criterion(where, reduce, kind)
     found = pulls(loss)
+    edge = found.edge
     assert size(found.fused) > 0
     assert size(found.main) > 0
     if kind != "masks":
-        assert size(found.edge) > 0
-    elif found.edge is not None:
-        assert size(found.edge) == 0
+        assert size(edge) > 0
+    elif edge is not None:
+        assert size(edge) == 0
 
 
 def test_the_part_of_the_edge_stream_reaches_the_masks_too():
     "What both adds to the gradient of the masks"
     masks = EGLoss(supervise="fused", where="all")
     both = EGLoss(supervise="fused", where="all", consistency="both")
-    alone = pulls(masks.eval()).fused
-    together = pulls(both.eval()).fused
-    assert alone is not None and together is not None
+    masks.eval()
+    both.eval()
+    alone = pulls(masks).fused
+    together = pulls(both).fused
+    assert alone is not None
+    assert together is not None
     added = together - alone
     assert size(added) > 0.1 * size(alone)
 
@@ -358,17 +389,21 @@ def test_the_gradient_of_the_edge_logits_by_hand():
     edges.requires_grad_()
     loss = EGLoss(where="all", consistency="both", supervise="fused")
     loss.eval()
-    terms = loss.terms(EGOutput(logits, edges), target)
+    out = EGOutput(logits, edges)
+    terms = loss.terms(out, target)
     terms["consistency"].backward()
     p = expit(as_numpy(edges))
+    prob = foreground(logits)
     wanted = np.zeros_like(p)
     for place in np.ndindex(2, 2):
-        prob = foreground(logits)[place]
-        wanted[place] = np.minimum(strength(prob), 1)
+        found = strength(prob[place])
+        wanted[place] = np.minimum(found, 1)
     slope = p * (1 - p)
-    expected = np.sign(p - wanted) * slope / p.size
+    side = np.sign(p - wanted)
+    expected = side * slope / p.size
     assert edges.grad is not None
-    assert edges.grad.numpy() == pytest.approx(expected, rel=1e-9, abs=1e-15)
+    gradient = edges.grad.numpy()
+    assert gradient == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
 def small_masks():
@@ -387,12 +422,15 @@ def test_gradients_of_the_new_readings(where, channels):
     logits = drawn(6, *masks.shape)
     prob = torch.sigmoid(logits)
     edges = drawn(7, 1, channels, 4, 4, 4)
-    inputs = (prob.requires_grad_(), edges.requires_grad_())
+    inputs = (prob, edges)
+    for tensor in inputs:
+        tensor.requires_grad_()
 
     def loss(p, e):
         return consistency_loss(p, masks, where, None, "sum", e)
 
-    assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
+    right = torch.autograd.gradcheck(loss, inputs, fast_mode=True)
+    assert right
 
 
 def half_volume():
@@ -404,7 +442,8 @@ def half_volume():
 
 def mismatch(mask, edge):
     "How much an edge stream that says exactly this differs from the edges of a mask, summed"
-    logits = 80 * (2 * edge - 1)
+    sign = 2 * edge - 1
+    logits = 80 * sign
     loss = consistency_loss(mask, mask, "all", None, "sum", logits)
     return loss.item()
 
@@ -416,8 +455,10 @@ def test_two_voxels_of_a_hard_face_answer():
     edge[:, :, 3:5] = 1
     inner = edge * mask  # the outer layer is missing
     near = 6e-6 * mask.numel()
-    assert mismatch(mask, edge) == pytest.approx(0, abs=near)
-    assert mismatch(mask, inner) == pytest.approx(64, abs=near)
+    of_both = mismatch(mask, edge)
+    of_inner = mismatch(mask, inner)
+    assert of_both == pytest.approx(0, abs=near)
+    assert of_inner == pytest.approx(64, abs=near)
 
 
 @pytest.mark.parametrize(

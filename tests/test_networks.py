@@ -50,12 +50,14 @@ class Functional(nn.Module):
         if self.dims == 3:
             conv, norm = nn.Conv3d, nn.BatchNorm3d
         first = conv(before, channels, 3, stride, 1)
-        return nn.Sequential(first, norm(channels), nn.ReLU())
+        second = norm(channels)
+        return nn.Sequential(first, second, nn.ReLU())
 
     def rise(self, deep, like):
         "A deep map at the size of another one, beside it"
         mode = "trilinear" if self.dims == 3 else "bilinear"
-        up = F.interpolate(deep, like.shape[2:], mode=mode)
+        _, _, *size = like.shape
+        up = F.interpolate(deep, size, mode=mode)
         return torch.cat([up, like], 1)
 
     def forward(self, x):
@@ -101,14 +103,18 @@ class Residual2d(nn.Module):
         self.head = nn.Conv2d(32, 3, 1)
 
     def forward(self, x):
-        stem = self.maxpool(self.conv1(x))
+        stem = self.conv1(x)
+        stem = self.maxpool(stem)
         a = self.layer1(stem)
         b = self.layer2(a)
         c = self.layer3(b)
         up = self.up1(c)
-        y = self.up2(torch.cat([up, b], 1))
-        logits = self.head(torch.cat([y, a], 1))
-        return F.interpolate(logits, size=x.shape[2:], mode="bilinear")
+        both = torch.cat([up, b], 1)
+        up = self.up2(both)
+        both = torch.cat([up, a], 1)
+        logits = self.head(both)
+        _, _, *size = x.shape
+        return F.interpolate(logits, size=size, mode="bilinear")
 
 
 def monai(name, *args, **kw):
@@ -236,16 +242,17 @@ def batch(size, dims):
     sizes = (size,) * dims if isinstance(size, int) else size
     generator = torch.Generator()
     generator.manual_seed(0)
-    noise = 0.2 * torch.randn(2, 1, *sizes, generator=generator)
-    y = torch.zeros(2, 3, *sizes)
-    first = [slice(n // 5, n // 2) for n in sizes]
-    second = [slice(n // 2, 3 * n // 4) for n in sizes]
-    y[:, 1, *first] = 1
-    y[:, 2, *second] = 1
-    inside = y.sum(1)
-    y[:, 0] = 1 - inside
-    image = y[:, 1:2] + 2 * y[:, 2:]
-    return image + noise, y
+    noise = torch.randn(2, 1, *sizes, generator=generator)
+    first = torch.zeros_like(noise)
+    second = torch.zeros_like(noise)
+    near = [slice(n // 5, n // 2) for n in sizes]
+    far = [slice(n // 2, 3 * n // 4) for n in sizes]
+    first[..., *near] = 1
+    second[..., *far] = 1
+    background = 1 - first - second
+    y = torch.cat([background, first, second], 1)
+    image = first + 2 * second
+    return image + 0.2 * noise, y
 
 
 def tensors_in(output):
@@ -266,19 +273,26 @@ def cost_of(tensor, y):
     if tensor.dim() == 0:
         return tensor
     if tensor.dim() == y.dim() + 1:  # several outputs, stacked
-        costs = [cost_of(one, y) for one in tensor.unbind(1)]
-        return sum(costs)
-    if tensor.shape[1] != y.shape[1]:
+        outputs = tensor.unbind(1)
+        return sum_of_costs(outputs, y)
+    _, classes, *size = tensor.shape
+    if classes != y.shape[1]:
         return 0 * tensor.square().mean()
     prob = tensor.softmax(1)
-    masks = F.interpolate(y, tensor.shape[2:])
+    masks = F.interpolate(y, size)
     return dice_loss(prob, masks)
+
+
+def sum_of_costs(tensors, y):
+    "The loss of several"
+    costs = [cost_of(tensor, y) for tensor in tensors]
+    return sum(costs)
 
 
 def aside(output, y):
     "The loss of whatever else the wrapped network returns: deep supervision, the loss of an autoencoder"
-    costs = [cost_of(tensor, y) for tensor in tensors_in(output)]
-    return sum(costs)
+    tensors = tensors_in(output)
+    return sum_of_costs(tensors, y)
 
 
 @contextmanager
@@ -305,9 +319,11 @@ class Trained:
 
     def note(self, terms):
         "Note the losses of a step"
-        edge = terms["edge_dice"] + 0.5 * terms["edge_bce"]
-        self.semantic.append(terms["semantic"].item())
-        self.edge.append(edge.item())
+        values = {name: term.item() for name, term in terms.items()}
+        semantic = values["semantic"]
+        edge = values["edge_dice"] + 0.5 * values["edge_bce"]
+        self.semantic.append(semantic)
+        self.edge.append(edge)
 
 
 def learns(curve):
@@ -339,7 +355,9 @@ def train(model, x, y, steps=20, lr=2e-3):
         with own_output(model) as outputs:
             out = model(x)
         terms = loss.terms(out, y)
-        total = terms["total"] + 0.1 * aside(outputs[0], y)
+        (output,) = outputs
+        rest = aside(output, y)
+        total = terms["total"] + 0.1 * rest
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -351,12 +369,17 @@ def train(model, x, y, steps=20, lr=2e-3):
 def unreached(net, x, y):
     "Names of the parameters that get no gradient in the bare network either"
     net = copy.deepcopy(net)
-    output = net.train()(x)
+    net.train()
+    output = net(x)
     logits = own_logits(output, x)
-    total = logits.square().mean() + aside(output, y)
+    squares = logits.square()
+    total = squares.mean() + aside(output, y)
     total.backward()
-    parameters = net.named_parameters()
-    return [f"main.{name}" for name, parameter in parameters if parameter.grad is None]
+    found = []
+    for name, parameter in net.named_parameters():
+        if parameter.grad is None:
+            found.append(f"main.{name}")
+    return found
 
 
 def own_logits(output, x):
@@ -383,7 +406,8 @@ def expect_same_state(net, before):
     state = net.state_dict()
     assert list(state) == list(before)
     for name, value in state.items():
-        assert torch.equal(value, before[name]), name
+        same = torch.equal(value, before[name])
+        assert same, name
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -393,9 +417,10 @@ def test_the_wrapped_network_is_as_it_was(name):
     model.eval()
     with torch.no_grad():
         streams = model.streams(x)
-        inside = own_logits(streams.output, x)
-        alone = own_logits(net(x), x)
+        output = net(x)
         fused = model(x)
+    inside = own_logits(streams.output, x)
+    alone = own_logits(output, x)
     assert model.main is net
     assert torch.equal(inside, alone)
     assert torch.equal(fused, alone)
@@ -404,7 +429,9 @@ def test_the_wrapped_network_is_as_it_was(name):
 
 def has_hooks(layer):
     "Whether something still listens to a layer"
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+    after = layer._forward_hooks
+    before = layer._forward_pre_hooks
+    return bool(after or before)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -412,7 +439,8 @@ def test_it_trains(name):
     net, model, x, y = wrapped(name)
     idle = unreached(net, x, y)
     steps = STEPS.get(name, 20)
-    done = train(model.train(), x, y, steps)
+    model.train()
+    done = train(model, x, y, steps)
     assert learns(done.semantic), done
     assert learns(done.edge), done
     assert done.missing == idle
@@ -434,12 +462,16 @@ ENTRIES = {"MONAI UNETR": "decoder5", "functional U-Net": "d"}
 def test_the_found_features_are_those_a_person_would_name(name):
     _, model, _, _ = wrapped(name)
     found = model.found
-    layers = [layer for layer, _ in found["encoder"]]
-    if name == "MONAI UNETR":
-        layers = [layer.partition(".")[0] for layer in layers]
+    layers = []
+    for layer, _ in found["encoder"]:
+        if name == "MONAI UNETR":
+            layer, *_ = layer.split(".")
+        layers.append(layer)
     assert layers == ENCODERS[name]
     entry, _ = found["entry"]
-    assert entry.startswith(ENTRIES.get(name, ""))
+    if name in ENTRIES:
+        start = ENTRIES[name]
+        assert entry.startswith(start)
 
 
 @pytest.mark.parametrize("on", [True, False], ids=["kernels", "plain"])
@@ -450,9 +482,11 @@ def test_both_streams_are_those_of_float64(on, shift, monkeypatch):
     seed_everything(0)
     model = EGCNN(SegNet(1, 3, width=8, levels=3)).eval()
     exact = copy.deepcopy(model).double()
-    x = shift + torch.randn(1, 1, 16, 24, 16)
+    noise = torch.randn(1, 1, 16, 24, 16)
+    x = shift + noise
+    exact_x = x.double()
     with torch.no_grad():
-        expected = exact(x.double(), full=True)
+        expected = exact(exact_x, full=True)
         found = model(x, full=True)
     for of_found, true in zip(found[:2], expected[:2], strict=True):
         error = of_found - true
@@ -466,7 +500,9 @@ def test_without_kernels_a_model_can_be_traced_and_differentiated_twice(monkeypa
     x = torch.randn(1, 1, 8, 8, 8, requires_grad=True)
     traced: Any = torch.jit.trace(model, x)
     other = 2 * x
-    assert torch.allclose(traced(other), model(other), atol=1e-5)
+    found = traced(other)
+    expected = model(other)
+    assert torch.allclose(found, expected, atol=1e-5)
     out = model(x, full=True)
     length = out.edge.square().sum()
     (slope,) = torch.autograd.grad(length, x, create_graph=True)
@@ -474,18 +510,22 @@ def test_without_kernels_a_model_can_be_traced_and_differentiated_twice(monkeypa
     second.backward()
     head = model.edge.head
     for parameter in head.parameters():
-        assert parameter.grad is not None
-        assert parameter.grad.isfinite().all()
-    assert head.weight.grad is not None
-    assert head.weight.grad.any()
+        gradient = parameter.grad
+        assert gradient is not None
+        assert gradient.isfinite().all()
+    gradient = head.weight.grad
+    assert gradient is not None
+    assert gradient.any()
 
 
 def test_a_frozen_backbone_stays_and_the_rest_learns():
     net, _, x, y = wrapped("MONAI SegResNet")
     net.requires_grad_(False)
-    before = copy.deepcopy(net.state_dict())
+    state = net.state_dict()
+    before = copy.deepcopy(state)
     model = EGCNN(net, x, verbose=False)
-    done = train(model.train(), x, y)
+    model.train()
+    done = train(model, x, y)
     assert not done.missing
     assert learns(done.edge)
     expect_same_state(net, before)
@@ -503,12 +543,14 @@ def test_autocast_and_channels_last():
         moved.to(memory_format=torch.channels_last_3d)
         last = model(last_x, full=True)
     for a, b, c in zip(plain[:2], half[:2], last[:2], strict=True):
-        error = (a - b.float()).abs()
+        difference = a - b
+        error = difference.abs()
         size = a.abs()
         assert error.max() < 0.1 * size.max()
         assert torch.allclose(a, c, atol=1e-4)
+    model.train()
     with torch.autocast("cpu", torch.bfloat16):
-        done = train(model.train(), x, y, 3)
+        done = train(model, x, y, 3)
     assert done.missing == []
 
 
@@ -552,7 +594,11 @@ def tensors_alive():
     "How many tensors Python knows"
     gc.collect()
     objects = gc.get_objects()
-    return sum(isinstance(thing, torch.Tensor) for thing in objects)
+    count = 0
+    for thing in objects:
+        if isinstance(thing, torch.Tensor):
+            count += 1
+    return count
 
 
 def test_memory_is_flat_over_200_steps():
@@ -573,11 +619,15 @@ def pickled(model):
 def test_copy_pickle_and_state():
     _, model, x, _ = wrapped("functional U-Net")
     model.eval()
-    again = EGCNN(Functional(), x, verbose=False)
-    again.load_state_dict(model.state_dict(), strict=True)
+    net = Functional()
+    again = EGCNN(net, x, verbose=False)
+    again.eval()
+    state = model.state_dict()
+    again.load_state_dict(state, strict=True)
+    twins = (copy.deepcopy(model), pickled(model), again)
     with torch.no_grad():
         truth = model(x, full=True)
-        for twin in (copy.deepcopy(model), pickled(model), again.eval()):
+        for twin in twins:
             found = twin(x, full=True)
             assert torch.equal(found.logits, truth.logits)
             assert torch.equal(found.edge, truth.edge)
@@ -585,13 +635,15 @@ def test_copy_pickle_and_state():
 
 def around_ours():
     "An EG-CNN around Seg-Net"
-    return EGCNN(SegNet(1, 3, levels=3))
+    net = SegNet(1, 3, levels=3)
+    return EGCNN(net)
 
 
 def around_foreign():
     "An EG-CNN around a network of other people"
+    net = Functional()
     x, _ = batch(32, 3)
-    return EGCNN(Functional(), x, verbose=False)
+    return EGCNN(net, x, verbose=False)
 
 
 @pytest.mark.parametrize("make", [around_ours, around_foreign], ids=["ours", "foreign"])
@@ -601,12 +653,16 @@ def test_export_and_onnx_give_the_same(make, tmp_path):
     model = make()
     model.eval()
     x, _ = batch(32, 3)
+    exact_model = copy.deepcopy(model).double()
+    exact_x = x.double()
     with torch.no_grad():
         truth = model(x)
-        exact = copy.deepcopy(model).double()(x.double())
-    exported = torch.export.export(model, (x,))
-    found = exported.module()(x)
-    rounding = 1e-5 * float(exact.abs().max())
+        exact = exact_model(exact_x)
+    program = torch.export.export(model, (x,))
+    exported = program.module()
+    found = exported(x)
+    largest = exact.abs().max()
+    rounding = 1e-5 * largest.item()
     for logits in (truth, found):
         assert torch.allclose(logits.double(), exact, rtol=0, atol=rounding)
     path = tmp_path / "model.onnx"
@@ -667,8 +723,10 @@ COLUMNS = (
 
 def parameters_of(module):
     "Number of the weights of a network"
-    sizes = [parameter.numel() for parameter in module.parameters()]
-    return sum(sizes)
+    count = 0
+    for parameter in module.parameters():
+        count += parameter.numel()
+    return count
 
 
 def change(curve):
@@ -705,7 +763,8 @@ def table():
     rules = "|---" * len(COLUMNS)
     print(f"| {head} |\n{rules}|")
     for name in NETWORKS:
-        print(row_of(name), flush=True)
+        row = row_of(name)
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

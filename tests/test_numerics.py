@@ -52,8 +52,9 @@ both_ways = pytest.mark.usefixtures("kernels")
 def litter():
     "Leave huge numbers in memory that is free again, so that what is never written is seen"
     for n in (64, 256, 1024, 4096, 16384, 65536):
-        torch.full((n,), 3e38)
-        torch.full((n,), 3e38, dtype=BF16)
+        shape = (n,)
+        torch.full(shape, 3e38)
+        torch.full(shape, 3e38, dtype=BF16)
 
 
 def passed(layer, x, grad):
@@ -66,9 +67,12 @@ def with_derivatives(function, layer, x, grad):
     x = x.detach()
     x.requires_grad_()
     y = function(x)
-    inputs = (x, *layer.parameters())
-    derivatives = torch.autograd.grad(y, inputs, grad.to(y.dtype))
-    return [y.detach(), *derivatives]
+    grad = grad.to(y.dtype)
+    inputs = [x]
+    inputs += layer.parameters()
+    derivatives = torch.autograd.grad(y, inputs, grad)
+    output = y.detach()
+    return [output, *derivatives]
 
 
 def rounded(layer, kind=BF16):
@@ -82,17 +86,20 @@ def rounded(layer, kind=BF16):
 
 def numbers(*shape, kind=BF16):
     "Normal numbers that a type can hold, as float32"
-    drawn = torch.randn(*shape)
-    return drawn.to(kind).float()
+    drawn = torch.randn(shape)
+    held = drawn.to(kind)
+    return held.float()
 
 
 def off(found, truth):
     "Error as a share of the truth, over all numbers"
+    found = found.double()
     truth = truth.double()
-    difference = found.double() - truth
+    difference = found - truth
     error = difference.norm()
-    size = truth.norm().clamp(min=1e-30)
-    return float(error / size)
+    size = truth.norm()
+    share = error / size.clamp(min=1e-30)
+    return share.item()
 
 
 THEIRS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -142,14 +149,19 @@ def check(layer, size, batch=2, pure=False):
     judge = judge_of(layer)
     x = numbers(batch, layer.in_channels, *size)
     exact_x = x.double()
-    grad = numbers(*judge(exact_x).shape)
-    truth = passed(judge, exact_x, grad.double())
+    exact_y = judge(exact_x)
+    grad = numbers(*exact_y.shape)
+    exact_grad = grad.double()
+    truth = passed(judge, exact_x, exact_grad)
     litter()
     found = in_bfloat16(layer, x, grad, pure)
     output = found[0]
     assert output.dtype == BF16
-    thin = min(*size, *output.shape[2:]) < 8
-    allowed = UNIT if thin else 4 * UNIT  # some libraries round between the taps of a kernel
+    allowed = 4 * UNIT  # some libraries round between the taps of a kernel
+    _, _, *new_size = output.shape
+    smallest = min(*size, *new_size)
+    if smallest < 8:
+        allowed = UNIT
     expect_near(found, truth, allowed)
 
 
@@ -158,6 +170,7 @@ PASSED = ("output", "input gradient", "weight gradient", "bias gradient")
 
 def expect_near(found, truth, allowed):
     "Outputs and derivatives are off by no more than a share"
+    assert len(found) == len(truth)
     for name, u, v in zip(PASSED, found, truth, strict=False):  # a layer may have no bias
         assert u.shape == v.shape
         error = off(u, v)
@@ -242,9 +255,11 @@ def test_pairs_of_voxels_are_right(monkeypatch):
 def test_a_transposed_convolution_in_bfloat16_is_right_on_every_size(kernel, stride, padding):
     torch.manual_seed(3)
     channels = itertools.cycle([(16, 8), (8, 3)])
-    for number, size in enumerate(SIZES[::2]):
+    sizes = SIZES[::2]
+    for number, size in enumerate(sizes):
         inner, outer = next(channels)
-        shortest = (min(size) - 1) * stride - 2 * padding + kernel
+        steps = min(size) - 1
+        shortest = steps * stride - 2 * padding + kernel
         if shortest > 0:
             layer = ConvTranspose3d(inner, outer, kernel, stride, padding)
             check_numbered(layer, size, number)
@@ -254,7 +269,8 @@ def test_a_transposed_convolution_in_bfloat16_is_right_on_every_size(kernel, str
 def test_two_dimensions_in_bfloat16_are_right_on_every_size():
     torch.manual_seed(4)
     sides = (1, 2, 3, 5, 7, 8)
-    for number, size in enumerate(itertools.product(sides, repeat=2)):
+    sizes = itertools.product(sides, repeat=2)
+    for number, size in enumerate(sizes):
         stride = 1 + number % 2
         layer = Conv2d(8, 16, 3, stride, 1)
         check(layer, size)
@@ -291,9 +307,11 @@ def test_whatever_else_a_convolution_can_do_is_right_in_bfloat16(odd):
 def test_channels_are_mixed_rightly_in_bfloat16():
     torch.manual_seed(6)
     for size in SIZES:
-        x = torch.randn(2, 8, *size).to(BF16)
-        w = torch.randn(5, 8, 1, 1, 1).to(BF16)
+        x = numbers(2, 8, *size)
+        w = numbers(5, 8, 1, 1, 1)
         exact = F.conv3d(x.double(), w.double())
+        x = x.to(BF16)
+        w = w.to(BF16)
         with torch.autocast("cpu", BF16):
             mixed = mix_channels(x, w)
         assert mixed.dtype == BF16
@@ -309,9 +327,13 @@ def gradients_of(layer, x, inputs):
 
 def second_derivatives(layer, x):
     "Derivatives of the squared length of a gradient"
-    inputs = (x, *layer.parameters())
-    squares = [gradient.square().sum() for gradient in gradients_of(layer, x, inputs)]
-    length = torch.stack(squares).sum()
+    inputs = [x]
+    inputs += layer.parameters()
+    length = torch.zeros(())
+    found = gradients_of(layer, x, inputs)
+    for gradient in found:
+        squares = gradient.square()
+        length = length + squares.sum()
     return torch.autograd.grad(length, inputs, allow_unused=True)
 
 
@@ -319,7 +341,8 @@ def is_by_function(layer):
     "Whether a kernel computes a layer by an autograd.Function of its own"
     if isinstance(layer, GroupNorm):
         return True
-    return getattr(layer, "kernel_size", None) == (3, 3, 3)
+    kernel = getattr(layer, "kernel_size", None)
+    return kernel == (3, 3, 3)
 
 
 SECOND = [  # a layer, and the size of a volume that its kernel computes
@@ -372,6 +395,7 @@ def test_an_environment_variable_turns_the_kernels_off(value, on):
     environment = {**os.environ, "EGCNN_PLAIN": value}
     line = [sys.executable, "-c", code]
     done = subprocess.run(line, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
     printed = done.stdout.strip()
     assert printed == str(on)
 
@@ -381,9 +405,11 @@ def noting(operation, seen):
 
     def call(x, weight, *args, **kwargs):
         out = operation(x, weight, *args, **kwargs)
-        sides = [*x.shape[2:], *out.shape[2:]]
-        smallest = min(sides)
-        seen.append((out.dtype, smallest))
+        _, _, *before = x.shape
+        _, _, *after = out.shape
+        smallest = min(*before, *after)
+        noted = (out.dtype, smallest)
+        seen.append(noted)
         return out
 
     return call
@@ -421,7 +447,8 @@ def expect_kind(kind, size):
     with torch.autocast("cpu", kind), torch.no_grad():
         for layer in layers_of_each_kind():
             x = torch.randn(2, 4, *size)
-            assert layer(x).dtype == kind
+            y = layer(x)
+            assert y.dtype == kind
 
 
 def exactly(parameter):
@@ -452,12 +479,12 @@ def check_norm(layer, x, grad, kind, kernels):
     "Output and derivatives of a GroupNorm; its kernel returns channels last, or the order of x"
     rounded_once = 3e-6 if kernels else 1e-4  # torch sums gradients of weights in float32
     allowed = rounded_once if kind == torch.float32 else UNIT
-    x, grad = x.to(kind), grad.to(kind)
+    x = x.to(kind)
+    grad = grad.to(kind)
     found = passed(layer, x, grad)
     truth = passed_exactly(layer, x, grad)
     assert found[0].dtype == kind
     expect_near(found, truth, allowed)
-    assert len(found) == len(truth)
     return found[0]
 
 
@@ -508,12 +535,14 @@ def test_group_norm_of_bfloat16_weights_is_right():
     layer = norm(8)
     layer.to(BF16)
     for size in ((4, 5, 6), (33, 32, 34)):
-        x = 5 + torch.randn(2, 8, *size)
-        x = channels_last(x).to(BF16)
-        found = layer(x).detach()
-        truth = normalised(layer, x).detach()
+        noise = torch.randn(2, 8, *size)
+        x = channels_last(5 + noise)
+        x = x.to(BF16)
+        found = layer(x)
+        truth = normalised(layer, x)
+        error = off(found, truth)
         assert found.dtype == BF16
-        assert off(found, truth) < UNIT
+        assert error < UNIT
 
 
 @both_ways
@@ -526,7 +555,9 @@ def test_slopes_in_bfloat16_are_right_on_every_size():
         grad = torch.randn(2, 8, *size).to(BF16)
         with torch.autocast("cpu", BF16):
             found = passed(layer, x, grad)
-        truth = passed(exact, x.double(), grad.double())
+        exact_x = x.double()
+        exact_grad = grad.double()
+        truth = passed(exact, exact_x, exact_grad)
         expect_near(found[:2], truth[:2], UNIT)
         expect_near(found[2:], truth[2:], 4 * UNIT)
 
@@ -549,7 +580,8 @@ class Garbage(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return grads[0], torch.full(ctx.shape, 0.1)
+        garbage = torch.full(ctx.shape, 0.1)
+        return grads[0], garbage
 
 
 def halved(layer, args, out):
@@ -575,7 +607,8 @@ class SmallRun:
 
     def wrong_names(self):
         "Their names"
-        return [layer.name for layer in self.wrong()]
+        layers = self.wrong()
+        return [layer.name for layer in layers]
 
 
 def seeded(*shape):
@@ -591,14 +624,12 @@ def small_run(backbone, edge=True, levels=3):
     labels = torch.zeros(2, 16, 16, 16, dtype=torch.int64)
     labels[:, 3:12, 4:12, 5:13] = 1
     labels[:, 6:9, 6:10, 7:11] = 2
+    target = to_target(labels, KITS)
     noise = seeded(2, 1, 16, 16, 16)
-    return SmallRun(
-        settings,
-        make_model(settings, KITS),
-        EGLoss(KITS.activation),
-        x=labels[:, None] + 0.5 * noise,
-        target=to_target(labels, KITS),
-    )
+    x = labels[:, None] + 0.5 * noise
+    model = make_model(settings, KITS)
+    loss = EGLoss(KITS.activation)
+    return SmallRun(settings, model, loss, x, target)
 
 
 @pytest.mark.parametrize("backbone", ["segnet", "unet", "vnet", "segresnet", "dynunet"])
@@ -613,7 +644,7 @@ def test_no_layer_of_ours_or_of_monai_is_found_wrong(backbone):
 def copied(model):
     "A copy of the state of a network"
     state = model.state_dict()
-    return {name: tensor.clone() for name, tensor in state.items()}
+    return copy.deepcopy(state)
 
 
 def expect_same_tensors(found, expected):
@@ -640,7 +671,8 @@ def test_exactly_the_wrong_layers_are_found_and_then_gone():
     for layer in found:
         assert isinstance(layer, WrongLayer)
         assert layer.error > 10 * layer.allowed
-    for name, line in zip(names, describe_check(found), strict=True):
+    lines = describe_check(found)
+    for name, line in zip(names, lines, strict=True):
         assert name in line
     compute_in_float32(model, names)
     after = model.state_dict()
@@ -669,13 +701,16 @@ def test_the_check_leaves_running_statistics_gradients_and_random_numbers_as_the
     )
     total = model(run.x).sum()
     total.backward()
-    buffers = [buffer.clone() for buffer in model.buffers()]
-    before = [gradient.clone() for gradient in gradients(model)]
+    buffers = copy.deepcopy(list(model.buffers()))
+    before = copy.deepcopy(gradients(model))
     random = torch.get_rng_state()
-    assert run.wrong() == []
+    wrong = run.wrong()
+    assert wrong == []
     expect_same_tensors(model.buffers(), buffers)
-    expect_same_tensors(gradients(model), before)
-    assert torch.equal(random, torch.get_rng_state())
+    after = gradients(model)
+    expect_same_tensors(after, before)
+    random_after = torch.get_rng_state()
+    assert torch.equal(random_after, random)
 
 
 @pytest.fixture
@@ -725,7 +760,12 @@ def test_large_logits_in_half_do_not_make_the_loss_infinite():
 
 def computed_in_float32(model):
     "Names of the layers whose forward is replaced"
-    return [name for name, layer in model.named_modules() if "forward" in vars(layer)]
+    found = []
+    for name, layer in model.named_modules():
+        own = vars(layer)
+        if "forward" in own:
+            found.append(name)
+    return found
 
 
 def is_rounded_once(layer):
@@ -736,7 +776,8 @@ def is_rounded_once(layer):
         exact = layer(x)
         with torch.autocast("cpu", BF16):
             found = layer(x)
-    return torch.equal(found, exact.to(BF16))
+    expected = exact.to(BF16)
+    return torch.equal(found, expected)
 
 
 def test_a_trained_run_predicts_with_the_float32_layers_of_its_training(tmp_path):

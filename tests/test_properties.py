@@ -113,11 +113,13 @@ def test_consistency_is_zero_for_a_mask_with_itself_and_never_below(seed, shape)
     mask = masks(seed, shape)
     logits = drawn(seed, 2, 2, *shape)
     p = logits.sigmoid()
-    assert consistency_loss(mask, mask) == 0
-    assert consistency_loss(p, mask) >= 0
-    highest = sobel_magnitude(mask).max()
+    with_itself = consistency_loss(mask, mask)
+    with_another = consistency_loss(p, mask)
+    assert with_itself == 0
+    assert with_another >= 0
+    strengths = sobel_magnitude(mask)
     at_a_corner = flat_face(3) * 3**0.5
-    assert highest <= at_a_corner + 1e-6
+    assert strengths.max() <= at_a_corner + 1e-6
 
 
 @tries
@@ -138,16 +140,18 @@ def test_edge_voxels_weigh_the_share_of_the_others_and_the_others_one(seed, shap
     mask = masks(seed, shape)
     logits = drawn(seed, 2, 2, *shape)
     value = balanced_bce(logits, mask)
-    expected = 0
+    total = 0
     for case in range(2):
         for channel in range(2):
-            here = mask[case, channel] > 0
+            edge = mask[case, channel] > 0
+            others = edge.logical_not()
             score = logits[case, channel]
-            share_of_the_others = (~here).double().mean()
-            of_edge = share_of_the_others * -logsigmoid(score[here]).sum()
-            of_others = -logsigmoid(-score[~here]).sum()
-            expected = expected + of_edge + of_others
-    assert_close(value, expected / mask.numel())
+            share_of_the_others = others.double().mean()
+            of_edge = -logsigmoid(score[edge])
+            total = total + share_of_the_others * of_edge.sum()
+            of_others = -logsigmoid(-score[others])
+            total = total + of_others.sum()
+    assert_close(value, total / mask.numel())
 
 
 def label_values(labels):
@@ -175,7 +179,8 @@ class Constant(torch.nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.c = torch.nn.Parameter(torch.tensor(c))
+        value = torch.tensor(c)
+        self.c = torch.nn.Parameter(value)
 
     def forward(self, x):
         cases, _, *size = x.shape
@@ -228,12 +233,15 @@ def test_shares_of_a_batch_are_disjoint_complete_and_weighted(cases, batch, worl
         return
     ranks = [EpochBatches(cases, batch, seed, rank, world) for rank in range(world)]
     shares = [list(rank) for rank in ranks]
+    batches = ranks[0].whole()
     seen = []
-    for step, whole in enumerate(ranks[0].whole()):
+    for step, whole in enumerate(batches):
         weights = [rank.weight(step) for rank in ranks]
         counted = counted_cases(shares, weights, step)
         assert sorted(counted) == sorted(whole)
-        assert abs(sum(weights) - world) < 1e-9
-        seen += [case for _, _, case in whole]
+        difference = sum(weights) - world
+        assert abs(difference) < 1e-9
+        for _, _, case in whole:
+            seen.append(case)
     seen.sort()
     assert seen == list(range(cases))

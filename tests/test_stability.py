@@ -50,12 +50,14 @@ PHANTOM = 7
 
 def normalised(images: dict) -> Tensor:
     "The images of a phantom, each with mean 0 and deviation 1 (4,D,H,W)"
-    modalities = np.stack(list(images.values()))
-    x = torch.from_numpy(modalities.astype(np.float32))
+    modalities = list(images.values())
+    array = np.stack(modalities).astype(np.float32)
+    x = torch.from_numpy(array)
     axes = (1, 2, 3)
     mean = x.mean(axes, keepdim=True)
     deviation = x.std(axes, keepdim=True)
-    return (x - mean) / deviation
+    centred = x - mean
+    return centred / deviation
 
 
 def box_around(labels: np.ndarray, size: tuple) -> list[slice]:
@@ -65,8 +67,10 @@ def box_around(labels: np.ndarray, size: tuple) -> list[slice]:
     box = []
     for middle, n, whole in zip(centre, size, labels.shape, strict=True):
         start = int(middle) - n // 2
-        start = min(max(start, 0), whole - n)
-        box.append(slice(start, start + n))
+        start = max(start, 0)
+        start = min(start, whole - n)
+        end = start + n
+        box.append(slice(start, end))
     return box
 
 
@@ -74,17 +78,20 @@ def patch(size: tuple = PATCH) -> tuple[Tensor, Tensor]:
     "A patch around the tumor of a phantom: normalised images (1,4,D,H,W) and region masks (1,3,D,H,W)"
     images, labels = brain(PHANTOM)
     x = normalised(images)
+    x = x.unsqueeze(0)
     whole = torch.from_numpy(labels.astype(np.int64))
-    masks = region_masks(whole[None], BRATS_REGIONS)
+    whole = whole.unsqueeze(0)
+    masks = region_masks(whole, BRATS_REGIONS)
     box = box_around(labels, size)
-    cut = x[:, *box]
-    return cut[None], masks[:, :, *box]
+    inside = (..., *box)
+    return x[inside], masks[inside]
 
 
 def largest(logits: Tensor) -> float:
     "The largest logit, whatever its sign"
     sizes = logits.detach().abs()
-    return sizes.max().item()
+    highest = sizes.max()
+    return highest.item()
 
 
 @dataclass
@@ -99,13 +106,15 @@ class FirstSteps:
     def rise(self) -> float:
         "Largest total, as a multiple of the first"
         first = self.totals[0]
-        return max(self.totals) / first
+        highest = max(self.totals)
+        return highest / first
 
     def note(self, total: Tensor, out: EGOutput) -> None:
         "Note what a step did"
+        value = total.item()
         edge = largest(out.edge)
         fused = largest(out.logits)
-        self.totals.append(total.item())
+        self.totals.append(value)
         self.edge = max(self.edge, edge)
         self.fused = max(self.fused, fused)
 
@@ -140,7 +149,8 @@ RESIDUALS = ("layer", "block")
 
 def ours(name: str, width: int, levels: int, **readings) -> EGCNN:
     "One of our backbones with an edge stream"
-    net = BACKBONES[name](4, 3, width=width, levels=levels)
+    make = BACKBONES[name]
+    net = make(4, 3, width=width, levels=levels)
     return EGCNN(net, activation="sigmoid", **readings)
 
 
@@ -264,11 +274,17 @@ class Loud(nn.Module):
         self.a = self.block(4, 8)
         self.b = self.block(8, 16, 2)
         self.c = self.block(16, 32, 2)
-        self.up_b = nn.Sequential(nn.ConvTranspose3d(32, 16, 2, 2), Gain(gain))
-        self.up_a = nn.Sequential(nn.ConvTranspose3d(16, 8, 2, 2), Gain(gain))
+        self.up_b = self.up(32, 16)
+        self.up_a = self.up(16, 8)
         self.d = self.block(32, 16)
         self.e = self.block(16, 8)
         self.out = nn.Conv3d(8, 3, 1, bias=False)
+
+    def up(self, before: int, channels: int) -> nn.Sequential:
+        "A transposed convolution that doubles the size, gain"
+        conv = nn.ConvTranspose3d(before, channels, 2, 2)
+        gain = Gain(self.gain)
+        return nn.Sequential(conv, gain)
 
     def block(self, before: int, channels: int, stride: int = 1) -> nn.Sequential:
         "Convolution, normalisation, ReLU, gain"
@@ -286,13 +302,20 @@ class Loud(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
-        b = self.b(self.quiet(a))
-        c = self.c(self.quiet(b))
-        up = self.up_b(self.quiet(c))
-        d = self.d(self.quiet(up, b))
-        up = self.up_a(self.quiet(d))
-        e = self.e(self.quiet(up, a))
-        return self.out(e) / self.gain
+        quiet = self.quiet(a)
+        b = self.b(quiet)
+        quiet = self.quiet(b)
+        c = self.c(quiet)
+        quiet = self.quiet(c)
+        up = self.up_b(quiet)
+        quiet = self.quiet(up, b)
+        d = self.d(quiet)
+        quiet = self.quiet(d)
+        up = self.up_a(quiet)
+        quiet = self.quiet(up, a)
+        e = self.e(quiet)
+        logits = self.out(e)
+        return logits / self.gain
 
 
 LOUD = 1024.0  # a power of two, so that scaling up and down again changes no digit
@@ -338,7 +361,8 @@ def change_of_edges(entry_norm: bool) -> float:
     x, _ = patch()
     quiet = edge_logits(1.0, x, entry_norm)
     noisy = edge_logits(LOUD, x, entry_norm)
-    return largest(noisy - quiet)
+    change = noisy - quiet
+    return largest(change)
 
 
 def test_a_stream_that_begins_with_a_norm_does_not_depend_on_the_size_of_the_maps():
@@ -359,10 +383,12 @@ def gradient_of_the_first_block(gain: float, entry_norm: bool) -> float:
     block = model.edge.blocks[0]
     gradients = []
     for parameter in block.parameters():
-        assert parameter.grad is not None
-        gradients.append(parameter.grad.flatten())
+        gradient = parameter.grad
+        assert gradient is not None
+        gradients.append(gradient.flatten())
     whole = torch.cat(gradients)
-    return whole.norm().item()
+    size = whole.norm()
+    return size.item()
 
 
 def test_the_gradient_reaches_the_first_block_of_a_stream_that_begins_with_a_norm():

@@ -39,8 +39,10 @@ class Panel:
 def frame(panels, k):
     "One slice of all panels, as a picture"
     fig = Figure(figsize=(9.6, 2.25), layout="constrained")
-    for ax, panel in zip(fig.subplots(1, len(panels)), panels, strict=True):
-        ax.imshow(panel.image[..., k].T, origin="lower", **panel.style)
+    count = len(panels)
+    for ax, panel in zip(fig.subplots(1, count), panels, strict=True):
+        image = panel.image[..., k]
+        ax.imshow(image.T, origin="lower", **panel.style)
         ax.set_title(panel.title, fontsize=9)
         ax.axis("off")
         for mask, colour in panel.outlines:
@@ -55,10 +57,13 @@ def frame(panels, k):
 
 def panels_of(case, truth):
     "The panels of a case; `truth` is its mask of the outer region"
+    model = pretrained("eg")
     with torch.no_grad():
-        out = pretrained("eg")(case.x[None], full=True)
-    found = probabilities(out.logits, "sigmoid")[0, 0] > 0.5
-    target = edge_target(torch.as_tensor(truth)[None, None])
+        out = model(case.x[None], full=True)
+    prob = probabilities(out.logits, "sigmoid")
+    found = prob[0, 0] > 0.5
+    mask = torch.as_tensor(truth)
+    target = edge_target(mask[None, None])
     flair = case.x[-1].numpy()
     darkest, brightest = np.percentile(flair, (2, 99.5))
     gray = {"cmap": "gray", "vmin": darkest, "vmax": brightest}
@@ -82,25 +87,36 @@ def panels_of(case, truth):
 
 def slices_through(mask):
     "Every second slice through a mask and two beyond, up, and the others down again"
-    there = np.flatnonzero(mask.any((0, 1)))
-    first = max(there[0] - 2, 0)
-    last = min(there[-1] + 3, mask.shape[2])
-    slices = range(first, last)
-    return [*slices[::2], *reversed(slices[1::2])]
+    _, _, depth = mask.shape
+    lowest, *_, highest = np.flatnonzero(mask.any((0, 1)))
+    first = max(lowest - 2, 0)
+    last = min(highest + 3, depth)
+    up = range(first, last, 2)
+    down = range(first + 1, last, 2)
+    return [*up, *reversed(down)]
 
 
 def main():
     path = ROOT / "nbs/images/method.gif"
     if len(sys.argv) > 1:
         path = Path(sys.argv[1])
-    phantom = find_dataset(ROOT / "data_samples/brats2019").cases[0]
+    data = find_dataset(ROOT / "data_samples/brats2019")
+    phantom = data.cases[0]
     case = load_case(phantom, BRATS, need_label=True)
     assert case.labels is not None
-    truth = to_target(case.labels[None].long(), BRATS)[0, 0].numpy()
+    labels = case.labels.long()
+    masks = to_target(labels[None], BRATS)
+    truth = masks[0, 0].numpy()
     panels = panels_of(case, truth)
-    first, *others = [frame(panels, k) for k in slices_through(truth)]
+    pictures = []
+    for k in slices_through(truth):
+        picture = frame(panels, k)
+        pictures.append(picture)
+    first, *others = pictures
     first.save(path, save_all=True, append_images=others, duration=220, loop=0, optimize=True)
-    print(f"{path}: {len(others) + 1} pictures, {path.stat().st_size / 1e3:.0f} kB")
+    count = len(pictures)
+    kilobytes = path.stat().st_size / 1e3
+    print(f"{path}: {count} pictures, {kilobytes:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -85,8 +85,13 @@ def imported(source, module):
 
 def rooms_below(source, module):
     "The other rooms that the source of a module imports"
-    found = {room_of(other) for other in imported(source, module)}
-    return found - {room_of(module)}
+    own = room_of(module)
+    found = set()
+    for other in imported(source, module):
+        room = room_of(other)
+        if room != own:
+            found.add(room)
+    return found
 
 
 def rooms():
@@ -102,9 +107,12 @@ def rooms():
         own["modules"].append(name)
         source = path.read_text()
         own["imports"] |= rooms_below(source, module)
-    for own in found.values():
-        own["imports"] = sorted(own["imports"])
-    return {room: own for room, own in found.items() if own["modules"]}
+    lived_in = {}
+    for room, own in found.items():
+        if own["modules"]:
+            own["imports"] = sorted(own["imports"])
+            lived_in[room] = own
+    return lived_in
 
 
 def floors_of(graph):

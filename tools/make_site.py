@@ -69,21 +69,27 @@ VIEWS = (
 
 def as_block(match):
     "A formula between two dollars, as MathML on a line of its own"
-    formula = match[1].strip()
+    formula = match[1]
+    formula = formula.strip()
     return convert(formula, display="block")
 
 
 def as_inline(match):
     "A formula between dollars, as MathML in its line"
-    return convert(match[1])
+    formula = match[1]
+    return convert(formula)
 
 
 def math(text):
     "Formulas between dollars as MathML; code keeps its dollars"
-    parts = CODE.split(text)
-    for i in range(0, len(parts), 2):  # the others are code
-        part = BLOCK_FORMULA.sub(as_block, parts[i])
-        parts[i] = INLINE_FORMULA.sub(as_inline, part)
+    found = CODE.split(text)
+    parts = []
+    for i, part in enumerate(found):
+        is_code = i % 2 == 1
+        if not is_code:
+            part = BLOCK_FORMULA.sub(as_block, part)
+            part = INLINE_FORMULA.sub(as_inline, part)
+        parts.append(part)
     return "".join(parts)
 
 
@@ -198,9 +204,9 @@ def read_pictures(folder, views):
     "(view, step) -> picture that was written into a folder"
     pictures = {}
     for i, view in enumerate(views):
-        steps = len(view["values"])
-        for k in range(steps):
-            picture = Image.open(folder / f"{i}_{k}.png")
+        for k, _ in enumerate(view["values"]):
+            path = folder / f"{i}_{k}.png"
+            picture = Image.open(path)
             pictures[i, k] = picture.convert("RGB")
     return pictures
 
@@ -223,9 +229,13 @@ def run_sweep(path, folder):
 def write_pictures(name, pictures):
     "Write the pictures of a page's views, at the highest quality that is small enough"
     for quality in (80, 60, 40, 20):
-        files = {key: as_webp(picture, quality) for key, picture in pictures.items()}
-        sizes = [len(content) for content in files.values()]
-        if sum(sizes) <= MOST_BYTES:
+        files = {}
+        size = 0
+        for key, picture in pictures.items():
+            content = as_webp(picture, quality)
+            files[key] = content
+            size += len(content)
+        if size <= MOST_BYTES:
             break
     folder = SOURCE / "views"
     folder.mkdir(exist_ok=True)
@@ -301,10 +311,12 @@ def alternative_text(out):
 def picture(out, name, images, views):
     "A picture as a file and a link to it, or the view that stands in its place"
     number = len(images)
-    path = SOURCE / "pictures" / f"{name}_{number}.png"
+    folder = SOURCE / "pictures"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}_{number}.png"
     images.append(path)
-    path.parent.mkdir(exist_ok=True)
-    content = base64.b64decode(out["data"]["image/png"])
+    encoded = out["data"]["image/png"]
+    content = base64.b64decode(encoded)
     path.write_bytes(content)
     alt = alternative_text(out)
     if alt in views:
@@ -328,8 +340,10 @@ def code(source, module):
         return []
     title = ""
     if source.startswith("#| export"):
-        title = f"exported to {file_of(module)}"
-    return [fence(text, "python", title)]
+        file = file_of(module)
+        title = f"exported to {file}"
+    block = fence(text, "python", title)
+    return [block]
 
 
 def is_hidden(source):
@@ -348,8 +362,9 @@ def notebook(path, views=None):
     for cell in whole["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            formulas = math(source)
-            text.append(links(formulas))
+            part = math(source)
+            part = links(part)
+            text.append(part)
         elif not is_hidden(source):
             text += code(source, module)
             for out in cell["outputs"]:
@@ -375,10 +390,13 @@ class Row:
         kind = type_name(self.kind)
         if kind:
             kind = f"`{kind}`"
-        words = (self.meaning or "").split()
+        meaning = self.meaning or ""
+        words = meaning.split()
         meaning = html.escape(" ".join(words))
         meaning = meaning.replace("|", "&#124;")
-        return f"| {self.name} | {kind} | {self.default} | {meaning} |"
+        cells = [self.name, kind, self.default, meaning]
+        row = " | ".join(cells)
+        return f"| {row} |"
 
 
 def type_name(annotation):
@@ -465,11 +483,12 @@ def class_reference(name, cls):
     elif "__init__" in vars(cls):
         text.append(arguments(cls.__init__))
     for method, function in vars(cls).items():
-        public = inspect.isfunction(function) and not method.startswith("_")
-        if public and function.__doc__:
-            text.append(f"### `{name}.{method}`")
-            text.append(html.escape(function.__doc__))
-            text.append(arguments(function))
+        if method.startswith("_") or not inspect.isfunction(function):
+            continue
+        if function.__doc__:
+            doc = html.escape(function.__doc__)
+            table = arguments(function)
+            text += [f"### `{name}.{method}`", doc, table]
     return text
 
 
@@ -485,9 +504,12 @@ def write(alive):
     shutil.copytree(ROOT / "tools/site", SOURCE, dirs_exist_ok=True)
     books = notebooks()
     for path in [ROOT / "nbs/index.ipynb", *books]:
-        views = sweep(path) if path.stem in alive else {}
+        views = {}
+        if path.stem in alive:
+            views = sweep(path)
+        text = notebook(path, views)
         page = SOURCE / f"{path.stem}.md"
-        page.write_text(notebook(path, views))
+        page.write_text(text)
     modules = write_reference(books)
     for file, page in PAGES.items():
         write_page(ROOT / file, page)
@@ -508,13 +530,15 @@ def write_reference(books):
 
 def write_page(file, page):
     "A Markdown file as a page, with its pictures and the files that it explains"
-    text = links(file.read_text())
+    text = file.read_text()
+    text = links(text)
     for name in re.findall(r"\]\(([\w.]+)\)", text):
         beside = file.parent / name
         if beside.is_file():
             shutil.copy(beside, SOURCE / name)
+    text = math(text)
     target = SOURCE / page
-    target.write_text(math(text))
+    target.write_text(text)
 
 
 def write_config(books, modules):
@@ -523,17 +547,21 @@ def write_config(books, modules):
     described = [{module: f"api/{module}.md"} for module in modules]
     more = []
     for page in PAGES.values():
-        title = page.removesuffix(".md").capitalize()
-        more.append({title: page})
+        name = page.removesuffix(".md")
+        title = name.capitalize()
+        entry = {title: page}
+        more.append(entry)
     entries = [
         {"Home": "index.md"},
         {"Notebooks": lessons},
         {"Reference": described},
         {"More": more},
     ]
-    config = (ROOT / "mkdocs.yml").read_text()
+    given = ROOT / "mkdocs.yml"
+    config = given.read_text()
     nav = json.dumps(entries)
-    (ROOT / "_mkdocs.yml").write_text(f"{config}nav: {nav}\n")
+    written = ROOT / "_mkdocs.yml"
+    written.write_text(f"{config}nav: {nav}\n")
 
 
 def main():

@@ -11,10 +11,10 @@ taken where a network can be made on the meta device."""
 import csv
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -79,9 +79,11 @@ def monai(dims: int) -> list:
         image = (channels, *[size] * dims)
 
         def make():
-            return getattr(nets, cls)(**options)
+            kind = getattr(nets, cls)
+            return kind(**options)
 
-        found.append(Network("monai", label, make, image, encoder, entry, head, **more))
+        network = Network("monai", label, make, image, encoder, entry, head, **more)
+        found.append(network)
 
     levels = {"channels": (8, 16, 32, 64), "strides": (2, 2, 2)}
     deep = "model.1.submodule.1.submodule"
@@ -366,11 +368,11 @@ def dints(dims: int, way: tuple = ()) -> nn.Module:
     if way:
         codes.zero_()
         nodes.zero_()
-        nodes[0, way[0]] = 1
-        for b in range(blocks):
-            path = (way[b], way[b + 1])
-            codes[b, paths.index(path)] = 1
-            nodes[b + 1, way[b + 1]] = 1
+        for place, level in enumerate(way):
+            nodes[place, level] = 1
+        for block, path in enumerate(pairwise(way)):
+            number = paths.index(path)
+            codes[block, number] = 1
     operations = torch.ones_like(codes)
     code = [codes.numpy(), operations.numpy()]
     options = {"num_blocks": blocks, "num_depths": 4, "use_downsample": True}
@@ -385,9 +387,16 @@ def lattices(dims: int) -> list:
     entry, head = "stem_up.3.mod", "stem_finals.1"
     every = f"DiNTS, every path {dims}D"
     twice = f"DiNTS, twice down and up {dims}D"
+
+    def with_every_path():
+        return dints(dims)
+
+    def along_a_ladder():
+        return dints(dims, LADDER)
+
     return [
-        Network("monai", every, lambda: dints(dims), image, right, entry, head),
-        Network("monai", twice, lambda: dints(dims, LADDER), image, should="told"),
+        Network("monai", every, with_every_path, image, right, entry, head),
+        Network("monai", twice, along_a_ladder, image, should="told"),
     ]
 
 
@@ -395,12 +404,16 @@ def anisotropic(dims: int) -> list:
     "A network that halves one axis at a time"
     nets = import_module("monai.networks.nets")
     right = "relu > " + stages("layer", (1, 2, 3, 4))
-    image = {2: (1, 128, 128), 3: (1, 128, 128, 32)}[dims]
+    image = (1, 128, 128)
+    if dims == 3:
+        image = (1, 128, 128, 32)
 
     def make():
         return nets.AHNet(spatial_dims=dims, out_channels=CLASSES)
 
-    return [Network("monai", f"AHNet {dims}D", make, image, right, "up0", "final.up")]
+    name = f"AHNet {dims}D"
+    network = Network("monai", name, make, image, right, "up0", "final.up")
+    return [network]
 
 
 def dynamic(dims: int) -> list:
@@ -436,7 +449,8 @@ def dynamic(dims: int) -> list:
             options = {**common, **options, "deep_supervision": deeply}
 
             def make(name=name, options=options):
-                return getattr(unet, name)(**options)
+                kind = getattr(unet, name)
+                return kind(**options)
 
             stages = THEN.join(f"encoder.stages.{i}" for i in range(4))
             entry = "decoder.transpconvs.0"
@@ -449,7 +463,10 @@ def dynamic(dims: int) -> list:
 
 def dynamic_all() -> list:
     "nnU-Net's networks"
-    return [*dynamic(2), *dynamic(3), *primus_networks()]
+    found = dynamic(2)
+    found += dynamic(3)
+    found += primus_networks()
+    return found
 
 
 def primus_networks() -> list:
@@ -481,7 +498,8 @@ def primus_networks() -> list:
 
 def stages(prefix: str, numbers: tuple) -> str:
     "Names of stages with these numbers, fine to deep"
-    return THEN.join(f"{prefix}{n}" for n in numbers)
+    names = [f"{prefix}{n}" for n in numbers]
+    return THEN.join(names)
 
 
 SMP_ENCODERS = {  # encoder -> its features
@@ -553,9 +571,11 @@ def smp() -> list:
         size = 224 if "224" in encoder else 128
 
         def make():
-            return getattr(models, decoder)(encoder, **options, **more)
+            kind = getattr(models, decoder)
+            return kind(encoder, **options, **more)
 
-        label = ", ".join([decoder, encoder, *map(str, more.values())])
+        words = [str(value) for value in more.values()]
+        label = ", ".join([decoder, encoder, *words])
         image = (3, size, size)
         network = Network(package, label, make, image, right, entry, HEAD, should)
         found.append(network)
@@ -594,7 +614,8 @@ def torchvision() -> list:
             cls = getattr(models, name)
             return cls(weights=None, weights_backbone=None, num_classes=CLASSES)
 
-        found.append(Network("torchvision", name, make, (3, 128, 128), should=verdict))
+        network = Network("torchvision", name, make, (3, 128, 128), should=verdict)
+        found.append(network)
     return found
 
 
@@ -607,7 +628,8 @@ def transformers() -> list:
 
     def add(name, make, encoder="", entry="", head="", should="right", size=128):
         image = (3, size, size)
-        found.append(Network("transformers", name, make, image, encoder, entry, head, should))
+        network = Network("transformers", name, make, image, encoder, entry, head, should)
+        found.append(network)
 
     def segformer():
         config = models.SegformerConfig(**labels)
@@ -664,8 +686,10 @@ def transformers() -> list:
     for name in ("MobileViT", "MobileViTV2", "MobileNetV2"):
 
         def mobile(name=name):
-            config = getattr(models, f"{name}Config")(**labels)
-            return getattr(models, f"{name}ForSemanticSegmentation")(config)
+            config_class = getattr(models, f"{name}Config")
+            cls = getattr(models, f"{name}ForSemanticSegmentation")
+            config = config_class(**labels)
+            return cls(config)
 
         add(name, mobile, should="refused")
 
@@ -688,7 +712,8 @@ def others() -> list:
     found = []
 
     def add(package, name, make, image, encoder, entry, head, should="right"):
-        found.append(Network(package, name, make, image, encoder, entry, head, should))
+        network = Network(package, name, make, image, encoder, entry, head, should)
+        found.append(network)
 
     unet3d = import_module("unet3d.unet3d")
     linknet = import_module("unet3d.linknet3d")
@@ -729,8 +754,10 @@ def matches(found: str, right: str) -> bool:
     allowed = right.split(THEN)
     if len(names) != len(allowed):
         return False
-    pairs = zip(names, allowed, strict=True)
-    return all(name in choices.split(OR) for name, choices in pairs)
+    for name, choices in zip(names, allowed, strict=True):
+        if name not in choices.split(OR):
+            return False
+    return True
 
 
 def wrapped(network: Network) -> tuple:
@@ -755,16 +782,22 @@ def wrapped(network: Network) -> tuple:
 
 def _expect_a_pass(model, image, more):
     "Raise where the wrapped network does not run, or not to the size of its own logits"
-    device = next(model.parameters()).device
-    moved = [value.to(device) for value in (image, *more)]
+    weight, *_ = model.parameters()
+    moved = [value.to(weight.device) for value in (image, *more)]
+    model.eval()
     with torch.no_grad():
-        out = model.eval()(*moved, full=True)
+        out = model(*moved, full=True)
     assert out.logits.shape == out.main.shape
 
 
 def _told(caught):
     "The sentences of the warnings of EG-CNN"
-    return [str(w.message) for w in caught if w.filename == __file__]
+    found = []
+    for warning in caught:
+        if warning.filename == __file__:
+            sentence = str(warning.message)
+            found.append(sentence)
+    return found
 
 
 def look(network: Network) -> Row:
@@ -798,12 +831,16 @@ def look(network: Network) -> Row:
 
 def verdict(row: Row, told: list) -> str:
     "right; told: wrong or doubtful, and a warning says so; or wrong in silence"
-    doubts = [sentence for sentence in told if not sentence.startswith("The edge stream adds")]
-    if doubts:
-        return "told"
-    right = matches(row.encoder, row.right_encoder) and matches(row.entry, row.right_entry)
-    right = right and (not row.right_head or matches(row.head, row.right_head))
-    return "right" if right else "wrong"
+    for sentence in told:
+        if not sentence.startswith("The edge stream adds"):
+            return "told"
+    if not matches(row.encoder, row.right_encoder):
+        return "wrong"
+    if not matches(row.entry, row.right_entry):
+        return "wrong"
+    if row.right_head and not matches(row.head, row.right_head):
+        return "wrong"
+    return "right"
 
 
 # ---- files
@@ -816,10 +853,12 @@ def write(path: Path, packages: list) -> None:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         for package in packages:
-            for network in PACKAGES[package]():
+            networks = PACKAGES[package]
+            for network in networks():
                 row = look(network)
                 print(row.verdict, row.package, row.network, flush=True)
-                writer.writerow(asdict(row))
+                values = asdict(row)
+                writer.writerow(values)
                 file.flush()
 
 
@@ -841,10 +880,14 @@ def counted(rows: list) -> list:
     ]
     packages = dict.fromkeys(row["package"] for row in rows)
     for package in packages:
-        count = Counter(row["verdict"] for row in rows if row["package"] == package)
-        numbers = [count.total(), *[count[v] for v in verdicts]]
-        cells = " | ".join(str(n) for n in numbers)
-        lines.append(f"| {package} | {cells} |")
+        found = [row["verdict"] for row in rows if row["package"] == package]
+        total = len(found)
+        cells = [package, str(total)]
+        for verdict in verdicts:
+            count = found.count(verdict)
+            cells.append(str(count))
+        line = " | ".join(cells)
+        lines.append(f"| {line} |")
     return lines
 
 
@@ -858,20 +901,26 @@ def listed(rows: list) -> list:
         names = [row[key] for key in ("encoder", "entry", "head")]
         cells = [row["package"], row["network"], row["verdict"]]
         cells += [f"`{name}`" if name else "" for name in names]
-        cells.append(row["message"].replace("|", "\\|"))
-        lines.append("| " + " | ".join(cells) + " |")
+        message = row["message"]
+        cells.append(message.replace("|", "\\|"))
+        line = " | ".join(cells)
+        lines.append(f"| {line} |")
     return lines
 
 
 def merge(folder: Path, paths: list) -> None:
     "Write the rows of several files as networks.csv and table.md in a folder"
     rows = read(paths)
-    with open(folder / "networks.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    names = list(rows[0])
+    data = folder / "networks.csv"
+    with open(data, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    lines = [*counted(rows), "", *listed(rows)]
-    (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = [*counted(rows), "", *listed(rows), ""]
+    text = "\n".join(lines)
+    table = folder / "table.md"
+    table.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

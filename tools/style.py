@@ -20,6 +20,7 @@ import sys
 import tokenize
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from statistics import median
 
@@ -119,20 +120,28 @@ def modules_in(*folders) -> list[Source]:
 
 def source_of(path: Path) -> Source:
     "A module as a source"
-    place = path.relative_to(ROOT)
+    place = place_of(path)
     text = path.read_text()
-    return Source(str(place), text)
+    return Source(place, text)
+
+
+def place_of(path: Path) -> str:
+    "Where a file is in the repository"
+    place = path.relative_to(ROOT)
+    return str(place)
 
 
 def cells(path: Path, kind: str) -> list[Source]:
     "The cells of a notebook that are code, or markdown"
-    notebook = json.loads(path.read_text())
-    place = path.relative_to(ROOT)
+    content = path.read_text()
+    notebook = json.loads(content)
+    name = place_of(path)
     found = []
     for number, cell in enumerate(notebook["cells"]):
         if cell["cell_type"] == kind:
+            place = f"{name}[{number}]"
             text = "".join(cell["source"])
-            source = Source(f"{place}[{number}]", text)
+            source = Source(place, text)
             found.append(source)
     return found
 
@@ -160,8 +169,11 @@ def own_cells() -> list[Source]:
 def tokens_of(text: str) -> list[tokenize.TokenInfo]:
     "The tokens of a source, without comments and line ends"
     lines = io.StringIO(text)
-    tokens = tokenize.generate_tokens(lines.readline)
-    return [token for token in tokens if token.type not in NO_CODE]
+    found = []
+    for token in tokenize.generate_tokens(lines.readline):
+        if token.type not in NO_CODE:
+            found.append(token)
+    return found
 
 
 def lines_of(tokens: list[tokenize.TokenInfo]) -> set[int]:
@@ -206,8 +218,10 @@ def complexity(function: Function) -> int:
 
 def density(nodes, lines: int) -> float:
     "Expressions a line"
-    expressions = [node for node in nodes if isinstance(node, ast.expr)]
-    count = len(expressions)
+    count = 0
+    for node in nodes:
+        if isinstance(node, ast.expr):
+            count += 1
     return count / max(lines, 1)
 
 
@@ -243,12 +257,12 @@ def measure_source(source: Source, group: Group, whole: bool) -> None:
     if whole and lines:
         value = density(nodes, len(lines))
         group.note(source.place, value)
-    for function in nodes:
-        if isinstance(function, FUNCTIONS) and body_of(function):
-            place = f"{source.place}:{function.lineno} {function.name}"
-            count_function(function, place, group)
+    for node in nodes:
+        if isinstance(node, FUNCTIONS) and body_of(node):
+            place = f"{source.place}:{node.lineno} {node.name}"
+            count_function(node, place, group)
             if not whole:
-                value = density_of(function, lines)
+                value = density_of(node, lines)
                 group.note(place, value)
 
 
@@ -257,7 +271,8 @@ def note_long_lines(source: Source, group: Group) -> None:
     lines = source.text.splitlines()
     for number, line in enumerate(lines, 1):
         if is_too_long(line):
-            group.long_lines.append(f"{source.place}:{number}")
+            place = f"{source.place}:{number}"
+            group.long_lines.append(place)
 
 
 def count_function(function: Function, place: str, group: Group) -> None:
@@ -280,12 +295,16 @@ def measure(name: str) -> Group:
 
 def middle_density(group: Group) -> float:
     "Median of the expressions a line"
-    return median(values_of(group))
+    values = values_of(group)
+    return median(values)
 
 
 def values_of(group: Group) -> list[float]:
     "Expressions a line of all places"
-    return [density.value for density in group.densities]
+    values = []
+    for density in group.densities:
+        values.append(density.value)
+    return values
 
 
 def high_density(group: Group) -> float:
@@ -345,8 +364,9 @@ def missed_goals(groups: dict[str, Group]) -> list[str]:
     missed = []
     for name in HELD:
         title = TITLES[name]
+        group = groups[name]
         for figure in FIGURES:
-            value = figure.of(groups[name])
+            value = figure.of(group)
             if not figure.is_met(value):
                 found = figure.form.format(value)
                 missed.append(f"{title}: {figure.name} {found}, goal {figure.goal}")
@@ -365,8 +385,10 @@ def row(name: str, values: list, goal: str) -> str:
 def table(groups: dict[str, Group]) -> list[str]:
     "The lines of the table, with the figures of all groups"
     titles = [TITLES[name] for name in groups]
-    rules = ["---" for _ in groups]
-    lines = [row("", titles, "goal"), row("---", rules, "---")]
+    rules = ["---"] * len(titles)
+    head = row("", titles, "goal")
+    rule = row("---", rules, "---")
+    lines = [head, rule]
     for figure in FIGURES:
         values = []
         for group in groups.values():
@@ -381,26 +403,35 @@ def print_size(groups: dict[str, Group]) -> None:
     "Print how many lines of code each group has"
     print("\nLines of code:")
     for name, group in groups.items():
-        print(f"{TITLES[name]} {group.lines}")
+        title = TITLES[name]
+        print(f"{title} {group.lines}")
     print("\nThe goals hold for the package, and for tests, tools and benchmarks.")
 
 
 def densest_of(group: Group, count: int) -> list[str]:
     "So many of the densest places of a group"
-    densest = sorted(group.densities, key=lambda density: density.value, reverse=True)
+    densest = sorted(group.densities, key=attrgetter("value"), reverse=True)
     found = []
     for density in densest[:count]:
-        found.append(f"{density.value:.0f} {density.place}")
+        line = f"{density.value:.0f} {density.place}"
+        found.append(line)
     return found
 
 
 def print_places(groups: dict[str, Group], count: int) -> None:
     "Name the densest places of each group, and every line and function that is over its bound"
     for name, group in groups.items():
-        long_lines, complex_ones = group.long_lines, group.complex
-        print_list(f"\n{TITLES[name]}, densest:", densest_of(group, count))
-        print_list(f"too long: {len(long_lines)}", long_lines[:count])
-        print_list(f"too complex: {len(complex_ones)}", complex_ones[:count])
+        title = TITLES[name]
+        densest = densest_of(group, count)
+        print_list(f"\n{title}, densest:", densest)
+        print_counted("too long", group.long_lines, count)
+        print_counted("too complex", group.complex, count)
+
+
+def print_counted(title: str, places: list[str], count: int) -> None:
+    "Print how many places there are, and so many of them"
+    number = len(places)
+    print_list(f"{title}: {number}", places[:count])
 
 
 # ---- the table in CONTRIBUTING.md
@@ -415,8 +446,8 @@ def page_with(lines: list[str]) -> str:
     text = PAGE.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, behind = rest.partition(END)
-    table = "\n".join(lines)
-    return f"{before}{BEGIN}\n{table}\n{END}{behind}"
+    written = [before + BEGIN, *lines, END + behind]
+    return "\n".join(written)
 
 
 def print_list(title: str, places: list[str]) -> None:
@@ -434,8 +465,10 @@ def public_functions(tree: ast.Module) -> list[ast.FunctionDef]:
     owners = [tree, *public_parts(tree, ast.ClassDef)]
     found = []
     for owner in owners:
-        found += public_parts(owner, ast.FunctionDef)
-    return [function for function in found if function.name not in described]
+        for function in public_parts(owner, ast.FunctionDef):
+            if function.name not in described:
+                found.append(function)
+    return found
 
 
 def public_parts(
@@ -461,6 +494,16 @@ def parts_described(tree: ast.Module) -> set[str]:
     return names
 
 
+def arguments_of(function: Function) -> list[ast.arg]:
+    "The arguments of a function, without the object or the class of a method"
+    given = function.args
+    found = []
+    for argument in [*given.posonlyargs, *given.args, *given.kwonlyargs]:
+        if argument.arg not in ("self", "cls"):
+            found.append(argument)
+    return found
+
+
 def is_documented(function: Function, lines: list[str]) -> bool:
     "Whether a function has a docstring, and a comment for each argument"
     if ast.get_docstring(function) is None:
@@ -468,20 +511,18 @@ def is_documented(function: Function, lines: list[str]) -> bool:
     first = function.lineno - 1
     last = function.body[0].lineno - 1
     signature = "\n".join(lines[first:last])
-    given = function.args
-    for argument in [*given.posonlyargs, *given.args, *given.kwonlyargs]:
+    for argument in arguments_of(function):
         name = argument.arg
         commented = re.search(rf"\b{name}\b[^\n#]*#", signature)
-        if name not in ("self", "cls") and not commented:
+        if not commented:
             return False
     return True
 
 
 def is_typed(function: Function) -> bool:
     "Whether a function says the types of its parameters and of its result"
-    given = function.args
-    for argument in [*given.posonlyargs, *given.args, *given.kwonlyargs]:
-        if argument.arg not in ("self", "cls") and argument.annotation is None:
+    for argument in arguments_of(function):
+        if argument.annotation is None:
             return False
     return function.returns is not None
 
@@ -496,10 +537,11 @@ def print_documentation() -> None:
         tree = ast.parse(source.text)
         for function in public_functions(tree):
             count += 1
+            place = f"{source.place} {function.name}"
             if not is_documented(function, lines):
-                bare.append(f"{source.place} {function.name}")
+                bare.append(place)
             if not is_typed(function):
-                untyped.append(f"{source.place} {function.name}")
+                untyped.append(place)
     missing = len(bare)
     share = 1 - missing / max(count, 1)
     print(f"\nPublic functions with docstring and docments: {share:.0%} of {count}.")
@@ -529,25 +571,34 @@ def prose() -> str:
     "The sentences of the notebooks and of the Markdown files"
     texts = []
     for path in [NBS / "index.ipynb", *notebooks()]:
-        texts += [cell.text for cell in cells(path, "markdown")]
+        for cell in cells(path, "markdown"):
+            texts.append(cell.text)
+    docs = ROOT / "docs"
     pages = sorted(ROOT.glob("*.md"))
-    pages += sorted((ROOT / "docs").rglob("*.md"))
+    pages += sorted(docs.rglob("*.md"))
     for path in pages:
         text = path.read_text()
         texts.append(text)
-    pattern = re.compile("|".join(NO_PROSE), re.S | re.M)
-    kept = [pattern.sub(" ", text) for text in texts]
+    left_out = "|".join(NO_PROSE)
+    pattern = re.compile(left_out, re.S | re.M)
+    kept = []
+    for text in texts:
+        sentences = pattern.sub(" ", text)
+        kept.append(sentences)
     return "\n".join(kept)
 
 
 def print_prose() -> None:
     "Print how often some habits occur in 10,000 words"
     text = prose()
-    words = len(text.split())
-    print(f"\n| in 10,000 words of prose ({words} words) | |\n|---|---|")
+    words = text.split()
+    number = len(words)
+    ten_thousands = max(number, 1) / 10_000
+    print(f"\n| in 10,000 words of prose ({number} words) | |\n|---|---|")
     for name, pattern in PROSE.items():
         found = re.findall(pattern, text)
-        share = 10_000 * len(found) / max(words, 1)
+        count = len(found)
+        share = count / ten_thousands
         print(f"| {name} | {share:.0f} |")
 
 
