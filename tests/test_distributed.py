@@ -52,10 +52,10 @@ def largest_difference(a, b, columns):
     return worst
 
 
-def differ(a, b):
-    "Largest relative difference of the loss terms of two runs, and of Dice"
-    a = read_metrics(a)
-    b = read_metrics(b)
+def differ(a, b, epochs=None):
+    "Largest relative difference of the loss terms of two runs, and of Dice; perhaps of the first epochs"
+    a = read_metrics(a)[:epochs]
+    b = read_metrics(b)[:epochs]
     names = list(a[0])
     terms = [name for name in names if is_term(name)]
     dice = [name for name in names if name.startswith("dice")]
@@ -104,13 +104,16 @@ def test_any_number_of_processes_gives_the_losses_of_one_in_float64(
 
 
 def test_and_in_float32(data, runs):
+    "Sums in another order differ in the last digit, and the steps of an optimizer make more of that"
     reference = runs / "f1"
     train(data, reference, *FIFTY)
     for n in (2, 4):
         out = runs / f"f{n}"
         train(data, out, *FIFTY, processes=n)
+        at_first, _ = differ(out, reference, epochs=1)
         losses, _ = differ(out, reference)
-        assert losses < 1e-4
+        assert at_first < 1e-6
+        assert losses < 1e-3
 
 
 def test_readings_over_the_batch_gather_what_they_need(data, runs):
