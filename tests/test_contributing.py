@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from egcnn_nb import Settings, data_samples, fit
 from egcnn_nb.commands import experiment
@@ -23,7 +24,8 @@ from egcnn_nb.commands import train as training
 from egcnn_nb.commands.check import main as check
 from egcnn_nb.commands.predict import main as predict
 from egcnn_nb.commands.train import main as train
-from egcnn_nb.core import REGISTRY
+from egcnn_nb.core import REGISTRY, InputError
+from egcnn_nb.run.callbacks import EarlyStopping
 from egcnn_nb.run.steps import read_metrics
 
 PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
@@ -391,3 +393,237 @@ def test_10_a_network(place):
     first, second = config_of("RUN1"), config_of("RUN2")
     assert first["parts"] == {"model": "build"}
     assert second["parts"] == {"model": "EGCNN"}
+
+
+REGISTER = """import torch
+from torch import nn
+
+from egcnn_nb import SegNet, Task, register
+from egcnn_nb.data.layouts import Case, Dataset
+
+TASK = Task("own", ("ct",), {0: "background", 1: "kidney"}, {"kidneys": (1,)}, normalize="hu")
+
+
+@register("KIND", "own")
+"""
+SEMANTIC = "--import my_module --reading semantic=own"
+BACKBONE = "--import my_module --backbone own"
+LAYOUT = "--import my_module"
+MISTAKES = [  # kind, what is registered, flags, what is said
+    (
+        "semantic",
+        "def own(logits, target, loss):\n    return (logits - target).square().mean((2, 3, 4))",
+        SEMANTIC,
+        "The loss 'own' of the module my_module returns Tensor of the shape (1, 3). Register a",
+    ),
+    (
+        "semantic",
+        "def own(logits, target):\n    return (logits - target).square().mean()",
+        SEMANTIC,
+        "The loss 'own' fails (TypeError: own() takes 2 positional arguments but 3 were given)",
+    ),
+    (
+        "semantic",
+        "def own(logits, target, loss):\n    return (logits.softmax(1) - 1).log().mean()",
+        SEMANTIC,
+        "its term total is nan for the first patches",
+    ),
+    (
+        "semantic",
+        "def own(logits, target, loss):\n    return (logits - target).square().sum((1, 2, 3)).mul(0)"
+        ".sqrt().mean()",
+        SEMANTIC,
+        "has gradients that are not finite",
+    ),
+    (
+        "semantic",
+        "def own(logits, target, loss):\n    return (logits.argmax(1) != 0).float().mean()",
+        SEMANTIC,
+        "The loss 'own' does not depend on the weights of the network. Compute it from the output",
+    ),
+    (
+        "backbone",
+        "def own(in_channels, out_channels):\n    return nn.Conv3d(in_channels, out_channels, 1)",
+        BACKBONE,
+        "The backbone 'own' of the module my_module fails (TypeError: own() takes 2 positional",
+    ),
+    (
+        "backbone",
+        "def own(in_channels, out_channels, width, levels):\n"
+        "    return nn.Conv3d(in_channels, width, 1)",
+        BACKBONE,
+        "must return logits (B, 3, D, H, W)",
+    ),
+    (
+        "backbone",
+        "def own(in_channels, out_channels, width, levels):\n"
+        "    return nn.Conv3d(in_channels, out_channels, 1)",
+        BACKBONE,
+        "leave out the edge stream by --edge off",
+    ),
+    (
+        "backbone",
+        "class Own(SegNet):\n    def join(self, channels):\n"
+        "        return nn.Conv3d(channels, 2 * channels, 1)",
+        BACKBONE,
+        "It gets images (1, 1, 16, 16, 16) and returns logits (1, 3, 16, 16, 16)",
+    ),
+    (
+        "layout",
+        "def own(root):\n    return [Case('a', (root / 'a.nii',))]",
+        LAYOUT,
+        "The layout 'own' of the module my_module returns list for",
+    ),
+    (
+        "layout",
+        "def own(root):\n    return Dataset(root, TASK, [Case('a', ('a.nii',), 'b.nii')])",
+        LAYOUT,
+        "among its cases, which is no Case(name, (Path, ...), Path or None)",
+    ),
+    (
+        "layout",
+        "def own(root):\n    return Dataset(root, TASK, [Case('a', (root / 'a.nii',))])",
+        LAYOUT,
+        "has a label map, so nothing can be learned from them. A layout of yours gives it as the",
+    ),
+    (
+        "layout",
+        "def own(root, task):\n    return None",
+        LAYOUT,
+        "The layout 'own' of the module my_module fails (TypeError",
+    ),
+]
+
+
+@pytest.mark.parametrize("kind, lines, flags, told", MISTAKES)
+def test_a_mistake_in_what_is_registered_is_told_first(place, capsys, kind, lines, flags, told):
+    begin = REGISTER.replace("KIND", kind)
+    Path("my_module.py").write_text(f"{begin}{lines}\n")
+    words = ["DATA", *TINY, *SIZE, "--batch_size", "1", "--out", "RUN", *flags.split()]
+    assert train(words) == 2
+    printed = capsys.readouterr()
+    assert told in printed.err
+    assert not Path("RUN").exists()
+
+
+NETWORK = """from torch import nn
+
+
+def build(in_channels, out_channels):
+    return nn.Sequential(nn.Conv3d(in_channels, out_channels, 3, padding=1), nn.Softmax(1))
+"""
+
+
+@pytest.mark.parametrize(
+    "file, flags, told",
+    [
+        ("my_module.py", "--import my_module.py", "--import my_module.py names a file. Write my_m"),
+        ("my_module.py", "--network my_module.py:build", "names a file. Write my_module in place"),
+        ("my_module.py", "--network my_module:build --edge off", "returns probabilities. Return l"),
+        ("colorsys.py", "--network colorsys:build", "Python has another module colorsys ("),
+        ("colorsys.py", "--import colorsys", "Python has another module colorsys ("),
+    ],
+)
+def test_a_wrong_module_is_told_first(place, capsys, file, flags, told):
+    importlib.import_module("colorsys")  # of Python, imported before
+    Path(file).write_text(NETWORK)
+    assert train(["DATA", *TINY, "--out", "RUN", *flags.split()]) == 2
+    printed = capsys.readouterr()
+    assert told in printed.err
+    assert not Path("RUN").exists()
+
+
+@pytest.mark.parametrize(
+    "lines, told",
+    [
+        ("return (pred * truth).sum()", "returns Tensor of the shape () for masks (1, 2, 6, 6, 6)"),
+        ("return pred.zero_().sum((2, 3, 4))", "changes the masks that it is given. Register a"),
+        ("return (pred & truth.bool()).sum((2, 3, 4))", "'own' of the module my_module fails ("),
+    ],
+)
+def test_a_wrong_metric_is_told_before_an_experiment_begins(place, capsys, lines, told):
+    begin = REGISTER.replace("KIND", "metric")
+    Path("my_module.py").write_text(f"{begin}def own(pred, truth):\n    {lines}\n")
+    words = "DATA --out EXPERIMENT --backbones segnet --arms bare --quick --import my_module"
+    assert experiment.main(words.split()) == 2
+    printed = capsys.readouterr()
+    assert told in printed.err
+    assert not Path("EXPERIMENT").exists()
+
+
+def inside_one_case():
+    "A function that returns a voxel outside of each case but the first that it gets"
+    sums = []
+
+    def chosen(labels, generator):
+        sums.append(labels.sum())
+        return [0 if sums[0] == sums[-1] else 99, 0, 0]
+
+    return chosen
+
+
+def some_weights(model):
+    first = next(model.parameters())
+    return torch.optim.SGD([first], lr=0.1)
+
+
+class Misspelled:
+    def on_epoch_ends(self, run, epoch, row):
+        return "stop"
+
+    def on_start(self, run):
+        pass
+
+
+class WithoutRun:
+    def on_step(self, step, terms):
+        pass
+
+
+def wrong_parts():
+    "Parts that do not fit, and what is said"
+    from monai.transforms import RandFlipd
+
+    return [
+        ({"sampling": inside_one_case()}, "sampling=chosen returns .99, 0, 0. for labels of"),
+        ({"sampling": lambda labels: [0, 0, 0]}, "sampling=<lambda> fails .TypeError"),
+        ({"optimizer": some_weights}, "optimizer=some_weights leaves out .* requires_grad_"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'. Give a function of .parameters."),
+        ({"transforms": RandFlipd("image")}, "moves the image, and the label stays where it is"),
+        ({"transforms": RandFlipd}, "transforms=RandFlipd is a class. Give an object of it"),
+        ({"loss": torch.nn.MSELoss}, "loss=MSELoss is a class. Give an object of it"),
+        ({"callbacks": [Misspelled()]}, "has a method on_epoch_ends, which no event calls"),
+        ({"callbacks": [WithoutRun()]}, "on_step of the callback WithoutRun takes the arguments"),
+        ({"callbacks": [EarlyStopping]}, "The callback EarlyStopping is a class"),
+        ({"callbacks": EarlyStopping(1)}, "callbacks is EarlyStopping. Give a list"),
+        ({"callbacks": [EarlyStopping(1, "dice")]}, "watches 'dice', which is no column"),
+    ]
+
+
+def test_a_wrong_part_is_told_first(place):
+    for parts, told in wrong_parts():
+        with pytest.raises(InputError, match=told):
+            fit(config(batch_size=1), quiet=True, **parts)
+        assert not Path("RUN").exists()
+
+
+COPY = (
+    REGISTER.replace("KIND", "backbone")
+    + """
+class Copy(SegNet):
+    "Seg-Net by another name"
+"""
+)
+
+
+def test_a_trial_leaves_no_trace_in_the_run(place):
+    Path("my_module.py").write_text(COPY)
+    words = ["DATA", *TINY, *SIZE]
+    assert train([*words, "--out", "RUN"]) == 0
+    own = BACKBONE.split()
+    assert train([*words, "--out", "OWN", *own]) == 0
+    assert Path("OWN/metrics.csv").read_bytes() == Path("RUN/metrics.csv").read_bytes()
+    ours = load_file("RUN/model.safetensors")
+    theirs = load_file("OWN/model.safetensors")
+    for name, weights in ours.items():
+        assert torch.equal(weights, theirs[name]), name
