@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from monai.transforms import RandFlipd
 
 from egcnn_nb import Settings, data_samples, fit
 from egcnn_nb.commands import experiment
@@ -406,104 +406,139 @@ TASK = Task("own", ("ct",), {0: "background", 1: "kidney"}, {"kidneys": (1,)}, n
 
 @register("KIND", "own")
 """
-SEMANTIC = "--import my_module --reading semantic=own"
-BACKBONE = "--import my_module --backbone own"
-LAYOUT = "--import my_module"
-MISTAKES = [  # kind, what is registered, flags, what is said
-    (
-        "semantic",
-        "def own(logits, target, loss):\n    return (logits - target).square().mean((2, 3, 4))",
-        SEMANTIC,
-        "The loss 'own' of the module my_module returns Tensor of the shape (1, 3). Register a",
-    ),
-    (
-        "semantic",
-        "def own(logits, target):\n    return (logits - target).square().mean()",
-        SEMANTIC,
-        "The loss 'own' fails (TypeError: own() takes 2 positional arguments but 3 were given)",
-    ),
-    (
-        "semantic",
-        "def own(logits, target, loss):\n    return (logits.softmax(1) - 1).log().mean()",
-        SEMANTIC,
-        "its term total is nan for the first patches",
-    ),
-    (
-        "semantic",
-        "def own(logits, target, loss):\n    return (logits - target).square().sum((1, 2, 3)).mul(0)"
-        ".sqrt().mean()",
-        SEMANTIC,
-        "has gradients that are not finite",
-    ),
-    (
-        "semantic",
-        "def own(logits, target, loss):\n    return (logits.argmax(1) != 0).float().mean()",
-        SEMANTIC,
-        "The loss 'own' does not depend on the weights of the network. Compute it from the output",
-    ),
-    (
-        "backbone",
-        "def own(in_channels, out_channels):\n    return nn.Conv3d(in_channels, out_channels, 1)",
-        BACKBONE,
-        "The backbone 'own' of the module my_module fails (TypeError: own() takes 2 positional",
-    ),
-    (
-        "backbone",
-        "def own(in_channels, out_channels, width, levels):\n"
-        "    return nn.Conv3d(in_channels, width, 1)",
-        BACKBONE,
-        "must return logits (B, 3, D, H, W)",
-    ),
-    (
-        "backbone",
-        "def own(in_channels, out_channels, width, levels):\n"
-        "    return nn.Conv3d(in_channels, out_channels, 1)",
-        BACKBONE,
-        "leave out the edge stream by --edge off",
-    ),
-    (
-        "backbone",
-        "class Own(SegNet):\n    def join(self, channels):\n"
-        "        return nn.Conv3d(channels, 2 * channels, 1)",
-        BACKBONE,
-        "It gets images (1, 1, 16, 16, 16) and returns logits (1, 3, 16, 16, 16)",
-    ),
-    (
-        "layout",
-        "def own(root):\n    return [Case('a', (root / 'a.nii',))]",
-        LAYOUT,
-        "The layout 'own' of the module my_module returns list for",
-    ),
-    (
-        "layout",
-        "def own(root):\n    return Dataset(root, TASK, [Case('a', ('a.nii',), 'b.nii')])",
-        LAYOUT,
-        "among its cases, which is no Case(name, (Path, ...), Path or None)",
-    ),
-    (
-        "layout",
-        "def own(root):\n    return Dataset(root, TASK, [Case('a', (root / 'a.nii',))])",
-        LAYOUT,
-        "has a label map, so nothing can be learned from them. A layout of yours gives it as the",
-    ),
-    (
-        "layout",
-        "def own(root, task):\n    return None",
-        LAYOUT,
-        "The layout 'own' of the module my_module fails (TypeError",
-    ),
-]
+SEMANTIC = "--batch_size 1 --import my_module --reading semantic=own".split()
+BACKBONE = "--batch_size 1 --import my_module --backbone own".split()
+LOSSES = {  # what is said -> what is registered
+    "The loss 'own' of the module my_module returns Tensor of the shape (1, 3). Register a": """
+def own(logits, target, loss):
+    return (logits - target).square().mean((2, 3, 4))
+""",
+    "The loss 'own' fails (TypeError: own() takes 2 positional arguments but 3 were given)": """
+def own(logits, target):
+    return (logits - target).square().mean()
+""",
+    "its term total is nan for the first patches": """
+def own(logits, target, loss):
+    return (logits.softmax(1) - 1).log().mean()
+""",
+    "has gradients that are not finite": """
+def own(logits, target, loss):
+    return (0 * logits).sum().sqrt()
+""",
+    "does not depend on the weights of the network. Compute it from the output": """
+def own(logits, target, loss):
+    return (logits.argmax(1) != 0).float().mean()
+""",
+}
+BACKBONES = {
+    "The backbone 'own' of the module my_module fails (TypeError: own() takes 2 positional": """
+def own(in_channels, out_channels):
+    return nn.Conv3d(in_channels, out_channels, 1)
+""",
+    "must return logits (B, 3, D, H, W)": """
+def own(in_channels, out_channels, width, levels):
+    return nn.Conv3d(in_channels, width, 1)
+""",
+    "The backbone 'own' of the module my_module returns NoneType. Register a class": """
+def own(in_channels, out_channels, width, levels):
+    nn.Conv3d(in_channels, out_channels, 1)
+""",
+    "leave out the edge stream by --edge off": """
+def own(in_channels, out_channels, width, levels):
+    return nn.Conv3d(in_channels, out_channels, 1)
+""",
+    "It gets images (1, 1, 16, 16, 16) and returns logits (1, 3, 16, 16, 16)": """
+class Own(SegNet):
+    def join(self, channels):
+        return nn.Conv3d(channels, 2 * channels, 1)
+""",
+}
+LAYOUTS = {
+    "The layout 'own' of the module my_module returns list for": """
+def own(root):
+    return [Case("a", (root / "a.nii",))]
+""",
+    "among its cases, which is no Case(name, (Path, ...), Path or None)": """
+def own(root):
+    return Dataset(root, TASK, [Case("a", ("a.nii",), "b.nii")])
+""",
+    "has a label map, so nothing can be learned from them. A layout of yours gives it as the": """
+def own(root):
+    return Dataset(root, TASK, [Case("a", (root / "a.nii",))])
+""",
+    "The layout 'own' of the module my_module fails (TypeError": """
+def own(root, task):
+    return None
+""",
+}
+METRICS = {
+    "returns Tensor of the shape () for masks (1, 2, 6, 6, 6)": """
+def own(pred, truth):
+    return (pred * truth).sum()
+""",
+    "changes the masks that it is given. Register a": """
+def own(pred, truth):
+    return pred.zero_().sum((2, 3, 4))
+""",
+    "The metric 'own' of the module my_module fails (TypeError": """
+def own(pred, truth, spacing):
+    return (pred * truth).sum((2, 3, 4))
+""",
+}
 
 
-@pytest.mark.parametrize("kind, lines, flags, told", MISTAKES)
-def test_a_mistake_in_what_is_registered_is_told_first(place, capsys, kind, lines, flags, told):
+def write_own(kind, lines):
+    "my_module.py, which registers these lines under the name own"
     begin = REGISTER.replace("KIND", kind)
-    Path("my_module.py").write_text(f"{begin}{lines}\n")
-    words = ["DATA", *TINY, *SIZE, "--batch_size", "1", "--out", "RUN", *flags.split()]
-    assert train(words) == 2
+    text = begin + lines.strip()
+    Path("my_module.py").write_text(text)
+
+
+def expect_error(capsys, told):
+    "Assert that this was said, and that nothing was written"
     printed = capsys.readouterr()
     assert told in printed.err
     assert not Path("RUN").exists()
+    assert not Path("EXPERIMENT").exists()
+
+
+def train_here(*flags):
+    "Train a small run with more flags, into RUN"
+    words = ["DATA", "--out", "RUN", *TINY, *flags]
+    return train(words)
+
+
+@pytest.mark.parametrize("told", LOSSES)
+def test_a_wrong_loss_is_told_first(place, capsys, told):
+    lines = LOSSES[told]
+    write_own("semantic", lines)
+    assert train_here(*SEMANTIC, *SIZE) == 2
+    expect_error(capsys, told)
+
+
+@pytest.mark.parametrize("told", BACKBONES)
+def test_a_wrong_backbone_is_told_first(place, capsys, told):
+    lines = BACKBONES[told]
+    write_own("backbone", lines)
+    assert train_here(*BACKBONE, *SIZE) == 2
+    expect_error(capsys, told)
+
+
+@pytest.mark.parametrize("told", LAYOUTS)
+def test_a_wrong_layout_is_told_first(place, capsys, told):
+    lines = LAYOUTS[told]
+    write_own("layout", lines)
+    assert train_here("--import", "my_module") == 2
+    expect_error(capsys, told)
+
+
+@pytest.mark.parametrize("told", METRICS)
+def test_a_wrong_metric_is_told_before_an_experiment_begins(place, capsys, told):
+    lines = METRICS[told]
+    write_own("metric", lines)
+    words = "DATA --out EXPERIMENT --quick --import my_module".split()
+    assert experiment.main(words) == 2
+    expect_error(capsys, told)
 
 
 NETWORK = """from torch import nn
@@ -514,41 +549,23 @@ def build(in_channels, out_channels):
 """
 
 
-@pytest.mark.parametrize(
-    "file, flags, told",
-    [
-        ("my_module.py", "--import my_module.py", "--import my_module.py names a file. Write my_m"),
-        ("my_module.py", "--network my_module.py:build", "names a file. Write my_module in place"),
-        ("my_module.py", "--network my_module:build --edge off", "returns probabilities. Return l"),
-        ("colorsys.py", "--network colorsys:build", "Python has another module colorsys ("),
-        ("colorsys.py", "--import colorsys", "Python has another module colorsys ("),
-    ],
-)
-def test_a_wrong_module_is_told_first(place, capsys, file, flags, told):
+WRONG_NAMES = {  # flags -> the file of the module, and what is said
+    "--import my_module.py": ("my_module", "--import my_module.py names a file. Write my_module"),
+    "--network my_module.py:build": ("my_module", "names a file. Write my_module in place"),
+    "--network my_module:build --edge off": ("my_module", "returns probabilities. Return logits"),
+    "--network colorsys:build": ("colorsys", "Python has another module colorsys ("),
+    "--import colorsys": ("colorsys", "Python has another module colorsys ("),
+}
+
+
+@pytest.mark.parametrize("flags", WRONG_NAMES)
+def test_a_wrong_module_is_told_first(place, capsys, flags):
     importlib.import_module("colorsys")  # of Python, imported before
-    Path(file).write_text(NETWORK)
-    assert train(["DATA", *TINY, "--out", "RUN", *flags.split()]) == 2
-    printed = capsys.readouterr()
-    assert told in printed.err
-    assert not Path("RUN").exists()
-
-
-@pytest.mark.parametrize(
-    "lines, told",
-    [
-        ("return (pred * truth).sum()", "returns Tensor of the shape () for masks (1, 2, 6, 6, 6)"),
-        ("return pred.zero_().sum((2, 3, 4))", "changes the masks that it is given. Register a"),
-        ("return (pred & truth.bool()).sum((2, 3, 4))", "'own' of the module my_module fails ("),
-    ],
-)
-def test_a_wrong_metric_is_told_before_an_experiment_begins(place, capsys, lines, told):
-    begin = REGISTER.replace("KIND", "metric")
-    Path("my_module.py").write_text(f"{begin}def own(pred, truth):\n    {lines}\n")
-    words = "DATA --out EXPERIMENT --backbones segnet --arms bare --quick --import my_module"
-    assert experiment.main(words.split()) == 2
-    printed = capsys.readouterr()
-    assert told in printed.err
-    assert not Path("EXPERIMENT").exists()
+    name, told = WRONG_NAMES[flags]
+    Path(f"{name}.py").write_text(NETWORK)
+    words = flags.split()
+    assert train_here(*words) == 2
+    expect_error(capsys, told)
 
 
 def inside_one_case():
@@ -580,50 +597,43 @@ class WithoutRun:
         pass
 
 
-def wrong_parts():
-    "Parts that do not fit, and what is said"
-    from monai.transforms import RandFlipd
-
-    return [
-        ({"sampling": inside_one_case()}, "sampling=chosen returns .99, 0, 0. for labels of"),
-        ({"sampling": lambda labels: [0, 0, 0]}, "sampling=<lambda> fails .TypeError"),
-        ({"optimizer": some_weights}, "optimizer=some_weights leaves out .* requires_grad_"),
-        ({"optimizer": "sgd"}, "optimizer is 'sgd'. Give a function of .parameters."),
-        ({"transforms": RandFlipd("image")}, "moves the image, and the label stays where it is"),
-        ({"transforms": RandFlipd}, "transforms=RandFlipd is a class. Give an object of it"),
-        ({"loss": torch.nn.MSELoss}, "loss=MSELoss is a class. Give an object of it"),
-        ({"callbacks": [Misspelled()]}, "has a method on_epoch_ends, which no event calls"),
-        ({"callbacks": [WithoutRun()]}, "on_step of the callback WithoutRun takes the arguments"),
-        ({"callbacks": [EarlyStopping]}, "The callback EarlyStopping is a class"),
-        ({"callbacks": EarlyStopping(1)}, "callbacks is EarlyStopping. Give a list"),
-        ({"callbacks": [EarlyStopping(1, "dice")]}, "watches 'dice', which is no column"),
-    ]
+WRONG_PARTS = {  # what is said -> the part
+    "sampling=chosen returns .99, 0, 0. for labels of": {"sampling": inside_one_case()},
+    "sampling=<lambda> fails .TypeError": {"sampling": lambda labels: [0, 0, 0]},
+    "optimizer=some_weights leaves out .* requires_grad_": {"optimizer": some_weights},
+    "optimizer is 'sgd'. Give a function of .parameters.": {"optimizer": "sgd"},
+    "moves the image, and the label stays where it is": {"transforms": RandFlipd("image")},
+    "transforms=RandFlipd is a class. Give an object of it": {"transforms": RandFlipd},
+    "loss=MSELoss is a class. Give an object of it": {"loss": torch.nn.MSELoss},
+    "has a method on_epoch_ends, which no event calls": {"callbacks": [Misspelled()]},
+    "on_step of the callback WithoutRun takes the arguments": {"callbacks": [WithoutRun()]},
+    "The callback EarlyStopping is a class": {"callbacks": [EarlyStopping]},
+    "callbacks is EarlyStopping. Give a list": {"callbacks": EarlyStopping(1)},
+    "watches 'dice', which is no column": {"callbacks": [EarlyStopping(1, "dice")]},
+}
 
 
-def test_a_wrong_part_is_told_first(place):
-    for parts, told in wrong_parts():
-        with pytest.raises(InputError, match=told):
-            fit(config(batch_size=1), quiet=True, **parts)
-        assert not Path("RUN").exists()
+@pytest.mark.parametrize("told", WRONG_PARTS)
+def test_a_wrong_part_is_told_first(place, told):
+    parts = WRONG_PARTS[told]
+    settings = config(batch_size=1)
+    with pytest.raises(InputError, match=told):
+        fit(settings, quiet=True, **parts)
+    assert not Path("RUN").exists()
 
 
-COPY = (
-    REGISTER.replace("KIND", "backbone")
-    + """
+COPY = """
 class Copy(SegNet):
     "Seg-Net by another name"
 """
-)
 
 
 def test_a_trial_leaves_no_trace_in_the_run(place):
-    Path("my_module.py").write_text(COPY)
-    words = ["DATA", *TINY, *SIZE]
-    assert train([*words, "--out", "RUN"]) == 0
-    own = BACKBONE.split()
-    assert train([*words, "--out", "OWN", *own]) == 0
-    assert Path("OWN/metrics.csv").read_bytes() == Path("RUN/metrics.csv").read_bytes()
-    ours = load_file("RUN/model.safetensors")
-    theirs = load_file("OWN/model.safetensors")
-    for name, weights in ours.items():
-        assert torch.equal(weights, theirs[name]), name
+    assert train_here("--batch_size", "1", *SIZE) == 0
+    plain = Path("RUN").rename("PLAIN")
+    write_own("backbone", COPY)
+    assert train_here(*BACKBONE, *SIZE) == 0
+    for name in ("metrics.csv", "model.safetensors"):
+        before = Path(plain, name)
+        after = Path("RUN", name)
+        assert before.read_bytes() == after.read_bytes(), name
