@@ -195,6 +195,22 @@ def test_every_notebook_and_file_that_the_page_names_is_there():
         assert there, name
 
 
+def row_of(number, text):
+    "The row of the table about one thing, from its first example"
+    title = text.splitlines()[0]
+    examples = [lines for language, lines in blocks(number) if language == "python"]
+    first = examples[0].removeprefix(MODULE)
+    file = "your script" if first == examples[0] else "`my_module.py`"
+    filled = [line for line in first.splitlines() if line]
+    return f"| {number}. {title} | {file} | {len(filled)} |"
+
+
+def test_the_table_of_the_ten_things_counts_their_lines():
+    for number, text in sections().items():
+        row = row_of(number, text)
+        assert row in PAGE
+
+
 def test_the_first_lines_give_the_names_of_the_others():
     begin = re.search(r"begin like this:\n\n```python\n(.*?)```", PAGE, re.S)
     assert begin
@@ -620,6 +636,17 @@ def test_a_wrong_part_is_told_first(place, told):
     with pytest.raises(InputError, match=told):
         fit(settings, quiet=True, **parts)
     assert not Path("RUN").exists()
+
+
+def test_an_experiment_tries_a_loss_before_it_measures_costs(place, capsys):
+    told = "its term total is nan for the first patches"
+    write_own("semantic", LOSSES[told])
+    flags = "--quick --test_cases 1 --validation 1 --patch_size 16 16 16 --cache off"
+    words = ["DATA", "--out", "EXPERIMENT", *flags.split()]
+    assert experiment.main([*words, "--import", "my_module", "--reading", "semantic=own"]) == 2
+    printed = capsys.readouterr()
+    assert told in printed.err
+    assert not Path("EXPERIMENT/costs.json").exists()
 
 
 COPY = """
