@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['BRATS_REGIONS', 'KITS_REGIONS', 'BRATS', 'KITS', 'COLOURS', 'AUGMENTATIONS', 'KINDS', 'REGISTRY', 'InputError',
            'require', 'expect', 'worker_died', 'exit_on_error', 'need', 'outer_first', 'Task', 'Entry', 'register',
-           'registered', 'find', 'title_of', 'import_own', 'import_all', 'project_file', 'write_whole', 'keep_memory',
-           'processors', 'processor_name', 'free_memory', 'readers']
+           'registered', 'find', 'title_of', 'is_own', 'errors_of', 'errors_of_own', 'kind_of', 'require_own',
+           'import_own', 'import_all', 'project_file', 'write_whole', 'keep_memory', 'processors', 'processor_name',
+           'free_memory', 'readers']
 
 # %% ../nbs/4_inside/core.ipynb #b54b45e6
 import ctypes
@@ -14,7 +15,8 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import combinations
@@ -339,7 +341,93 @@ def title_of(
     entry = REGISTRY[kind].get(name)
     return entry.title if entry else name
 
+
+def is_own(
+    kind: str,  # one of KINDS
+    name: object,  # any; what is not registered is not own
+) -> bool:
+    "Whether a name was registered by a module of the user's, and not by the package"
+    entry = REGISTRY[kind].get(name) if isinstance(name, str) else None
+    module = getattr(entry and entry.made, "__module__", None) or ""
+    return entry is not None and module.partition(".")[0] != "egcnn_nb"
+
+
+@contextmanager
+def errors_of(
+    part: str,  # of the user's, such as "loss=tversky"
+    fix: str,  # sentence: how the part is called, or what it must return
+) -> Iterator[None]:
+    "What a part of the user's raises becomes an `InputError` that names it; full memory stays"
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as e:  # whatever a part may raise
+        if _lacks_memory(e):
+            raise
+        reason = next(iter(str(e).splitlines()), "")
+        raise InputError(f"{part} fails ({type(e).__name__}: {reason}). {fix}") from e
+
+
+def _described(kind, name):
+    "What is registered under a name, with its module, for messages"
+    module = getattr(find(kind, name), "__module__", None)
+    word = "loss" if kind == "semantic" else kind
+    return f"The {word} {name!r} of the module {module}"
+
+
+def errors_of_own(
+    kind: str,  # one of KINDS
+    name: str,  # that is registered
+) -> AbstractContextManager[None]:
+    "`errors_of` what is registered under a name"
+    return errors_of(_described(kind, name), f"Register {KINDS[kind]}.")
+
+
+def kind_of(
+    value: object,  # that a part of the user's returned
+) -> str:
+    "What a value is, for messages: its type, and the shape of a tensor"
+    shape = getattr(value, "shape", None)
+    name = type(value).__name__
+    return name if shape is None else f"{name} of the shape {tuple(shape)}"
+
+
+def require_own(
+    ok: object,  # condition that must hold
+    kind: str,  # one of KINDS
+    name: str,  # that is registered
+    problem: str,  # what it does, such as "returns list"
+) -> None:
+    "Raise `InputError` unless `ok`, with what should be registered under a name"
+    if not ok:
+        raise InputError(f"{_described(kind, name)} {problem}. Register {KINDS[kind]}.")
+
 # %% ../nbs/4_inside/core.ipynb #7a8b5bf7
+def _expect_module_name(module, named_by):
+    "Raise `InputError` where the name of a file stands for that of a module"
+    is_file = module.endswith(".py") or "/" in module or os.sep in module
+    name = Path(module).name.removesuffix(".py")
+    require(
+        not is_file,
+        f"{named_by[0].upper()}{named_by[1:]} names a file. Write {name} in place of {module}, "
+        f"and start the command in the folder of {name}.py.",
+    )
+
+
+def _expect_from_here(found, module, named_by, here):
+    "Raise `InputError` where Python has another module of the name of a file in the current folder"
+    path = Path(here, *module.split("."))
+    own = [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]
+    there = getattr(found, "__file__", None)
+    is_own_file = there and Path(there).resolve() in [file.resolve() for file in own]
+    require(
+        not own or is_own_file,
+        f"{named_by[0].upper()}{named_by[1:]} names {own and own[0]}, but Python has another module "
+        f"{module} ({there or 'built in'}). Rename your file.",
+    )
+
+
 def import_own(
     module: str,  # its name, with dots where it lies in a package
     named_by: str,  # what names it, for messages, such as "--import my_module"
@@ -348,8 +436,9 @@ def import_own(
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
+    _expect_module_name(module, named_by)
     try:
-        return import_module(module)
+        found = import_module(module)
     except ModuleNotFoundError as e:
         if e.name == module:
             raise InputError(
@@ -365,6 +454,8 @@ def import_own(
         raise InputError(
             f"The module {module} of {named_by} cannot be imported ({type(e).__name__}: {e}). Repair it."
         ) from e
+    _expect_from_here(found, module, named_by, here)
+    return found
 
 
 def import_all(

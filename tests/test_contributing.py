@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from monai.transforms import RandFlipd
 
 from egcnn_nb import Settings, data_samples, fit
 from egcnn_nb.commands import experiment
@@ -23,7 +24,8 @@ from egcnn_nb.commands import train as training
 from egcnn_nb.commands.check import main as check
 from egcnn_nb.commands.predict import main as predict
 from egcnn_nb.commands.train import main as train
-from egcnn_nb.core import REGISTRY
+from egcnn_nb.core import REGISTRY, InputError
+from egcnn_nb.run.callbacks import EarlyStopping
 from egcnn_nb.run.steps import read_metrics
 
 PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
@@ -191,6 +193,22 @@ def test_every_notebook_and_file_that_the_page_names_is_there():
         path = root / name
         there = path.is_file() or "ROOM" in name
         assert there, name
+
+
+def row_of(number, text):
+    "The row of the table about one thing, from its first example"
+    title = text.splitlines()[0]
+    examples = [lines for language, lines in blocks(number) if language == "python"]
+    first = examples[0].removeprefix(MODULE)
+    file = "your script" if first == examples[0] else "`my_module.py`"
+    filled = [line for line in first.splitlines() if line]
+    return f"| {number}. {title} | {file} | {len(filled)} |"
+
+
+def test_the_table_of_the_ten_things_counts_their_lines():
+    for number, text in sections().items():
+        row = row_of(number, text)
+        assert row in PAGE
 
 
 def test_the_first_lines_give_the_names_of_the_others():
@@ -391,3 +409,258 @@ def test_10_a_network(place):
     first, second = config_of("RUN1"), config_of("RUN2")
     assert first["parts"] == {"model": "build"}
     assert second["parts"] == {"model": "EGCNN"}
+
+
+REGISTER = """import torch
+from torch import nn
+
+from egcnn_nb import SegNet, Task, register
+from egcnn_nb.data.layouts import Case, Dataset
+
+TASK = Task("own", ("ct",), {0: "background", 1: "kidney"}, {"kidneys": (1,)}, normalize="hu")
+
+
+@register("KIND", "own")
+"""
+SEMANTIC = "--batch_size 1 --import my_module --reading semantic=own".split()
+BACKBONE = "--batch_size 1 --import my_module --backbone own".split()
+LOSSES = {  # what is said -> what is registered
+    "The loss 'own' of the module my_module returns Tensor of the shape (1, 3). Register a": """
+def own(logits, target, loss):
+    return (logits - target).square().mean((2, 3, 4))
+""",
+    "The loss 'own' fails (TypeError: own() takes 2 positional arguments but 3 were given)": """
+def own(logits, target):
+    return (logits - target).square().mean()
+""",
+    "its term total is nan for the first patches": """
+def own(logits, target, loss):
+    return (logits.softmax(1) - 1).log().mean()
+""",
+    "has gradients that are not finite": """
+def own(logits, target, loss):
+    return (0 * logits).sum().sqrt()
+""",
+    "does not depend on the weights of the network. Compute it from the output": """
+def own(logits, target, loss):
+    return (logits.argmax(1) != 0).float().mean()
+""",
+}
+BACKBONES = {
+    "The backbone 'own' of the module my_module fails (TypeError: own() takes 2 positional": """
+def own(in_channels, out_channels):
+    return nn.Conv3d(in_channels, out_channels, 1)
+""",
+    "must return logits (B, 3, D, H, W)": """
+def own(in_channels, out_channels, width, levels):
+    return nn.Conv3d(in_channels, width, 1)
+""",
+    "The backbone 'own' of the module my_module returns NoneType. Register a class": """
+def own(in_channels, out_channels, width, levels):
+    nn.Conv3d(in_channels, out_channels, 1)
+""",
+    "leave out the edge stream by --edge off": """
+def own(in_channels, out_channels, width, levels):
+    return nn.Conv3d(in_channels, out_channels, 1)
+""",
+    "It gets images (1, 1, 16, 16, 16) and returns logits (1, 3, 16, 16, 16)": """
+class Own(SegNet):
+    def join(self, channels):
+        return nn.Conv3d(channels, 2 * channels, 1)
+""",
+}
+LAYOUTS = {
+    "The layout 'own' of the module my_module returns list for": """
+def own(root):
+    return [Case("a", (root / "a.nii",))]
+""",
+    "among its cases, which is no Case(name, (Path, ...), Path or None)": """
+def own(root):
+    return Dataset(root, TASK, [Case("a", ("a.nii",), "b.nii")])
+""",
+    "has a label map, so nothing can be learned from them. A layout of yours gives it as the": """
+def own(root):
+    return Dataset(root, TASK, [Case("a", (root / "a.nii",))])
+""",
+    "The layout 'own' of the module my_module fails (TypeError": """
+def own(root, task):
+    return None
+""",
+}
+METRICS = {
+    "returns Tensor of the shape () for masks (1, 2, 6, 6, 6)": """
+def own(pred, truth):
+    return (pred * truth).sum()
+""",
+    "changes the masks that it is given. Register a": """
+def own(pred, truth):
+    return pred.zero_().sum((2, 3, 4))
+""",
+    "The metric 'own' of the module my_module fails (TypeError": """
+def own(pred, truth, spacing):
+    return (pred * truth).sum((2, 3, 4))
+""",
+}
+
+
+def write_own(kind, lines):
+    "my_module.py, which registers these lines under the name own"
+    begin = REGISTER.replace("KIND", kind)
+    text = begin + lines.strip()
+    Path("my_module.py").write_text(text)
+
+
+def expect_error(capsys, told):
+    "Assert that this was said, and that nothing was written"
+    printed = capsys.readouterr()
+    assert told in printed.err
+    assert not Path("RUN").exists()
+    assert not Path("EXPERIMENT").exists()
+
+
+def train_here(*flags):
+    "Train a small run with more flags, into RUN"
+    words = ["DATA", "--out", "RUN", *TINY, *flags]
+    return train(words)
+
+
+@pytest.mark.parametrize("told", LOSSES)
+def test_a_wrong_loss_is_told_first(place, capsys, told):
+    lines = LOSSES[told]
+    write_own("semantic", lines)
+    assert train_here(*SEMANTIC, *SIZE) == 2
+    expect_error(capsys, told)
+
+
+@pytest.mark.parametrize("told", BACKBONES)
+def test_a_wrong_backbone_is_told_first(place, capsys, told):
+    lines = BACKBONES[told]
+    write_own("backbone", lines)
+    assert train_here(*BACKBONE, *SIZE) == 2
+    expect_error(capsys, told)
+
+
+@pytest.mark.parametrize("told", LAYOUTS)
+def test_a_wrong_layout_is_told_first(place, capsys, told):
+    lines = LAYOUTS[told]
+    write_own("layout", lines)
+    assert train_here("--import", "my_module") == 2
+    expect_error(capsys, told)
+
+
+@pytest.mark.parametrize("told", METRICS)
+def test_a_wrong_metric_is_told_before_an_experiment_begins(place, capsys, told):
+    lines = METRICS[told]
+    write_own("metric", lines)
+    words = "DATA --out EXPERIMENT --quick --import my_module".split()
+    assert experiment.main(words) == 2
+    expect_error(capsys, told)
+
+
+NETWORK = """from torch import nn
+
+
+def build(in_channels, out_channels):
+    return nn.Sequential(nn.Conv3d(in_channels, out_channels, 3, padding=1), nn.Softmax(1))
+"""
+
+
+WRONG_NAMES = {  # flags -> the file of the module, and what is said
+    "--import my_module.py": ("my_module", "--import my_module.py names a file. Write my_module"),
+    "--network my_module.py:build": ("my_module", "names a file. Write my_module in place"),
+    "--network my_module:build --edge off": ("my_module", "returns probabilities. Return logits"),
+    "--network colorsys:build": ("colorsys", "Python has another module colorsys ("),
+    "--import colorsys": ("colorsys", "Python has another module colorsys ("),
+}
+
+
+@pytest.mark.parametrize("flags", WRONG_NAMES)
+def test_a_wrong_module_is_told_first(place, capsys, flags):
+    importlib.import_module("colorsys")  # of Python, imported before
+    name, told = WRONG_NAMES[flags]
+    Path(f"{name}.py").write_text(NETWORK)
+    words = flags.split()
+    assert train_here(*words) == 2
+    expect_error(capsys, told)
+
+
+def inside_one_case():
+    "A function that returns a voxel outside of each case but the first that it gets"
+    sums = []
+
+    def chosen(labels, generator):
+        sums.append(labels.sum())
+        return [0 if sums[0] == sums[-1] else 99, 0, 0]
+
+    return chosen
+
+
+def some_weights(model):
+    first = next(model.parameters())
+    return torch.optim.SGD([first], lr=0.1)
+
+
+class Misspelled:
+    def on_epoch_ends(self, run, epoch, row):
+        return "stop"
+
+    def on_start(self, run):
+        pass
+
+
+class WithoutRun:
+    def on_step(self, step, terms):
+        pass
+
+
+WRONG_PARTS = {  # what is said -> the part
+    "sampling=chosen returns .99, 0, 0. for labels of": {"sampling": inside_one_case()},
+    "sampling=<lambda> fails .TypeError": {"sampling": lambda labels: [0, 0, 0]},
+    "optimizer=some_weights leaves out .* requires_grad_": {"optimizer": some_weights},
+    "optimizer is 'sgd'. Give a function of .parameters.": {"optimizer": "sgd"},
+    "moves the image, and the label stays where it is": {"transforms": RandFlipd("image")},
+    "transforms=RandFlipd is a class. Give an object of it": {"transforms": RandFlipd},
+    "loss=MSELoss is a class. Give an object of it": {"loss": torch.nn.MSELoss},
+    "has a method on_epoch_ends, which no event calls": {"callbacks": [Misspelled()]},
+    "on_step of the callback WithoutRun takes the arguments": {"callbacks": [WithoutRun()]},
+    "The callback EarlyStopping is a class": {"callbacks": [EarlyStopping]},
+    "callbacks is EarlyStopping. Give a list": {"callbacks": EarlyStopping(1)},
+    "watches 'dice', which is no column": {"callbacks": [EarlyStopping(1, "dice")]},
+}
+
+
+@pytest.mark.parametrize("told", WRONG_PARTS)
+def test_a_wrong_part_is_told_first(place, told):
+    parts = WRONG_PARTS[told]
+    settings = config(batch_size=1)
+    with pytest.raises(InputError, match=told):
+        fit(settings, quiet=True, **parts)
+    assert not Path("RUN").exists()
+
+
+def test_an_experiment_tries_a_loss_before_it_measures_costs(place, capsys):
+    told = "its term total is nan for the first patches"
+    write_own("semantic", LOSSES[told])
+    flags = "--quick --test_cases 1 --validation 1 --patch_size 16 16 16 --cache off"
+    words = ["DATA", "--out", "EXPERIMENT", *flags.split()]
+    assert experiment.main([*words, "--import", "my_module", "--reading", "semantic=own"]) == 2
+    printed = capsys.readouterr()
+    assert told in printed.err
+    assert not Path("EXPERIMENT/costs.json").exists()
+
+
+COPY = """
+class Copy(SegNet):
+    "Seg-Net by another name"
+"""
+
+
+def test_a_trial_leaves_no_trace_in_the_run(place):
+    assert train_here("--batch_size", "1", *SIZE) == 0
+    plain = Path("RUN").rename("PLAIN")
+    write_own("backbone", COPY)
+    assert train_here(*BACKBONE, *SIZE) == 0
+    for name in ("metrics.csv", "model.safetensors"):
+        before = Path(plain, name)
+        after = Path("RUN", name)
+        assert before.read_bytes() == after.read_bytes(), name

@@ -638,8 +638,9 @@ def test_a_step_may_stop_too(data, tmp_path):
 
 
 def test_wrong_callbacks_are_told_at_once(data, tmp_path):
-    for odd in (print, Heard, 3):
-        with pytest.raises(InputError, match="has none of on_start"):
+    told = {print: "has none of on_start", Heard: "Heard is a class", 3: "has none of on_start"}
+    for odd, problem in told.items():
+        with pytest.raises(InputError, match=problem):
             fit(settings(data, tmp_path / "run"), quiet=True, callbacks=[odd])
     assert not (tmp_path / "run").exists()
 

@@ -19,6 +19,7 @@ from threading import current_thread, main_thread
 
 from ..core import AUGMENTATIONS, exit_on_error, expect, import_all, require
 from ..run.checkpoints import lock_run
+from ..run.metrics import try_metrics
 from egcnn_nb.run.settings import (
     PresetParser,
     Settings,
@@ -394,6 +395,7 @@ def run_experiment(
 
     Raises `InputError` where another process is at it."""
     import_all(args.imports)
+    try_metrics()
     check_arms(args)
     _check_step(out, args)
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -411,6 +413,7 @@ def run_experiment(
 def _run_all(args):
     "The experiment of each dataset in the folder"
     import_all(args.imports)
+    try_metrics()
     check_arms(args)
     _tell_preset(args)
     out = Path(args.out)

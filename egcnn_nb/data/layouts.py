@@ -17,7 +17,20 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import BRATS, KITS, InputError, Task, find, register, registered, require
+from egcnn_nb.core import (
+    BRATS,
+    KITS,
+    InputError,
+    Task,
+    errors_of_own,
+    find,
+    is_own,
+    kind_of,
+    register,
+    registered,
+    require,
+    require_own,
+)
 from .dataset_json import decathlon, nnunet
 from egcnn_nb.data.files import (
     Case,
@@ -387,14 +400,42 @@ def _layouts():
     return registered("layout")[::-1]
 
 
+def _is_case(case):
+    "Whether something is a `Case` whose files are paths"
+    if not isinstance(case, Case) or not isinstance(case.images, (tuple, list)):
+        return False
+    files = [*case.images, case.label or Path()]
+    return isinstance(case.name, str) and all(isinstance(file, Path) for file in files)
+
+
+def _found_by(name, root):
+    "What the layout of this name finds in a folder; raises `InputError` where yours does not fit"
+    layout = find("layout", name)
+    if not is_own("layout", name):
+        return layout(root)
+    with errors_of_own("layout", name):
+        found = layout(root)
+    if found is None:
+        return None
+    where = f"for {root}"
+    is_dataset = isinstance(found, Dataset)
+    require_own(is_dataset, "layout", name, f"returns {kind_of(found)} {where}")
+    cases = found.cases
+    is_list = isinstance(cases, (list, tuple))
+    require_own(is_list, "layout", name, f"has cases in a {kind_of(cases)}, not a list, {where}")
+    odd = [case for case in cases if not _is_case(case)]
+    problem = f"has {odd[:1]} among its cases, which is no Case(name, (Path, ...), Path or None)"
+    require_own(not odd, "layout", name, problem)
+    return found
+
+
 def _recognise(root):
     "The dataset of a folder in the first layout that fits, or None"
     if is_run(root) and not _is_described(root):
         return None
     try:
         for name in _layouts():
-            layout = find("layout", name)
-            found = layout(root)
+            found = _found_by(name, root)
             if found:
                 return found
     except InputError:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import AUGMENTATIONS, InputError, expect, need, require
+from ..core import AUGMENTATIONS, InputError, errors_of, expect, need, require
 from ..tensors import keyed_generator
 
 # %% ../../nbs/4_inside/patches.ipynb #35193131
@@ -143,12 +143,14 @@ def _random_centre(labels, generator, foreground, spots):
 def _own_centre(sampling, labels, generator):
     "The voxel that a function of yours returns; raises `InputError` where it is none"
     size = tuple(labels.shape)
-    returned = sampling(labels, generator)
-    centre = [int(place) for place in returned]
+    name = getattr(sampling, "__name__", type(sampling).__name__)
+    with errors_of(f"sampling={name}", "It gets (labels, generator) and returns a voxel."):
+        returned = sampling(labels, generator)
+        centre = [int(place) for place in returned]
     inside = len(centre) == len(size)
     for place, voxels in zip(centre, size, strict=False):
         inside = inside and 0 <= place < voxels
-    problem = f"sampling returns {centre} for labels of {size}."
+    problem = f"sampling={name} returns {centre} for labels of {size}."
     require(inside, f"{problem} Return a voxel inside.")
     return centre
 

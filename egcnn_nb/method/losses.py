@@ -18,7 +18,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import InputError, expect, find, register, registered, require
+from egcnn_nb.core import (
+    InputError,
+    expect,
+    find,
+    kind_of,
+    register,
+    registered,
+    require,
+    require_own,
+)
 from .sobel import edge_target, flat_face, sobel_magnitude
 from ..tensors import bounding_box, keyed_generator, one_hot, probabilities
 
@@ -514,6 +523,7 @@ class EGLoss(nn.Module):
         self.lambda2 = lambda2
         self.w_consistency = w_consistency
         self.mask_loss = find("semantic", semantic)
+        self.mask_loss_name = semantic
         self.w_cross_entropy = cross_entropy_weight(semantic, w_cross_entropy)
         self.tau = tau
         self.hard = hard
@@ -553,11 +563,17 @@ class EGLoss(nn.Module):
     ) -> Tensor:  # scalar
         "The loss of the masks that is registered under the name `semantic`"
         if keep is None:
-            return self.mask_loss(logits, target, self)
+            return self._scalar(self.mask_loss(logits, target, self))
         problem = "The loss of the masks has no argument keep, so it cannot leave out voxels."
         can_ignore = "keep" in signature(self.mask_loss).parameters
         require(can_ignore, f"{problem} Give it one, or leave ignore out.")
-        return self.mask_loss(logits, target, self, keep=keep)
+        return self._scalar(self.mask_loss(logits, target, self, keep=keep))
+
+    def _scalar(self, value):
+        "The loss of the masks; raises `InputError` where it is no scalar"
+        scalar = isinstance(value, Tensor) and value.dim() == 0
+        require_own(scalar, "semantic", self.mask_loss_name, f"returns {kind_of(value)}")
+        return value
 
     def edge_terms(
         self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTINGS_0_1', 'READINGS_0_1', 'check_settings', 'read_names', 'known_names', 'Prepared', 'prepare',
            'defaults_of_0_1', 'readings_in_force', 'version_of', 'settings_of_config', 'start_from', 'describe',
-           'read_config', 'Begun', 'begin']
+           'read_config', 'try_network', 'Begun', 'begin']
 
 # %% ../../nbs/4_inside/folders.ipynb #546ce1a3
 import inspect
@@ -263,6 +263,11 @@ def _split(dataset, settings):
     left_out = known_names(settings.exclude, dataset.cases)
     known = [case for case in dataset.cases if case.name not in left_out]
     labelled = [case for case in known if case.label]
+    require(
+        labelled or not known,
+        f"None of the {len(known)} cases of {dataset.root} has a label map, so nothing can be "
+        "learned from them. A layout of yours gives it as the third argument of each Case.",
+    )
     validation = settings.validation
     if isinstance(validation, (str, Path)):
         validation = known_names(validation, dataset.cases)
@@ -828,7 +833,11 @@ def _as_begun(settings, out):
     ]
 
 
-def _try_network(settings, task, resume):
+def try_network(
+    settings: Settings,  # of the run
+    task: Task,  # of the dataset
+    resume: bool,  # so that `init` does not count
+) -> None:
     "Make the network once, so that settings that it refuses end the run before it writes anything"
     model = make_model(settings, task)
     if settings.init and not resume:
@@ -874,7 +883,7 @@ def begin(
     data = prepare(settings, quiet or rank > 0)
     data.notes += old_notes
     if check is None:
-        _try_network(settings, data.task, resume)
+        try_network(settings, data.task, resume)
     else:
         check(settings, data.task, data.train)
     state, lock = None, None

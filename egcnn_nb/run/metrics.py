@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['dice_score', 'surface_distances', 'distances', 'hd95', 'surface_dice', 'border_distance', 'boundary_dice',
-           'edge_width', 'volume_error', 'score_case']
+           'edge_width', 'volume_error', 'score_case', 'try_metrics']
 
 # %% ../../nbs/2_practice/metrics.ipynb #fffb0650
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,18 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.spatial import KDTree
 from torch import Tensor
 
-from ..core import Task, expect, find, register, registered
+from egcnn_nb.core import (
+    KITS,
+    Task,
+    errors_of_own,
+    expect,
+    find,
+    is_own,
+    kind_of,
+    register,
+    registered,
+    require_own,
+)
 from ..tensors import bounding_box, region_masks
 
 # %% ../../nbs/2_practice/metrics.ipynb #0d3ea1fb
@@ -238,6 +250,18 @@ def volume_error(
     return error.float()
 
 # %% ../../nbs/2_practice/metrics.ipynb #b95ab73b
+def _scores_by(name, found, true):
+    "Scores (B,C) by a metric that is registered; raises `InputError` where it returns others"
+    measure = find("metric", name)
+    with errors_of_own("metric", name):
+        scores = measure(found, true)
+    masks = tuple(found.shape)
+    good = isinstance(scores, Tensor) and tuple(scores.shape) == masks[:2]
+    problem = f"returns {kind_of(scores)} for masks {masks}"
+    require_own(good, "metric", name, problem)
+    return scores if scores.is_floating_point() else scores.float()
+
+
 def _measures(found, true, spacing):
     "Measures of one case by region: name -> tensor (regions); without a spacing Dice alone"
     measures = {"dice": dice_score(found, true)}
@@ -246,8 +270,7 @@ def _measures(found, true, spacing):
         measures["hd95"] = hausdorff
         measures["surface_dice"] = surface
         for name in registered("metric"):
-            measure = find("metric", name)
-            measures[name] = measure(found, true)
+            measures[name] = _scores_by(name, found, true)
     return {name: of_cases[0] for name, of_cases in measures.items()}
 
 
@@ -278,3 +301,16 @@ def score_case(
         mean = values.nanmean()
         scores["mean"][name] = float(mean)
     return scores
+
+
+def try_metrics() -> None:
+    "Try each metric of yours on small masks; raises `InputError` where it does not fit"
+    labels = torch.zeros(6, 6, 6, dtype=torch.uint8)
+    labels[2:4] = 1
+    pred = _masks_of(labels, KITS)  # the second of the two regions is empty
+    truth = _masks_of(labels.flip(0), KITS)
+    for name in filter(partial(is_own, "metric"), registered("metric")):
+        found, true = pred.clone(), truth.clone()
+        _scores_by(name, found, true)
+        same = torch.equal(found, pred) and torch.equal(true, truth)
+        require_own(same, "metric", name, "changes the masks that it is given")

@@ -24,14 +24,17 @@ from torch.signal.windows import gaussian
 from egcnn_nb.core import (
     InputError,
     Task,
+    errors_of_own,
     expect,
     find,
     free_memory,
     import_all,
     import_own,
+    kind_of,
     need,
     register,
     require,
+    require_own,
 )
 from ..data.patches import fill
 from ..method.backbones import EncoderDecoder
@@ -450,8 +453,20 @@ def _make_named(settings, task):
     if not settings.edge:
         return net
     example = _example_for(net, len(task.channels), multiple)
+    return _with_edges(net, example, settings, task)
+
+
+def _with_edges(net, example, settings, task):
+    "An edge stream around a network; raises `InputError` where it finds no place for it"
     readings = reading_for(EGCNN, settings)
-    return EGCNN(net, example, task.activation, verbose=False, **readings)
+    try:
+        return EGCNN(net, example, task.activation, verbose=False, **readings)
+    except InputError as error:
+        name = settings.network or settings.backbone
+        raise InputError(
+            f"No edge stream can be put around {name} ({error}). It needs a network that lowers the "
+            "resolution and raises it again. Give one, or leave out the edge stream by --edge off."
+        ) from error
 
 
 def _expect_own_egcnn(net, settings, task):
@@ -544,7 +559,7 @@ def make_model(
         example = torch.zeros(1, len(task.channels), side, side, side)
     if not settings.edge:
         return net
-    return EGCNN(net, example, task.activation, verbose=False, **reading_for(EGCNN, settings))
+    return _with_edges(net, example, settings, task)
 
 
 def _make_backbone(settings, task):
@@ -553,9 +568,13 @@ def _make_backbone(settings, task):
     readings = reading_for(make, settings)
     sizes = (len(task.channels), task.outputs, settings.width, settings.levels)
     build = partial(make, *sizes, **readings)
-    if _deepest_channels(settings.width, settings.levels) > 1024:
-        _expect_memory(build, settings)
-    return build()
+    with errors_of_own("backbone", settings.backbone):
+        if _deepest_channels(settings.width, settings.levels) > 1024:
+            _expect_memory(build, settings)
+        net = build()
+    is_network = isinstance(net, nn.Module)
+    require_own(is_network, "backbone", settings.backbone, f"returns {kind_of(net)}")
+    return net
 
 # %% ../../nbs/4_inside/models.ipynb #c4fbe7ca
 def best_device() -> torch.device:  # "cuda" or "cpu"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['name_of_part', 'Parts', 'expect_weights', 'own_network', 'UserLoss', 'make_loss', 'make_optimizer', 'seeded',
-           'Transformed', 'try_parts']
+           'Transformed', 'loss_name', 'has_own', 'try_parts']
 
 # %% ../../nbs/2_practice/your_own_parts.ipynb #5e773a02
 import copy
@@ -14,7 +14,7 @@ import io
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from math import ceil
 from typing import Any, NamedTuple, cast
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..core import InputError, Task, require
+from ..core import InputError, Task, errors_of, is_own, require
 from ..data.patches import Patches
 from ..method.egcnn import EGCNN
 from ..method.features import logits_of
@@ -335,6 +335,19 @@ def _expect_steps(name, optimizer):
     )
 
 
+def _expect_all_weights(name, optimizer, model):
+    "Raise `InputError` where an optimizer leaves out weights that are to be trained"
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = [key for key, p in model.named_parameters() if p.requires_grad]
+    weights = dict(model.named_parameters())
+    left = [key for key in trained if id(weights[key]) not in stepped]
+    require(
+        not left,
+        f"{name} leaves out {len(left)} of {len(trained)} weights, such as {', '.join(left[:3])}. "
+        "Give it all of them, or freeze these in the network by requires_grad_(False).",
+    )
+
+
 def make_optimizer(
     part: Optimizer | Callable,  # function of the parameters or of the model, or an optimizer
     model: nn.Module,  # the network, as this process trains it
@@ -344,7 +357,9 @@ def make_optimizer(
     optimizer: Any = part
     if not isinstance(part, Optimizer):
         takes_model = _parameters(part)[:1] == ["model"]
-        optimizer = part(model if takes_model else list(model.parameters()))
+        gets = "It gets the list of parameters, or the network where its argument is called model."
+        with errors_of(name, gets):
+            optimizer = part(model if takes_model else list(model.parameters()))
     _expect_steps(name, optimizer)
     own = {id(p) for p in model.parameters()}
     for group in optimizer.param_groups:
@@ -355,6 +370,7 @@ def make_optimizer(
             "Build it from the parameters that it is given.",
         )
         group["lr"] = float(group["lr"])  # what a checkpoint can store
+    _expect_all_weights(name, optimizer, model)
     return optimizer
 
 # %% ../../nbs/2_practice/your_own_parts.ipynb #5e773a11
@@ -386,6 +402,18 @@ def _plain(values):
     return tensor.as_subclass(Tensor)
 
 
+def _expect_label_moved(leaf):
+    "Raise `InputError` where a transform of MONAI moves an image without its label"
+    room = type(leaf).__module__.split(".")
+    keys = getattr(leaf, "keys", ())
+    moves = "spatial" in room or "croppad" in room
+    require(
+        not moves or "label" in keys or "image" not in keys,
+        f"transforms={name_of_part(leaf)} moves the image, and the label stays where it is. "
+        'Give it keys=["image", "label"].',
+    )
+
+
 def _expect_dictionary(transforms):
     "Raise `InputError` unless a transform of MONAI changes an image together with its label"
     from monai.transforms import Compose, MapTransform
@@ -399,10 +427,17 @@ def _expect_dictionary(transforms):
         "Take the dictionary transform of MONAI, whose name ends in d, with the keys image "
         "and label.",
     )
+    for leaf in leaves:
+        _expect_label_moved(leaf)
 
 
 def _kind(transforms):
     "How a transform is called: as one of torchio, of monai, or as a function"
+    require(
+        not isinstance(transforms, type),
+        f"transforms={name_of_part(transforms)} is a class. Give an object of it, made with its "
+        "arguments.",
+    )
     packages = {cls.__module__.split(".")[0] for cls in type(transforms).__mro__}
     if "torchio" in packages:
         return "torchio"
@@ -468,6 +503,7 @@ class Transformed(torch.utils.data.Dataset):
         self.task = task
         self.spacing = spacing
         self.kind = _kind(transforms)
+        self.name = f"transforms={name_of_part(transforms)}"
         self.values = torch.tensor(sorted(task.labels))
 
     def __len__(self):
@@ -490,7 +526,8 @@ class Transformed(torch.utils.data.Dataset):
     def _changed(self, x, labels, seed):
         "What the transform makes of a patch"
         if self.kind == "function":
-            return _by_function(self.transforms, x, labels)
+            with errors_of(self.name, "It gets (x, labels) of a patch, and returns both."):
+                return _by_function(self.transforms, x, labels)
         if labels.dtype != torch.int32:
             return self._by_package(x, labels, seed)
         # MONAI and TorchIO move labels as float32, which does not hold every int32
@@ -500,24 +537,25 @@ class Transformed(torch.utils.data.Dataset):
 
     def _by_package(self, x, labels, seed):
         "What a transform of TorchIO or MONAI makes of a patch"
-        if self.kind == "torchio":
-            new, moved = _by_torchio(self.transforms, x, labels, self.spacing)
-        else:
-            new, moved = _by_monai(self.transforms, x, labels, seed)
+        with errors_of(self.name, "It gets a patch with the keys image and label."):
+            if self.kind == "torchio":
+                new, moved = _by_torchio(self.transforms, x, labels, self.spacing)
+            else:
+                new, moved = _by_monai(self.transforms, x, labels, seed)
         return new, _plain(moved)
 
     def _labels_at(self, places):
         "The labels of the task that have these places in sorted order"
         require(
             bool((places == places.round()).all()),
-            f"transforms={name_of_part(self.transforms)} puts out labels between classes. "
+            f"{self.name} puts out labels between classes. "
             "Let it interpolate labels by nearest neighbour.",
         )
         return self.values[places.long().clamp(0, len(self.values) - 1)]
 
     def _checked(self, new, moved, x, labels):
         "A changed patch in the types of the old one; raises `InputError` unless it is of the task"
-        name = f"transforms={name_of_part(self.transforms)}"
+        name = self.name
         new = _plain(new).to(x.dtype).contiguous()
         moved = _plain(moved)
         made = f"{tuple(new.shape)} and {tuple(moved.shape)}"
@@ -545,6 +583,16 @@ class _Batch(NamedTuple):
     keys: list  # names of the noise, one tuple per case
 
 
+def _try_sampling(parts, settings, train):
+    "Cut a patch of each training case, where the voxel in its centre is chosen by yours"
+    if parts.sampling is None:
+        return
+    patches = Patches(train, settings.patch_size, settings.seed, (), parts.sampling)
+    numbers = {case.name: number for number, case in enumerate(train)}
+    for number in numbers.values():
+        _ = patches[0, number, number]
+
+
 def _first_batch(parts, settings, task, train):
     "As many patches as the first step computes at a time"
     _, processes = ranks()
@@ -559,6 +607,7 @@ def _first_batch(parts, settings, task, train):
     )
     if parts.transforms is not None:
         patches = Transformed(patches, parts.transforms, task, settings.spacing)
+    _try_sampling(parts, settings, train)
     samples = [patches[0, i, i % len(train)] for i in range(count)]
     x, labels, _ = torch.utils.data.default_collate(samples)
     keys = [(settings.seed, 3, 0, i) for i in range(count)]
@@ -577,6 +626,11 @@ def _expect_terms(name, terms):
             f"{name}: its term {term} is no scalar tensor. Return the mean over the cases.",
         )
         require(
+            bool(value.isfinite()),
+            f"{name}: its term {term} is {value.item()} for the first patches. "
+            "Keep logarithms, roots and divisions away from 0.",
+        )
+        require(
             is_term(term),
             f"{name}: a term cannot be called {term}, which is another column of metrics.csv. "
             "Rename it.",
@@ -586,24 +640,34 @@ def _expect_terms(name, terms):
 def _try_loss(loss, name, output, batch):
     "Loss terms of an output; raises `InputError` where the loss fails or returns something else"
     call = loss.alone if isinstance(loss, UserLoss) else loss.terms
-    try:
+    shape = tuple(batch.target.shape)
+    kind = type(output).__name__
+    if isinstance(output, EGOutput):
+        kind = f"{kind}, with the field logits"
+    gets = f"It gets what the network returns ({kind}) and masks {shape}."
+    if isinstance(loss, EGLoss) and is_own("semantic", loss.mask_loss_name):
+        gets = f"It gets logits {shape}, masks {shape} and the EGLoss that calls it."
+    with errors_of(name, gets):
         terms = call(output, batch.target, keys=batch.keys)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as e:  # whatever a loss may raise
-        kind = type(output).__name__
-        reason = next(iter(str(e).splitlines()), "")
-        raise InputError(
-            f"{name} fails ({type(e).__name__}: {reason}). It gets what the network returns "
-            f"({kind}) and masks {tuple(batch.target.shape)}."
-        ) from e
     _expect_terms(name, terms)
     return terms
 
 
+def _expect_no_softmax(logits):
+    "Raise `InputError` where a network returns probabilities of exclusive classes"
+    sums = logits.detach().float().sum(1)
+    positive = bool((logits >= 0).all())
+    require(
+        not (positive and torch.allclose(sums, torch.ones_like(sums), atol=1e-2)),
+        "The network returns probabilities. Return logits: leave out the softmax at its end, "
+        "which the loss computes.",
+    )
+
+
 def _try_step(model, loss, name, batch, settings):
     "Names of the loss terms of one forward pass in training mode"
-    with autocast(settings.precision, batch.x.device):
+    fix = f"It gets images {tuple(batch.x.shape)} and returns logits {tuple(batch.target.shape)}."
+    with errors_of("The network", fix), autocast(settings.precision, batch.x.device):
         output = model(batch.x)
     logits = logits_of(output, 3)
     require(
@@ -611,12 +675,23 @@ def _try_step(model, loss, name, batch, settings):
         f"The network returns no logits {tuple(batch.target.shape)} while it trains. "
         "Return them alone, or first in a tuple, list or dict.",
     )
+    _expect_no_softmax(logits)
     terms = _try_loss(loss, name, output, batch)
+    of_masks = terms["total"]
+    if is_own("semantic", getattr(loss, "mask_loss_name", None)):
+        of_masks = terms["semantic"]  # the total has the losses of the edges too
     learns = any(tensor.requires_grad for tensor in _tensors(output))
     require(
-        learns and terms["total"].requires_grad,
+        learns and of_masks.requires_grad,
         f"{name} does not depend on the weights of the network. "
         "Compute it from the output, without detach or argmax.",
+    )
+    terms["total"].backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    require(
+        settings.precision == "fp16" or all(bool(grad.isfinite().all()) for grad in gradients),
+        f"{name} has gradients that are not finite for the first patches. "
+        "Keep roots, norms and divisions away from 0.",
     )
     return ("total", *[term for term in terms if term != "total"])
 
@@ -635,12 +710,40 @@ def _expect_storable(name, state):
         ) from e
 
 
+def _copy_of(part):
+    "A copy, so that what a part notes of its calls stays as it is; itself where it has no copy"
+    try:
+        return copy.deepcopy(part)
+    except Exception:  # whatever a part may raise
+        return part
+
+
+def _expect_functions(parts):
+    "Raise `InputError` where a part is no function, or a class that stands for its object"
+    needed = {"loss": "(out, target)", "sampling": "(labels, generator)"}
+    if not isinstance(parts.optimizer, Optimizer):
+        needed["optimizer"] = "(parameters)"
+    for kind, arguments in needed.items():
+        part = getattr(parts, kind)
+        require(
+            part is None or callable(part),
+            f"{kind} is {part!r}. Give a function of {arguments}.",
+        )
+        require(
+            kind == "optimizer" or not isinstance(part, type),
+            f"{kind}={name_of_part(part)} is a class. Give an object of it, made with its "
+            "arguments.",
+        )
+
+
 def _trial_loss(parts, settings, task, device):
     "The loss of the run and its name; raises `InputError` where it would have to be trained"
-    loss = make_loss(parts, settings, task).to(device)
+    loss = make_loss(replace(parts, loss=_copy_of(parts.loss)), settings, task).to(device)
     name = "EGLoss"
     if parts.loss is not None:
         name = f"loss={name_of_part(parts.loss)}"
+    elif is_own("semantic", loss_name(settings)):
+        name = f"The loss {loss_name(settings)!r}"
     require(
         not any(p.requires_grad for p in loss.parameters()),
         f"{name} has weights of its own, which no optimizer steps. "
@@ -649,9 +752,11 @@ def _trial_loss(parts, settings, task, device):
     return loss, name
 
 
-def _try_together(parts, settings, task, train, device):
+def _try_together(parts, settings, task, train, device, fresh):
     "Try network, loss, transforms and optimizer together"
     model = parts.built if parts.built is not None else make_model(settings, task)
+    if settings.init and fresh:
+        start_from(model, settings.init)
     dtype = torch.float64 if settings.precision == "fp64" else torch.float32
     model.to(device, dtype)
     loss, name = _trial_loss(parts, settings, task, device)
@@ -664,6 +769,22 @@ def _try_together(parts, settings, task, train, device):
     if parts.optimizer is not None:
         optimizer = make_optimizer(parts.optimizer, model)
         _expect_storable("the optimizer", optimizer.state_dict())
+
+
+def loss_name(
+    settings: Settings,  # of the run
+) -> object:  # a name that is registered, unless the settings are wrong
+    "The name of the loss of the masks"
+    return (settings.readings or {}).get("semantic", "dice_ce")
+
+
+def has_own(
+    parts: Parts,  # of the run
+    settings: Settings,  # of the run; the modules that it imports are imported
+) -> bool:
+    "Whether a part of the run was written outside of the package, so that `try_parts` tries it"
+    named = is_own("backbone", settings.backbone) or is_own("semantic", loss_name(settings))
+    return bool(named or settings.network or parts.names())
 
 
 def try_parts(
@@ -683,10 +804,9 @@ def try_parts(
             f"The readings {', '.join(idle)} are of our loss, but fit is given one of yours. "
             "Leave them out.",
         )
+    _expect_functions(parts)
     random_before = random_state()
     if parts.model is not None:
         parts.built = own_network(parts.model, settings, task)
-        if settings.init and fresh:
-            start_from(parts.built, settings.init)
-    _try_together(parts, settings, task, train, device)
+    _try_together(parts, settings, task, train, device, fresh)
     set_random_state(random_before)

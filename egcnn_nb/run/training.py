@@ -37,12 +37,14 @@ from egcnn_nb.run.folders import (
     read_config,
     readings_in_force,
     start_from,
+    try_network,
 )
 from .models import PEERS, best_precision, make_model, reading_for
 from egcnn_nb.run.parts import (
     Parts,
     Transformed,
     expect_weights,
+    has_own,
     make_loss,
     make_optimizer,
     try_parts,
@@ -979,17 +981,26 @@ def _first_notes(run, notes, resumed):
 _CPU = torch.device("cpu")
 
 
-def _begin_run(config, resume, device, parts, quiet):
+def _columns(terms, task):
+    "Columns of metrics.csv, as `Run._row` writes them"
+    dice = [f"dice_{name}" for name in (*task.regions, "mean")]
+    return ["epoch", "lr", *terms, "skipped", *dice]
+
+
+def _begin_run(config, resume, device, parts, calls, quiet):
     "The run, ready to train, lines for the log, and the lock of its folder"
     settings = parts.settle(config)
     keep_memory()
     _check_before_reading(settings, resume, device)
 
     def check(settings, task, train):
-        try_parts(parts, settings, task, train, device, not resume)
+        if has_own(parts, settings):
+            try_parts(parts, settings, task, train, device, not resume)
+        else:
+            try_network(settings, task, resume)
+        calls.listeners.expect_columns(_columns(parts.terms, task))
 
-    names = parts.names()
-    begun = begin(settings, resume, quiet, names, check if names else None)
+    begun = begin(settings, resume, quiet, parts.names(), check)
     data, state = begun.data, begun.state
     run = Run(settings, data.task, data.train, data.val, device, state, parts)
     if state:
@@ -1025,7 +1036,7 @@ def fit(
     )
     parts = Parts(model, loss, optimizer, transforms, sampling)
     calls = _Calls(on_step, on_epoch, stop, Listeners(callbacks, ranks()[0] == 0))
-    run, notes, lock = _begin_run(config, resume, device, parts, quiet)
+    run, notes, lock = _begin_run(config, resume, device, parts, calls, quiet)
     session = _Session(run, calls, quiet)
     for note in notes:
         session.log(note)

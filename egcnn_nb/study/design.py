@@ -18,12 +18,15 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import cast
 
+import torch
+
 from ..core import InputError, Task, expect, processors, require, write_whole
 from ..data.layouts import find_dataset
 from ..data.patches import split_cases
 from ..method.losses import EGLoss
 from ..run.folders import check_settings, known_names, prepare, read_names
 from ..run.models import reading_for, windows
+from ..run.parts import Parts, has_own, try_parts
 from ..run.settings import Settings, preset_values, readings_of, spacing_of
 from .cells import arm_of, arm_with, costs_of, matched_width, progress, settings_of
 
@@ -230,6 +233,8 @@ def make_design(
     widths, excess = {}, {}
     for backbone in args.backbones:
         eg = settings_of(backbone, "eg", recipe, {})
+        if has_own(Parts(), eg):
+            try_parts(Parts(), eg, task, training, torch.device("cpu"), fresh=False)
         widths[backbone], *excess[backbone] = matched_width(eg, task, patch_size)
     design = Design(
         task=task,

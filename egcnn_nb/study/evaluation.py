@@ -26,7 +26,7 @@ from ..data.volumes import read_labels
 from ..method.losses import EGLoss
 from ..run.edge_metrics import best_f1, score_edges
 from ..run.folders import read_config, readings_in_force
-from ..run.metrics import score_case
+from ..run.metrics import score_case, try_metrics
 from ..run.models import best_device, reading_for
 from ..run.predict import case_maps, label_map, labels_of, load_run
 from ..run.steps import write_csv
@@ -202,6 +202,7 @@ def score_run(
     list
 ):  # of dicts: "case", "region" ("mean" too), SCORES, EDGE_SCORES; NaN for what is not there
     "Scores of every case and region, with those of its edges; ODS is that of the run in every row"
+    try_metrics()
     model, settings, task = run
     device = best_device()
     run = (model.to(device), settings, task)
