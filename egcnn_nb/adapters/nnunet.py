@@ -50,6 +50,9 @@ class EdgeGatedUNet(nn.Module):
         # not registered: its parts are, above
         self.gated = (gated,)
 
+    # the edge stream catches features by hooks; nnU-Net compiles a network to predict with
+    # nnUNet_compile=t, whatever its trainer says
+    @torch.compiler.disable
     def forward(
         self,
         x: Tensor,  # image (B,C,D,H,W)
@@ -166,5 +169,5 @@ class nnUNetTrainerEGCNN(trainer_module.nnUNetTrainer):
         ).to(self.device)
 
     def _do_i_compile(self):
-        "No: the edge stream catches nnU-Net's features by hooks, which torch.compile does not keep"
+        "No, as in `EdgeGatedUNet`"
         return False
