@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -241,11 +242,10 @@ def test_without_deep_supervision_it_puts_out_logits_alone(env, monkeypatch):
 
 
 def test_a_network_of_slices_and_one_that_is_compiled(env):
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
+    handler: Any = pytest.importorskip("nnunetv2.utilities.plans_handling.plans_handler")
     from egcnn_nb.adapters.nnunet import nnUNetTrainerEGCNN
 
-    plans = PlansManager(str(Path(env["nnUNet_preprocessed"]) / NAME / "nnUNetPlans.json"))
+    plans = handler.PlansManager(str(Path(env["nnUNet_preprocessed"]) / NAME / "nnUNetPlans.json"))
     slices = plans.get_configuration("2d")
     net = nnUNetTrainerEGCNN.build_network_architecture(plans, slices, 1, 3, False).eval()
     image = torch.randn(1, 1, *slices.patch_size)
