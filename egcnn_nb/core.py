@@ -157,7 +157,7 @@ def need(
         return import_module(module)
     except ModuleNotFoundError as e:
         raise InputError(
-            f"{what}: found no {e.name}, expected it installed; pip install 'egcnn_nb[{extra}]'"
+            f"{what} needs {e.name}, which is not installed. Run: pip install 'egcnn_nb[{extra}]'"
         ) from e
 
 # %% ../nbs/4_inside/core.ipynb #fb2dbea1

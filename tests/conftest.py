@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -52,6 +51,9 @@ def work(tmp_path_factory):
 @pytest.fixture(scope="session")
 def chromium():
     "A browser without a window"
+    # here, so that an adapter's test needs its own framework alone
+    from playwright.sync_api import sync_playwright
+
     path = browser.find()
     assert path, "There is no Chromium on this machine. Get one by python tools/browser.py."
     with sync_playwright() as p:

@@ -22,6 +22,9 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'egcnn_nb[o
 pytest.importorskip("onnxscript", reason="pip install 'egcnn_nb[onnx]'")
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import run_onnx
+
 SMALL = (
     "--epochs 2 --width 4 --levels 3 --patch_size 16 16 16 --lr 3e-3 --validation 1 "
     "--precision fp32 --cache off"
@@ -131,6 +134,20 @@ def test_the_script_needs_nothing_of_this_package():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_script_paints_regions_from_outside_in_whatever_their_order():
+    about = {"activation": "sigmoid", "outputs": ["core", "whole"]}
+    about["regions"] = {"core": [1], "whole": [1, 2]}
+    prob = np.array([[0.1, 0.1, 0.9], [0.1, 0.9, 0.9]])[:, :, None, None]
+    assert run_onnx.labelled(prob, about).ravel().tolist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize("value", [0, 0.1])
+@pytest.mark.parametrize("how", ["zscore", "zscore_nonzero"])
+def test_the_script_takes_a_channel_without_contrast(value, how):
+    scan = np.full((2, 3, 4), value, np.float32)
+    assert not run_onnx.normalized(scan, how).any()
 
 
 def test_a_file_that_is_there_is_kept(run, files, tmp_path):

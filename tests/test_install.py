@@ -117,7 +117,7 @@ def test_without_monai_its_parts_are_refused_in_one_line(flags, what, data, tmp_
     assert done.returncode == 2, error
     *_, last = error.strip().splitlines()
     fix = "pip install 'egcnn_nb[monai]'"
-    assert last == f"error: {what}: found no monai, expected it installed; {fix}"
+    assert last == f"error: {what} needs monai, which is not installed. Run: {fix}"
     assert not out.exists()
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny import ball
 
+import egcnn_nb
 from egcnn_nb import EGCNN, EGLoss, SegNet, predict
 
 monai = pytest.importorskip("monai", reason="pip install 'egcnn_nb[monai]'")
@@ -53,10 +54,11 @@ def test_the_sliding_window_of_monai_sees_what_predict_sees(size):
     assert (logits.softmax(1)[0] - wanted).abs().max() < 1e-5
 
 
-def test_a_meta_tensor_goes_through():
+@pytest.mark.parametrize("side", [16, 40])  # without and with the norm for large volumes
+def test_a_meta_tensor_goes_through(side):
     model = small()
-    image = MetaTensor(torch.randn(1, 1, 16, 16, 16))
-    label = MetaTensor(torch.randint(0, 3, (1, 1, 16, 16, 16)))
+    image = MetaTensor(torch.randn(1, 1, side, side, side))
+    label = MetaTensor(torch.randint(0, 3, (1, 1, side, side, side)))
     loss = EGLoss()(model(image), label)
     loss.backward()
     assert loss.dim() == 0 and bool(loss.isfinite())
@@ -140,4 +142,5 @@ def test_a_bundle_trains_and_labels_scans(tmp_path):
     image = nib.Nifti1Image.load(made[0])
     assert image.shape == (24, 24, 24)
     assert set(np.unique(np.asarray(image.dataobj))) <= {0, 1, 2}
-    assert json.loads((root / "configs/metadata.json").read_text())["version"]
+    about = json.loads((root / "configs/metadata.json").read_text())
+    assert about["required_packages_version"] == {"egcnn_nb": egcnn_nb.__version__}

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -136,7 +137,9 @@ def test_predictions_lie_on_the_grid_of_the_scans(env, trained, tmp_path):
     images = Path(env["nnUNet_raw"]) / NAME / "imagesTr"
     words = ("-i", images, "-o", tmp_path, "-d", "4", "-c", "3d_fullres", "-f", "0")
     fast = ("-device", "cpu", "--disable_tta", "-npp", "1", "-nps", "1")
-    nnunet("predict", *words, "-tr", "nnUNetTrainerEGCNNShort", *fast, env=env)
+    # nnU-Net compiles what it predicts with where this is set, also on a processor
+    compiling = {**env, "nnUNet_compile": "t"}
+    nnunet("predict", *words, "-tr", "nnUNetTrainerEGCNNShort", *fast, env=compiling)
     made = sorted(tmp_path.glob("*.nii.gz"))
     assert len(made) == 6
     for path in made:
@@ -236,3 +239,17 @@ def test_without_deep_supervision_it_puts_out_logits_alone(env, monkeypatch):
     with torch.no_grad():
         logits = trainer.network.eval()(image)
     assert isinstance(logits, torch.Tensor) and logits.shape == (1, 3, 40, 48, 40)
+
+
+def test_a_network_of_slices_and_one_that_is_compiled(env):
+    handler: Any = pytest.importorskip("nnunetv2.utilities.plans_handling.plans_handler")
+    from egcnn_nb.adapters.nnunet import nnUNetTrainerEGCNN
+
+    plans = handler.PlansManager(str(Path(env["nnUNet_preprocessed"]) / NAME / "nnUNetPlans.json"))
+    slices = plans.get_configuration("2d")
+    net = nnUNetTrainerEGCNN.build_network_architecture(plans, slices, 1, 3, False).eval()
+    image = torch.randn(1, 1, *slices.patch_size)
+    with torch.no_grad():
+        logits = net(image)
+        assert torch.equal(torch.compile(net)(image), logits)
+    assert isinstance(logits, torch.Tensor) and logits.shape == (1, 3, *slices.patch_size)

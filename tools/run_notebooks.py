@@ -71,17 +71,21 @@ def execute(nb, folder):
     "Run a notebook in a fresh kernel, in a folder"
     skipped = [cell for cell in nb.cells if is_skipped(cell)]
     for cell in skipped:
-        cell.metadata["tags"] = ["skip-execution"]
+        cell.metadata.setdefault("tags", []).append("skip-execution")
     client = NotebookClient(
         nb,
         timeout=900,
         kernel_name="python3",
         store_widget_state=False,
+        # also in a cell with the tag raises-exception, after which a reader's Run All goes on
+        force_raise_errors=True,
         resources={"metadata": {"path": str(folder)}},
     )
     client.execute()
     for cell in skipped:
-        del cell.metadata["tags"]
+        cell.metadata.tags.remove("skip-execution")
+        if not cell.metadata.tags:
+            del cell.metadata["tags"]
 
 
 def run(path):

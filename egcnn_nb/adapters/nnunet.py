@@ -29,6 +29,11 @@ def _least_example(strides, channels):
     return torch.zeros(1, channels, *sides)
 
 
+# the edge stream catches features by hooks; with nnUNet_compile=t, nnU-Net compiles a network to
+# predict with, whatever its trainer says
+_not_compiled: Any = torch.compiler.disable
+
+
 class EdgeGatedUNet(nn.Module):
     "A network of nnU-Net with an edge stream, which keeps the names of its weights"
 
@@ -58,6 +63,11 @@ class EdgeGatedUNet(nn.Module):
 
         The coarser ones are those of nnU-Net's deep supervision.
         """
+        return self._outputs(x)
+
+    @_not_compiled
+    def _outputs(self, x):
+        "What `forward` returns, out of reach of torch.compile"
         deep = cast(Any, self.decoder).deep_supervision
         if not (deep or self.training):
             return self.gated[0].streams(x).logits
@@ -166,5 +176,5 @@ class nnUNetTrainerEGCNN(trainer_module.nnUNetTrainer):
         ).to(self.device)
 
     def _do_i_compile(self):
-        "No: the edge stream catches nnU-Net's features by hooks, which torch.compile does not keep"
+        "No, as in `EdgeGatedUNet`"
         return False

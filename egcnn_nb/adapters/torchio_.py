@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core import need, require, write_whole
 
 # loads TorchIO, or says how to install it
-torchio: Any = need("torchio", "The subjects of TorchIO", "torchio")
+torchio: Any = need("torchio", "subjects_folder", "torchio")
 
 # %% ../../nbs/4_inside/adapter_torchio.ipynb #457691b8
 def _file_of(image, name, folder):

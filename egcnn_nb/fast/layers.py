@@ -729,7 +729,9 @@ class GroupNorm(nn.GroupNorm):
             return super().forward(x)
         weight, bias = self._affine(x)
         if _kernels_apply(x) and x.numel() > _SLAB // 2:
-            return _Norm.apply(channels_last(x), weight, bias, self.num_groups, self.eps)
+            # plain, since what comes of a MetaTensor is a view, which no layer may change in place
+            x = channels_last(x.as_subclass(Tensor))
+            return _Norm.apply(x, weight, bias, self.num_groups, self.eps)
         exact = _norm_of_deviations(x, weight, bias, self.num_groups, self.eps)
         y = exact.to(x.dtype)
         return _in_order_of(y, x) if fast.enabled else y
