@@ -407,19 +407,17 @@ def step_rows(size):
     ]
 
 
-def steps():
-    "Steps of EG-CNN beside those of backbones"
+def of_each_size(rows_of):
+    "The rows that a function makes of each size"
     found = []
     for size in SIZES:
-        found += step_rows(size)
+        found += rows_of(size)
     return found
 
 
-def share_of_adds(net, bare, x):
-    "Multiply-adds of a network, as a multiple of those of its bare backbone"
-    _, adds = cost(net, x)
-    _, least = cost(bare, x)
-    return adds / least
+def steps():
+    "Steps of EG-CNN beside those of backbones"
+    return of_each_size(step_rows)
 
 
 def form_rows(size):
@@ -431,9 +429,10 @@ def form_rows(size):
     calls = {name: step(net, x, target) for name, net in networks.items()}
     times = medians(size.again, **calls)
     alone = {"the bare backbone": times["bare"]}
+    adds = {name: cost(net, x)[1] for name, net in networks.items()}
     rows = []
     for form in FORMS:
-        share = share_of_adds(networks[form], networks["bare"], x)
+        share = adds[form] / adds["bare"]
         what = f"a step with {form}, {share:.2f} of the multiply-adds, ({size.name})"
         row = Row(what, times[form], alone, "no goal", SHARE)
         rows.append(row)
@@ -442,10 +441,7 @@ def form_rows(size):
 
 def forms():
     "What each form of the edge stream costs"
-    found = []
-    for size in SIZES:
-        found += form_rows(size)
-    return found
+    return of_each_size(form_rows)
 
 
 def monai_segresnet(size):
