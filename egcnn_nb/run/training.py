@@ -54,6 +54,7 @@ from egcnn_nb.run.steps import (
     check_compiler,
     compiled,
     half_shares,
+    highest_edges,
     mean_over_ranks,
     plot_curves,
     ranks,
@@ -740,6 +741,23 @@ class Run:
         may_die = all(gate.attention_relu and gate.fixed_attention is None for gate in gates)
         return gates if may_die else []
 
+    def faint_edges(self) -> list:  # of strings for the log
+        """What to do about each class whose edges stay below one half, after the last epoch
+
+        It looks at two validation cases. A class that is not learned is named by `complaints`.
+        """
+        epochs = self.settings.epochs
+        if len(self.rows) < epochs or ranks()[0] > 0 or not isinstance(self.whole, EGCNN):
+            return []
+        highest = highest_edges(self.whole, self.val[:2], self.task, self.patch_size)
+        lost = not_learned(self.rows, epochs)
+        faint = {name: high for name, high in highest.items() if high <= 0.5 and name not in lost}
+        return [
+            f"the edges of {name} are too weak: their highest probability is {high:.2f}, and an "
+            "edge begins at 0.50. They need more steps than the masks, so train for more --epochs."
+            for name, high in faint.items()
+        ]
+
 # %% ../../nbs/2_practice/train.ipynb #d0ec76de
 def _check_before_reading(settings, resume, device):
     "Fill in the precision, and refuse what cannot work, before anything is read"
@@ -920,7 +938,7 @@ class _Session:
             f"dice {row['dice_mean']:.4f} best {run.best:.4f} {seconds:.1f} s, "
             f"{waited:.1%} of the steps' time waiting for data{skipped}"
         )
-        for line in [*run.complaints(), *run.dead_gates()]:
+        for line in [*run.complaints(), *run.dead_gates(), *run.faint_edges()]:
             self.log(line)
         if self.calls.on_epoch:
             self.calls.on_epoch(row, run.whole, run.val)

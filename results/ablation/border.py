@@ -24,6 +24,7 @@ from egcnn_nb.run.edge_metrics import sobel_edges
 from egcnn_nb.run.folders import read_config
 from egcnn_nb.run.metrics import edge_width
 from egcnn_nb.run.predict import case_maps, labels_of, load_run
+from egcnn_nb.study.evaluation import class_masks, edge_maps
 
 
 @dataclass
@@ -34,25 +35,15 @@ class Answer:
     masks: np.ndarray  # bool (K,D,H,W)
 
 
-def masks_of(labels: np.ndarray, task) -> dict:
-    "The mask (D,H,W) of each class or region by its name"
-    if task.activation == "sigmoid":
-        return {name: np.isin(labels, own) for name, own in task.regions.items()}
-    _, *names = task.labels.values()
-    _, *values = task.labels
-    return {name: labels == value for name, value in zip(names, values, strict=True)}
-
-
 def answer(run: tuple, case) -> tuple:
     "The answer of a run of `load_run` about a case, and the true masks by their names"
     _, _, task = run
     maps, loaded = case_maps([run], case, inside=True)
-    prob = maps.maps[task.outputs : -1].numpy()
-    labels = labels_of(maps.maps, task)
-    own = masks_of(labels, task)
-    mine = Answer(prob > 0.5, np.stack(list(own.values())))
-    true = masks_of(loaded.labels.numpy(), task)
-    return mine, true
+    own_labels = labels_of(maps.maps, task)
+    edges = edge_maps(maps, run)
+    masks = class_masks(own_labels, task)
+    true = class_masks(loaded.labels.numpy(), task)
+    return Answer(edges > 0.5, masks), dict(zip(task.classes, true, strict=True))
 
 
 def width_around(edge: np.ndarray, mask: np.ndarray) -> float:
