@@ -422,8 +422,9 @@ TASK = Task("own", ("ct",), {0: "background", 1: "kidney"}, {"kidneys": (1,)}, n
 
 @register("KIND", "own")
 """
-SEMANTIC = "--batch_size 1 --import my_module --reading semantic=own".split()
-BACKBONE = "--batch_size 1 --import my_module --backbone own".split()
+IMPORT = "--import my_module".split()
+SEMANTIC = [*IMPORT, *"--batch_size 1 --reading semantic=own".split()]
+BACKBONE = [*IMPORT, *"--batch_size 1 --backbone own".split()]
 LOSSES = {  # what is said -> what is registered
     "The loss 'own' of the module my_module returns Tensor of the shape (1, 3). Register a": """
 def own(logits, target, loss):
@@ -524,36 +525,23 @@ def train_here(*flags):
     return train(words)
 
 
-@pytest.mark.parametrize("told", LOSSES)
-def test_a_wrong_loss_is_told_first(place, capsys, told):
-    lines = LOSSES[told]
-    write_own("semantic", lines)
-    assert train_here(*SEMANTIC, *SIZE) == 2
-    expect_error(capsys, told)
+OWN = {"semantic": LOSSES, "backbone": BACKBONES, "layout": LAYOUTS, "metric": METRICS}
+FLAGS = {"semantic": [*SEMANTIC, *SIZE], "backbone": [*BACKBONE, *SIZE], "layout": IMPORT}
+WRONG = [(kind, told) for kind, wrong in OWN.items() for told in wrong]
 
 
-@pytest.mark.parametrize("told", BACKBONES)
-def test_a_wrong_backbone_is_told_first(place, capsys, told):
-    lines = BACKBONES[told]
-    write_own("backbone", lines)
-    assert train_here(*BACKBONE, *SIZE) == 2
-    expect_error(capsys, told)
+def use(kind):
+    "Start a command that uses what is registered under the name own; its exit status"
+    if kind == "metric":
+        return experiment.main(["DATA", "--out", "EXPERIMENT", "--quick", *IMPORT])
+    return train_here(*FLAGS[kind])
 
 
-@pytest.mark.parametrize("told", LAYOUTS)
-def test_a_wrong_layout_is_told_first(place, capsys, told):
-    lines = LAYOUTS[told]
-    write_own("layout", lines)
-    assert train_here("--import", "my_module") == 2
-    expect_error(capsys, told)
-
-
-@pytest.mark.parametrize("told", METRICS)
-def test_a_wrong_metric_is_told_before_an_experiment_begins(place, capsys, told):
-    lines = METRICS[told]
-    write_own("metric", lines)
-    words = "DATA --out EXPERIMENT --quick --import my_module".split()
-    assert experiment.main(words) == 2
+@pytest.mark.parametrize(("kind", "told"), WRONG)
+def test_a_wrong_thing_of_yours_is_told_first(place, capsys, kind, told):
+    lines = OWN[kind][told]
+    write_own(kind, lines)
+    assert use(kind) == 2
     expect_error(capsys, told)
 
 
