@@ -3,8 +3,9 @@ neither has seen, draw one of them.
 
     python tools/demo.py [--epochs 18] [--seed 0] [--out demo]
 
-Writes demo/phantoms (49 of them, one of which chooses the best weights), demo/held_out (four that
-no run reads before the end, each with all three regions), demo/bare and demo/eg (run folders) and
+Writes demo/phantoms (49 of them, one of which chooses the best weights and is named in
+demo/watched.txt), demo/held_out (four that no run reads before the end, each with all three
+regions), demo/bare and demo/eg (run folders), demo/bare.txt (what the bare run printed) and
 demo/demo.png. Both networks train at the same time, each on half of the processor's cores."""
 
 import argparse
@@ -75,6 +76,9 @@ def train(out, epochs, seed):
     log = out / "bare.txt"
     of_bare = command(out, "bare", epochs, seed)
     of_eg = command(out, "eg", epochs, seed)
+    print(
+        f"\nBoth train now. The bar is that of EG-CNN, the bare network writes {log}.", flush=True
+    )
     with (
         open(log, "w") as file,
         subprocess.Popen(of_bare, stdout=file, stderr=file, env=environment) as bare,
@@ -187,8 +191,7 @@ def draw_edges(ax, edges):
 
 
 def picture(path, shown):
-    """Image, truth, bare, EG-CNN, edges, attention (white outside the head, where it is not
-    computed): one axial slice"""
+    "Image, truth, bare, EG-CNN, edges, attention (white outside the head): one axial slice"
     cut = slices(shown)
     fig, axes = plt.subplots(2, 3, figsize=(10.5, 8), layout="constrained")
     image_ax, truth_ax, bare_ax, eg_ax, edge_ax, attention_ax = axes.flat
@@ -201,14 +204,14 @@ def picture(path, shown):
     draw_prediction(bare_ax, "bare Seg-Net", image, cut["bare"], truth)
     draw_prediction(eg_ax, "Seg-Net + EG-CNN", image, cut["eg"], truth)
     draw_edges(edge_ax, cut["edge"])
-    draw_attention(attention_ax, cut["attention"])
+    draw_attention(attention_ax, cut["attention"], image)
     draw_legend(fig)
     fig.savefig(path, dpi=110)
 
 
-def draw_attention(ax, attention):
+def draw_attention(ax, attention, image):
     "The attention inside the head, with its scale"
-    inside = np.ma.masked_equal(attention, 0)
+    inside = np.ma.masked_where(image == 0, attention)
     drawn = ax.imshow(inside, cmap="magma", vmin=0.5, vmax=1, origin="lower")
     ax.set_title("attention α of the finest gate")
     figure = ax.figure

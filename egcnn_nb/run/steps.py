@@ -133,7 +133,7 @@ def half_shares(
 
 # %% ../../nbs/4_inside/steps.ipynb #159eb50c
 def _highest_of_case(model, case, task, patch_size):
-    "The highest probability of each edge map in one case; 0 for a class that the case lacks"
+    "The highest probability of each edge map in one case; -1 for a class that the case lacks"
 
     def edges(net, window):
         return net(window, full=True).edge.sigmoid()
@@ -144,7 +144,7 @@ def _highest_of_case(model, case, task, patch_size):
     present = classes.any(1)
     if len(maps) < len(present):  # one map for all classes
         present = present.any(0, keepdim=True)
-    return maps.amax((1, 2, 3)) * present.cpu()
+    return maps.amax((1, 2, 3)).where(present.cpu(), -1)
 
 
 def highest_edges(
@@ -159,7 +159,7 @@ def highest_edges(
     names = task.classes
     if len(highest) < len(names):
         names = ("any class",)
-    return {name: value for name, value in zip(names, highest, strict=True) if value > 0}
+    return {name: value for name, value in zip(names, highest, strict=True) if value != -1}
 
 # %% ../../nbs/4_inside/steps.ipynb #2e2c4ee7
 def write_csv(

@@ -742,21 +742,38 @@ class Run:
         return gates if may_die else []
 
     def faint_edges(self) -> list:  # of strings for the log
-        """What to do about each class whose edges stay below one half, after the last epoch
+        """What to do about each class whose edges stay below one half
 
-        It looks at two validation cases. A class that is not learned is named by `complaints`.
+        It is due after the last epoch of the schedule, and looks at two validation cases. A class
+        whose masks are not learned either is left out, since `complaints` names it.
         """
-        epochs = self.settings.epochs
-        if len(self.rows) < epochs or ranks()[0] > 0 or not isinstance(self.whole, EGCNN):
+        is_last = len(self.rows) == self.settings.epochs
+        if not is_last or ranks()[0] > 0 or not isinstance(self.whole, EGCNN):
             return []
-        highest = highest_edges(self.whole, self.val[:2], self.task, self.patch_size)
-        lost = not_learned(self.rows, epochs)
-        faint = {name: high for name, high in highest.items() if high <= 0.5 and name not in lost}
+        cases = self.val[:2]
+        highest = highest_edges(self.whole, cases, self.task, self.patch_size)
+        where = f"{len(cases)} validation case{'s' if len(cases) > 1 else ''}"
         return [
-            f"the edges of {name} are too weak: their highest probability is {high:.2f}, and an "
-            "edge begins at 0.50. They need more steps than the masks, so train for more --epochs."
-            for name, high in faint.items()
+            f"the edges of {name} are too weak: none is above one half in {where} (the highest is "
+            f"{high:.3f}). Edges need more steps than masks, so train for more --epochs."
+            for name, high in highest.items()
+            if not high > 0.5 and self._has_mask(name)
         ]
+
+    def _has_mask(self, name):
+        "Whether the last validation Dice of a region with this class is at least 0.1"
+        last = self.rows[-1]
+        return any(last[f"dice_{region}"] >= _LOW for region in self._regions_with(name))
+
+    def _regions_with(self, name):
+        "Names of the regions that hold a class; all of them for the edge map of any class"
+        regions = self.task.regions
+        if name in regions:
+            return [name]
+        values = {label: value for value, label in self.task.labels.items()}
+        if name not in values:
+            return list(regions)
+        return [region for region, held in regions.items() if values[name] in held]
 
 # %% ../../nbs/2_practice/train.ipynb #d0ec76de
 def _check_before_reading(settings, resume, device):

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from egcnn_nb.core import exit_on_error
+from egcnn_nb.core import exit_on_error, require
 from egcnn_nb.data.layouts import find_dataset
 from egcnn_nb.run.edge_metrics import sobel_edges
 from egcnn_nb.run.folders import read_config
@@ -37,7 +37,8 @@ class Answer:
 
 def answer(run: tuple, case) -> tuple:
     "The answer of a run of `load_run` about a case, and the true masks by their names"
-    _, _, task = run
+    _, settings, task = run
+    require(settings.edge, f"{settings.out} has no edge stream. Give runs that have one.")
     maps, loaded = case_maps([run], case, inside=True)
     own_labels = labels_of(maps.maps, task)
     edges = edge_maps(maps, run)

@@ -2,10 +2,12 @@
 
     python results/ablation/in_plane.py DATA RUN... --csv FILE
 
-Where slices are thick, few voxels lie deep inside a mask in 3D, so hardly any could be filled. Here every slice is
-compared for itself: the true edge is what Sobel finds in the mask of the slice, and depth is counted within the slice.
-The rows of the arm `target` are those of the true edge in 3D, with which the networks were trained. They say how much
-of an edge in a slice comes from the slices above and below. Every run segments its own validation cases."""
+Where slices are thick, few voxels lie deep inside a mask in 3D, so hardly any could be filled. Here every slice along
+the last axis is compared for itself: the true edge is what Sobel finds in the mask of the slice, and depth is counted
+within the slice. Slices without the class are left out, so false edges there do not count. Each slice counts alike,
+small or large. The rows of the run `target` are those of the true edge in 3D, with which the networks were trained.
+They say how much of an edge in a slice comes from the slices above and below. Every run segments its own validation
+cases."""
 
 import argparse
 import sys
@@ -19,27 +21,20 @@ from egcnn_nb.data.layouts import find_dataset
 from egcnn_nb.run.edge_metrics import score_edges, sobel_edges
 from egcnn_nb.run.folders import read_config
 from egcnn_nb.run.predict import case_maps, labels_of, load_run
-from egcnn_nb.study.evaluation import class_masks, edge_maps
+from egcnn_nb.study.evaluation import class_masks, edge_maps, thickness_of
 
 NUMBERS = ["f1", "width", "filled", "mask_f1", "mask_width", "mask_filled", "deep"]
 
 
-def one_slice(maps: np.ndarray | None, number: int) -> np.ndarray | None:
-    "A slice of maps (K,D,H,W) as maps (K,D,H,1)"
-    if maps is None:
-        return None
-    return maps[..., number : number + 1]
-
-
-def score_slices(edges: np.ndarray | None, masks: np.ndarray, predicted: np.ndarray) -> dict:
+def score_slices(
+    edges: np.ndarray | None, masks: np.ndarray, predicted: np.ndarray, thickness: int
+) -> dict:
     "The mean of each number over the classes and the slices that have an edge"
     rows = []
-    for number in range(masks.shape[-1]):
-        true = masks[..., number : number + 1]
-        if not true.any():
-            continue
-        own = predicted[..., number : number + 1]
-        rows += score_edges(one_slice(edges, number), true, own)
+    for k, number in np.argwhere(masks.any((1, 2))):
+        one = np.s_[k : k + 1, :, :, number : number + 1]  # a class in a slice
+        edge = None if edges is None else edges[one]
+        rows += score_edges(edge, masks[one], predicted[one], thickness)
     table = pd.DataFrame(rows)[NUMBERS]
     return table.astype(float).mean().to_dict()
 
@@ -47,13 +42,14 @@ def score_slices(edges: np.ndarray | None, masks: np.ndarray, predicted: np.ndar
 def score_case(run: tuple, case) -> dict:
     "The numbers of a run of `load_run` and of the true edge in 3D, for one case"
     _, settings, task = run
+    thickness = thickness_of(settings)
     maps, loaded = case_maps([run], case, inside=settings.edge)
     masks = class_masks(loaded.labels.numpy(), task)
     predicted = class_masks(labels_of(maps.maps, task), task)
-    target = sobel_edges(masks).astype(np.float32)
+    target = sobel_edges(masks, thickness).astype(np.float32)
     return {
-        "network": score_slices(edge_maps(maps, run), masks, predicted),
-        "target": score_slices(target, masks, masks),
+        "network": score_slices(edge_maps(maps, run), masks, predicted, thickness),
+        "target": score_slices(target, masks, masks, thickness),
     }
 
 
@@ -61,13 +57,12 @@ def score_run(folder: Path, cases: dict) -> list:
     "A row for each validation case of a run, and one for its true edge in 3D"
     run = load_run(folder)
     config = read_config(folder)
-    arm = folder.name.split("-")[1]
     rows = []
     for name in config["split"]["validation"]:
         about = {"seed": config["settings"]["seed"], "case": name}
         numbers = score_case(run, cases[name])
-        rows.append({"arm": arm, **about, **numbers["network"]})
-        rows.append({"arm": "target", **about, **numbers["target"]})
+        rows.append({"run": folder.name, **about, **numbers["network"]})
+        rows.append({"run": "target", **about, **numbers["target"]})
     return rows
 
 
@@ -81,9 +76,9 @@ def main() -> None:
     rows = []
     for folder in args.runs:
         rows += score_run(folder, cases)
-    table = pd.DataFrame(rows).drop_duplicates(["arm", "seed", "case"])
+    table = pd.DataFrame(rows).drop_duplicates(["run", "seed", "case"])
     table.to_csv(args.csv, index=False, float_format="%.4f")
-    means = table.groupby("arm", sort=False)[NUMBERS].mean()
+    means = table.groupby("run", sort=False)[NUMBERS].mean()
     print(means.to_markdown(floatfmt=".3f"))
 
 
