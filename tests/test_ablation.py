@@ -10,7 +10,11 @@ from numpy.testing import assert_allclose
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "results/ablation"))
+import border
 import choose
+import in_plane
+
+from egcnn_nb.run.edge_metrics import sobel_edges
 
 
 def scores(**arms):
@@ -114,3 +118,47 @@ def test_the_recorded_scores_choose_no_arm(name):
     good = set(table.index[table["good enough"] & table.safe])
     weighted = {arm for arm in good if arm.endswith("weight_negatives=True")}
     assert good and good == (weighted if name == "phantoms" else good - weighted)
+
+
+def half_space(first):
+    "The mask (1,20,6,6) of all voxels from a plane on"
+    mask = np.zeros((1, 20, 6, 6), bool)
+    mask[:, first:] = True
+    return mask
+
+
+def test_an_edge_that_is_thin_and_beside_the_border_is_told_from_a_thick_one():
+    true = half_space(10)
+    missed = half_space(11)  # by one voxel
+    thin = border.Answer(sobel_edges(missed), missed)
+    [row] = border.widths(thin, {"half": true[0]})
+    assert row["edge_width"] == row["mask_edge_width"] == 4  # at 1/2 and 3/2 of the border
+    assert row["edge_width_own"] == row["mask_edge_width_own"] == 2
+    four_planes = sobel_edges(true, thickness=4)
+    thick = border.Answer(four_planes, true)
+    [row] = border.widths(thick, {"half": true[0]})
+    assert row["edge_width"] == row["edge_width_own"] == 4
+    assert row["mask_edge_width"] == 2
+    [row] = border.between(thin, thick, ["half"])
+    assert row["mask_edge_width_other"] == 4
+
+
+def test_slices_are_scored_one_by_one_and_without_absent_classes():
+    masks = np.zeros((2, 16, 16, 3), bool)
+    masks[0, 4:12, 4:12, :2] = True  # class 0 in two slices, class 1 in none
+    target = sobel_edges(masks)
+    filled = target[0, 7, 7, 1]  # a slice without the class lies above
+    assert filled and not target[0, 7, 7, 0]
+    edges = np.zeros_like(target)
+    for number in (0, 1):
+        one = np.s_[..., number : number + 1]
+        edges[one] = sobel_edges(masks[one])
+    edges[1, 8, 8, 0] = True  # a false edge of the absent class
+    numbers = in_plane.score_slices(edges.astype(np.float32), masks, masks, 2)
+    assert (numbers["f1"], numbers["width"], numbers["filled"]) == (1, 2, 0)
+    assert numbers["mask_f1"] == 1
+    bare = in_plane.score_slices(None, masks, masks, 2)
+    assert np.isnan(bare["f1"])
+    assert bare["mask_f1"] == 1
+    of_target = in_plane.score_slices(target.astype(np.float32), masks, masks, 2)
+    assert of_target["filled"] == 0.5  # all of one slice, nothing of the other
