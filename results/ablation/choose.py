@@ -48,9 +48,9 @@ def is_of_first_part(arm: str) -> bool:
 
 
 def decided(rows: pd.DataFrame) -> pd.DataFrame:
-    "The rows of the output that decides: the fused one, and of a bare network its only one"
-    bare = rows.arm == "bare"
-    return rows[(rows.output == "fused") | bare]
+    "The rows of the output that decides: the fused one, and of a network without edge stream its only one"
+    has_stream = rows.arm.str.startswith("eg")
+    return rows[(rows.output == "fused") | ~has_stream]
 
 
 def to_best(rows: pd.DataFrame, score: str, best: str) -> pd.DataFrame:
