@@ -5,6 +5,7 @@ No page may log an error, ask another machine, or be hard to use for those who c
 
 import functools
 import http.server
+import inspect
 import re
 import shutil
 import subprocess
@@ -300,3 +301,21 @@ def test_no_page_takes_the_place_of_another():
     pages = ["index.md", *lessons, *make_site.PAGES.values()]
     twice = {page for page in pages if pages.count(page) > 1}
     assert not twice
+
+
+def test_a_function_as_a_default_has_its_name_in_place_of_an_address():
+    for module in ("run.training", "run.models", "study.evaluation"):
+        text = make_site.reference(module, "page")
+        assert " at 0x" not in text, module
+    of_training = make_site.reference("run.training", "page")
+    assert "| `stop` | `Callable` | `_never` |" in of_training
+
+
+def test_a_long_default_ends_with_its_mark():
+    def function(names=tuple(range(100))):
+        pass
+
+    parameter = inspect.signature(function).parameters["names"]
+    text = make_site.default_of(parameter)
+    assert text.startswith("`(0, 1, 2") and text.endswith("`")
+    assert len(text) == 60

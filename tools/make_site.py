@@ -414,9 +414,11 @@ def default_of(parameter):
     default = parameter.default
     if default is parameter.empty:
         return ""
-    text = f"`{default!r}`"
+    text = repr(default)
+    if inspect.isroutine(default):  # the repr of a function is an address
+        text = default.__name__.replace("<lambda>", "a function")
     text = text.replace("|", "or")
-    return text[:60]
+    return f"`{text[:58]}`"
 
 
 HEAD = ("| argument | type | default | meaning |", "|---|---|---|---|")
