@@ -47,16 +47,19 @@ RUNS = {"bare": "off", "eg": "on"}  # folder of a run -> its --edge
 
 def write_data(out):
     "Write the phantoms: those that the runs may read, and apart from them those held out"
-    seen = (*TRAINED, WATCHED)
-    folders = [out / "phantoms"] * len(seen) + [out / "held_out"] * len(HELD_OUT)
-    with ProcessPoolExecutor(processors()) as pool:
-        written = list(pool.map(write_phantom, folders, (*seen, *HELD_OUT)))
-    watched = written[len(TRAINED)]
+    data = out / "phantoms"
+    apart = out / "held_out"
+    watched = write_phantom(data, WATCHED)
     (out / "watched.txt").write_text(watched.name)
+    with ProcessPoolExecutor(processors()) as pool:
+        jobs = [pool.submit(write_phantom, data, number) for number in TRAINED]
+        jobs += [pool.submit(write_phantom, apart, number) for number in HELD_OUT]
+        for job in jobs:
+            job.result()  # raises what went wrong there
 
 
 def command(out, name, epochs, seed):
-    "The words after `egcnn_train` for one run"
+    "The command of one run, printed as a reader would type it"
     words = [str(out / "phantoms")]
     words += ["--out", str(out / name)]
     words += ["--edge", RUNS[name]]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'EDGE_SCORES', 'VALIDATION_COLUMNS', 'CHANGES', 'class_masks', 'edge_columns', 'thickness_of', 'edge_maps',
-           'score_run', 'evaluate', 'read_scores', 'score_validation', 'score_finished', 'table_of', 'changed',
-           'robustness']
+           'score_run', 'evaluate', 'read_scores', 'validation_cases', 'score_validation', 'score_finished', 'table_of',
+           'changed', 'robustness']
 
 # %% ../../nbs/4_inside/evaluation.ipynb #3f668152
 import csv
@@ -364,8 +364,11 @@ VALIDATION_COLUMNS = (
 )
 
 
-def _validation_cases(folder, data):
-    "The cases that a run was validated with, out of its dataset"
+def validation_cases(
+    folder: Path,  # of a run
+    data: str | Path,  # the dataset that it was trained with
+) -> list:  # of Case, in the order of the dataset
+    "The cases that a run was validated with; raises `InputError` where one is missing"
     names = read_config(folder)["split"]["validation"]
     cases = [case for case in find_dataset(data).cases if case.name in set(names)]
     labelled = {case.name for case in cases if case.label}
@@ -438,7 +441,7 @@ def score_validation(
     "Scores of a run on its own validation cases, with its best weights; opens no other case"
     folder = Path(run)
     model, settings, task = load_run(folder)
-    cases = _validation_cases(folder, data or settings.data)
+    cases = validation_cases(folder, data or settings.data)
     loaded_run = (model.to(best_device()), settings, task)
     scored = _score_outputs(loaded_run, cases, tick)
     about = _about(folder, settings, arm)

@@ -5,20 +5,19 @@
 Each attention is replaced as `gate_audit` does it: by its mean, by 1/2, by 1, by 0 and by that of another case. From
 each case comes one patch of the size that the network was trained with, around the centre of the foreground."""
 
-import argparse
 import sys
 from pathlib import Path
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from arguments import read_arguments
 from torch import Tensor
 
 from egcnn_nb.core import exit_on_error
-from egcnn_nb.data.layouts import find_dataset
 from egcnn_nb.data.prepare import load_case
-from egcnn_nb.run.folders import read_config
 from egcnn_nb.run.predict import load_run
+from egcnn_nb.study.evaluation import validation_cases
 from egcnn_nb.study.gate_audit import attention_at_border, audit_gates, dead_gates
 from egcnn_nb.tensors import to_target
 
@@ -42,8 +41,7 @@ def centre_of(labels: Tensor) -> list:
 
 def cases_of(run: Path, data: str, settings, task) -> tuple:
     "Images (B,C,D,H,W) and masks without background (B,K,D,H,W) of the validation cases of a run"
-    names = set(read_config(run)["split"]["validation"])
-    cases = [case for case in find_dataset(data).cases if case.name in names]
+    cases = validation_cases(run, data)
     loaded = [load_case(case, task, need_label=True, spacing=settings.spacing) for case in cases]
     size = tuple(settings.patch_size)
     images, labels = [], []
@@ -73,11 +71,7 @@ def audit(run: Path, data: str) -> list:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", metavar="DATA", help="dataset folder")
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--csv", metavar="FILE", required=True, help="where the rows go")
-    args = parser.parse_args()
+    args = read_arguments(__doc__.splitlines()[0])
     rows = []
     for run in args.runs:
         rows += audit(run, args.data)

@@ -9,22 +9,19 @@ far the network misses the border. The width of the predicted edge around the bo
 how thick it is. Where two runs have a case in common, the Sobel edge of the one mask around the border of the other
 says how well two networks agree on where the border is."""
 
-import argparse
 import sys
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from arguments import read_arguments
 
 from egcnn_nb.core import exit_on_error, require
-from egcnn_nb.data.layouts import find_dataset
 from egcnn_nb.run.edge_metrics import sobel_edges
-from egcnn_nb.run.folders import read_config
 from egcnn_nb.run.metrics import edge_width
 from egcnn_nb.run.predict import case_maps, labels_of, load_run
-from egcnn_nb.study.evaluation import class_masks, edge_maps
+from egcnn_nb.study.evaluation import class_masks, edge_maps, validation_cases
 
 
 @dataclass
@@ -85,15 +82,13 @@ def between(first: Answer, second: Answer, names: list) -> list:
 
 def answers_of(data: str, folders: list) -> tuple:
     "The answer of each seed about each of its validation cases, and the true masks of the cases"
-    cases = {case.name: case for case in find_dataset(data).cases}
     answers: dict = {}
     truth: dict = {}
     for folder in folders:
         run = load_run(folder)
-        config = read_config(folder)
-        seed = config["settings"]["seed"]
-        for name in config["split"]["validation"]:
-            answers[seed, name], truth[name] = answer(run, cases[name])
+        _, settings, _ = run
+        for case in validation_cases(folder, data):
+            answers[settings.seed, case.name], truth[case.name] = answer(run, case)
     return answers, truth
 
 
@@ -126,11 +121,7 @@ def say(table: pd.DataFrame) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", metavar="DATA", help="dataset folder")
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--csv", metavar="FILE", required=True, help="where the rows go")
-    args = parser.parse_args()
+    args = read_arguments(__doc__)
     table = compare(args.data, args.runs)
     table.to_csv(args.csv, index=False, float_format="%.4f")
     say(table)

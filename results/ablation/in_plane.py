@@ -9,19 +9,17 @@ small or large. The rows of the run `target` are those of the true edge in 3D, w
 They say how much of an edge in a slice comes from the slices above and below. Every run segments its own validation
 cases."""
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from arguments import read_arguments
 
 from egcnn_nb.core import exit_on_error
-from egcnn_nb.data.layouts import find_dataset
 from egcnn_nb.run.edge_metrics import score_edges, sobel_edges
-from egcnn_nb.run.folders import read_config
 from egcnn_nb.run.predict import case_maps, labels_of, load_run
-from egcnn_nb.study.evaluation import class_masks, edge_maps, thickness_of
+from egcnn_nb.study.evaluation import class_masks, edge_maps, thickness_of, validation_cases
 
 NUMBERS = ["f1", "width", "filled", "mask_f1", "mask_width", "mask_filled", "deep"]
 
@@ -53,29 +51,24 @@ def score_case(run: tuple, case) -> dict:
     }
 
 
-def score_run(folder: Path, cases: dict) -> list:
+def score_run(folder: Path, data: str) -> list:
     "A row for each validation case of a run, and one for its true edge in 3D"
     run = load_run(folder)
-    config = read_config(folder)
+    _, settings, _ = run
     rows = []
-    for name in config["split"]["validation"]:
-        about = {"seed": config["settings"]["seed"], "case": name}
-        numbers = score_case(run, cases[name])
+    for case in validation_cases(folder, data):
+        about = {"seed": settings.seed, "case": case.name}
+        numbers = score_case(run, case)
         rows.append({"run": folder.name, **about, **numbers["network"]})
         rows.append({"run": "target", **about, **numbers["target"]})
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", metavar="DATA", help="dataset folder")
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--csv", metavar="FILE", required=True, help="where the rows go")
-    args = parser.parse_args()
-    cases = {case.name: case for case in find_dataset(args.data).cases}
+    args = read_arguments(__doc__)
     rows = []
     for folder in args.runs:
-        rows += score_run(folder, cases)
+        rows += score_run(folder, args.data)
     table = pd.DataFrame(rows).drop_duplicates(["run", "seed", "case"])
     table.to_csv(args.csv, index=False, float_format="%.4f")
     means = table.groupby("run", sort=False)[NUMBERS].mean()
