@@ -744,11 +744,10 @@ class Run:
     def faint_edges(self) -> list:  # of strings for the log
         """What to do about each class whose edges stay below one half
 
-        It is due after the last epoch of the schedule, and looks at two validation cases. A class
-        whose masks are not learned either is left out, since `complaints` names it.
+        It is due when the last epoch ends or a callback ends the run, and looks at two validation
+        cases. A class whose masks are not learned either is left out, since `complaints` names it.
         """
-        is_last = len(self.rows) == self.settings.epochs
-        if not is_last or ranks()[0] > 0 or not isinstance(self.whole, EGCNN):
+        if ranks()[0] > 0 or not isinstance(self.whole, EGCNN):
             return []
         cases = self.val[:2]
         highest = highest_edges(self.whole, cases, self.task, self.patch_size)
@@ -922,6 +921,7 @@ class _Session:
         while len(run.rows) < run.settings.epochs:
             if self._stopped_by_callback():
                 names = ", ".join(listeners.asked)
+                self._report_faint_edges()
                 self.log(f"stopped after epoch {len(run.rows)} by {names}; {safe}")
                 return
             if not self._epoch():
@@ -955,11 +955,18 @@ class _Session:
             f"dice {row['dice_mean']:.4f} best {run.best:.4f} {seconds:.1f} s, "
             f"{waited:.1%} of the steps' time waiting for data{skipped}"
         )
-        for line in [*run.complaints(), *run.dead_gates(), *run.faint_edges()]:
+        for line in [*run.complaints(), *run.dead_gates()]:
             self.log(line)
+        if len(run.rows) == run.settings.epochs:
+            self._report_faint_edges()
         if self.calls.on_epoch:
             self.calls.on_epoch(row, run.whole, run.val)
         self.calls.listeners.fire("on_epoch", run, row["epoch"], row)
+
+    def _report_faint_edges(self):
+        "Log the classes whose edges are too weak at the end"
+        for line in self.run.faint_edges():
+            self.log(line)
 
     def close(self, lock):
         "Release the folder and draw the curves"
