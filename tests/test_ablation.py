@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "results/ablation"))
 import border
 import choose
+import compare
 import in_plane
 
 from egcnn_nb.run.edge_metrics import sobel_edges
@@ -118,6 +119,25 @@ def test_the_recorded_scores_choose_no_arm(name):
     good = set(table.index[table["good enough"] & table.safe])
     weighted = {arm for arm in good if arm.endswith("weight_negatives=True")}
     assert good and good == (weighted if name == "phantoms" else good - weighted)
+
+
+def test_an_arm_is_compared_over_the_pairs_that_both_have():
+    rows = scores(
+        base=([np.nan] * 4, [0.90, 0.80, 0.70, 0.60]),
+        other=([0.50, 0.70, 0.90, 0.70], [0.91, 0.83, 0.70, 0.64]),
+    )
+    rows = rows.drop(index=rows.index[-1])  # `other` has three of the four pairs
+    rows["mask_edge_f1"] = 0.8
+    [gain] = compare.differences(rows, "dice", "base").to_dict("records")
+    difference = np.array([0.01, 0.03, 0.00])
+    assert_allclose(gain["mean"], difference.mean(), atol=1e-12)
+    assert_allclose(gain["error"], difference.std(ddof=1) / np.sqrt(3), atol=1e-12)
+    rows["surface_dice"] = rows.dice
+    table = compare.table_to(rows.assign(arm="eg_" + rows.arm), "eg_base")
+    other = table.loc["eg_other"]
+    assert other.dice == other.surface_dice == "+0.013 ± 0.009"
+    assert other.edge_f1 == ""  # the base has no edges
+    assert other["edge_f1 minus mask_edge_f1"] == "-0.100 ± 0.115"
 
 
 def half_space(first):

@@ -5,14 +5,15 @@
 Each folder holds validation_scores.csv and costs.json, as `egcnn_experiment` wrote them. The script prints a table
 for each folder, then the arms that are good enough and safe on all of them, the cheapest first."""
 
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 import pandas as pd
 
 HERE = Path(__file__).parent
+FOLDERS = sorted(path.parent.name for path in HERE.glob("*/validation_scores.csv"))
 SHOWN = ["edge_f1", "mask_edge_f1", "edge_width", "filled", "ods", "dice", "surface_dice"]
 
 
@@ -117,9 +118,11 @@ def table_of(rows: pd.DataFrame, costs: dict) -> pd.DataFrame:
     return means.sort_values("edge_f1", ascending=False)
 
 
-def main(names: list) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Which form of the edge stream the rule chooses.")
+    parser.add_argument("folders", nargs="+", choices=FOLDERS, help="of results/ablation")
     judged, costs = [], {}
-    for name in names:
+    for name in parser.parse_args().folders:
         folder = HERE / name
         rows = read_scores(folder)
         costs = costs_of(folder)
@@ -140,4 +143,4 @@ def main(names: list) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
