@@ -14,6 +14,7 @@ import border
 import choose
 import compare
 import in_plane
+import invented
 
 from egcnn_nb.run.edge_metrics import sobel_edges
 
@@ -161,6 +162,19 @@ def test_an_edge_that_is_thin_and_beside_the_border_is_told_from_a_thick_one():
     assert row["mask_edge_width"] == 2
     [row] = border.between(thin, thick, ["half"])
     assert row["mask_edge_width_other"] == 4
+
+
+def test_voxels_of_a_missing_region_are_counted_and_placed():
+    there = half_space(10)  # its border lies between planes 9 and 10
+    masks = np.concatenate([there, np.zeros_like(there)])
+    found = np.zeros_like(masks)
+    found[1, 10:12, 0, 0] = True  # 1/2 and 3/2 voxels from the border
+    found[1, 15, :2, 0] = True
+    [row] = invented.invented(found, masks, ["there", "missing"])
+    assert row == {"region": "missing", "voxels": 4, "at_border": 0.5, "expected": 0.2}
+    [row] = invented.invented(masks, masks, ["there", "missing"])
+    assert row["voxels"] == 0
+    assert np.isnan(row["at_border"])
 
 
 def test_slices_are_scored_one_by_one_and_without_absent_classes():
