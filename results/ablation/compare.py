@@ -3,8 +3,9 @@
     python results/ablation/compare.py lgg --to bare
 
 Each folder holds validation_scores.csv and costs.json, as `egcnn_experiment` wrote them. The script prints two tables
-for each folder: the means of each arm, and its mean differences to one arm with their standard errors. Only arms of one
-seed and one case are compared, since the seed draws the validation cases."""
+for each folder: the means of each arm, and its mean differences to one arm, followed by the mean of each seed. Only
+scores of one seed and one case are compared, since the seed draws the validation cases. ± is the standard error over
+these pairs. It says how the cases differ and not how another training would, for which you look at the seeds."""
 
 import argparse
 
@@ -14,39 +15,33 @@ from choose import FOLDERS, HERE, costs_of, decided, read_scores, table_of
 CHOSEN = "eg+edge_head=norm+gate_residual=layer+weight_negatives=False"
 
 
-def differences(rows: pd.DataFrame, score: str, base: str) -> pd.DataFrame:
-    """arm -> mean difference of a score to the arm `base`, and its standard error
-
-    The sample are the pairs of seed and case that both arms have."""
-    table = rows.pivot(index=["seed", "case"], columns="arm", values=score)
-    difference = table.sub(table[base], axis=0).drop(columns=base)
-    return pd.DataFrame({"mean": difference.mean(), "error": difference.sem()})
+def by_pair(rows: pd.DataFrame, score: str) -> pd.DataFrame:
+    "A score with a row for each pair of seed and case, and a column for each arm"
+    return rows.pivot(index=["seed", "case"], columns="arm", values=score)
 
 
-def to_sobel(rows: pd.DataFrame) -> pd.DataFrame:
-    "arm -> how much better the stream's edges are than those that Sobel finds in the network's own mask"
-    gain = (rows.edge_f1 - rows.mask_edge_f1).groupby(rows.arm)
-    return pd.DataFrame({"mean": gain.mean(), "error": gain.sem()})
-
-
-def written(found: pd.DataFrame) -> pd.Series:
-    "Each difference as +0.006 ± 0.001, empty where there is none"
+def written(difference: pd.DataFrame) -> dict:
+    "arm -> its differences (seed and case, arm) as +0.006 ± 0.001 (+0.008, +0.004), empty where there is none"
     texts = {}
-    for arm, row in found.iterrows():
-        known = pd.notna(row["mean"])
-        texts[arm] = f"{row['mean']:+.3f} ± {row['error']:.3f}" if known else ""
-    return pd.Series(texts, dtype=str)
+    for arm, pairs in difference.items():
+        known = pairs.dropna()
+        if known.empty:
+            continue
+        seeds = ", ".join(f"{mean:+.3f}" for mean in known.groupby("seed").mean())
+        texts[arm] = f"{known.mean():+.3f} ± {known.sem():.3f} ({seeds})"
+    return texts
 
 
 def table_to(rows: pd.DataFrame, base: str) -> pd.DataFrame:
-    "What each arm adds to the arm `base` in edge F1 and in the scores of its masks"
+    "What each arm adds to the arm `base`, and what its edges add to those that Sobel finds in its own mask"
     rows = decided(rows)
-    columns = {
-        score: written(differences(rows, score, base))
-        for score in ("edge_f1", "dice", "surface_dice")
-    }
-    columns["edge_f1 minus mask_edge_f1"] = written(to_sobel(rows))
-    return pd.DataFrame(columns).fillna("")
+    columns = {}
+    for score in ("edge_f1", "dice", "surface_dice"):
+        table = by_pair(rows, score)
+        columns[score] = written(table.drop(columns=base).sub(table[base], axis=0))
+    to_sobel = by_pair(rows, "edge_f1") - by_pair(rows, "mask_edge_f1")
+    columns["edge_f1 minus mask_edge_f1"] = written(to_sobel)
+    return pd.DataFrame(columns, dtype=object).fillna("")
 
 
 def main() -> None:
