@@ -134,9 +134,8 @@ def test_an_arm_is_compared_over_the_pairs_that_both_have():
     error = difference.std(ddof=1) / np.sqrt(3)
     table = compare.table_to(rows.assign(arm="eg_" + rows.arm), "eg_base")
     other = table.loc["eg_other"]
-    assert (
-        other.dice == f"+0.013 ± {error:.3f} (+0.020, +0.000)"
-    )  # two pairs of seed 0, one of seed 1
+    # two pairs of seed 0, one of seed 1
+    assert other.dice == f"+0.013 ± {error:.3f} (+0.020, +0.000)"
     assert other.surface_dice == other.dice
     assert other.edge_f1 == ""  # the base has no edges
     assert other["edge_f1 minus mask_edge_f1"] == "-0.100 ± 0.115 (-0.200, +0.100)"

@@ -8,10 +8,9 @@ each case comes one patch of the size that the network was trained with, around 
 import sys
 from pathlib import Path
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
-from arguments import read_arguments
+from arguments import read_arguments, table_of_runs
 from torch import Tensor
 
 from egcnn_nb.core import exit_on_error
@@ -72,10 +71,7 @@ def audit(run: Path, data: str) -> list:
 
 def main() -> None:
     args = read_arguments(__doc__.splitlines()[0])
-    rows = []
-    for run in args.runs:
-        rows += audit(run, args.data)
-    table = pd.DataFrame(rows)
+    table = table_of_runs(args, audit)
     table.to_csv(args.csv, index=False, float_format="%.4f")
     print(table.to_markdown(index=False, floatfmt=".3f"))
 

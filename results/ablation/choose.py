@@ -54,9 +54,14 @@ def decided(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[(rows.output == "fused") | ~has_stream]
 
 
+def by_pair(rows: pd.DataFrame, score: str) -> pd.DataFrame:
+    "A score with a row for each pair of seed and case, and a column for each arm"
+    return rows.pivot(index=["seed", "case"], columns="arm", values=score)
+
+
 def to_best(rows: pd.DataFrame, score: str, best: str) -> pd.DataFrame:
     "Each arm's mean difference to the best arm and its standard error, with pairs of seed and case as the sample"
-    table = rows.pivot(index=["seed", "case"], columns="arm", values=score)
+    table = by_pair(rows, score)
     complete = table.dropna()
     difference = complete.sub(complete[best], axis=0)
     return pd.DataFrame(

@@ -10,14 +10,9 @@ these pairs. It says how the cases differ and not how another training would, fo
 import argparse
 
 import pandas as pd
-from choose import FOLDERS, HERE, costs_of, decided, read_scores, table_of
+from choose import FOLDERS, HERE, by_pair, costs_of, decided, read_scores, table_of
 
 CHOSEN = "eg+edge_head=norm+gate_residual=layer+weight_negatives=False"
-
-
-def by_pair(rows: pd.DataFrame, score: str) -> pd.DataFrame:
-    "A score with a row for each pair of seed and case, and a column for each arm"
-    return rows.pivot(index=["seed", "case"], columns="arm", values=score)
 
 
 def written(difference: pd.DataFrame) -> dict:

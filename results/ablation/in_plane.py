@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from arguments import read_arguments
+from arguments import read_arguments, table_of_runs
 
 from egcnn_nb.core import exit_on_error
 from egcnn_nb.run.edge_metrics import score_edges, sobel_edges
@@ -66,10 +66,7 @@ def score_run(folder: Path, data: str) -> list:
 
 def main() -> None:
     args = read_arguments(__doc__)
-    rows = []
-    for folder in args.runs:
-        rows += score_run(folder, args.data)
-    table = pd.DataFrame(rows).drop_duplicates(["run", "seed", "case"])
+    table = table_of_runs(args, score_run).drop_duplicates(["run", "seed", "case"])
     table.to_csv(args.csv, index=False, float_format="%.4f")
     means = table.groupby("run", sort=False)[NUMBERS].mean()
     print(means.to_markdown(floatfmt=".3f"))

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
-from arguments import read_arguments
+from arguments import read_arguments, table_of_runs
 
 from egcnn_nb.core import exit_on_error
 from egcnn_nb.run.metrics import border_distance
@@ -59,10 +58,7 @@ def score_run(folder: Path, data: str) -> list:
 
 def main() -> None:
     args = read_arguments(__doc__)
-    rows = []
-    for folder in args.runs:
-        rows += score_run(folder, args.data)
-    table = pd.DataFrame(rows)
+    table = table_of_runs(args, score_run)
     table.to_csv(args.csv, index=False, float_format="%.4f")
     print(
         table.groupby("run", sort=False)[["voxels", "at_border", "expected"]].mean().to_markdown()
